@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole loop on this machine, with tiny models that it makes itself: three iterations, then a table.
+#   bash run_sppo_demo.sh [--seed N] [--run_dir DIR] [any flag of run_sppo_mistral.sh]
+# Needs Python 3.10 to 3.12, nothing else; makes .venv. Run again, it goes on where it stopped.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+PYTHON="${PYTHON:-}" bash "$here/scripts/install.sh"
+unset PYTHON VIRTUAL_ENV
+# shellcheck source=scripts/env.sh
+source "$here/scripts/env.sh"
+recipe=$root/recipes/sppo/demo.yaml run=$root/runs/demo seed=42
+arguments=("$@")
+for i in "${!arguments[@]}"; do
+  case ${arguments[i]} in
+    --run_dir) run=${arguments[i + 1]:-} ;;
+    --run_dir=*) run=${arguments[i]#*=} ;;
+    --seed) seed=${arguments[i + 1]:-} ;;
+    --seed=*) seed=${arguments[i]#*=} ;;
+  esac
+done
+"$PYTHON" "$root/scripts/make_demo.py" --output_dir "$run/world" --seed "$seed"
+exec bash "$root/run_sppo_mistral.sh" --recipe "$recipe" --name demo --model "$run/world/policy" \
+  --prompts "$run/world/train.jsonl" --split_prompts --ranker "$run/world/ranker" \
+  --eval_prompts "$run/world/heldout.jsonl" --judge sppo.demo:rule --run_dir "$run" --gpus none "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# SPPO on mistralai/Mistral-7B-Instruct-v0.2 as in the paper: three iterations, every GPU.
+#   bash run_sppo_mistral.sh [--model M] [--iterations N] [--prompts P] [--gpus LIST] [--recipe FILE] [--org ORG] ...
+# Run again, it goes on where it stopped. All flags: bash run_sppo_mistral.sh --help
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
+exec "$PYTHON" "$root/scripts/run.py" --model mistralai/Mistral-7B-Instruct-v0.2 --name mistral-7b-instruct-sppo "$@"

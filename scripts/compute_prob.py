@@ -1,0 +1,29 @@
+"""Turn the ranker's logits into win rates and the training set. Cheap: run it again with the other estimator at will.
+
+    python scripts/compute_prob.py --output_dir runs/x/iter1/data --estimator paper
+
+Reads   <output_dir>/responses.parquet and <output_dir>/ranking/*.parquet, joined by prompt_id.
+Writes  <output_dir>/train.parquet, test.parquet and their manifest; prints what the data set is like.
+Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sppo import config
+from sppo.errors import run_main
+
+
+def main() -> None:
+    parser = config.make_parser(__doc__, ["pairs", "estimator", "test_size", "seed", "keep_degenerate"])
+    config.add_data_flags(parser)
+    args, recipe = config.parse(parser)
+    from sppo.pairing import compute_prob
+
+    compute_prob(recipe, args.output_dir, args.overwrite)
+
+
+if __name__ == "__main__":
+    run_main(main)

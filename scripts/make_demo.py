@@ -1,0 +1,45 @@
+"""Make the demo's models and prompts: nothing is downloaded.
+
+    python scripts/make_demo.py --output_dir runs/demo/world --seed 42
+
+Reads   nothing.
+Writes  <output_dir>/policy (a small Mistral), ranker (a small PairRM), train.jsonl and heldout.jsonl. The directory
+        appears when all of it is made.
+Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sppo import config
+from sppo.errors import SPPOError, run_main
+
+
+def main() -> None:
+    parser = config.make_parser(__doc__, ["seed"])
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the demo's world appears")
+    args, recipe = config.parse(parser)
+    made_from = args.output_dir / "seed.json"
+    if made_from.exists():
+        seed = json.loads(made_from.read_text())
+        if seed != recipe.seed:
+            raise SPPOError(f"{args.output_dir} was made with --seed {seed}, not {recipe.seed}; use another --run_dir")
+        print(f"make_demo: done: {args.output_dir}")
+        return
+    from sppo.demo import make_demo
+
+    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    make_demo(partial, recipe.seed)
+    (partial / "seed.json").write_text(json.dumps(recipe.seed))
+    os.rename(partial, args.output_dir)
+
+
+if __name__ == "__main__":
+    run_main(main)

