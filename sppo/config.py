@@ -173,17 +173,19 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(doc: str | None, keys: typing.Iterable[str] = ()) -> argparse.ArgumentParser:
     """A parser with --recipe and one flag for each of the recipe's `keys`; its help opens with `doc`."""
-    parser = _Parser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="YAML with every setting (default: recipes/sppo/released.yaml)"
     )
-    parser.add_argument("--recipe", metavar="FILE", help="YAML with every setting (default: recipes/sppo/released.yaml)")
     defaults = Recipe()
     group = parser.add_argument_group("settings (a flag wins over the recipe; shown: released.yaml's value)")
     for name in keys:
         kind, meta = _TYPES[name], _FIELDS[name].metadata
         default = getattr(defaults, name)
         literal = typing.get_origin(kind) is Literal
-        metavar = "|".join(typing.get_args(kind)) if literal else "true|false" if kind is bool else kind.__name__.upper()
+        metavar = (
+            "|".join(typing.get_args(kind)) if literal else "true|false" if kind is bool else kind.__name__.upper()
+        )
         shown = f" ({default})" if default != "" else ""
         options = {"nargs": "?", "const": "true"} if kind is bool else {}
         group.add_argument(f"--{name}", metavar=metavar, help=f"{meta['help']}{shown}".replace("%", "%%"), **options)
@@ -199,20 +201,28 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tup
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """--output_dir and --overwrite, which every data stage has."""
-    parser.add_argument("--output_dir", type=Path, required=True, help="the iteration's data directory, the same for all stages")
-    parser.add_argument("--overwrite", action="store_true", help="make it again although other inputs or settings made it")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="the iteration's data directory, the same for all stages"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make it again although other inputs or settings made it"
+    )
 
 
 def add_shard_flags(parser: argparse.ArgumentParser) -> None:
     """Which rows a sharded stage works on."""
     add_data_flags(parser)
-    parser.add_argument("--frac_len", type=int, default=0, help="rows in a shard; 0: all, shared evenly by --numgpu shards")
-    parser.add_argument("--data_frac", type=int, default=0, help="which shard: rows [data_frac*frac_len, (data_frac+1)*frac_len)")
+    parser.add_argument(
+        "--frac_len", type=int, default=0, help="rows in a shard; 0: all, shared evenly by --numgpu shards"
+    )
+    parser.add_argument(
+        "--data_frac", type=int, default=0, help="which shard: rows [data_frac*frac_len, (data_frac+1)*frac_len)"
+    )
     parser.add_argument("--numgpu", type=int, default=1, help="how many shards there are")
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """"1/3" as (1, 3). Raises UsageError."""
+    """ "1/3" as (1, 3). Raises UsageError."""
     first, _, second = text.partition("/")
     if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
         raise UsageError(f"--prompts_part {text!r}: two numbers like 0/3, the first below the second")

@@ -62,7 +62,9 @@ def dataset_file(dataset: str, recipe: Recipe) -> Path:
     return exported
 
 
-def load_training_set(path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], recipe: Recipe) -> TrainingSet:
+def load_training_set(
+    path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], recipe: Recipe
+) -> TrainingSet:
     """Rows of `path` as token ids.
 
     What was generated is what is trained on: where a row holds token ids of this very tokenizer, those are used, and
@@ -84,7 +86,9 @@ def load_training_set(path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: 
         kept_prompts, kept_responses = [], []
         for prompt, response in sides:
             if not response:
-                raise SPPOError(f"{path}, row {number}: a response without a token; run compute_prob.py, which drops those")
+                raise SPPOError(
+                    f"{path}, row {number}: a response without a token; run compute_prob.py, which drops those"
+                )
             if len(prompt) > recipe.max_prompt_length:
                 counts["prompts_cut"] += 1
                 prompt = prompt[-recipe.max_prompt_length :]

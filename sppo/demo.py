@@ -20,14 +20,11 @@ from sppo.progress import progress
 NAMES = (
     "Anna Ben Clara David Emma Felix Grace Henry Iris Jacob Karla Leo Mia Noah Olga Paul Rosa Simon Tara Victor".split()
 )
-PLACES = [
-    f"{where}"
-    for where in (
-        "in the garden,at the market,on the beach,in the kitchen,at the station,in the forest,on the hill,in the park,"
-        "at the harbour,in the old town,on the farm,in the museum,by the river,in the library,at the fair,on the roof,"
-        "in the workshop,at school,by the lake,in the attic"
-    ).split(",")
-]
+PLACES = (
+    "in the garden,at the market,on the beach,in the kitchen,at the station,in the forest,on the hill,in the park,"
+    "at the harbour,in the old town,on the farm,in the museum,by the river,in the library,at the fair,on the roof,"
+    "in the workshop,at school,by the lake,in the attic"
+).split(",")
 THINGS = (
     "ball boat kite dog cat bird house door flower tree chair lamp book hat coat car train bridge cup table box flag "
     "bicycle ladder basket clock"
@@ -94,10 +91,19 @@ def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: rand
     corpus = [(q, answer(n, p, rng)) for q, n, p in prompts for _ in range(8)]
     tokenizer = chat_tokenizer([f"{q} {a}" for q, a in corpus])
     config = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, sliding_window=None, tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = MistralForCausalLM(config)
     examples = []
     for question, text in corpus:
@@ -128,7 +134,8 @@ def chat_tokenizer(texts: list[str]) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]"]
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made = PreTrainedTokenizerFast(
@@ -147,18 +154,36 @@ def train_ranker(directory: Path, prompts: list[tuple[str, str, str]], rng: rand
     corpus = [(q, answer(n, p, rng), answer(n, p, rng)) for q, n, p in prompts for _ in range(24)]
     tokenizer = ranker_tokenizer([text for row in corpus[:4000] for text in row])
     config = DebertaV2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, relative_attention=True, position_buckets=64, norm_rel_ebd="layer_norm",
-        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        relative_attention=True,
+        position_buckets=64,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     config.save_pretrained(base)
     tokenizer.save_pretrained(base)
     config.vocab_size += len((SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE))
     model = PairRMModel(config, n_tasks=1, dropout=0.0)
     directory.mkdir(exist_ok=True)
-    settings = {"ranker_type": "pairranker", "model_type": "deberta", "model_name": "../ranker-base", "n_tasks": 1,
-                "source_maxlength": 1224, "candidate_maxlength": 412, "drop_out": 0.05}  # fmt: skip
+    settings = {
+        "ranker_type": "pairranker",
+        "model_type": "deberta",
+        "model_name": "../ranker-base",
+        "n_tasks": 1,
+        "source_maxlength": 1224,
+        "candidate_maxlength": 412,
+        "drop_out": 0.05,
+    }
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     def save() -> None:
@@ -198,7 +223,9 @@ def ranker_tokenizer(texts: list[str]) -> Any:
     return DebertaV2Tokenizer(vocab=pieces, unk_id=3, model_max_length=2048)
 
 
-def _fit(label: str, model: torch.nn.Module, rows: list[Any], loss: Any, steps: int, rate: float, rng: random.Random) -> None:
+def _fit(
+    label: str, model: torch.nn.Module, rows: list[Any], loss: Any, steps: int, rate: float, rng: random.Random
+) -> None:
     """AdamW with a warm-up and a linear end, in batches of 64 rows of like length order."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50) * (1 - s / steps))

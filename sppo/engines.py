@@ -72,6 +72,7 @@ def generate_vllm(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.platforms import current_platform
+    from vllm.sampling_params import RequestOutputKind
 
     longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
     options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization}
@@ -104,6 +105,7 @@ def generate_vllm(
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=sorted(stop_ids),
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,  # all K samples of a prompt at once
             )
             engine.add_request(request.prompt_id, TokensPrompt(prompt_token_ids=request.token_ids), params)
             running[request.prompt_id] = request
@@ -147,7 +149,9 @@ def generate_transformers(model: Path, recipe: Recipe, stop_ids: set[int], reque
             batch = members[start : start + width]
             full = [batch[i % len(batch)] for i in range(width)]
             rows = [[pad] * (length - len(r.token_ids)) + r.token_ids for r in full for _ in range(recipe.pairs)]
-            mask = [[0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in full for _ in range(recipe.pairs)]
+            mask = [
+                [0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in full for _ in range(recipe.pairs)
+            ]
             budget = max(r.max_new_tokens for r in full)
             sampler = _Sampler(recipe, full, length, budget)
             with torch.inference_mode():

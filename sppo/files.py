@@ -140,7 +140,7 @@ class Journal:
         self.done: dict[str, int] = {}
         self.dropped = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = open(path, "a+b")
+        self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115 - held until close() or remove()
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -92,13 +92,19 @@ def generate_shard(
     requests, conversations, skipped = _prepare(recipe, model, tokenizer, prompts[start:stop])
     order = [r.prompt_id for r in requests]
     missing = [r for r in requests if r.prompt_id not in journal.done]
-    print(f"generate: rows {start} to {stop} of {len(prompts)}: {len(missing)} to do, "
-          f"{len(order) - len(missing)} in the journal, {len(skipped)} skipped; engine {engine}")  # fmt: skip
+    print(
+        f"generate: rows {start} to {stop} of {len(prompts)}: {len(missing)} to do, "
+        f"{len(order) - len(missing)} in the journal, {len(skipped)} skipped; engine {engine}"
+    )
     stops = chat.stop_token_ids(model, tokenizer)
     bar = progress(len(order), f"shard {part.data_frac}", "prompt", len(order) - len(missing))
     tokens = 0
     with bar:
         for request, responses in finished_responses(engine, model, recipe, stops, missing, world_size):
+            if len(responses) != recipe.pairs:
+                raise SPPOError(
+                    f"engine {engine} gave {len(responses)} responses, not {recipe.pairs}, to {request.prompt_id}"
+                )
             answer = []
             for r in responses:
                 text_ids = r.token_ids[:-1] if r.finish_reason == "stop" else r.token_ids
@@ -174,7 +180,9 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool) -> None:
     shards = [shard_paths(directory, i)[:2] for i in range(numgpu)]
     extra = sorted(p.name for p in directory.glob("shard-*.parquet") if p not in [s[0] for s in shards])
     if extra:
-        raise SPPOError(f"{directory} holds shards beyond --numgpu {numgpu}: {', '.join(extra)}; another run's? Move them away")
+        raise SPPOError(
+            f"{directory} holds shards beyond --numgpu {numgpu}: {', '.join(extra)}; another run's? Move them away"
+        )
     absent = [str(m) for _, m in shards if not m.exists()]
     if absent:
         raise SPPOError(f"shards that are not finished: {', '.join(absent)}; run generate.py for them")
@@ -237,7 +245,11 @@ def _check_alike(manifests: list[dict[str, Any]], directory: Path, pairs: int) -
     for number, manifest in enumerate(manifests):
         start, stop = manifest["settings"]["rows"]
         if start != expected:
-            raise SPPOError(f"{directory}: shard {number} starts at row {start}, not {expected}; check --frac_len and --data_frac")
+            raise SPPOError(
+                f"{directory}: shard {number} starts at row {start}, not {expected}; check --frac_len and --data_frac"
+            )
         expected = stop
     if expected != first["prompts_total"]:
-        raise SPPOError(f"{directory}: the shards end at row {expected} of {first['prompts_total']}; some were not generated")
+        raise SPPOError(
+            f"{directory}: the shards end at row {expected} of {first['prompts_total']}; some were not generated"
+        )

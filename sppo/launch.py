@@ -76,7 +76,7 @@ def start(command: list[str], device: str | None, log: Path | None, shares: int 
         env["CUDA_VISIBLE_DEVICES"] = device
     if shares > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // shares)))
-    output = open(log, "wb") if log else None
+    output = open(log, "wb") if log else None  # noqa: SIM115 - closed below
     try:
         return subprocess.Popen(
             command,
@@ -154,7 +154,9 @@ def watch(processes: list[subprocess.Popen[bytes]], logs: list[Path], name: str)
 
 def _show_failure(name: str, index: int, code: int, logs: list[Path]) -> None:
     if code < 0:
-        reason = f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+        reason = f"was killed by {signal.Signals(-code).name}" + (
+            " (out of memory?)" if code == -signal.SIGKILL else ""
+        )
         code = 128 - code
     else:
         reason = f"ended with code {code}"
@@ -191,15 +193,28 @@ def run_training(names: list[str], accelerate_config: str, logs: Path, arguments
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", str(len(names)),
-               "--main_process_port", str(port), str(ROOT / "sppo" / "run_sppo.py"), *arguments]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(path),
+        "--num_processes",
+        str(len(names)),
+        "--main_process_port",
+        str(port),
+        str(ROOT / "sppo" / "run_sppo.py"),
+        *arguments,
+    ]
     log = new_log(logs, "train")
     process = start(command, None if cpu and names == [""] and not _gpu_count() else ",".join(filter(None, names)), log)
     watch([process], [log], "train")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sppo.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m sppo.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["shards", "train", "count"])
     parser.add_argument("--gpus", default="auto", help="a list, auto, or none")
     parser.add_argument("--world_size", type=int, default=1, help="GPUs for one process")

@@ -69,19 +69,65 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
         changes["model_revision"] = ""
     mine = dataclasses.replace(recipe, **changes)
     written = here / "recipe.yaml"
-    generate = ["bash", str(ROOT / "scripts/generate.sh"), "--recipe", str(written), "--model", model, "--prompt", prompts,
-                "--out_path", str(here / "data"), "--gpus", args.gpus, "--world_size", str(args.world_size)]  # fmt: skip
+    generate = [
+        "bash",
+        str(ROOT / "scripts/generate.sh"),
+        "--recipe",
+        str(written),
+        "--model",
+        model,
+        "--prompt",
+        prompts,
+        "--out_path",
+        str(here / "data"),
+        "--gpus",
+        args.gpus,
+        "--world_size",
+        str(args.world_size),
+    ]
     if recipe.split_prompts:
         generate += ["--part", f"{i - 1}/{recipe.iterations}"]
     if recipe.org:
         generate += ["--org", recipe.org, "--name", f"{name}-iter{i}"]
-    train = ["bash", str(ROOT / "scripts/pipeline.sh"), "--recipe", str(written), "--model", model, "--iter", str(i),
-             "--dataset", str(here / "data"), "--output_dir", str(here / "model"), "--gpus", args.gpus,
-             "--accelerate_config", args.accelerate_config]  # fmt: skip
-    steps: list[Step] = [(f"iteration {i}: generate", generate, (written, mine)), (f"iteration {i}: train", train, None)]
+    train = [
+        "bash",
+        str(ROOT / "scripts/pipeline.sh"),
+        "--recipe",
+        str(written),
+        "--model",
+        model,
+        "--iter",
+        str(i),
+        "--dataset",
+        str(here / "data"),
+        "--output_dir",
+        str(here / "model"),
+        "--gpus",
+        args.gpus,
+        "--accelerate_config",
+        args.accelerate_config,
+    ]
+    steps: list[Step] = [
+        (f"iteration {i}: generate", generate, (written, mine)),
+        (f"iteration {i}: train", train, None),
+    ]
     if recipe.eval_prompts:
-        report = [sys.executable, str(ROOT / "scripts/report.py"), "--recipe", str(written), "--run_dir", str(run_dir),
-                  "--base", recipe.model, "--iteration", str(i), "--seed", str(recipe.seed), "--gpus", args.gpus]  # fmt: skip
+        report = [
+            sys.executable,
+            str(ROOT / "scripts/report.py"),
+            "--recipe",
+            str(written),
+            "--run_dir",
+            str(run_dir),
+            "--base",
+            recipe.model,
+            "--iteration",
+            str(i),
+            "--seed",
+            str(recipe.seed),
+            "--gpus",
+            args.gpus,
+        ]
         steps.append((f"iteration {i}: report", report, None))
     return steps
 
@@ -106,4 +152,3 @@ def _call(label: str, command: list[str]) -> None:
         print(f"=== {label}: failed; run the same command again to go on from here", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
     print(f"=== {label}: {time.monotonic() - started:.0f} s", flush=True)
-

@@ -115,11 +115,15 @@ def _hold_out(responses: Path, ranking: dict[str, np.ndarray], recipe: Recipe) -
         raise UsageError(f"--test_size {recipe.test_size}: a whole number of prompts, or a share below 1")
     count = round(recipe.test_size * len(contents)) if share else int(recipe.test_size)
     if count >= len(contents):
-        raise UsageError(f"--test_size {recipe.test_size:g} leaves nothing to train on: there are {len(contents)} prompts")
+        raise UsageError(
+            f"--test_size {recipe.test_size:g} leaves nothing to train on: there are {len(contents)} prompts"
+        )
     return set(random.Random(recipe.seed).sample(contents, count))
 
 
-def _rows(responses: Path, ranking: dict[str, np.ndarray], recipe: Recipe, keep: Any, statistics: _Statistics) -> Iterator[dict[str, Any]]:
+def _rows(
+    responses: Path, ranking: dict[str, np.ndarray], recipe: Recipe, keep: Any, statistics: _Statistics
+) -> Iterator[dict[str, Any]]:
     names = open_parquet(responses, []).schema_arrow.names
     columns = ["prompt_id", "prompt", "responses"] + [c for c in ("prompt_token_ids", "tokenizer") if c in names]
     source = (row for row in read_rows(responses, columns) if keep(content_id(row["prompt"])))
@@ -169,7 +173,9 @@ class _Statistics:
         self.sums: Counter[str] = Counter()
         self.moments = np.zeros(5)  # of (score, length): sums of x, y, x^2, y^2, xy, within each prompt
 
-    def ranked(self, logits: np.ndarray, probability: np.ndarray, scores: np.ndarray, rows: list[dict[str, Any]]) -> None:
+    def ranked(
+        self, logits: np.ndarray, probability: np.ndarray, scores: np.ndarray, rows: list[dict[str, Any]]
+    ) -> None:
         n, k, _ = logits.shape
         self.sums["prompts"] += n
         self.sums["triples"] += n * (k >= 3)
@@ -190,13 +196,17 @@ class _Statistics:
         quantiles = {}
         for name, values in zip(("p", "p_win", "p_lose"), np.array(self.pairs).reshape(-1, 3).T, strict=True):
             points = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]) if len(values) else []
-            quantiles[name] = {"mean": round(float(values.mean()), 4) if len(values) else None,
-                               "quantiles": [round(float(q), 4) for q in points]}  # fmt: skip
+            quantiles[name] = {
+                "mean": round(float(values.mean()), 4) if len(values) else None,
+                "quantiles": [round(float(q), 4) for q in points],
+            }
         return {
             "prompts": self.sums["prompts"],
             "dropped": {k: v for k, v in self.dropped.items() if v},
             "tied_pairs": self.sums["ties"],
-            "intransitive_triples": round(self.sums["intransitive"] / self.sums["triples"], 5) if self.sums["triples"] else None,
+            "intransitive_triples": round(self.sums["intransitive"] / self.sums["triples"], 5)
+            if self.sums["triples"]
+            else None,
             "position_bias": round(self.sums["bias"] / n, 5),
             "score_length_correlation": round(float(xy / np.sqrt(xx * yy)), 4) if xx > 0 and yy > 0 else None,
             **quantiles,

@@ -40,7 +40,9 @@ class PairRMModel(nn.Module):
 
         input_ids, attention_mask: (B, T). places: (B, 3), where the source, candidate 1 and candidate 2 prefixes are.
         """
-        hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, T, H)
+        hidden = self.pretrained_model(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state  # (B, T, H)
         source, first, second = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places].unbind(1)
         left = self.head_layer(torch.cat([source, first], -1))  # (B, n_tasks)
         right = self.head_layer(torch.cat([source, second], -1))
@@ -74,8 +76,12 @@ class PairRM:
         return self._encode(CANDIDATE, text, self.candidate_maxlength + spare)
 
     def _encode(self, prefix: str, text: str, limit: int) -> list[int]:
-        return [self.tokenizer.cls_token_id, self.prefix_ids[prefix], *self._text_ids(text)[: limit - 3],
-                self.tokenizer.sep_token_id]  # fmt: skip
+        return [
+            self.tokenizer.cls_token_id,
+            self.prefix_ids[prefix],
+            *self._text_ids(text)[: limit - 3],
+            self.tokenizer.sep_token_id,
+        ]
 
     def _text_ids(self, text: str) -> list[int]:
         """Text is data: no control token comes out of it, whatever it spells. [SEP] becomes a space, as in
@@ -165,7 +171,9 @@ def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dic
     embedding = weights.get("pretrained_model.embeddings.word_embeddings.weight")
     if embedding is None or len(embedding) <= max(ids.values()):
         rows = "no" if embedding is None else len(embedding)
-        raise SPPOError(f"ranker {directory}: {rows} embedding rows do not fit its tokenizer of {max(ids.values()) + 1}")
+        raise SPPOError(
+            f"ranker {directory}: {rows} embedding rows do not fit its tokenizer of {max(ids.values()) + 1}"
+        )
     config.vocab_size = len(embedding)
     settings = {
         "source_maxlength": raw.get("source_maxlength") or 1224,

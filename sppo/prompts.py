@@ -131,7 +131,7 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
                 except json.JSONDecodeError as error:
                     raise SPPOError(f"prompts {path}, line {number}: not JSON ({error.msg})") from None
                 if not isinstance(row, dict):
-                    raise SPPOError(f"prompts {path}, line {number}: not an object like {{\"{column}\": ...}}")
+                    raise SPPOError(f'prompts {path}, line {number}: not an object like {{"{column}": ...}}')
                 yield row
         except UnicodeDecodeError:
             raise SPPOError(f"prompts {path}: not UTF-8 text") from None

@@ -66,7 +66,18 @@ def _answers(recipe: Recipe, directory: Path, model: str, gpus: str) -> Path:
     common = ["--output_dir", str(out), "--pairs", str(recipe.eval_pairs)]
     keys = ("prompt_column", "prompt_split", "temperature", "top_p", "maxlen", "engine", "seed", "system_prompt")
     settings = [f"--{k}={getattr(recipe, k)}" for k in (*keys, "gpu_memory_utilization")]
-    launch = [sys.executable, "-m", "sppo.launch", "shards", "--gpus", gpus, "--logs", str(directory / "logs"), "--name", "eval"]
+    launch = [
+        sys.executable,
+        "-m",
+        "sppo.launch",
+        "shards",
+        "--gpus",
+        gpus,
+        "--logs",
+        str(directory / "logs"),
+        "--name",
+        "eval",
+    ]
     generate = [sys.executable, str(ROOT / "scripts/generate.py"), "--model", model, "--prompts", recipe.eval_prompts]
     _run([*launch, "--", *generate, *common, *settings])
     shards = len(list((out / "responses").glob("shard-*.manifest.json")))
@@ -118,7 +129,14 @@ def _compare(recipe: Recipe, ranker_dir: Path, before: Path, after: Path, judge_
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The rows of summary.json, for a person."""
-    names = ["iteration", *[k for k in rows[0] if k.endswith("_win_rate")], "mean_tokens", "base_mean_tokens", "loss", "beta2_loss"]
+    names = [
+        "iteration",
+        *[k for k in rows[0] if k.endswith("_win_rate")],
+        "mean_tokens",
+        "base_mean_tokens",
+        "loss",
+        "beta2_loss",
+    ]
     lines = [names, *[[_cell(name, row[name]) for name in names] for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     print("\nWin rates are against the base model, on held-out prompts.")

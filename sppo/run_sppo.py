@@ -1,7 +1,8 @@
 """Train one iteration: $DATA -> $MODEL.
 
     accelerate launch --config_file recipes/accelerate_configs/zero3.yaml --num_processes 8 \\
-        sppo/run_sppo.py recipes/sppo/released.yaml --model=M --dataset=runs/x/iter1/data --output_dir=runs/x/iter1/model
+        sppo/run_sppo.py recipes/sppo/released.yaml --model=M --dataset=runs/x/iter1/data \\
+        --output_dir=runs/x/iter1/model
 
 Reads   the policy (Hub id or directory) and the data set (train.parquet, its directory, or a Hub data set).
 Writes  --output_dir: weights, config, the policy's own tokenizer files, metrics.jsonl, a model card and the
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
     from sppo.trainer import SPPOTrainer
 
 KEYS = (
-    "model model_revision seed loss_type beta learning_rate lr_scheduler_type warmup_ratio num_train_epochs schedule_epochs "
-    "optim weight_decay max_grad_norm global_batch_size batch_size accumulate gradient_checkpointing max_prompt_length "
-    "max_length attn_implementation logging_steps save_steps report_to prompts_revision"
+    "model model_revision seed loss_type beta learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
+    "schedule_epochs optim weight_decay max_grad_norm global_batch_size batch_size accumulate gradient_checkpointing "
+    "max_prompt_length max_length attn_implementation logging_steps save_steps report_to prompts_revision"
 ).split()
 # what decides the result; the rest only decides where and how fast it is computed
 IDENTITY = (
-    "seed loss_type beta learning_rate lr_scheduler_type warmup_ratio num_train_epochs schedule_epochs optim weight_decay "
-    "max_grad_norm max_prompt_length max_length attn_implementation"
+    "seed loss_type beta learning_rate lr_scheduler_type warmup_ratio num_train_epochs schedule_epochs optim "
+    "weight_decay max_grad_norm max_prompt_length max_length attn_implementation"
 ).split()
 
 
@@ -52,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="train.parquet, a $DATA directory, or a data set on the Hub")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the trained model appears")
     parser.add_argument("--iter", type=int, default=0, help="the iteration's number, for the model card")
-    parser.add_argument("--overwrite", action="store_true", help="train again although output_dir holds another run's model")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="train again although output_dir holds another run's model"
+    )
     args = parser.parse_args(argv)
     args.recipe = args.recipe or args.recipe_file
     given = {k: getattr(args, k) for k in KEYS if getattr(args, k) is not None}
@@ -91,7 +94,10 @@ def train(recipe: Recipe, dataset: str, output_dir: Path, iteration: int, overwr
         output_dir / "sppo_manifest.json",
         [output_dir] if output_dir.exists() and any(output_dir.iterdir()) else [],
         inputs={"model": model_identity(source), "dataset": digest(path)},
-        settings={"global_batch_size": recipe.batch_size * steps * processes, **{k: getattr(recipe, k) for k in IDENTITY}},
+        settings={
+            "global_batch_size": recipe.batch_size * steps * processes,
+            **{k: getattr(recipe, k) for k in IDENTITY},
+        },
     )
     if not overwrite and stage.is_done():
         print(f"train: done: {output_dir}")
@@ -101,8 +107,10 @@ def train(recipe: Recipe, dataset: str, output_dir: Path, iteration: int, overwr
     checkpoint = _resume_point(stage, work, overwrite and rank == 0)
     trainer, data = _trainer(recipe, source, path, work, steps, processes, load_training_set)
     if trainer.is_world_process_zero():
-        print(f"train: {data.counts}; {processes} x {recipe.batch_size} x {steps} pairs a step"
-              + (f"; going on from {checkpoint}" if checkpoint else ""))  # fmt: skip
+        print(
+            f"train: {data.counts}; {processes} x {recipe.batch_size} x {steps} pairs a step"
+            + (f"; going on from {checkpoint}" if checkpoint else "")
+        )
         write_json(work / "identity.json", stage.identity)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     final = work / "final"
@@ -139,7 +147,9 @@ def _trainer(
     data = load(path, tokenizer, chat.stop_token_ids(source, tokenizer), recipe)
     args = _training_arguments(recipe, work, steps)
     if args.world_size != processes:
-        raise SPPOError(f"{processes} processes were launched, {args.world_size} take part; check the accelerate config")
+        raise SPPOError(
+            f"{processes} processes were launched, {args.world_size} take part; check the accelerate config"
+        )
     # after TrainingArguments: under ZeRO-3 the weights are then sharded as they load
     model = load_causal_lm(source, torch.float32, recipe.attn_implementation)
     disable_dropout(model)

@@ -29,7 +29,15 @@ class SPPOTrainer(Trainer):
     # our loss is a mean over the micro-batch: the Trainer divides it by the accumulation steps
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, recipe: Recipe, data: TrainingSet, pad_id: int, table: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        recipe: Recipe,
+        data: TrainingSet,
+        pad_id: int,
+        table: Path,
+    ) -> None:
         self.recipe, self.table = recipe, table
         self.reference: torch.Tensor | None = None  # (N, 2): log pi_t of chosen and rejected
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2))
@@ -67,7 +75,13 @@ class SPPOTrainer(Trainer):
 
     @torch.no_grad()
     def _add_metrics(
-        self, loss: torch.Tensor, a: torch.Tensor, b: torch.Tensor, logps: torch.Tensor, p_win: torch.Tensor, p_lose: torch.Tensor
+        self,
+        loss: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        logps: torch.Tensor,
+        p_win: torch.Tensor,
+        p_lose: torch.Tensor,
     ) -> None:
         beta = self.recipe.beta
         chosen, rejected = logps.chunk(2)
@@ -112,7 +126,9 @@ class SPPOTrainer(Trainer):
 
         if self.state.global_step:
             if not self.table.exists():
-                raise SPPOError(f"{self.table} is gone, so this run cannot be resumed; delete its directory and start again")
+                raise SPPOError(
+                    f"{self.table} is gone, so this run cannot be resumed; delete its directory and start again"
+                )
             self.reference = load_file(self.table)["logps"]
             return
         model, ranks = self.model_wrapped, self.accelerator.num_processes

@@ -1,0 +1,81 @@
+"""Recipes and flags: a typo never passes, and the command line wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from sppo import config
+from sppo.errors import UsageError
+
+RECIPES = sorted((tiny.ROOT / "recipes" / "sppo").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_the_recipes_load(path: Path) -> None:
+    assert config.load_recipe(path).pairs == 5
+
+
+def test_released_yaml_says_what_the_defaults_are() -> None:
+    assert config.load_recipe() == config.Recipe()
+
+
+def test_a_flag_wins_over_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("pairs: 3\nbeta: 0.01\nmodel: a=b\n")
+    parser = config.make_parser("", ["pairs", "beta", "model", "split_prompts"])
+    _, recipe = config.parse(parser, ["--recipe", str(tmp_path / "r.yaml"), "--beta=1e-4", "--split_prompts"])
+    assert (recipe.pairs, recipe.beta, recipe.model, recipe.split_prompts) == (3, 1e-4, "a=b", True)
+    _, recipe = config.parse(parser, ["--model=x=y=z"])  # the released scripts cut at the second =
+    assert recipe.model == "x=y=z"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate'; did you mean learning_rate"),
+        ("pairs: 1", "at least 2"),
+        ("pairs: 2.5", "whole number"),
+        ("pairs: five", "whole number"),
+        ("pairs: true", "whole number"),
+        ("beta: .nan", "at least"),
+        ("top_p: 1.5", "between"),
+        ("loss_type: spo", "did you mean sppo"),
+        ("split_prompts: 1", "true or false"),
+        ("model: [a]", "a text"),
+        ("- a", "key: value"),
+        ("a: b: c", "not YAML"),
+    ],
+)
+def test_a_wrong_recipe_names_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        config.load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pair", "3"], "unknown flag --pair; did you mean --pairs"),
+        (["--beta", "x"], "a number"),
+        (["--recipe", "nowhere.yaml"], "no recipe at"),
+    ],
+)
+def test_a_wrong_flag_names_the_nearest(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config.parse(config.make_parser("", ["pairs", "beta"]), flags)
+
+
+SCRIPTS = sorted(p for p in (tiny.ROOT / "scripts").iterdir() if p.name not in ("env.sh", "install.sh", "__pycache__"))
+SCRIPTS += [tiny.ROOT / "sppo" / "run_sppo.py", *tiny.ROOT.glob("run_sppo_[lmg]*.sh")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_every_script_has_help_and_refuses_typos(script: Path) -> None:
+    shown = tiny.succeed(script, "--help")
+    assert "--" in shown
+    assert len(shown) > 300
+    done = tiny.run(script, "--modle", "x")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,118 @@
+"""Files are whole or absent, journals survive a kill, and a stage refuses work made under other settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sppo.errors import SPPOError
+from sppo.files import Journal, atomic, exclusive
+from sppo.manifest import Stage, model_identity
+
+IDENTITY = {"inputs": {"a": 1}, "settings": {}}
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+def test_a_journal_cut_anywhere_keeps_every_whole_line(tmp_path: Path, cut: int) -> None:
+    journal = Journal(tmp_path / "j", IDENTITY)
+    for i in range(5):
+        journal.add(f"p{i}", {"text": f"línea {i}\n"})
+    journal.close()
+    content = (tmp_path / "j").read_bytes()
+    (tmp_path / "j").write_bytes(content[: len(content) - cut])
+    whole = content[: len(content) - cut].count(b"\n") - 1  # the header is a line too
+    again = Journal(tmp_path / "j", IDENTITY)
+    assert len(again.done) == whole
+    again.add("new", {"text": "x"})
+    assert [again.read(f"p{i}")["text"] for i in range(whole)] == [f"línea {i}\n" for i in range(whole)]
+    again.close()
+    last = Journal(tmp_path / "j", IDENTITY)
+    assert len(last.done) == whole + 1
+    last.close()
+
+
+def test_a_damaged_line_is_made_again_and_costs_no_other(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", IDENTITY)
+    for i in range(3):
+        journal.add(f"p{i}", {"n": i})
+    journal.close()
+    content = bytearray((tmp_path / "j").read_bytes())
+    content[content.index(b'"p1"') + 1] ^= 1
+    (tmp_path / "j").write_bytes(content)
+    again = Journal(tmp_path / "j", IDENTITY)
+    assert set(again.done) == {"p0", "p2"}
+    assert again.dropped == 1
+    again.close()
+
+
+def test_two_processes_cannot_share_a_journal_or_a_run(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "j", IDENTITY)
+    with pytest.raises(SPPOError, match="another process"):
+        Journal(tmp_path / "j", IDENTITY)
+    first.close()
+    with exclusive(tmp_path / "run"), pytest.raises(SPPOError, match="another run"), exclusive(tmp_path / "run"):
+        pass
+
+
+def stage(directory: Path, **settings: int) -> Stage:
+    return Stage("s", directory / "m.json", [directory / "out"], {"model": "abc"}, settings, directory / "j")
+
+
+def test_a_stage_is_done_once_and_refuses_other_settings(tmp_path: Path) -> None:
+    assert not stage(tmp_path, pairs=5).is_done()
+    (tmp_path / "out").write_text("result")
+    stage(tmp_path, pairs=5).finish({"n": 1})
+    assert stage(tmp_path, pairs=5).is_done()
+    with pytest.raises(SPPOError, match=r"settings\.pairs: 5 there, 4 now(.|\n)*--overwrite"):
+        stage(tmp_path, pairs=4).is_done()
+    (tmp_path / "out").write_text("changed")
+    assert not stage(tmp_path, pairs=5).is_done()
+    (tmp_path / "out").unlink()
+    assert not stage(tmp_path, pairs=5).is_done()
+
+
+def test_somebody_elses_output_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SPPOError, match="without a manifest"):
+        stage(tmp_path).is_done()
+    assert not stage(tmp_path).is_done(overwrite=True)
+
+
+def test_a_journal_of_other_settings_is_refused_not_deleted(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity)
+    journal.add("p", {})
+    journal.close()
+    assert not stage(tmp_path, pairs=5).is_done()
+    with pytest.raises(SPPOError, match="pairs"):
+        stage(tmp_path, pairs=4).is_done()
+    assert (tmp_path / "j").exists()
+
+
+def test_new_weights_under_the_same_path_are_another_model(models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(models / "llama3", tmp_path / "m")
+    assert model_identity(copy) == model_identity(models / "llama3")
+    (copy / "README.md").write_text("words")
+    assert model_identity(copy) == model_identity(models / "llama3")
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert model_identity(copy) != model_identity(models / "llama3")

@@ -1,0 +1,139 @@
+"""Tiny models of the real architectures, with tokenizers and chat templates of the real shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
+
+LLAMA3_TEMPLATE = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+TEXTS = [
+    "def f(x):\n    return None if x is None else x + 1",
+    "What does Anna see at the market? Anna sees a red ball and a small dog.",
+    "Explain why the sky is blue, in two sentences. Name three rivers in Europe.",
+    "You are a helpful assistant. system user assistant model",
+] * 4
+
+
+def tokenizer(special: list[str], bos: str, eos: str, pad: str, template: str, adds_bos: bool = True) -> Any:
+    """A byte-level BPE like Llama-3's, whose plain call adds a BOS, so that a BOS too many is seen."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    if adds_bos:
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, pad_token=pad)
+    fast.chat_template = template
+    return fast
+
+
+def save(directory: Path, model_class: Any, config: Any, fast: Any, stops: list[int]) -> Path:
+    import torch
+    from transformers import GenerationConfig
+
+    torch.manual_seed(0)
+    model = model_class(config)
+    for parameter in model.parameters():  # wide enough that answers differ
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.generation_config = GenerationConfig(eos_token_id=stops, bos_token_id=fast.bos_token_id)
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
+
+
+def shape(fast: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(fast),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,  # the smallest that vLLM's CPU attention takes
+        "max_position_embeddings": 512,
+        "bos_token_id": fast.bos_token_id,
+        "eos_token_id": fast.eos_token_id,
+        "pad_token_id": fast.pad_token_id,
+        **more,
+    }
+
+
+def llama3(directory: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    fast = tokenizer(special, special[0], "<|eot_id|>", "<|end_of_text|>", LLAMA3_TEMPLATE)
+    stops = fast.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    return save(directory, LlamaForCausalLM, LlamaConfig(**shape(fast)), fast, stops)
+
+
+def mistral(directory: Path) -> Path:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from sppo.demo import CHAT_TEMPLATE
+
+    fast = tokenizer(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", "</s>", CHAT_TEMPLATE)
+    config = MistralConfig(**shape(fast, sliding_window=None))
+    return save(directory, MistralForCausalLM, config, fast, [fast.eos_token_id])
+
+
+def gemma2(directory: Path) -> Path:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+    fast = tokenizer(special, "<bos>", "<eos>", "<pad>", GEMMA_TEMPLATE)
+    config = Gemma2Config(**shape(fast, sliding_window=64, query_pre_attn_scalar=16))
+    return save(directory, Gemma2ForCausalLM, config, fast, fast.convert_tokens_to_ids(["<eos>", "<end_of_turn>"]))
+
+
+def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command of the project, as a user runs it, on this Python."""
+    environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", **env}
+    words = [str(c) for c in command]
+    if words[0].endswith(".py"):
+        words = [sys.executable, *words]
+    elif words[0].endswith(".sh"):
+        words = ["bash", *words]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
+
+
+def succeed(*command: str | Path, **env: str) -> str:
+    done = run(*command, **env)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
