@@ -14,13 +14,15 @@ case $what in core | vllm | tests) ;; *) echo "error: core, vllm or tests, not $
 stamp=.venv/installed-$what-$(cat setup.py scripts/install.sh | cksum | cut -d' ' -f1)
 [ ! -e "$stamp" ] || exit 0
 
-usable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2> /dev/null; }
+lowest=10
+[ "$what" = core ] || lowest=11 # vLLM's CPU build
+usable() { "$1" -c "import sys, venv, ensurepip; sys.exit(not (3, $lowest) <= sys.version_info[:2] <= (3, 12))" 2> /dev/null; }
 if ! { [ -x .venv/bin/python ] && usable .venv/bin/python && .venv/bin/python -m pip --version > /dev/null 2>&1; }; then
   found=''
   for candidate in "${PYTHON:-}" python3 python python3.12 python3.11 python3.10; do
     if [ -n "$candidate" ] && usable "$candidate"; then found=$candidate; break; fi
   done
-  [ -n "$found" ] || { echo "error: no Python 3.10 to 3.12 with venv found; install one, or name it: PYTHON=... (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+  [ -n "$found" ] || { echo "error: no Python 3.$lowest to 3.12 with venv found; install one, or name it: PYTHON=... (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
   echo "install: making .venv with $("$found" --version)"
   "$found" -m venv --clear .venv
 fi

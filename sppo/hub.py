@@ -114,7 +114,7 @@ def _card(repo: str, folder: Path, counts: dict[str, Any], settings: dict[str, A
     shown = {k: v for k, v in settings.items() if k != "seed"}
     return (
         f"---\ntags: [sppo, preference, synthetic]\nconfigs:\n- config_name: default\n  data_files:\n{configs}\n---\n\n"
-        f"# {repo}\n\nMade by the SPPO pipeline (Self-Play Preference Optimization, arXiv 2405.00675): responses drawn from "
-        "the policy, compared in pairs by a preference model.\n\n"
+        f"# {repo}\n\nMade by the SPPO pipeline (Self-Play Preference Optimization, arXiv 2405.00675): responses drawn "
+        "from the policy, compared in pairs by a preference model.\n\n"
         f"Settings: `{json.dumps(shown)}`\n\n```json\n{json.dumps(counts, indent=2)}\n```\n"
     )

@@ -80,14 +80,16 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     if not written[train]:
         train.unlink()
         test.unlink()
-        raise SPPOError(f"no pair is left to train on; dropped: {dict(statistics.dropped)}")
+        raise SPPOError(f"no pair is left to train on; dropped: {dict(+statistics.dropped)}")
     known = set(ranking)
     answered = sum(1 for row in read_rows(responses, ["prompt_id"]) if row["prompt_id"] in known)
     if answered != len(known):
         raise SPPOError(f"{len(known) - answered} rankings have no row in {responses}; they are another run's")
     counts = {"train": written[train], "test": written[test], **statistics.summary()}
     stage.finish(counts)
-    print(f"compute_prob: {train}: {json.dumps(counts, indent=2)}")
+    print(f"compute_prob: {train}")
+    for key, value in counts.items():
+        print(f"  {key}: {json.dumps(value)}")
 
 
 def _load_ranking(shards: list[Path], pairs: int) -> dict[str, np.ndarray]:
@@ -142,7 +144,7 @@ def _rows(
         for n, row in enumerate(rows):
             w, l = int(chosen[n]), int(rejected[n])  # noqa: E741 - the paper's names
             texts = [r["text"] for r in row["responses"]]
-            degenerate = "same text" if texts[w] == texts[l] else "equal scores" if w == l else ""
+            degenerate = "equal scores" if w == l else "same text" if texts[w] == texts[l] else ""
             if not degenerate and not (texts[w].strip() and texts[l].strip()):
                 degenerate = "empty response"
             if degenerate and not recipe.keep_degenerate:

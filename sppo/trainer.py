@@ -51,7 +51,12 @@ class SPPOTrainer(Trainer):
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule is laid out over schedule_epochs, wherever training stops."""
+        """The schedule is laid out over schedule_epochs, wherever training stops.
+
+        A warm-up starts at a rate of 0, so a training of one step would change nothing: it has no warm-up.
+        """
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
         horizon = self.recipe.schedule_epochs or self.recipe.num_train_epochs
         return super().create_scheduler(round(num_training_steps * horizon / self.recipe.num_train_epochs), optimizer)
 

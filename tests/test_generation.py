@@ -1,0 +1,166 @@
+"""Generation by transformers: the same responses whatever the shards, nothing lost in a kill, nothing joined wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+
+from sppo import chat
+from sppo.config import Recipe
+from sppo.engines import Request, _Sampler, prompt_seed
+from sppo.errors import SPPOError, UsageError
+from sppo.files import read_json
+from sppo.generation import Slice, combine, generate_shard
+
+PROMPTS = [f"Why is {n} None{'?' * (n % 5)}" + " and why" * (n % 7) for n in range(21)] + ["Why is 3 None???"]
+
+
+@pytest.fixture
+def recipe(models: Path, tmp_path: Path) -> Recipe:
+    path = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p} for p in [*PROMPTS, PROMPTS[0], ""]])
+    return Recipe(
+        model=str(models / "llama3"), prompts=str(path), pairs=3, maxlen=12, engine="transformers", temperature=1.0
+    )
+
+
+def generate(recipe: Recipe, out: Path, shards: int) -> list[dict[str, Any]]:
+    for i in reversed(range(shards)):  # order decides nothing
+        generate_shard(recipe, out, Slice(0, i, shards), (0, 1), 1, False)
+    combine(out, shards, recipe.pairs, False)
+    return pq.read_table(out / "responses.parquet").to_pylist()
+
+
+def test_responses_do_not_depend_on_the_shards(recipe: Recipe, tmp_path: Path) -> None:
+    one = generate(recipe, tmp_path / "one", 1)
+    for shards in (3, 5):
+        assert generate(recipe, tmp_path / str(shards), shards) == one
+    assert len(one) == len(PROMPTS) + 1
+    duplicates = [row for row in one if row["prompt"][0]["content"] == PROMPTS[0]]
+    assert len(duplicates) == 2
+    assert duplicates[0]["responses"] != duplicates[1]["responses"]  # the released seed made them equal
+    manifest = read_json(tmp_path / "one" / "responses.manifest.json")
+    assert manifest["counts"]["skipped"] == {"empty": 1}
+    assert [s["reason"] for s in manifest["skipped"]] == ["empty"]
+
+
+def test_rows_hold_what_was_generated(recipe: Recipe, tmp_path: Path) -> None:
+    tokenizer = chat.load_tokenizer(Path(recipe.model))
+    stops = chat.stop_token_ids(Path(recipe.model), tokenizer)
+    for row in generate(recipe, tmp_path / "out", 1):
+        assert row["prompt_token_ids"] == chat.prompt_ids(tokenizer, row["prompt"])
+        assert len(row["responses"]) == 3
+        for r in row["responses"]:
+            ended = r["token_ids"][-1] in stops
+            assert r["finish_reason"] == ("stop" if ended else "length")
+            assert ended or len(r["token_ids"]) == recipe.maxlen
+            assert not set(r["token_ids"][:-1]) & stops
+            assert tokenizer.decode(r["token_ids"], skip_special_tokens=True) == r["text"]
+
+
+def test_more_shards_than_prompts_and_wrong_slices(recipe: Recipe, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "one.jsonl", [{"prompt": "alone"}])
+    recipe.prompts = str(path)
+    assert len(generate(recipe, tmp_path / "out", 3)) == 1
+    assert Slice(4, 1).bounds(10) == (4, 8)
+    assert Slice(4, 2).bounds(10) == (8, 10)
+    assert Slice(4, 9).bounds(10) == (10, 10)
+    assert Slice(0, 0).bounds(10) == (0, 10)
+    with pytest.raises(UsageError, match="beyond --numgpu"):
+        Slice(0, 3, 3).bounds(10)
+
+
+def test_a_missing_a_foreign_or_a_stale_shard_is_never_combined(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for i in range(2):
+        generate_shard(recipe, out, Slice(0, i, 3), (0, 1), 1, False)
+    with pytest.raises(SPPOError, match="not finished.*shard-00002"):
+        combine(out, 3, 3, False)
+    with pytest.raises(SPPOError, match="end at row 16 of 24"):
+        combine(out, 2, 3, False)
+    with pytest.raises(SPPOError, match="beyond --numgpu 1"):
+        combine(out, 1, 3, False)
+    recipe.temperature = 0.9
+    generate_shard(recipe, out, Slice(0, 2, 3), (0, 1), 1, False)
+    with pytest.raises(SPPOError, match="differ in temperature"):
+        combine(out, 3, 3, False)
+    with pytest.raises(SPPOError, match=r"settings\.temperature: 1\.0 there, 0\.9 now"):
+        generate_shard(recipe, out, Slice(0, 0, 3), (0, 1), 1, False)
+    assert not (out / "responses.parquet").exists()
+
+
+def test_a_killed_shard_goes_on_and_ends_the_same(recipe: Recipe, tmp_path: Path) -> None:
+    undisturbed = generate(recipe, tmp_path / "calm", 1)
+    rows = [{"prompt": p} for p in [*PROMPTS, PROMPTS[0], ""]]
+    tiny.write_jsonl(Path(recipe.prompts), rows)
+    out = tmp_path / "killed"
+    command = [sys.executable, "scripts/generate.py", "--model", recipe.model, "--prompts", recipe.prompts]
+    command += [
+        "--output_dir",
+        str(out),
+        "--pairs=3",
+        "--maxlen=12",
+        "--engine=transformers",
+        "--temperature=1",
+        "--top_p=0.9",
+    ]
+    journal = out / "responses" / "shard-00000.journal"
+    process = subprocess.Popen(
+        command, cwd=tiny.ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 2000):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert journal.exists(), "the shard was done before it could be killed"
+    assert not (out / "responses" / "shard-00000.parquet").exists()
+    shown = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=True).stdout
+    assert " 0 in the journal" not in shown
+    assert not journal.exists()
+    combine(out, 1, 3, False)
+    assert pq.read_table(out / "responses.parquet").to_pylist() == undisturbed
+
+
+def test_the_sampler_draws_from_the_nucleus() -> None:
+    """Frequencies over 20,000 seeds against temperature and top-p worked out by hand."""
+    recipe = Recipe(pairs=20000, temperature=0.5, top_p=0.8)
+    request = Request("p", [0], prompt_seed(1, "p"), 1)
+    logits = torch.tensor([[1.0, 0.0, 2.0, -1.0]]).repeat(20000, 1)
+    sampler = _Sampler(recipe, [request], 1, 1)
+    drawn = sampler(torch.zeros(20000, 1, dtype=torch.long), logits).argmax(-1)
+    # softmax of logits / 0.5: e^4, e^2, 1, e^-2 -> .8650, .1171, ...: the first alone reaches 0.8
+    assert set(drawn.tolist()) == {2}
+    recipe.top_p = 0.9
+    drawn = _Sampler(recipe, [request], 1, 1)(torch.zeros(20000, 1, dtype=torch.long), logits).argmax(-1)
+    share = np.bincount(drawn.numpy(), minlength=4) / 20000
+    e = np.exp([4.0, 2.0])
+    np.testing.assert_allclose(share, [e[1] / e.sum(), 0, e[0] / e.sum(), 0], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere/at-all"], "the Hub does not give it"),
+        (["--model", "./nowhere"], "no such directory"),
+        (["--prompts", "nowhere.jsonl"], "no such file"),
+        (["--prompt_column", "question"], "Pass --prompt_column"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_the_model_loads(
+    recipe: Recipe, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    base = ["--model", recipe.model, "--prompts", recipe.prompts, "--output_dir", str(tmp_path / "out")]
+    done = tiny.run("scripts/generate.py", *base, *flags)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

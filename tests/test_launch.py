@@ -1,0 +1,117 @@
+"""One process a GPU: devices as they are named, the first failure stops the rest, nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from sppo.errors import UsageError
+from sppo.launch import devices, groups, last_lines
+
+
+def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    for standing, expected in {
+        "2,0": ["2", "0"],
+        "GPU-6b9f,MIG-1/2/3": ["GPU-6b9f", "MIG-1/2/3"],
+        "": [""],
+        "-1": [""],
+    }.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", standing)
+        assert devices("auto") == expected
+    assert devices("0,2,5") == ["0", "2", "5"]
+    assert devices("none") == [""]
+    assert devices("none,none") == ["", ""]
+    for wrong in ("0,", "0,none", "1,1"):
+        with pytest.raises(UsageError):
+            devices(wrong)
+    assert groups(["0", "1", "2", "3"], 2) == ["0,1", "2,3"]
+    with pytest.raises(UsageError, match="does not divide"):
+        groups(["0", "1", "2"], 2)
+
+
+# a stage of the tests' own: shard 0 does what argv[1] says, the others sleep and leave a child behind
+STAGE = """
+import subprocess, sys, time
+shard = sys.argv[sys.argv.index("--data_frac") + 1]
+what, marks = sys.argv[1], sys.argv[2]
+if shard == "0" and what == "fail":
+    time.sleep(1); print("the last words"); sys.exit(7)
+if what != "succeed":
+    child = subprocess.Popen(["sleep", "300"])
+    open(f"{marks}/{shard}", "w").write(str(child.pid)); time.sleep(300)
+print("progress 1\\rprogress 2\\rshard", shard, "of", sys.argv[-1], "done")
+"""
+
+
+def command(tmp_path: Path, what: str) -> list[str]:
+    (tmp_path / "stage.py").write_text(STAGE)
+    launch = [
+        sys.executable,
+        "-m",
+        "sppo.launch",
+        "shards",
+        "--gpus",
+        "none,none,none",
+        "--logs",
+        str(tmp_path / "logs"),
+    ]
+    return [
+        *launch,
+        "--logs",
+        str(tmp_path / "logs"),
+        "--name",
+        "s",
+        "--",
+        sys.executable,
+        str(tmp_path / "stage.py"),
+        what,
+        str(tmp_path),
+    ]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def assert_all_gone(tmp_path: Path, count: int) -> None:
+    marks = [p for p in tmp_path.iterdir() if p.name.isdigit()]
+    assert len(marks) == count
+    deadline = time.monotonic() + 10
+    while any(alive(int(p.read_text())) for p in marks):
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.1)
+
+
+def test_all_shards_run_and_tries_keep_their_logs(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert "shard 2 of 3 done" in tiny.succeed(*command(tmp_path, "succeed"))
+    assert len(list((tmp_path / "logs").iterdir())) == 6
+    assert last_lines(tmp_path / "logs" / "s-0.1.log", 5) == ["shard 0 of 3 done"]
+
+
+def test_the_first_failure_stops_the_rest_and_gives_its_code(tmp_path: Path) -> None:
+    done = tiny.run(*command(tmp_path, "fail"))
+    assert done.returncode == 7
+    assert "the last words" in done.stderr
+    assert "s 0 ended with code 7" in done.stderr
+    assert_all_gone(tmp_path, 2)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_an_interrupted_driver_leaves_no_process(tmp_path: Path, signum: int, code: int) -> None:
+    process = subprocess.Popen(command(tmp_path, "sleep"), cwd=tiny.ROOT, stderr=subprocess.DEVNULL)
+    while len([p for p in tmp_path.iterdir() if p.name.isdigit() and p.read_text()]) < 3:
+        time.sleep(0.05)
+    os.kill(process.pid, signum)
+    assert process.wait(30) == code
+    assert_all_gone(tmp_path, 3)
