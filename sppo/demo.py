@@ -84,7 +84,7 @@ def make_demo(directory: Path, seed: int) -> None:
     train_ranker(directory / "ranker", prompts[150:], rng)
 
 
-def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 700) -> None:
+def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 450) -> None:
     """A Mistral of 0.7 million parameters that answers in the corpus's way."""
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -145,7 +145,7 @@ def chat_tokenizer(texts: list[str]) -> Any:
     return made
 
 
-def train_ranker(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 700) -> None:
+def train_ranker(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 500) -> None:
     """A PairRM in the published layout, trained on preferences that follow the rule."""
     from safetensors.torch import save_file
     from transformers import DebertaV2Config
