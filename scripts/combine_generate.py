@@ -20,10 +20,17 @@ def main() -> None:
     parser = config.make_parser(__doc__, ["pairs"])
     config.add_data_flags(parser)
     parser.add_argument("--numgpu", type=int, default=1, help="how many shards there are")
+    parser.add_argument(
+        "--gpu_ids", metavar="LIST", help="instead of --numgpu: as many shards as there are names in it"
+    )
+    parser.add_argument("--frac_len", type=int, default=0, help="fail unless the shards have this many rows; 0: any")
+    config.add_prompts_check(parser)
     args, recipe = config.parse(parser)
-    from sppo.generation import combine
+    from sppo.generation import check_prompts, combine
 
-    combine(args.output_dir, args.numgpu, recipe.pairs, args.overwrite)
+    shards = len(args.gpu_ids.split(",")) if args.gpu_ids else args.numgpu
+    combine(args.output_dir, shards, recipe.pairs, args.overwrite, args.frac_len)
+    check_prompts(args.output_dir, args.prompts)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,14 @@ def main() -> None:
     parser = config.make_parser(__doc__, KEYS)
     config.add_shard_flags(parser)
     parser.add_argument("--gpu", help="the GPU to use, as CUDA_VISIBLE_DEVICES names it (default: as it is set)")
+    config.add_prompts_check(parser)
     args, recipe = config.parse(parser)
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
-    from sppo.generation import Slice
+    from sppo.generation import Slice, check_prompts
     from sppo.ranking import rank_shard
 
+    check_prompts(args.output_dir, args.prompts)
     shard = Slice(args.frac_len, args.data_frac, args.numgpu)
     rank_shard(recipe, args.output_dir, shard, args.data_frac, args.overwrite)
 

@@ -160,7 +160,9 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose error names the nearest known flag, and which takes no abbreviations."""
+    """argparse whose error names the nearest known flag. `keys`: the recipe's keys that are flags here."""
+
+    keys: tuple[str, ...] = ()
 
     def error(self, message: str) -> typing.NoReturn:
         prefix = "unrecognized arguments: "
@@ -171,15 +173,16 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\nSee {self.prog} --help.")
 
 
-def make_parser(doc: str | None, keys: typing.Iterable[str] = ()) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, keys: typing.Iterable[str] = ()) -> _Parser:
     """A parser with --recipe and one flag for each of the recipe's `keys`; its help opens with `doc`."""
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--recipe", metavar="FILE", help="YAML with every setting (default: recipes/sppo/released.yaml)"
     )
+    parser.keys = tuple(keys)
     defaults = Recipe()
     group = parser.add_argument_group("settings (a flag wins over the recipe; shown: released.yaml's value)")
-    for name in keys:
+    for name in parser.keys:
         kind, meta = _TYPES[name], _FIELDS[name].metadata
         default = getattr(defaults, name)
         literal = typing.get_origin(kind) is Literal
@@ -192,10 +195,10 @@ def make_parser(doc: str | None, keys: typing.Iterable[str] = ()) -> argparse.Ar
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
+def parse(parser: _Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     """Parse `argv`: the script's own flags, and the recipe with the flags that override it."""
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in _FIELDS if getattr(args, name, None) is not None}
+    given = {name: getattr(args, name) for name in parser.keys if getattr(args, name, None) is not None}
     return args, load_recipe(args.recipe, given)
 
 
@@ -206,6 +209,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="make it again although other inputs or settings made it"
+    )
+
+
+def add_prompts_check(parser: argparse.ArgumentParser) -> None:
+    """--prompts for the stages that read responses: what the responses must have been made from."""
+    parser.add_argument(
+        "--prompts", metavar="P", help="fail unless the responses answer these prompts, as they are now"
     )
 
 

@@ -140,7 +140,8 @@ def generate_shard(
         "cut_at_maxlen": counts["cut_at_maxlen"],
         "skipped": dict(reasons),
     }
-    stage.finish(summary, model=recipe.model, prompts=recipe.prompts, skipped=skipped)
+    source = {k: getattr(recipe, k) for k in ("prompts", "prompts_revision", "prompt_column", "prompt_split")}
+    stage.finish(summary, model=recipe.model, source={**source, "part": list(prompts_part)}, skipped=skipped)
     journal.remove()
     print(f"generate: {path}: {json.dumps(summary)}")
 
@@ -171,7 +172,7 @@ def _prepare(
     return requests, conversations, skipped
 
 
-def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool) -> None:
+def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len: int = 0) -> None:
     """Put the shards 0..numgpu-1 together into $DATA/responses.parquet.
 
     Raises SPPOError unless the shards were made alike, cover every prompt exactly once, and hold K responses each.
@@ -188,6 +189,9 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool) -> None:
         raise SPPOError(f"shards that are not finished: {', '.join(absent)}; run generate.py for them")
     manifests = [read_json(m) for _, m in shards]
     _check_alike(manifests, directory, pairs)
+    first, last = manifests[0]["settings"]["rows"]
+    if frac_len and last - first != min(frac_len, manifests[0]["inputs"]["prompts_total"]):
+        raise SPPOError(f"{directory}: the shards have {last - first} rows, not --frac_len {frac_len}")
     path = output_dir / "responses.parquet"
     stage = Stage(
         "combine",
@@ -225,6 +229,7 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool) -> None:
     for key in ("written", "responses", "response_tokens", "cut_at_maxlen"):
         counts[key] = sum(m["counts"][key] for m in manifests)
     generated = {**manifests[0]["settings"], **manifests[0]["inputs"], "model_name": manifests[0]["model"]}
+    generated["source"] = manifests[0]["source"]
     generated.pop("rows")
     stage.finish(counts, skipped=skipped, generated=generated)
     print(f"combine: {path}: {json.dumps(counts)}")
@@ -253,3 +258,18 @@ def _check_alike(manifests: list[dict[str, Any]], directory: Path, pairs: int) -
         raise SPPOError(
             f"{directory}: the shards end at row {expected} of {first['prompts_total']}; some were not generated"
         )
+
+
+def check_prompts(output_dir: Path, prompts: str | None) -> None:
+    """Raise SPPOError unless responses.parquet was made from `prompts` as they are now. None checks nothing."""
+    if prompts is None:
+        return
+    manifest = output_dir / "responses.manifest.json"
+    if not manifest.exists():
+        raise SPPOError(f"--prompts: {manifest} is not there, so nothing says what the responses were made from")
+    generated = read_json(manifest)["generated"]
+    source = dict(generated["source"])
+    first, parts = source.pop("part")
+    source["prompts"] = prompts
+    if fingerprint(load_prompts(prompts, Recipe(**source), (first, parts))) != generated["prompts"]:
+        raise SPPOError(f"the responses in {output_dir} were not made from {prompts} as it is now; generate them again")

@@ -21,7 +21,7 @@ from sppo.config import Recipe
 from sppo.engines import Request, _Sampler, prompt_seed
 from sppo.errors import SPPOError, UsageError
 from sppo.files import read_json
-from sppo.generation import Slice, combine, generate_shard
+from sppo.generation import Slice, check_prompts, combine, generate_shard
 
 PROMPTS = [f"Why is {n} None{'?' * (n % 5)}" + " and why" * (n % 7) for n in range(21)] + ["Why is 3 None???"]
 
@@ -97,6 +97,19 @@ def test_a_missing_a_foreign_or_a_stale_shard_is_never_combined(recipe: Recipe, 
     with pytest.raises(SPPOError, match=r"settings\.temperature: 1\.0 there, 0\.9 now"):
         generate_shard(recipe, out, Slice(0, 0, 3), (0, 1), 1, False)
     assert not (out / "responses.parquet").exists()
+
+
+def test_responses_of_other_prompts_are_noticed(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    generate(recipe, out, 2)
+    check_prompts(out, recipe.prompts)
+    tiny.succeed(
+        "scripts/combine_generate.py", "--output_dir", out, "--pairs=3", "--gpu_ids=0,1", "--prompts", recipe.prompts
+    )
+    with open(recipe.prompts, "a") as handle:
+        handle.write('{"prompt": "one more"}\n')
+    with pytest.raises(SPPOError, match="not made from"):
+        check_prompts(out, recipe.prompts)
 
 
 def test_a_killed_shard_goes_on_and_ends_the_same(recipe: Recipe, tmp_path: Path) -> None:
