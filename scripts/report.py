@@ -27,12 +27,13 @@ def main() -> None:
     parser.add_argument("--iteration", type=int, required=True, help="which iteration's model to report on")
     parser.add_argument("--base", required=True, help="the model to compare with: the run's first")
     parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
+    parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
     args, recipe = config.parse(parser)
     if not recipe.eval_prompts:
         raise UsageError("--eval_prompts is missing: the held-out prompts to answer")
     from sppo.report import report
 
-    report(recipe, args.run_dir, args.iteration, args.base, args.gpus)
+    report(recipe, args.run_dir, args.iteration, args.base, args.gpus, args.world_size)
 
 
 if __name__ == "__main__":

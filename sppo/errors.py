@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -35,6 +36,11 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = WRONG_USE
     except SPPOError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}: the disk is full; make room and run the same command to go on", file=sys.stderr)
         code = FAILED
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; run the same command to go on", file=sys.stderr)

@@ -68,6 +68,11 @@ def groups(names: list[str], world_size: int) -> list[str]:
     return [",".join(names[i : i + world_size]) for i in range(0, len(names), world_size)]
 
 
+def flags(**values: object) -> list[str]:
+    """["--key=value", ...] for a command of this project."""
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
 def start(command: list[str], device: str | None, log: Path | None, shares: int = 1) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, on `device` (None: as the environment says), into a log."""
     env = dict(os.environ)
@@ -193,19 +198,9 @@ def run_training(names: list[str], accelerate_config: str, logs: Path, arguments
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(path),
-        "--num_processes",
-        str(len(names)),
-        "--main_process_port",
-        str(port),
-        str(ROOT / "sppo" / "run_sppo.py"),
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += flags(config_file=path, num_processes=len(names), main_process_port=port)
+    command += [str(ROOT / "sppo" / "run_sppo.py"), *arguments]
     log = new_log(logs, "train")
     process = start(command, None if cpu and names == [""] and not _gpu_count() else ",".join(filter(None, names)), log)
     watch([process], [log], "train")

@@ -18,7 +18,7 @@ from sppo import config
 from sppo.config import ROOT, Recipe
 from sppo.errors import UsageError
 from sppo.files import atomic, exclusive
-from sppo.launch import devices, groups, start, stop
+from sppo.launch import devices, flags, groups, start, stop
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -69,65 +69,22 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
         changes["model_revision"] = ""
     mine = dataclasses.replace(recipe, **changes)
     written = here / "recipe.yaml"
-    generate = [
-        "bash",
-        str(ROOT / "scripts/generate.sh"),
-        "--recipe",
-        str(written),
-        "--model",
-        model,
-        "--prompt",
-        prompts,
-        "--out_path",
-        str(here / "data"),
-        "--gpus",
-        args.gpus,
-        "--world_size",
-        str(args.world_size),
-    ]
+    common = flags(recipe=written, model=model, gpus=args.gpus)
+    generate = ["bash", str(ROOT / "scripts/generate.sh"), *common]
+    generate += flags(prompt=prompts, out_path=here / "data", world_size=args.world_size)
     if recipe.split_prompts:
-        generate += ["--part", f"{i - 1}/{recipe.iterations}"]
+        generate += flags(part=f"{i - 1}/{recipe.iterations}")
     if recipe.org:
-        generate += ["--org", recipe.org, "--name", f"{name}-iter{i}"]
-    train = [
-        "bash",
-        str(ROOT / "scripts/pipeline.sh"),
-        "--recipe",
-        str(written),
-        "--model",
-        model,
-        "--iter",
-        str(i),
-        "--dataset",
-        str(here / "data"),
-        "--output_dir",
-        str(here / "model"),
-        "--gpus",
-        args.gpus,
-        "--accelerate_config",
-        args.accelerate_config,
-    ]
+        generate += flags(org=recipe.org, name=f"{name}-iter{i}")
+    train = ["bash", str(ROOT / "scripts/pipeline.sh"), *common, *flags(iter=i, dataset=here / "data")]
+    train += flags(output_dir=here / "model", accelerate_config=args.accelerate_config)
     steps: list[Step] = [
         (f"iteration {i}: generate", generate, (written, mine)),
         (f"iteration {i}: train", train, None),
     ]
     if recipe.eval_prompts:
-        report = [
-            sys.executable,
-            str(ROOT / "scripts/report.py"),
-            "--recipe",
-            str(written),
-            "--run_dir",
-            str(run_dir),
-            "--base",
-            recipe.model,
-            "--iteration",
-            str(i),
-            "--seed",
-            str(recipe.seed),
-            "--gpus",
-            args.gpus,
-        ]
+        report = [sys.executable, str(ROOT / "scripts/report.py"), *flags(recipe=written, run_dir=run_dir)]
+        report += flags(base=recipe.model, iteration=i, seed=recipe.seed, gpus=args.gpus, world_size=args.world_size)
         steps.append((f"iteration {i}: report", report, None))
     return steps
 

@@ -55,6 +55,7 @@ class PairRM:
     def __init__(self, directory: Path, device: str, batch_tokens: int) -> None:
         config, tokenizer, weights, settings = _read_checkpoint(directory)
         self.device, self.batch_tokens = device, batch_tokens
+        self.cut = 0  # texts that did not fit their budget, so far
         self.tokenizer = tokenizer
         self.source_maxlength: int = settings["source_maxlength"]
         self.candidate_maxlength: int = settings["candidate_maxlength"]
@@ -76,12 +77,9 @@ class PairRM:
         return self._encode(CANDIDATE, text, self.candidate_maxlength + spare)
 
     def _encode(self, prefix: str, text: str, limit: int) -> list[int]:
-        return [
-            self.tokenizer.cls_token_id,
-            self.prefix_ids[prefix],
-            *self._text_ids(text)[: limit - 3],
-            self.tokenizer.sep_token_id,
-        ]
+        ids = self._text_ids(text)
+        self.cut += len(ids) > limit - 3
+        return [self.tokenizer.cls_token_id, self.prefix_ids[prefix], *ids[: limit - 3], self.tokenizer.sep_token_id]
 
     def _text_ids(self, text: str) -> list[int]:
         """Text is data: no control token comes out of it, whatever it spells. [SEP] becomes a space, as in

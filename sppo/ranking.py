@@ -43,14 +43,16 @@ def prompt_text(messages: list[Message]) -> str:
     return "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
 
 
-def prompt_logits(ranker: PairRM, items: list[tuple[str, list[str]]]) -> list[list[list[float]]]:
-    """The (K, K) logits, diagonal 0, of each (prompt text, K response texts). K may differ between items.
+def prompt_logits(ranker: PairRM, items: list[tuple[str, list[str]]]) -> list[tuple[list[list[float]], int]]:
+    """((K, K) logits, diagonal 0; how many texts were cut) for each (prompt text, K response texts).
 
-    Identical responses are asked once, and batches mix the pairs of all items.
+    K may differ between items. Identical responses are asked once, and batches mix the pairs of all items.
     """
     inputs: list[tuple[list[int], list[int]]] = []
     index: list[dict[tuple[str, str], int]] = []
+    cuts: list[int] = []
     for text, responses in items:
+        before = ranker.cut
         source = ranker.encode_source(text)
         encoded = {r: ranker.encode_candidate(r, len(source)) for r in dict.fromkeys(responses)}
         asked: dict[tuple[str, str], int] = {}
@@ -60,11 +62,15 @@ def prompt_logits(ranker: PairRM, items: list[tuple[str, list[str]]]) -> list[li
                     asked[first, second] = len(inputs)
                     inputs.append(ranker.pair_input(source, encoded[first], encoded[second]))
         index.append(asked)
+        cuts.append(ranker.cut - before)
     logits = ranker.logits(inputs)
-    return [
-        [[0.0 if i == j else logits[asked[a, b]] for j, b in enumerate(responses)] for i, a in enumerate(responses)]
-        for (_, responses), asked in zip(items, index, strict=True)
-    ]
+    answers = []
+    for (_, responses), asked, cut in zip(items, index, cuts, strict=True):
+        rows = [
+            [0.0 if i == j else logits[asked[a, b]] for j, b in enumerate(responses)] for i, a in enumerate(responses)
+        ]
+        answers.append((rows, cut))
+    return answers
 
 
 def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, shard: int, overwrite: bool) -> None:
@@ -100,8 +106,8 @@ def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, shard: int, overwr
 
                 ranker = load_pairrm(str(ranker_dir), "", recipe.batch_tokens)
             items = [(rendered(row["prompt"]), [r["text"] for r in row["responses"]]) for row in rows]
-            for row, logits in zip(rows, prompt_logits(ranker, items), strict=True):
-                journal.add(row["prompt_id"], {"logits": logits})
+            for row, (logits, cut) in zip(rows, prompt_logits(ranker, items), strict=True):
+                journal.add(row["prompt_id"], {"logits": logits, "cut": cut})
                 bar.update()
     _write_shard(stage, journal, path, responses, (start, stop), recipe)
 
@@ -129,10 +135,12 @@ def _write_shard(
     stage: Stage, journal: Journal, path: Path, responses: Path, bounds: tuple[int, int], recipe: Recipe
 ) -> None:
     skipped: list[dict[str, str]] = []
+    cut: Counter[str] = Counter()
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in read_rows(responses, ["prompt_id"], *bounds):
-            logits = journal.read(row["prompt_id"])["logits"]
+            answer = journal.read(row["prompt_id"])
+            logits, cut["texts"] = answer["logits"], cut["texts"] + answer["cut"]
             if not all(math.isfinite(x) for line in logits for x in line):
                 skipped.append({"prompt_id": row["prompt_id"], "reason": "the ranker's logits are not finite"})
                 continue
@@ -145,6 +153,7 @@ def _write_shard(
         "prompts": bounds[1] - bounds[0],
         "written": written,
         "pairs": written * recipe.pairs * (recipe.pairs - 1),
+        "texts_cut_for_the_ranker": cut["texts"],
         "skipped": dict(Counter(s["reason"] for s in skipped)),
     }
     stage.finish(counts, ranker=recipe.ranker, skipped=skipped)

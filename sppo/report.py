@@ -18,6 +18,7 @@ from typing import Any
 from sppo.config import ROOT, Recipe
 from sppo.errors import SPPOError, UsageError
 from sppo.files import digest, read_json, read_rows, write_json
+from sppo.launch import flags
 from sppo.manifest import Stage, model_identity, resolve
 
 Judge = Callable[[str, str, str], float]
@@ -32,14 +33,14 @@ def load_judge(name: str) -> Judge:
         raise UsageError(f"--judge {name}: not a module:function that can be imported ({error})") from None
 
 
-def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str) -> None:
+def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, world_size: int) -> None:
     """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json."""
     judge_name = recipe.judge.partition(":")[2]
     if recipe.judge:
         load_judge(recipe.judge)
-    before = _answers(recipe, run_dir / "iter0", base, gpus)
+    before = _answers(recipe, run_dir / "iter0", base, gpus, world_size)
     here = run_dir / f"iter{iteration}"
-    after = _answers(recipe, here, str(here / "model"), gpus)
+    after = _answers(recipe, here, str(here / "model"), gpus, world_size)
     ranker = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
     output = here / "eval" / "report.json"
     stage = Stage(
@@ -60,28 +61,18 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str) 
     print_table(rows)
 
 
-def _answers(recipe: Recipe, directory: Path, model: str, gpus: str) -> Path:
+def _answers(recipe: Recipe, directory: Path, model: str, gpus: str, world_size: int) -> Path:
     """directory/eval/responses.parquet: eval_pairs responses to each held-out prompt, drawn as in training."""
     out = directory / "eval"
-    common = ["--output_dir", str(out), "--pairs", str(recipe.eval_pairs)]
+    common = flags(output_dir=out, pairs=recipe.eval_pairs)
     keys = ("prompt_column", "prompt_split", "temperature", "top_p", "maxlen", "engine", "seed", "system_prompt")
-    settings = [f"--{k}={getattr(recipe, k)}" for k in (*keys, "gpu_memory_utilization")]
-    launch = [
-        sys.executable,
-        "-m",
-        "sppo.launch",
-        "shards",
-        "--gpus",
-        gpus,
-        "--logs",
-        str(directory / "logs"),
-        "--name",
-        "eval",
-    ]
-    generate = [sys.executable, str(ROOT / "scripts/generate.py"), "--model", model, "--prompts", recipe.eval_prompts]
+    settings = flags(**{k: getattr(recipe, k) for k in (*keys, "gpu_memory_utilization")}, world_size=world_size)
+    launch = [sys.executable, "-m", "sppo.launch", "shards", "--name=eval"]
+    launch += flags(gpus=gpus, logs=directory / "logs", world_size=world_size)
+    generate = [sys.executable, str(ROOT / "scripts/generate.py"), *flags(model=model, prompts=recipe.eval_prompts)]
     _run([*launch, "--", *generate, *common, *settings])
     shards = len(list((out / "responses").glob("shard-*.manifest.json")))
-    _run([sys.executable, str(ROOT / "scripts/combine_generate.py"), *common, "--numgpu", str(shards)])
+    _run([sys.executable, str(ROOT / "scripts/combine_generate.py"), *common, *flags(numgpu=shards)])
     return out / "responses.parquet"
 
 
