@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from sppo import chat
 from sppo.config import Recipe
-from sppo.engines import Request, finished_responses, pick_engine, prompt_seed
+from sppo.engines import Finished, Request, finished_responses, pick_engine, prompt_seed
 from sppo.errors import SPPOError, UsageError
 from sppo.files import Journal, digest, read_json, read_rows, write_parquet
 from sppo.manifest import Stage, model_identity, resolve
 from sppo.progress import progress
-from sppo.prompts import Prompt, fingerprint, load_prompts
+from sppo.prompts import Message, Prompt, fingerprint, load_prompts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,38 +90,52 @@ def generate_shard(
     journal = Journal(journal_path, stage.identity)
     tokenizer = chat.load_tokenizer(model)
     requests, conversations, skipped = _prepare(recipe, model, tokenizer, prompts[start:stop])
-    order = [r.prompt_id for r in requests]
     missing = [r for r in requests if r.prompt_id not in journal.done]
-    print(
-        f"generate: rows {start} to {stop} of {len(prompts)}: {len(missing)} to do, "
-        f"{len(order) - len(missing)} in the journal, {len(skipped)} skipped; engine {engine}"
-    )
+    kept = len(requests) - len(missing)
+    print(f"generate: rows {start} to {stop} of {len(prompts)}: {len(missing)} to do, {kept} in the journal, ", end="")
+    print(f"{len(skipped)} skipped; engine {engine}", flush=True)
     stops = chat.stop_token_ids(model, tokenizer)
-    bar = progress(len(order), f"shard {part.data_frac}", "prompt", len(order) - len(missing))
+    with progress(len(requests), f"shard {part.data_frac}", "prompt", kept) as bar:
+        _draw(finished_responses(engine, model, recipe, stops, missing, world_size), tokenizer, journal, recipe, bar)
+    counts = _write_shard(path, requests, conversations, journal, chat.tokenizer_identity(tokenizer))
+    reasons = Counter(s["reason"] for s in skipped)
+    summary = {"prompts": stop - start, **counts, "skipped": dict(reasons)}
+    source = {k: getattr(recipe, k) for k in ("prompts", "prompts_revision", "prompt_column", "prompt_split")}
+    stage.finish(summary, model=recipe.model, source={**source, "part": list(prompts_part)}, skipped=skipped)
+    journal.remove()
+    print(f"generate: {path}: {json.dumps(summary)}")
+
+
+def _draw(finished: Finished, tokenizer: Any, journal: Journal, recipe: Recipe, bar: Any) -> None:
+    """Put each prompt's responses into the journal as it finishes."""
     tokens = 0
-    with bar:
-        for request, responses in finished_responses(engine, model, recipe, stops, missing, world_size):
-            if len(responses) != recipe.pairs:
-                raise SPPOError(
-                    f"engine {engine} gave {len(responses)} responses, not {recipe.pairs}, to {request.prompt_id}"
-                )
-            answer = []
-            for r in responses:
-                text_ids = r.token_ids[:-1] if r.finish_reason == "stop" else r.token_ids
-                text = tokenizer.decode(text_ids, skip_special_tokens=True)
-                answer.append({"text": text, "token_ids": r.token_ids, "finish_reason": r.finish_reason})
-            journal.add(request.prompt_id, {"responses": answer})
-            tokens += sum(len(r.token_ids) for r in responses)
-            bar.update()
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s", refresh=False)
-    identity = chat.tokenizer_identity(tokenizer)
-    counts: Counter[str] = Counter()
+    for request, responses in finished:
+        if len(responses) != recipe.pairs:
+            raise SPPOError(f"the engine gave {len(responses)} responses, not {recipe.pairs}, to {request.prompt_id}")
+        answer = []
+        for r in responses:
+            text_ids = r.token_ids[:-1] if r.finish_reason == "stop" else r.token_ids
+            text = tokenizer.decode(text_ids, skip_special_tokens=True)
+            answer.append({"text": text, "token_ids": r.token_ids, "finish_reason": r.finish_reason})
+        journal.add(request.prompt_id, {"responses": answer})
+        tokens += sum(len(r.token_ids) for r in responses)
+        bar.update()
+        bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s", refresh=False)
+
+
+def _write_shard(
+    path: Path, requests: list[Request], conversations: dict[str, list[Message]], journal: Journal, identity: str
+) -> dict[str, int]:
+    """The journal's responses in the prompts' order; returns what was counted on the way."""
+    counts = dict.fromkeys(("written", "responses", "response_tokens", "cut_at_maxlen"), 0)
 
     def rows() -> Any:
         for request in requests:
             answer = journal.read(request.prompt_id)["responses"]
-            counts["cut_at_maxlen"] += sum(r["finish_reason"] == "length" for r in answer)
+            counts["written"] += 1
+            counts["responses"] += len(answer)
             counts["response_tokens"] += sum(len(r["token_ids"]) for r in answer)
+            counts["cut_at_maxlen"] += sum(r["finish_reason"] == "length" for r in answer)
             yield {
                 "prompt_id": request.prompt_id,
                 "prompt": conversations[request.prompt_id],
@@ -130,25 +144,13 @@ def generate_shard(
                 "tokenizer": identity,
             }
 
-    written = write_parquet(path, responses_schema(), rows())
-    reasons = Counter(s["reason"] for s in skipped)
-    summary = {
-        "prompts": stop - start,
-        "written": written,
-        "responses": written * recipe.pairs,
-        "response_tokens": counts["response_tokens"],
-        "cut_at_maxlen": counts["cut_at_maxlen"],
-        "skipped": dict(reasons),
-    }
-    source = {k: getattr(recipe, k) for k in ("prompts", "prompts_revision", "prompt_column", "prompt_split")}
-    stage.finish(summary, model=recipe.model, source={**source, "part": list(prompts_part)}, skipped=skipped)
-    journal.remove()
-    print(f"generate: {path}: {json.dumps(summary)}")
+    write_parquet(path, responses_schema(), rows())
+    return counts
 
 
 def _prepare(
     recipe: Recipe, model: Path, tokenizer: Any, prompts: list[Prompt]
-) -> tuple[list[Request], dict[str, list[dict[str, str]]], list[dict[str, str]]]:
+) -> tuple[list[Request], dict[str, list[Message]], list[dict[str, str]]]:
     """Requests for the engine, the conversations as they were templated, and what is skipped and why."""
     config = read_json(model / "config.json")
     context = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")

@@ -166,7 +166,10 @@ def _show_failure(name: str, index: int, code: int, logs: list[Path]) -> None:
     else:
         reason = f"ended with code {code}"
     print(f"\n{name} {index} {reason}; the end of {logs[index]}:", file=sys.stderr)
-    print("\n".join(f"  | {line}" for line in last_lines(logs[index], _TAIL)), file=sys.stderr, flush=True)
+    print("\n".join(f"  | {line}" for line in last_lines(logs[index], _TAIL)), file=sys.stderr)
+    # several ranks and their launcher may bury what one of them said
+    said = dict.fromkeys(line for line in last_lines(logs[index], 10000) if line.startswith("error: "))
+    print("\n".join(said), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
