@@ -18,7 +18,7 @@ from sppo.errors import run_main
 
 KEYS = (
     "model model_revision prompts prompts_revision prompt_column prompt_split pairs maxlen engine temperature top_p "
-    "seed system_prompt gpu_memory_utilization"
+    "seed prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
 ).split()
 
 

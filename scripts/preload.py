@@ -19,7 +19,7 @@ from sppo.errors import run_main
 def main() -> None:
     parser = config.make_parser(__doc__, ["ranker", "ranker_revision"])
     _, recipe = config.parse(parser)
-    from sppo.manifest import fetch_ranker
+    from sppo.models import fetch_ranker
 
     print(f"preload: {recipe.ranker} is at {fetch_ranker(recipe.ranker, recipe.ranker_revision)}")
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sppo import config
 from sppo.errors import run_main
 
-KEYS = "model model_revision pairs ranker ranker_revision ranker_prompt batch_tokens".split()
+KEYS = "model model_revision pairs ranker ranker_revision ranker_prompt batch_tokens chat_template_kwargs".split()
 
 
 def main() -> None:

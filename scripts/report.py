@@ -17,7 +17,8 @@ from sppo.errors import UsageError, run_main
 
 KEYS = (
     "model model_revision eval_prompts eval_pairs judge prompt_column prompt_split engine temperature top_p maxlen "
-    "seed system_prompt gpu_memory_utilization ranker ranker_revision ranker_prompt batch_tokens"
+    "seed prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization "
+    "ranker ranker_revision ranker_prompt batch_tokens"
 ).split()
 
 

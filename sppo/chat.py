@@ -69,25 +69,31 @@ def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer._sppo_takes_system
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
     """Token ids of the prompt, up to and with the assistant's header: one BOS, the template's own.
 
     Raises ValueError where the template refuses the conversation (roles that do not alternate, say).
     """
-    return _template(tokenizer, messages, add_generation_prompt=True)
+    return _template(tokenizer, messages, True, template_kwargs)
 
 
 def response_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, stop_ids: set[int]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    response: str,
+    stop_ids: set[int],
+    template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) of a finished conversation whose generated token ids are not known.
 
     The response ends with the template's own end token, once; what a template puts behind that (a newline)
     is never generated and so not trained on. Raises ValueError where the template does not keep the prompt.
     """
-    prompt = prompt_ids(tokenizer, messages)
+    prompt = prompt_ids(tokenizer, messages, template_kwargs)
     answer = [{"role": "assistant", "content": response}]
-    whole = _template(tokenizer, messages + answer, add_generation_prompt=False)
+    whole = _template(tokenizer, messages + answer, False, template_kwargs)
     if whole[: len(prompt)] != prompt:
         raise ValueError("the chat template renders the prompt differently once it is answered")
     ids = whole[len(prompt) :]
@@ -95,12 +101,21 @@ def response_ids(
     return prompt, ids[: ends[-1] + 1] if ends else ids
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> list[int]:
+def _template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    template_kwargs: dict[str, Any] | None,
+) -> list[int]:
     import jinja2
 
     try:
         encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=True
+            messages,
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=True,
+            **(template_kwargs or {}),
         )
     except (jinja2.exceptions.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses it: {error}") from None

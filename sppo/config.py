@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ DEFAULT_RECIPE = ROOT / "recipes" / "sppo" / "released.yaml"
 
 
 def _key(default: Any, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "min": minimum, "max": maximum})
+    kind = {"default_factory": default} if default is dict else {"default": default}
+    return field(**kind, metadata={"help": help, "min": minimum, "max": maximum})
 
 
 @dataclass
@@ -47,6 +49,10 @@ class Recipe:
     temperature: float = _key(0.7, "sampling temperature", 0)
     top_p: float = _key(0.9, "nucleus sampling: the smallest set of tokens with this much probability", 1e-6, 1)
     maxlen: int = _key(2048, "longest response, in tokens", 1)
+    prompt_seeds: bool = _key(
+        True, "seed each prompt by itself, so that shards decide nothing; false is faster in vllm"
+    )
+    chat_template_kwargs: dict = _key(dict, 'arguments of the chat template: {"enable_thinking": false}')
     system_prompt: str = _key("", "system message put before every prompt that has none")
     gpu_memory_utilization: float = _key(0.9, "share of each GPU's memory that vLLM may take", 0.05, 1)
     # ranking
@@ -113,6 +119,14 @@ def _convert(name: str, value: Any, where: str) -> Any:
         if word not in ("true", "false"):
             raise UsageError(f"{problem} true or false")
         return word == "true"
+    if kind is dict:
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            raise UsageError(f"{problem} a mapping, or an object in JSON")
+        return value
     if kind is str:
         if value is None or isinstance(value, (dict, list, bool)):
             raise UsageError(f"{problem} a text")

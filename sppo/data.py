@@ -80,7 +80,7 @@ def load_training_set(
         if not all(isinstance(r, float) and 0 <= r <= 1 for r in rates):
             raise SPPOError(f"{path}, row {number}: win rates {rates} are not three numbers between 0 and 1")
         try:
-            sides = _token_ids(row, tokenizer, identity, stop_ids, counts)
+            sides = _token_ids(row, tokenizer, identity, stop_ids, counts, recipe.chat_template_kwargs)
         except ValueError as error:
             raise SPPOError(f"{path}, row {number}: {error}") from None
         kept_prompts, kept_responses = [], []
@@ -117,6 +117,7 @@ def _token_ids(
     identity: str,
     stop_ids: set[int],
     counts: Counter[str],
+    template_kwargs: dict[str, Any],
 ) -> list[tuple[list[int], list[int]]]:
     """[(prompt ids, response ids)] of the chosen and the rejected response."""
     if row.get("tokenizer") == identity and row.get("prompt_token_ids"):
@@ -131,7 +132,7 @@ def _token_ids(
         if not conversation or conversation[-1]["role"] != "assistant" or len(conversation) < 2:
             raise ValueError(f"{side} is not a conversation that ends with the assistant")
         messages = chat.with_system(tokenizer, conversation[:-1], "")
-        sides.append(chat.response_ids(tokenizer, messages, conversation[-1]["content"], stop_ids))
+        sides.append(chat.response_ids(tokenizer, messages, conversation[-1]["content"], stop_ids, template_kwargs))
     return sides
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.config import Recipe
 from sppo.errors import SPPOError
+from sppo.files import read_json
+from sppo.models import Policy, load_causal_lm
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 # Sequences in one batch of the transformers engine, and the multiple that prompts are padded to there.
 # Both are fixed so that a prompt meets the same tensor shapes in whatever shard it is.
 _BATCH, _BUCKET = 64, 16
+# Weights up to this many bytes run in float64 on a CPU; larger ones in float32, for memory's sake.
+_DOUBLE = 2 << 30
 # Prompts waiting in vLLM's queue: enough to keep it full, few enough to keep memory flat.
 _QUEUE = 1024
 
@@ -32,7 +37,7 @@ class Request:
     """One prompt for an engine. `seed` belongs to the prompt; response k uses (seed, k)."""
 
     prompt_id: str
-    token_ids: list[int]
+    token_ids: array[int]  # 4 bytes each: a list of 100,000 prompts' ids would weigh ten times as much
     seed: int
     max_new_tokens: int
 
@@ -62,19 +67,23 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 
 def generate_vllm(
-    model: Path, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int
+    policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int
 ) -> Finished:
     """K responses a request from vLLM, `world_size` GPUs to one engine, finished prompts first."""
+    longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
+    return draw_vllm(start_vllm(policy, recipe, longest, world_size), policy, recipe, stop_ids, requests)
+
+
+def start_vllm(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
+    """A vLLM engine for sequences of up to `longest` tokens, prompt and response together."""
     # In this process where one device is enough: nothing is left behind when it is killed.
     if world_size == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build only
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM
     from vllm.platforms import current_platform
-    from vllm.sampling_params import RequestOutputKind
 
-    longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
     options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization}
     if current_platform.is_cpu():
         # A prefill that is split crashes seeded sampling on the CPU build.
@@ -83,9 +92,12 @@ def generate_vllm(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(longest, 2048),
         }
-    llm = LLM(
-        model=str(model),
-        dtype=_vllm_dtype(model, current_platform.is_cpu()),
+    if policy.adapter:
+        options |= {"enable_lora": True, "max_lora_rank": read_json(policy.adapter / "adapter_config.json")["r"]}
+    return LLM(
+        model=str(policy.weights),
+        tokenizer=str(policy.tokenizer_dir),
+        dtype=_vllm_dtype(policy.weights, current_platform.is_cpu()),
         max_model_len=longest,
         tensor_parallel_size=world_size,
         enable_prefix_caching=True,
@@ -94,6 +106,15 @@ def generate_vllm(
         disable_log_stats=True,
         **options,
     )
+
+
+def draw_vllm(llm: Any, policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request]) -> Finished:
+    """One pass with n = K: the engine's queue is kept full from the first request to the last."""
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    lora = LoRARequest("policy", 1, str(policy.adapter)) if policy.adapter else None
     engine, waiting, running = llm.llm_engine, iter(requests), {}
     while True:
         for request in islice(waiting, _QUEUE - len(running)):
@@ -101,13 +122,14 @@ def generate_vllm(
                 n=recipe.pairs,
                 temperature=recipe.temperature,
                 top_p=recipe.top_p,
-                seed=request.seed,  # vLLM gives sample k the seed + k
+                seed=request.seed if recipe.prompt_seeds else None,  # vLLM gives sample k the seed + k
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=sorted(stop_ids),
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,  # all K samples of a prompt at once
             )
-            engine.add_request(request.prompt_id, TokensPrompt(prompt_token_ids=request.token_ids), params)
+            prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+            engine.add_request(request.prompt_id, prompt, params, lora_request=lora)
             running[request.prompt_id] = request
         if not running:
             return
@@ -127,17 +149,19 @@ def _vllm_dtype(model: Path, cpu: bool) -> str:
     return "auto"
 
 
-def generate_transformers(model: Path, recipe: Recipe, stop_ids: set[int], requests: list[Request]) -> Finished:
+def generate_transformers(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request]) -> Finished:
     """K responses a request from transformers' generate.
 
     Sampling is inverse-CDF on one uniform number per (prompt seed, k, position), so which batch a prompt
-    stands in decides nothing but the last bits of its logits.
+    stands in decides nothing but the last bits of its logits. On a CPU small models run in float64, where those bits
+    are too small to turn a draw: the responses are the same whatever the shards, the batches and the threads.
     """
     import torch
     from transformers import GenerationConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_causal_lm(model, dtype="auto" if device == "cuda" else torch.float32).to(device).eval()
+    dtype = "auto" if device == "cuda" else torch.float64 if policy.bytes() <= _DOUBLE else torch.float32
+    network = load_causal_lm(policy, dtype).to(device).eval()
     network.generation_config = GenerationConfig()  # sampling is the recipe's alone
     pad = min(stop_ids)
     width = max(1, _BATCH // recipe.pairs)
@@ -148,7 +172,7 @@ def generate_transformers(model: Path, recipe: Recipe, stop_ids: set[int], reque
         for start in range(0, len(members), width):
             batch = members[start : start + width]
             full = [batch[i % len(batch)] for i in range(width)]
-            rows = [[pad] * (length - len(r.token_ids)) + r.token_ids for r in full for _ in range(recipe.pairs)]
+            rows = [[pad] * (length - len(r.token_ids)) + list(r.token_ids) for r in full for _ in range(recipe.pairs)]
             mask = [
                 [0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in full for _ in range(recipe.pairs)
             ]
@@ -206,30 +230,12 @@ class _Sampler:
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
-def load_causal_lm(model: Path, dtype: Any, attn_implementation: str = "") -> Any:
-    """A causal language model from a directory: safetensors only, no remote code.
-
-    Gemma-2 gets eager attention, the one that honours its soft caps everywhere (scaled-dot-product ignores them).
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model)
-    if not attn_implementation and getattr(config, "attn_logit_softcapping", None):
-        attn_implementation = "eager"
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
-        raise SPPOError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None
-
-
 def finished_responses(
-    engine: str, model: Path, recipe: Recipe, stop_ids: set[int], requests: Iterable[Request], world_size: int
+    engine: str, policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int
 ) -> Finished:
     """All requests' responses from the engine of that name, in the order in which prompts finish."""
-    requests = list(requests)
     if not requests:
         return iter(())
     if engine == "vllm":
-        return generate_vllm(model, recipe, stop_ids, requests, world_size)
-    return generate_transformers(model, recipe, stop_ids, requests)
+        return generate_vllm(policy, recipe, stop_ids, requests, world_size)
+    return generate_transformers(policy, recipe, stop_ids, requests)

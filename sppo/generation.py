@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from sppo.config import Recipe
 from sppo.engines import Finished, Request, finished_responses, pick_engine, prompt_seed
 from sppo.errors import SPPOError, UsageError
 from sppo.files import Journal, digest, read_json, read_rows, write_parquet
-from sppo.manifest import Stage, model_identity, resolve
+from sppo.manifest import Stage
+from sppo.models import Policy, open_policy
 from sppo.progress import progress
 from sppo.prompts import Message, Prompt, fingerprint, load_prompts
 
@@ -70,17 +72,17 @@ def generate_shard(
     recipe: Recipe, output_dir: Path, part: Slice, prompts_part: tuple[int, int], world_size: int, overwrite: bool
 ) -> None:
     """Write $DATA/responses/shard-<data_frac>.parquet. Finished prompts of an earlier, killed try are kept."""
-    model = resolve(recipe.model, recipe.model_revision)
+    policy = open_policy(recipe.model, recipe.model_revision)
     prompts = load_prompts(recipe.prompts, recipe, prompts_part)
     start, stop = part.bounds(len(prompts))
     engine = pick_engine(recipe.engine)
     path, manifest, journal_path = shard_paths(output_dir / "responses", part.data_frac)
-    keys = ("pairs", "temperature", "top_p", "maxlen", "seed", "system_prompt")
+    keys = "pairs temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs".split()
     stage = Stage(
         "generate",
         manifest,
         [path],
-        inputs={"model": model_identity(model), "prompts": fingerprint(prompts), "prompts_total": len(prompts)},
+        inputs={"model": policy.identity(), "prompts": fingerprint(prompts), "prompts_total": len(prompts)},
         settings={"rows": [start, stop], "engine": engine, **{k: getattr(recipe, k) for k in keys}},
         journal=journal_path,
     )
@@ -88,15 +90,15 @@ def generate_shard(
         print(f"generate: shard {part.data_frac} is done: {path}")
         return
     journal = Journal(journal_path, stage.identity)
-    tokenizer = chat.load_tokenizer(model)
-    requests, conversations, skipped = _prepare(recipe, model, tokenizer, prompts[start:stop])
+    tokenizer = policy.tokenizer()
+    requests, conversations, skipped = _prepare(recipe, policy, tokenizer, prompts[start:stop])
     missing = [r for r in requests if r.prompt_id not in journal.done]
     kept = len(requests) - len(missing)
     print(f"generate: rows {start} to {stop} of {len(prompts)}: {len(missing)} to do, {kept} in the journal, ", end="")
     print(f"{len(skipped)} skipped; engine {engine}", flush=True)
-    stops = chat.stop_token_ids(model, tokenizer)
+    stops = policy.stop_ids(tokenizer)
     with progress(len(requests), f"shard {part.data_frac}", "prompt", kept) as bar:
-        _draw(finished_responses(engine, model, recipe, stops, missing, world_size), tokenizer, journal, recipe, bar)
+        _draw(finished_responses(engine, policy, recipe, stops, missing, world_size), tokenizer, journal, recipe, bar)
     counts = _write_shard(path, requests, conversations, journal, chat.tokenizer_identity(tokenizer))
     reasons = Counter(s["reason"] for s in skipped)
     summary = {"prompts": stop - start, **counts, "skipped": dict(reasons)}
@@ -140,7 +142,7 @@ def _write_shard(
                 "prompt_id": request.prompt_id,
                 "prompt": conversations[request.prompt_id],
                 "responses": answer,
-                "prompt_token_ids": request.token_ids,
+                "prompt_token_ids": list(request.token_ids),
                 "tokenizer": identity,
             }
 
@@ -149,18 +151,17 @@ def _write_shard(
 
 
 def _prepare(
-    recipe: Recipe, model: Path, tokenizer: Any, prompts: list[Prompt]
+    recipe: Recipe, policy: Policy, tokenizer: Any, prompts: list[Prompt]
 ) -> tuple[list[Request], dict[str, list[Message]], list[dict[str, str]]]:
     """Requests for the engine, the conversations as they were templated, and what is skipped and why."""
-    config = read_json(model / "config.json")
-    context = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    context = policy.context()
     requests, conversations, skipped = [], {}, []
     for prompt in prompts:
         reason, ids = prompt.skip, []
         if not reason:
             try:
                 messages = chat.with_system(tokenizer, prompt.messages, recipe.system_prompt)
-                ids = chat.prompt_ids(tokenizer, messages)
+                ids = chat.prompt_ids(tokenizer, messages, recipe.chat_template_kwargs)
             except ValueError as error:
                 reason = str(error)
         if ids and context and len(ids) >= context:
@@ -169,7 +170,7 @@ def _prepare(
             skipped.append({"prompt_id": prompt.prompt_id, "reason": reason})
             continue
         room = min(recipe.maxlen, context - len(ids)) if context else recipe.maxlen
-        requests.append(Request(prompt.prompt_id, ids, prompt_seed(recipe.seed, prompt.prompt_id), room))
+        requests.append(Request(prompt.prompt_id, array("i", ids), prompt_seed(recipe.seed, prompt.prompt_id), room))
         conversations[prompt.prompt_id] = messages
     return requests, conversations, skipped
 

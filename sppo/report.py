@@ -19,7 +19,8 @@ from sppo.config import ROOT, Recipe
 from sppo.errors import SPPOError, UsageError
 from sppo.files import digest, read_json, read_rows, write_json
 from sppo.launch import flags
-from sppo.manifest import Stage, model_identity, resolve
+from sppo.manifest import Stage
+from sppo.models import model_identity, resolve
 
 Judge = Callable[[str, str, str], float]
 
@@ -65,8 +66,9 @@ def _answers(recipe: Recipe, directory: Path, model: str, gpus: str, world_size:
     """directory/eval/responses.parquet: eval_pairs responses to each held-out prompt, drawn as in training."""
     out = directory / "eval"
     common = flags(output_dir=out, pairs=recipe.eval_pairs)
-    keys = ("prompt_column", "prompt_split", "temperature", "top_p", "maxlen", "engine", "seed", "system_prompt")
+    keys = "prompt_column prompt_split temperature top_p maxlen engine seed prompt_seeds system_prompt".split()
     settings = flags(**{k: getattr(recipe, k) for k in (*keys, "gpu_memory_utilization")}, world_size=world_size)
+    settings += flags(chat_template_kwargs=json.dumps(recipe.chat_template_kwargs))
     launch = [sys.executable, "-m", "sppo.launch", "shards", "--name=eval"]
     launch += flags(gpus=gpus, logs=directory / "logs", world_size=world_size)
     generate = [sys.executable, str(ROOT / "scripts/generate.py"), *flags(model=model, prompts=recipe.eval_prompts)]

@@ -16,18 +16,21 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # As a script, Python puts sppo/ itself on the path, where our modules would shadow others' names.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from sppo import chat, config  # noqa: E402
 from sppo.config import Recipe  # noqa: E402
 from sppo.errors import SPPOError, UsageError, run_main  # noqa: E402
 from sppo.files import digest, read_json, sync_directory, write_json  # noqa: E402
 from sppo.launch import die_with_parent  # noqa: E402
-from sppo.manifest import Stage, model_identity, resolve  # noqa: E402
+from sppo.manifest import Stage  # noqa: E402
+from sppo.models import Policy, load_causal_lm, open_policy  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -38,29 +41,84 @@ if TYPE_CHECKING:
 KEYS = (
     "model model_revision seed loss_type beta learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
     "schedule_epochs optim weight_decay max_grad_norm global_batch_size batch_size accumulate gradient_checkpointing "
-    "max_prompt_length max_length attn_implementation logging_steps save_steps report_to prompts_revision"
+    "max_prompt_length max_length attn_implementation logging_steps save_steps report_to prompts_revision "
+    "chat_template_kwargs"
 ).split()
 # what decides the result; the rest only decides where and how fast it is computed
 IDENTITY = (
     "seed loss_type beta learning_rate lr_scheduler_type warmup_ratio num_train_epochs schedule_epochs optim "
-    "weight_decay max_grad_norm max_prompt_length max_length attn_implementation"
+    "weight_decay max_grad_norm max_prompt_length max_length attn_implementation chat_template_kwargs"
 ).split()
 
 
+@dataclass
+class Training:
+    """A training as it was asked for, before anything heavy is loaded."""
+
+    recipe: Recipe
+    iteration: int
+    overwrite: bool
+    source: Policy
+    dataset: Path
+    output_dir: Path
+    processes: int
+    steps: int  # accumulation steps
+    stage: Stage
+
+    @property
+    def work(self) -> Path:
+        """Where everything is until the model is whole."""
+        return self.output_dir.with_name(self.output_dir.name + ".partial")
+
+    def is_done(self) -> bool:
+        """Whether output_dir holds this very training's model. Raises SPPOError if it holds another's."""
+        done = not self.overwrite and self.stage.is_done()
+        if done:
+            print(f"train: done: {self.output_dir}")
+        return done
+
+
 def main(argv: list[str] | None = None) -> None:
+    training = prepare(argv, int(os.environ.get("WORLD_SIZE", 1)))
+    if training.is_done():
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(training.work, ignore_errors=True)
+        return
+    train(training)
+
+
+def prepare(argv: list[str] | None, processes: int) -> Training:
+    """Read flags, recipe, model and data set's names; raise UsageError or SPPOError for what cannot work."""
+    from sppo.data import dataset_file
+
     parser = config.make_parser(__doc__, KEYS)
     parser.add_argument("recipe_file", nargs="?", help="the recipe, as a first argument instead of --recipe")
     parser.add_argument("--dataset", required=True, help="train.parquet, a $DATA directory, or a data set on the Hub")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the trained model appears")
     parser.add_argument("--iter", type=int, default=0, help="the iteration's number, for the model card")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="train again although output_dir holds another run's model"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="train again over another run's model")
     args = parser.parse_args(argv)
-    args.recipe = args.recipe or args.recipe_file
     given = {k: getattr(args, k) for k in KEYS if getattr(args, k) is not None}
-    recipe = config.load_recipe(args.recipe, given)
-    train(recipe, args.dataset, args.output_dir, args.iter, args.overwrite)
+    recipe = config.load_recipe(args.recipe or args.recipe_file, given)
+    if recipe.num_train_epochs <= 0:
+        raise UsageError("--num_train_epochs must be above 0")
+    if recipe.max_prompt_length >= recipe.max_length:
+        raise UsageError("--max_prompt_length must be below --max_length: the response needs room")
+    steps = accumulation(recipe, processes)
+    source = open_policy(recipe.model, recipe.model_revision)
+    path = dataset_file(args.dataset, recipe)
+    occupied = args.output_dir.exists() and any(args.output_dir.iterdir())
+    stage = Stage(
+        "train",
+        args.output_dir / "sppo_manifest.json",
+        [args.output_dir] if occupied else [],
+        inputs={"model": source.identity(), "dataset": digest(path)},
+        settings={
+            "global_batch_size": recipe.batch_size * steps * processes,
+            **{k: getattr(recipe, k) for k in IDENTITY},
+        },
+    )
+    return Training(recipe, args.iter, args.overwrite, source, path, args.output_dir, processes, steps, stage)
 
 
 def accumulation(recipe: Recipe, processes: int) -> int:
@@ -76,52 +134,25 @@ def accumulation(recipe: Recipe, processes: int) -> int:
     return steps
 
 
-def train(recipe: Recipe, dataset: str, output_dir: Path, iteration: int, overwrite: bool) -> None:
-    """Train `recipe.model` on `dataset` into output_dir, on every rank of an accelerate launch."""
-    from sppo.data import dataset_file, load_training_set
-
-    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if recipe.num_train_epochs <= 0:
-        raise UsageError("--num_train_epochs must be above 0")
-    if recipe.max_prompt_length >= recipe.max_length:
-        raise UsageError("--max_prompt_length must be below --max_length: the response needs room")
-    steps = accumulation(recipe, processes)
-    source = resolve(recipe.model, recipe.model_revision)
-    path = dataset_file(dataset, recipe)
-    work = output_dir.with_name(output_dir.name + ".partial")
-    stage = Stage(
-        "train",
-        output_dir / "sppo_manifest.json",
-        [output_dir] if output_dir.exists() and any(output_dir.iterdir()) else [],
-        inputs={"model": model_identity(source), "dataset": digest(path)},
-        settings={
-            "global_batch_size": recipe.batch_size * steps * processes,
-            **{k: getattr(recipe, k) for k in IDENTITY},
-        },
-    )
-    if not overwrite and stage.is_done():
-        print(f"train: done: {output_dir}")
-        if rank == 0:
-            shutil.rmtree(work, ignore_errors=True)
-        return
-    checkpoint = _resume_point(stage, work, overwrite and rank == 0)
-    trainer, data = _trainer(recipe, source, path, work, steps, processes, load_training_set)
+def train(training: Training) -> None:
+    """Train into output_dir, on every rank of an accelerate launch."""
+    recipe, work, stage = training.recipe, training.work, training.stage
+    checkpoint = _resume_point(stage, work, training.overwrite and os.environ.get("RANK", "0") == "0")
+    trainer, data = _trainer(training)
     if trainer.is_world_process_zero():
-        print(
-            f"train: {data.counts}; {processes} x {recipe.batch_size} x {steps} pairs a step"
-            + (f"; going on from {checkpoint}" if checkpoint else "")
-        )
+        batch = f"{training.processes} x {recipe.batch_size} x {training.steps} pairs a step"
+        print(f"train: {data.counts}; {batch}" + (f"; going on from {checkpoint}" if checkpoint else ""))
         write_json(work / "identity.json", stage.identity)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    final = work / "final"
     from transformers import GenerationConfig
 
-    trainer.model.generation_config = GenerationConfig()  # the source's own file is copied below
-    trainer.save_model(str(final))
+    trainer.model.generation_config = GenerationConfig()  # the source's own file is copied over it
+    trainer.save_model(str(work / "final"))
     if trainer.is_world_process_zero():
-        metrics = {"loss": result.training_loss, "beta2_loss": recipe.beta**2 * result.training_loss}
-        _finish(stage, recipe, source, final, work, output_dir, {"iteration": iteration, **metrics}, data)
-        print(f"train: {output_dir}: loss {metrics['loss']:.6g}, beta^2 loss {metrics['beta2_loss']:.6g}")
+        loss = result.training_loss
+        metrics = {"iteration": training.iteration, "loss": loss, "beta2_loss": recipe.beta**2 * loss}
+        _finish(training, metrics, data)
+        print(f"train: {training.output_dir}: loss {loss:.6g}, beta^2 loss {metrics['beta2_loss']:.6g}")
 
 
 def _resume_point(stage: Stage, work: Path, overwrite: bool) -> str | None:
@@ -135,20 +166,19 @@ def _resume_point(stage: Stage, work: Path, overwrite: bool) -> str | None:
     return str(max(whole, key=lambda c: int(c.name.rpartition("-")[2]))) if whole else None
 
 
-def _trainer(
-    recipe: Recipe, source: Path, path: Path, work: Path, steps: int, processes: int, load: Any
-) -> tuple[SPPOTrainer, TrainingSet]:
+def _trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     import torch
 
-    from sppo.engines import load_causal_lm
+    from sppo.data import load_training_set
     from sppo.trainer import SPPOTrainer, disable_dropout
 
-    tokenizer = chat.load_tokenizer(source)
-    data = load(path, tokenizer, chat.stop_token_ids(source, tokenizer), recipe)
-    args = _training_arguments(recipe, work, steps)
-    if args.world_size != processes:
+    recipe, source, work = training.recipe, training.source, training.work
+    tokenizer = source.tokenizer()
+    data = load_training_set(training.dataset, tokenizer, source.stop_ids(tokenizer), recipe)
+    args = _training_arguments(recipe, work, training.steps)
+    if args.world_size != training.processes:
         raise SPPOError(
-            f"{processes} processes were launched, {args.world_size} take part; check the accelerate config"
+            f"{training.processes} processes were launched, {args.world_size} take part; check the accelerate config"
         )
     # after TrainingArguments: under ZeRO-3 the weights are then sharded as they load
     model = load_causal_lm(source, torch.float32, recipe.attn_implementation)
@@ -190,31 +220,25 @@ def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArgum
     )
 
 
-def _finish(
-    stage: Stage,
-    recipe: Recipe,
-    source: Path,
-    final: Path,
-    work: Path,
-    output_dir: Path,
-    metrics: dict[str, Any],
-    data: TrainingSet,
-) -> None:
-    """Complete the model in `final` and rename it to output_dir in one step."""
+def _finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> None:
+    """Complete the model in <work>/final and rename it to output_dir in one step."""
+    source, work, stage = training.source, training.work, training.stage
+    final = work / "final"
     for name in (*chat.TOKENIZER_FILES, "generation_config.json"):
         (final / name).unlink(missing_ok=True)
-        if (source / name).exists():
-            shutil.copyfile(source / name, final / name)
+        origin = source.weights if name == "generation_config.json" else source.tokenizer_dir
+        if (origin / name).exists():
+            shutil.copyfile(origin / name, final / name)
     (final / "training_args.bin").unlink(missing_ok=True)  # a pickle
     shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
-    _model_card(recipe, final, metrics)
+    _model_card(training.recipe, final, metrics)
     stage.manifest = final / "sppo_manifest.json"
     stage.outputs = sorted(p for p in final.iterdir() if p.suffix in (".safetensors", ".json") and p != stage.manifest)
-    stage.finish(data.counts, model=recipe.model, **metrics)
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    os.rename(final, output_dir)
-    sync_directory(output_dir.parent)
+    stage.finish(data.counts, model=training.recipe.model, **metrics)
+    if training.output_dir.exists():
+        shutil.rmtree(training.output_dir)
+    os.rename(final, training.output_dir)
+    sync_directory(training.output_dir.parent)
     shutil.rmtree(work)
 
 

@@ -9,7 +9,7 @@ import pytest
 from sppo import chat
 from sppo.errors import SPPOError
 
-FAMILIES = ["llama3", "mistral", "gemma2"]
+FAMILIES = ["llama3", "mistral", "gemma2", "qwen3"]
 TURNS = [
     {"role": "user", "content": "def f(x): return None"},
     {"role": "assistant", "content": "None of it is wrong."},
@@ -24,7 +24,8 @@ def test_prompt_ids_are_the_templates_with_one_bos(models: Path, family: str) ->
         ids = chat.prompt_ids(tokenizer, messages)
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert ids == expected
-        assert ids.count(tokenizer.bos_token_id) == 1
+        if family != "qwen3":  # which has no BOS
+            assert ids.count(tokenizer.bos_token_id) == 1
         text = tokenizer.decode(ids)
         assert all(m["content"] in text for m in messages)  # the released scripts cut at "None"
 
@@ -44,15 +45,22 @@ def test_a_response_ends_once_and_has_no_header(models: Path, family: str, end: 
 
 
 def test_a_system_turn_is_kept_or_folded(models: Path) -> None:
-    """Llama-3 renders a system turn; Gemma-2 and Mistral refuse one, so it goes into the first user turn."""
+    """Llama-3 and Qwen3 render a system turn; Gemma-2 and Mistral refuse one, so it goes into the first user turn."""
     for family in FAMILIES:
         tokenizer = chat.load_tokenizer(models / family)
         messages = chat.with_system(tokenizer, TURNS, "Be brief.")
-        assert messages[0]["role"] == ("system" if family == "llama3" else "user")
+        assert messages[0]["role"] == ("system" if family in ("llama3", "qwen3") else "user")
         assert "Be brief." in tokenizer.decode(chat.prompt_ids(tokenizer, messages))
         assert messages[-1] == TURNS[-1]
         own = [{"role": "system", "content": "Mine."}, TURNS[0]]
         assert "Be brief." not in str(chat.with_system(tokenizer, own, "Be brief."))
+
+
+def test_template_arguments_reach_the_template(models: Path) -> None:
+    tokenizer = chat.load_tokenizer(models / "qwen3")
+    quiet = chat.prompt_ids(tokenizer, TURNS, {"enable_thinking": False})
+    assert tokenizer.decode(quiet).endswith("<think>\n\n</think>\n\n")
+    assert quiet != chat.prompt_ids(tokenizer, TURNS)
 
 
 def test_roles_that_do_not_alternate_are_a_value_error(models: Path) -> None:

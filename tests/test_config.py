@@ -44,6 +44,7 @@ def test_a_flag_wins_over_the_recipe(tmp_path: Path) -> None:
         ("loss_type: spo", "did you mean sppo"),
         ("split_prompts: 1", "true or false"),
         ("model: [a]", "a text"),
+        ("chat_template_kwargs: [1]", "a mapping"),
         ("- a", "key: value"),
         ("a: b: c", "not YAML"),
     ],

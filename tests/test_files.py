@@ -8,7 +8,8 @@ import pytest
 
 from sppo.errors import SPPOError
 from sppo.files import Journal, atomic, exclusive
-from sppo.manifest import Stage, model_identity
+from sppo.manifest import Stage
+from sppo.models import model_identity
 
 IDENTITY = {"inputs": {"a": 1}, "settings": {}}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,12 +18,15 @@ import pytest
 import tiny
 import torch
 
-from sppo import chat
+from sppo import chat, engines
 from sppo.config import Recipe
 from sppo.engines import Request, _Sampler, prompt_seed
 from sppo.errors import SPPOError, UsageError
 from sppo.files import read_json
 from sppo.generation import Slice, check_prompts, combine, generate_shard
+from sppo.launch import flags
+from sppo.models import open_policy
+from sppo.prompts import load_prompts
 
 PROMPTS = [f"Why is {n} None{'?' * (n % 5)}" + " and why" * (n % 7) for n in range(21)] + ["Why is 3 None???"]
 
@@ -112,36 +117,123 @@ def test_responses_of_other_prompts_are_noticed(recipe: Recipe, tmp_path: Path) 
         check_prompts(out, recipe.prompts)
 
 
-def test_a_killed_shard_goes_on_and_ends_the_same(recipe: Recipe, tmp_path: Path) -> None:
-    undisturbed = generate(recipe, tmp_path / "calm", 1)
-    rows = [{"prompt": p} for p in [*PROMPTS, PROMPTS[0], ""]]
-    tiny.write_jsonl(Path(recipe.prompts), rows)
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3"])
+def test_every_family_generates(models: Path, recipe: Recipe, tmp_path: Path, family: str) -> None:
+    recipe.model = str(models / family)
+    recipe.system_prompt = "Be brief."
+    if family == "qwen3":
+        recipe.chat_template_kwargs = {"enable_thinking": False}
+    rows = generate(recipe, tmp_path / "out", 2)
+    assert len(rows) == len(PROMPTS) + 1
+    tokenizer = chat.load_tokenizer(models / family)
+    assert all("Be brief." in tokenizer.decode(row["prompt_token_ids"]) for row in rows)
+    assert len({r["text"] for row in rows for r in row["responses"]}) > len(rows)
+
+
+def test_an_adapter_is_a_model(models: Path, recipe: Recipe, tmp_path: Path) -> None:
+    plain = generate(recipe, tmp_path / "plain", 1)
+    recipe.model = str(tiny.lora(models / "llama3", tmp_path / "adapter"))
+    adapted = generate(recipe, tmp_path / "adapted", 1)
+    assert [r["prompt_token_ids"] for r in adapted] == [r["prompt_token_ids"] for r in plain]
+    assert [r["responses"] for r in adapted] != [r["responses"] for r in plain]
+
+
+def test_sixty_thousand_prompts_are_shared_out(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(60000)])
+    prompts = load_prompts(str(path), Recipe())
+    assert len({p.prompt_id for p in prompts}) == 60000
+    for shards in (1, 7, 8):
+        bounds = [Slice(0, i, shards).bounds(60000) for i in range(shards)]
+        assert [b[0] for b in bounds[1:]] == [b[1] for b in bounds[:-1]]
+        assert bounds[-1][1] == 60000
+
+
+def test_killed_at_ten_moments_it_ends_the_same(recipe: Recipe, tmp_path: Path) -> None:
+    """Three shards, SIGKILLed (driver or shard) at ten random moments, against an undisturbed run."""
+    tiny.write_jsonl(Path(recipe.prompts), [{"prompt": f"Why is {n} None?" + " and why" * (n % 9)} for n in range(500)])
+    recipe.maxlen = 12
+    undisturbed = generate(recipe, tmp_path / "calm", 3)
     out = tmp_path / "killed"
-    command = [sys.executable, "scripts/generate.py", "--model", recipe.model, "--prompts", recipe.prompts]
-    command += [
-        "--output_dir",
-        str(out),
-        "--pairs=3",
-        "--maxlen=12",
-        "--engine=transformers",
-        "--temperature=1",
-        "--top_p=0.9",
+    command = [
+        sys.executable,
+        "-m",
+        "sppo.launch",
+        "shards",
+        "--gpus=none,none,none",
+        f"--logs={tmp_path / 'logs'}",
+        "--",
     ]
-    journal = out / "responses" / "shard-00000.journal"
-    process = subprocess.Popen(
-        command, cwd=tiny.ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 2000):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert journal.exists(), "the shard was done before it could be killed"
-    assert not (out / "responses" / "shard-00000.parquet").exists()
-    shown = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=True).stdout
-    assert " 0 in the journal" not in shown
-    assert not journal.exists()
-    combine(out, 1, 3, False)
+    command += [sys.executable, str(tiny.ROOT / "scripts/generate.py"), *flags(output_dir=out, engine="transformers")]
+    command += flags(**{k: getattr(recipe, k) for k in ("model", "prompts", "pairs", "maxlen", "temperature", "top_p")})
+    rng, kept, seen = random.Random(0), 0, set()
+    for attempt in range(10):
+        process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        target = kept + rng.randint(1, 30)  # journal lines to wait for: moments spread over the work
+        while process.poll() is None and (kept := journal_lines(out)) < target:
+            time.sleep(0.002)
+        assert process.poll() is None, "the run was done before it could be killed"
+        victim = process.pid if attempt % 2 else rng.choice(children(process.pid) or [process.pid])
+        os.kill(victim, signal.SIGKILL)
+        process.wait()
+        wait_until_gone(out)
+        kept = journal_lines(out)
+        seen.add(kept)
+    assert len(seen) >= 3, f"the kills hit the same moment: {seen}"
+    subprocess.run(command, cwd=tiny.ROOT, check=True, stdout=subprocess.DEVNULL)
+    combine(out, 3, recipe.pairs, False)
     assert pq.read_table(out / "responses.parquet").to_pylist() == undisturbed
+
+
+def journal_lines(out: Path) -> int:
+    """Finished prompts in journals and shards."""
+    lines = sum(max(0, p.read_bytes().count(b"\n") - 1) for p in (out / "responses").glob("*.journal"))
+    return lines + sum(pq.read_metadata(p).num_rows for p in (out / "responses").glob("shard-*.parquet"))
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(c) for c in tasks.read_text().split()] if tasks.exists() else []
+
+
+def wait_until_gone(out: Path) -> None:
+    """No shard outlives its driver: nobody holds a journal's lock."""
+    deadline = time.monotonic() + 20
+    for path in (out / "responses").glob("*.journal"):
+        while True:
+            with open(path) as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline, "a shard outlived its driver"
+            time.sleep(0.05)
+
+
+def test_vllm_gives_the_same_whatever_the_shards(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU build, in float32: 1, 2, 3 and 5 shards, in any order, and duplicates differ."""
+    pytest.importorskip("vllm")
+    engine = engines.start_vllm(open_policy(recipe.model), recipe, 256, 1)
+    monkeypatch.setattr(engines, "start_vllm", lambda *_: engine)
+    recipe.engine = "vllm"
+    one = generate(recipe, tmp_path / "1", 1)
+    for shards in (2, 3, 5):
+        assert generate(recipe, tmp_path / str(shards), shards) == one
+    duplicates = [row for row in one if row["prompt"][0]["content"] == PROMPTS[0]]
+    assert duplicates[0]["responses"] != duplicates[1]["responses"]
+    assert len({r["text"] for r in one[0]["responses"]}) > 1
+
+
+def test_vllm_takes_an_adapter(models: Path, recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    recipe.engine, recipe.model = "vllm", str(tiny.lora(models / "llama3", tmp_path / "adapter"))
+    recipe.temperature = 0  # greedy: both engines must say the same
+    drawn = generate(recipe, tmp_path / "vllm", 1)
+    recipe.engine = "transformers"
+    expected = generate(recipe, tmp_path / "transformers", 1)
+    same = sum(a["responses"] == b["responses"] for a, b in zip(drawn, expected, strict=True))
+    assert same >= 0.9 * len(expected)  # equal but for the last bits of the logits
 
 
 def test_the_sampler_draws_from_the_nucleus() -> None:

@@ -109,7 +109,13 @@ def test_the_first_failure_stops_the_rest_and_gives_its_code(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_an_interrupted_driver_leaves_no_process(tmp_path: Path, signum: int, code: int) -> None:
-    process = subprocess.Popen(command(tmp_path, "sleep"), cwd=tiny.ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(tmp_path, "sleep"),
+        cwd=tiny.ROOT,
+        stderr=subprocess.DEVNULL,
+        # a job in the background of a script ignores SIGINT; a driver on a terminal does not
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
     while len([p for p in tmp_path.iterdir() if p.name.isdigit() and p.read_text()]) < 3:
         time.sleep(0.05)
     os.kill(process.pid, signum)

@@ -27,6 +27,12 @@ GEMMA_TEMPLATE = (
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+QWEN3_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 TEXTS = [
     "def f(x):\n    return None if x is None else x + 1",
     "What does Anna see at the market? Anna sees a red ball and a small dog.",
@@ -115,6 +121,31 @@ def gemma2(directory: Path) -> Path:
     fast = tokenizer(special, "<bos>", "<eos>", "<pad>", GEMMA_TEMPLATE)
     config = Gemma2Config(**shape(fast, sliding_window=64, query_pre_attn_scalar=16))
     return save(directory, Gemma2ForCausalLM, config, fast, fast.convert_tokens_to_ids(["<eos>", "<end_of_turn>"]))
+
+
+def qwen3(directory: Path) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    fast = tokenizer(special, "<|im_start|>", "<|im_end|>", "<|endoftext|>", QWEN3_TEMPLATE, adds_bos=False)
+    config = Qwen3Config(**shape(fast))
+    return save(directory, Qwen3ForCausalLM, config, fast, fast.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+
+
+def lora(base: Path, directory: Path) -> Path:
+    """A LoRA adapter on `base`, with weights that change what it says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(directory)
+    return directory
 
 
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
