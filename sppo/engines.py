@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 # Sequences in one batch of the transformers engine, and the multiple that prompts are padded to there.
-# Both are fixed so that a prompt meets the same tensor shapes in whatever shard it is.
 _BATCH, _BUCKET = 64, 16
 # Weights up to this many bytes run in float64 on a CPU; larger ones in float32, for memory's sake.
 _DOUBLE = 2 << 30
@@ -165,22 +164,23 @@ def generate_transformers(policy: Policy, recipe: Recipe, stop_ids: set[int], re
     network.generation_config = GenerationConfig()  # sampling is the recipe's alone
     pad = min(stop_ids)
     width = max(1, _BATCH // recipe.pairs)
+    # Eager attention (soft caps) in float64 makes NaN of a row that is padding alone: no padding there.
+    bucket = 1 if network.config._attn_implementation == "eager" else _BUCKET
     buckets: dict[int, list[Request]] = {}
     for request in requests:
-        buckets.setdefault(-(-len(request.token_ids) // _BUCKET) * _BUCKET, []).append(request)
+        buckets.setdefault(-(-len(request.token_ids) // bucket) * bucket, []).append(request)
     for length, members in sorted(buckets.items()):
         for start in range(0, len(members), width):
             batch = members[start : start + width]
-            full = [batch[i % len(batch)] for i in range(width)]
-            rows = [[pad] * (length - len(r.token_ids)) + list(r.token_ids) for r in full for _ in range(recipe.pairs)]
+            rows = [[pad] * (length - len(r.token_ids)) + list(r.token_ids) for r in batch for _ in range(recipe.pairs)]
             mask = [
-                [0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in full for _ in range(recipe.pairs)
+                [0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in batch for _ in range(recipe.pairs)
             ]
-            budget = max(r.max_new_tokens for r in full)
-            sampler = _Sampler(recipe, full, length, budget)
+            budget = max(r.max_new_tokens for r in batch)
+            sampler = _Sampler(recipe, batch, length, budget)
             with torch.inference_mode():
                 output = network.generate(
-                    torch.tensor(rows, device=device),  # (width * K, length)
+                    torch.tensor(rows, device=device),  # (B * K, length)
                     attention_mask=torch.tensor(mask, device=device),
                     generation_config=GenerationConfig(
                         max_new_tokens=budget, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad
@@ -223,6 +223,8 @@ class _Sampler:
         u = self.uniform[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device)  # (B, 1)
         probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
         cumulative = probs.cumsum(-1)  # (B, V)
+        if not cumulative[:, -1].isfinite().all():
+            raise SPPOError("the model's logits are not finite; its weights or its precision are broken")
         nucleus = (cumulative - probs < self.top_p).sum(-1, keepdim=True)  # tokens kept
         mass = cumulative.gather(-1, nucleus - 1)
         rank = torch.searchsorted(cumulative, u * mass, right=True).minimum(nucleus - 1)
