@@ -46,7 +46,7 @@ class Recipe:
     seed: int = _key(42, "seed of sampling, hold-out and training order", 0)
     # generation
     engine: Literal["auto", "vllm", "transformers"] = _key("auto", "auto takes vllm where it is installed")
-    temperature: float = _key(0.7, "sampling temperature", 0)
+    temperature: float = _key(0.7, "sampling temperature; not 0, which would draw K times the same", 0.01)
     top_p: float = _key(0.9, "nucleus sampling: the smallest set of tokens with this much probability", 1e-6, 1)
     maxlen: int = _key(2048, "longest response, in tokens", 1)
     prompt_seeds: bool = _key(

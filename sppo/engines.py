@@ -218,8 +218,6 @@ class _Sampler:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
 
-        if self.temperature == 0:
-            return scores
         u = self.uniform[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device)  # (B, 1)
         probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
         cumulative = probs.cumsum(-1)  # (B, V)

@@ -41,6 +41,7 @@ def test_a_flag_wins_over_the_recipe(tmp_path: Path) -> None:
         ("pairs: true", "whole number"),
         ("beta: .nan", "at least"),
         ("top_p: 1.5", "between"),
+        ("temperature: 0", "at least 0.01"),
         ("loss_type: spo", "did you mean sppo"),
         ("split_prompts: 1", "true or false"),
         ("model: [a]", "a text"),
