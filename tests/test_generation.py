@@ -8,7 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def generate(recipe: Recipe, out: Path, shards: int) -> list[dict[str, Any]]:
 
 def test_responses_do_not_depend_on_the_shards(recipe: Recipe, tmp_path: Path) -> None:
     one = generate(recipe, tmp_path / "one", 1)
-    for shards in (3, 5):
+    for shards in (2, 3, 5):
         assert generate(recipe, tmp_path / str(shards), shards) == one
     assert len(one) == len(PROMPTS) + 1
     duplicates = [row for row in one if row["prompt"][0]["content"] == PROMPTS[0]]
@@ -102,6 +104,32 @@ def test_a_missing_a_foreign_or_a_stale_shard_is_never_combined(recipe: Recipe, 
     with pytest.raises(SPPOError, match=r"settings\.temperature: 1\.0 there, 0\.9 now"):
         generate_shard(recipe, out, Slice(0, 0, 3), (0, 1), 1, False)
     assert not (out / "responses.parquet").exists()
+
+
+def test_local_paths_never_ask_the_hub(recipe: Recipe, tmp_path: Path) -> None:
+    """Not even with a network at hand: a server that stands for the Hub hears nothing."""
+    asked: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+            asked.append(self.path)
+            self.send_error(500)
+
+        do_HEAD = do_POST = do_GET  # noqa: N815
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    command = ["scripts/generate.py", *flags(model=recipe.model, prompts=recipe.prompts, pairs=2, maxlen=4)]
+    command += flags(output_dir=tmp_path / "out", engine="transformers")
+    tiny.succeed(*command, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
+    assert asked == []
+    done = tiny.run(
+        *command, "--model", "some/where", "--output_dir", tmp_path / "x", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0"
+    )
+    server.shutdown()
+    assert done.returncode == 1
+    assert asked  # so the server would have heard
 
 
 def test_responses_of_other_prompts_are_noticed(recipe: Recipe, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from sppo.errors import UsageError
-from sppo.launch import devices, groups, last_lines
+from sppo.launch import devices, groups, last_lines, overall
 
 
 def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +34,19 @@ def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> Non
     assert groups(["0", "1", "2", "3"], 2) == ["0,1", "2,3"]
     with pytest.raises(UsageError, match="does not divide"):
         groups(["0", "1", "2"], 2)
+
+
+def test_all_shards_progress_in_one_line(tmp_path: Path) -> None:
+    bars = [
+        "0:  17%|x | 5/29 [00:10<00:29, 2.1prompt/s, 512 tok/s]\r0: 34%|x | 10/29 [00:20<00:19, 2prompt/s, 812 tok/s]",
+        "shard 1:  34%|x | 10/30 [00:20<1:01:29, 10.15prompt/s, 188 tok/s]",
+    ]
+    logs = [tmp_path / str(i) for i in range(2)]
+    for log, bar in zip(logs, bars, strict=True):
+        log.write_text(f"generate: rows\n{bar}")
+    assert overall(logs) == "20 of 59 prompts, 2 shards, 1000 tok/s, 1:01:29 left"
+    logs[0].write_text("loading")
+    assert overall(logs[:1]) == "loading"
 
 
 # a stage of the tests' own: shard 0 does what argv[1] says, the others sleep and leave a child behind
