@@ -164,7 +164,6 @@ class Journal:
             self._file.truncate(0)
             self._append({"identity": identity})
         else:
-            self._file.seek(0, os.SEEK_END)
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")  # close the line that the kill left open

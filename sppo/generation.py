@@ -89,6 +89,7 @@ def generate_shard(
     if stage.is_done(overwrite):
         print(f"generate: shard {part.data_frac} is done: {path}")
         return
+    stage.begin()
     journal = Journal(journal_path, stage.identity)
     tokenizer = policy.tokenizer()
     requests, conversations, skipped = _prepare(recipe, policy, tokenizer, prompts[start:stop])
@@ -209,6 +210,7 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
     if stage.is_done(overwrite):
         print(f"combine: done: {path}")
         return
+    stage.begin()
     seen: set[str] = set()
 
     def rows() -> Any:

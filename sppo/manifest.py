@@ -57,7 +57,7 @@ class Stage:
         if not self.manifest.exists():
             self._check_journal()
             foreign = [str(p) for p in self.outputs if p.exists()]
-            if foreign:
+            if foreign and not self._begun():
                 raise SPPOError(
                     f"{', '.join(foreign)} exists without a manifest, so {self.name} did not write it whole; "
                     "move it away, or pass --overwrite"
@@ -71,6 +71,17 @@ class Stage:
             print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
         return intact
 
+    @property
+    def _marker(self) -> Path:
+        return self.manifest.with_name(self.manifest.name + ".started")
+
+    def begin(self) -> None:
+        """Say that outputs without a manifest are this stage's own, should it be killed before finish()."""
+        write_json(self._marker, self.identity)
+
+    def _begun(self) -> bool:
+        return self._marker.exists() and read_json(self._marker) == self.identity
+
     def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Write the manifest: the outputs are complete from here on."""
         manifest = {
@@ -83,10 +94,11 @@ class Stage:
             "seconds": round(time.monotonic() - self.started, 1),
         }
         write_json(self.manifest, manifest)
+        self._marker.unlink(missing_ok=True)
         return manifest
 
     def _forget(self) -> None:
-        for path in [self.manifest, *self.outputs, *([self.journal] if self.journal else [])]:
+        for path in [self.manifest, self._marker, *self.outputs, *([self.journal] if self.journal else [])]:
             path.unlink(missing_ok=True)
 
     def _check_journal(self) -> None:

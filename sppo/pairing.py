@@ -69,6 +69,7 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     if stage.is_done(overwrite):
         print(f"compute_prob: done: {train}")
         return
+    stage.begin()
     ranking = _load_ranking(shards, recipe.pairs)
     held_out = _hold_out(responses, ranking, recipe)
     statistics = _Statistics()

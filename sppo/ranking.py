@@ -95,6 +95,7 @@ def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, shard: int, overwr
     if stage.is_done(overwrite):
         print(f"rank: shard {shard} is done: {path}")
         return
+    stage.begin()
     journal = Journal(journal_path, stage.identity)
     rendered = prompt_renderer(recipe)
     missing = (row for row in _slice(responses, start, stop, recipe.pairs) if row["prompt_id"] not in journal.done)

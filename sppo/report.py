@@ -52,6 +52,7 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, 
         settings={"iteration": iteration, "judge": recipe.judge, "ranker_prompt": recipe.ranker_prompt},
     )
     if not stage.is_done():
+        stage.begin()
         row = {"iteration": iteration, **_compare(recipe, ranker, before, after, judge_name)}
         trained = read_json(here / "model" / "sppo_manifest.json")
         row.update(loss=trained["loss"], beta2_loss=trained["beta2_loss"])

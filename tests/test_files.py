@@ -95,6 +95,18 @@ def test_somebody_elses_output_is_not_overwritten(tmp_path: Path) -> None:
     assert not stage(tmp_path).is_done(overwrite=True)
 
 
+def test_a_kill_between_output_and_manifest_is_no_dead_end(tmp_path: Path) -> None:
+    """The stage makes it again; the same file under other settings is still somebody else's."""
+    stage(tmp_path, pairs=5).begin()
+    (tmp_path / "out").write_text("whole, but killed before the manifest")
+    assert not stage(tmp_path, pairs=5).is_done()
+    with pytest.raises(SPPOError, match="without a manifest"):
+        stage(tmp_path, pairs=4).is_done()
+    stage(tmp_path, pairs=5).finish({})
+    assert stage(tmp_path, pairs=5).is_done()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "out"]
+
+
 def test_a_journal_of_other_settings_is_refused_not_deleted(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity)
     journal.add("p", {})
