@@ -213,7 +213,7 @@ def parse(parser: _Parser, argv: list[str] | None = None) -> tuple[argparse.Name
     """Parse `argv`: the script's own flags, and the recipe with the flags that override it."""
     args = parser.parse_args(argv)
     given = {name: getattr(args, name) for name in parser.keys if getattr(args, name, None) is not None}
-    return args, load_recipe(args.recipe, given)
+    return args, load_recipe(args.recipe or getattr(args, "recipe_file", None), given)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -211,7 +211,7 @@ def run_shards(names: list[str], logs: Path, name: str, command: list[str]) -> N
 
 def run_training(names: list[str], accelerate_config: str, logs: Path, arguments: list[str]) -> None:
     """`accelerate launch` sppo/run_sppo.py over the devices, with a port that is free."""
-    cpu = names == [""] or "" in names
+    cpu = "" in names
     chosen = accelerate_config or ("cpu" if cpu else "one_gpu" if len(names) == 1 else "zero3")
     path = Path(chosen) if chosen.endswith(".yaml") else ROOT / "recipes" / "accelerate_configs" / f"{chosen}.yaml"
     if not path.is_file():
@@ -231,7 +231,7 @@ def run_training(names: list[str], accelerate_config: str, logs: Path, arguments
     command += flags(config_file=path, num_processes=len(names), main_process_port=port)
     command += [str(ROOT / "sppo" / "run_sppo.py"), *arguments]
     log = new_log(logs, "train")
-    process = start(command, None if cpu and names == [""] and not _gpu_count() else ",".join(filter(None, names)), log)
+    process = start(command, ",".join(filter(None, names)), log)
     watch([process], [log], "train")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sppo.errors import SPPOError
-from sppo.models import ranker_base, resolve
+from sppo.models import ranker_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,6 +191,6 @@ def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], directory
         raise SPPOError(f"ranker {directory} does not fit a PairRM: {error}") from None
 
 
-def load_pairrm(name: str, revision: str, batch_tokens: int) -> PairRM:
-    """PairRM from a directory or the Hub, on the GPU if there is one (bfloat16), else the CPU (float32)."""
-    return PairRM(resolve(name, revision, "ranker"), "cuda" if torch.cuda.is_available() else "cpu", batch_tokens)
+def load_pairrm(directory: Path, batch_tokens: int) -> PairRM:
+    """PairRM on the GPU if there is one (bfloat16), else the CPU (float32)."""
+    return PairRM(directory, "cuda" if torch.cuda.is_available() else "cpu", batch_tokens)

@@ -106,7 +106,7 @@ def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, shard: int, overwr
             if ranker is None:
                 from sppo.pairrm import load_pairrm
 
-                ranker = load_pairrm(str(ranker_dir), "", recipe.batch_tokens)
+                ranker = load_pairrm(ranker_dir, recipe.batch_tokens)
             items = [(rendered(row["prompt"]), [r["text"] for r in row["responses"]]) for row in rows]
             for row, (logits, cut) in zip(rows, prompt_logits(ranker, items), strict=True):
                 journal.add(row["prompt_id"], {"logits": logits, "cut": cut})

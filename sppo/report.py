@@ -96,7 +96,7 @@ def _compare(recipe: Recipe, ranker_dir: Path, before: Path, after: Path, judge_
     new = {row["prompt_id"]: row for row in read_rows(after, columns)}
     if set(old) != set(new):
         raise SPPOError(f"{before} and {after} answer different prompts; delete the eval directories and report again")
-    ranker, rendered = load_pairrm(str(ranker_dir), "", recipe.batch_tokens), prompt_renderer(recipe)
+    ranker, rendered = load_pairrm(ranker_dir, recipe.batch_tokens), prompt_renderer(recipe)
     inputs = []
     judged: list[float] = []
     judge = load_judge(recipe.judge) if recipe.judge else None

@@ -97,9 +97,7 @@ def prepare(argv: list[str] | None, processes: int) -> Training:
     parser.add_argument("--output_dir", required=True, type=Path, help="where the trained model appears")
     parser.add_argument("--iter", type=int, default=0, help="the iteration's number, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="train again over another run's model")
-    args = parser.parse_args(argv)
-    given = {k: getattr(args, k) for k in KEYS if getattr(args, k) is not None}
-    recipe = config.load_recipe(args.recipe or args.recipe_file, given)
+    args, recipe = config.parse(parser, argv)
     if recipe.num_train_epochs <= 0:
         raise UsageError("--num_train_epochs must be above 0")
     if recipe.max_prompt_length >= recipe.max_length:
