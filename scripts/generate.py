@@ -17,8 +17,8 @@ from sppo import config
 from sppo.errors import run_main
 
 KEYS = (
-    "model model_revision prompts prompts_revision prompt_column prompt_split pairs maxlen engine temperature top_p "
-    "seed prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
+    "model model_revision trust_remote_code prompts prompts_revision prompt_column prompt_split pairs maxlen engine "
+    "temperature top_p seed prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
 ).split()
 
 

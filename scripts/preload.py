@@ -1,9 +1,9 @@
-"""Fetch the ranker into the cache once, before one process a GPU wants it.
+"""Fetch the ranker into the cache once, before one process a GPU wants it, and pin its revision.
 
-    python scripts/preload.py --ranker llm-blender/PairRM
+    python scripts/preload.py --ranker llm-blender/PairRM --output_dir runs/x/iter1/data
 
-Reads   the ranker from the Hub (a local directory is only checked).
-Writes  the Hub's cache (HF_HOME).
+Reads   the ranker from the Hub (a local directory, function or judge's server is only checked).
+Writes  the Hub's cache (HF_HOME); <output_dir>/ranker.json: the commit that rank.py then reads, should the branch move.
 Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted.
 """
 
@@ -15,13 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sppo import config
 from sppo.errors import run_main
 
+KEYS = "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs".split()
+
 
 def main() -> None:
-    parser = config.make_parser(__doc__, ["ranker", "ranker_revision"])
-    _, recipe = config.parse(parser)
-    from sppo.models import fetch_ranker
+    parser = config.make_parser(__doc__, KEYS)
+    parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to pin the ranker for rank.py")
+    args, recipe = config.parse(parser)
+    from sppo.rankers import preload
 
-    print(f"preload: {recipe.ranker} is at {fetch_ranker(recipe.ranker, recipe.ranker_revision)}")
+    preload(recipe, args.output_dir)
 
 
 if __name__ == "__main__":

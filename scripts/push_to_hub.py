@@ -1,35 +1,50 @@
-"""Push an iteration's data sets to the Hub. Nothing else in this project uploads anything.
+"""Push an iteration's data sets, its model, or both, to the Hub. Nothing else in this project uploads anything.
 
     python scripts/push_to_hub.py --output_dir runs/x/iter1/data --org my-org --name mistral-7b-instruct-sppo-iter1
+    python scripts/push_to_hub.py --model_dir runs/x/iter1/model --org my-org --name mistral-7b-instruct-sppo-iter1
 
-Reads   <output_dir>/train.parquet, test.parquet and their manifest; HF_TOKEN or the stored login.
-Writes  <org>/data-<name>_generated and <org>/synthetic_data_<name>_score on the Hub, private unless --public.
-Exit codes: 0 done, 1 failed (nothing local is lost: run it again), 2 wrong use, 130 interrupted.
+Reads   <output_dir>/train.parquet, test.parquet and the manifests; <model_dir>; HF_TOKEN or the stored login.
+Writes  <org>/data-<name>_generated and <org>/synthetic_data_<name>_score, and <org>/<name> for the model, on the Hub:
+        private unless --public, each one commit with a card and a tag (iter1 for a name that ends so, else the
+        beginning of a digest; a tag that exists moves). Then <output_dir>/pushed.json, and pushed-<model's>.json
+        beside the model: run again, it pushes only what changed.
+Exit codes: 0 done (also: nothing left to do), 1 failed (nothing local is lost; it says what to run again),
+2 wrong use, 130 interrupted.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import UsageError, run_main
+from sppo.errors import SPPOError, UsageError, run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, ["org"])
-    parser.add_argument("--output_dir", type=Path, required=True, help="the iteration's data directory")
-    parser.add_argument(
-        "--name", required=True, help="name of the data sets, for example mistral-7b-instruct-sppo-iter1"
-    )
-    parser.add_argument("--public", action="store_true", help="let everybody see them")
+    parser = config.make_parser(__doc__, ["org", "public"])
+    parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to push the data")
+    parser.add_argument("--model_dir", type=Path, help="the iteration's model, to push the model")
+    parser.add_argument("--name", required=True, help="the model's name and part of the data sets': mistral-sppo-iter1")
     args, recipe = config.parse(parser)
     if not recipe.org:
         raise UsageError("--org is missing: the organisation or user to push to")
-    from sppo.hub import push
+    if not (args.output_dir or args.model_dir):
+        raise UsageError("--output_dir or --model_dir is missing: what to push")
+    from sppo import hub
 
-    for repo in push(args.output_dir, recipe.org, args.name, args.public):
-        print(f"push_to_hub: {repo}")
+    what = (recipe.org, args.name, recipe.public)
+    try:
+        if args.output_dir:
+            hub.push_data(args.output_dir, *what)
+        if args.model_dir:
+            hub.push_model(args.model_dir, *what)
+    except UsageError:
+        raise
+    except SPPOError as error:
+        again = shlex.join(hub.command(*what, args.output_dir, args.model_dir))
+        raise SPPOError(f"{error}\nNothing here is lost. To push it, run:\n  {again}") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Compare every ordered pair of each prompt's K responses with the preference model.
 
     python scripts/rank.py --output_dir runs/x/iter1/data --ranker llm-blender/PairRM --ranker_prompt text
+    python scripts/rank.py --output_dir D --ranker Skywork/Skywork-Reward-V2-Qwen3-8B --ranker_backend reward-model
+    python scripts/rank.py --output_dir D --ranker Qwen/Qwen3-32B --ranker_backend judge --ranker_url http://host:8000/v1
+    python scripts/rank.py --output_dir D --ranker my_module:my_function
 
-Reads   <output_dir>/responses.parquet; the ranker; for --ranker_prompt templated the --model whose template it is.
+Reads   <output_dir>/responses.parquet; the ranker, at the revision that preload.py left in <output_dir>/ranker.json;
+        for a PairRM with --ranker_prompt templated the --model whose template it is; for a judge OPENAI_API_KEY.
 Writes  <output_dir>/ranking/shard-<data_frac>.parquet (prompt_id, logits K x K, scores K) and its manifest; while it
         works, a journal beside them, from which a killed run goes on.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
@@ -17,7 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sppo import config
 from sppo.errors import run_main
 
-KEYS = "model model_revision pairs ranker ranker_revision ranker_prompt batch_tokens chat_template_kwargs".split()
+KEYS = (
+    "model model_revision trust_remote_code pairs ranker ranker_backend ranker_revision ranker_prompt batch_tokens "
+    "fused_attention ranker_url ranker_concurrency ranker_timeout ranker_retries chat_template_kwargs"
+).split()
 
 
 def main() -> None:

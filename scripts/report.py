@@ -16,9 +16,10 @@ from sppo import config
 from sppo.errors import UsageError, run_main
 
 KEYS = (
-    "model model_revision eval_prompts eval_pairs judge prompt_column prompt_split engine temperature top_p maxlen "
-    "seed prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization "
-    "ranker ranker_revision ranker_prompt batch_tokens"
+    "model model_revision trust_remote_code eval_prompts eval_pairs judge prompt_column prompt_split engine "
+    "temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization "
+    "ranker ranker_backend ranker_revision ranker_prompt batch_tokens fused_attention "
+    "ranker_url ranker_concurrency ranker_timeout ranker_retries"
 ).split()
 
 

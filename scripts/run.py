@@ -2,10 +2,14 @@
 
     python scripts/run.py --model M --prompts prompts.jsonl --run_dir runs/x --iterations 3 --gpus auto
 
+Before anything else scripts/doctor.py looks at all of it; --dry_run stops there and shows the commands.
+
 Reads   the model, the prompts, the ranker, and a recipe with all settings.
 Writes  the run's directory: iter1/data, iter1/model, iter1/logs, iter2/..., and with --eval_prompts summary.json.
-        Started again, it goes on where it stopped.
-Exit codes: 0 done (also: nothing left to do), 2 wrong use, 130 interrupted, else that of the stage that failed.
+        Started again, it goes on where it stopped. With --org the data, and with --push_model the models, are on the
+        Hub too.
+Exit codes: 0 done (also: nothing left to do), 1 not ready, or something could not be pushed (all else is done), 2 wrong
+use, 130 interrupted, else that of the stage that failed.
 """
 
 import sys
@@ -19,7 +23,7 @@ from sppo.errors import run_main
 
 def main() -> None:
     args, recipe = config.parse(loop.parser(__doc__))
-    loop.run(recipe, args)
+    loop.run(recipe, args, sys.argv[1:])
 
 
 if __name__ == "__main__":

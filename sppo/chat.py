@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.errors import SPPOError
+from sppo.errors import SPPOError, first_line
+from sppo.files import read_json
 from sppo.prompts import Message
 
 if TYPE_CHECKING:
@@ -27,15 +28,17 @@ TOKENIZER_FILES = (
 )
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. Raises SPPOError if it has none, or no chat template."""
+def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; its own code runs only with `remote_code`.
+
+    Raises SPPOError if it has none, or no chat template.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SPPOError(f"model {directory}: its tokenizer cannot be loaded: {first}") from None
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exceptions
+        raise SPPOError(f"model {directory}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.chat_template:
         raise SPPOError(
             f"model {directory} has no chat template, so it is no chat model. Start from its instruct version, "
@@ -49,7 +52,7 @@ def with_system(tokenizer: PreTrainedTokenizerBase, messages: list[Message], sys
     system turn folded into the first user turn where the template refuses or ignores one (Gemma-2, Mistral 0.2)."""
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    if messages[0]["role"] != "system" or _takes_system(tokenizer):
+    if messages[0]["role"] != "system" or takes_system(tokenizer):
         return messages
     if len(messages) < 2 or messages[1]["role"] != "user":
         raise ValueError("a system turn without a user turn behind it")
@@ -57,7 +60,7 @@ def with_system(tokenizer: PreTrainedTokenizerBase, messages: list[Message], sys
     return [folded, *messages[2:]]
 
 
-def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template renders a system turn's text. Asked of the template itself, once."""
     if not hasattr(tokenizer, "_sppo_takes_system"):
         probe = [{"role": "system", "content": "system-probe"}, {"role": "user", "content": "user-probe"}]
@@ -107,19 +110,34 @@ def _template(
     add_generation_prompt: bool,
     template_kwargs: dict[str, Any] | None,
 ) -> list[int]:
+    return list(_applied(tokenizer, messages, add_generation_prompt, template_kwargs, return_dict=True)["input_ids"])
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    template_kwargs: dict[str, Any] | None = None,
+) -> str:
+    """The conversation as the template's text. Raises ValueError where the template refuses it."""
+    return _applied(tokenizer, messages, add_generation_prompt, template_kwargs, tokenize=False)
+
+
+def _applied(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    template_kwargs: dict[str, Any] | None,
+    **how: bool,
+) -> Any:
     import jinja2
 
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=True,
-            **(template_kwargs or {}),
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, **how, **(template_kwargs or {})
         )
     except (jinja2.exceptions.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses it: {error}") from None
-    return list(encoded["input_ids"])
 
 
 def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -127,8 +145,12 @@ def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[i
     stops: set[int] = set()
     path = directory / "generation_config.json"
     if path.exists():
-        eos: Any = json.loads(path.read_text()).get("eos_token_id")
-        stops.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        config = read_json(path)
+        eos: Any = config.get("eos_token_id") if isinstance(config, dict) else "no object"
+        found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(isinstance(token, int) for token in found):
+            raise SPPOError(f"{path} is damaged: its eos_token_id is {eos!r}, not a token id; fetch the model again")
+        stops.update(found)
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
     if not stops:

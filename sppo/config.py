@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any, Literal
 from sppo.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
+# one module each in sppo/rankers
+RANKER_BACKENDS = ("auto", *sorted(p.stem.replace("_", "-") for p in (ROOT / "sppo/rankers").glob("[a-z]*.py")))
 DEFAULT_RECIPE = ROOT / "recipes" / "sppo" / "released.yaml"
 
 
@@ -33,6 +37,7 @@ class Recipe:
     # the run
     model: str = _key("", "model to start from: Hub id or local directory")
     model_revision: str = _key("", "branch, tag or commit of the model on the Hub; empty: the default branch")
+    trust_remote_code: bool = _key(False, "run the Python files that come with the model: only if you have read them")
     prompts: str = _key(
         "UCLA-AGI/data-mistral-7b-instruct-sppo-iter{iter}",
         "prompts: Hub id, local directory, .parquet, .jsonl or .csv; {iter} is the iteration's number",
@@ -43,7 +48,7 @@ class Recipe:
     split_prompts: bool = _key(False, "give each iteration its own disjoint part of one prompt set")
     iterations: int = _key(3, "iterations of generate, rank, train", 1)
     pairs: int = _key(5, "K, the responses drawn for each prompt", 2)
-    seed: int = _key(42, "seed of sampling, hold-out and training order", 0)
+    seed: int = _key(42, "seed of sampling, hold-out and training order", 0, 2**31)
     # generation
     engine: Literal["auto", "vllm", "transformers"] = _key("auto", "auto takes vllm where it is installed")
     temperature: float = _key(0.7, "sampling temperature; not 0, which would draw K times the same", 0.01)
@@ -52,23 +57,38 @@ class Recipe:
     prompt_seeds: bool = _key(
         True, "seed each prompt by itself, so that shards decide nothing; false is faster in vllm"
     )
-    chat_template_kwargs: dict = _key(dict, 'arguments of the chat template: {"enable_thinking": false}')
+    chat_template_kwargs: dict = _key(
+        dict, 'arguments of the chat template, a judge\'s too: {"enable_thinking": false}'
+    )
     system_prompt: str = _key("", "system message put before every prompt that has none")
     gpu_memory_utilization: float = _key(0.9, "share of each GPU's memory that vLLM may take", 0.05, 1)
     # ranking
-    ranker: str = _key("llm-blender/PairRM", "preference model: PairRM as a local directory or Hub id")
+    ranker: str = _key(
+        "llm-blender/PairRM", "preference model: a local directory, Hub id, module:function, or a judge's model name"
+    )
+    ranker_backend: Literal[RANKER_BACKENDS] = _key(
+        "auto", "what asks the ranker: auto is a function for module:function, pairrm for everything else"
+    )
     ranker_revision: str = _key("", "branch, tag or commit of the ranker on the Hub")
     ranker_prompt: Literal["text", "templated"] = _key(
-        "templated", "what the ranker reads as the prompt: its text, or the policy's chat template around it"
+        "templated", "what a PairRM reads as the prompt: its text, or the policy's chat template around it"
     )
     batch_tokens: int = _key(16384, "tokens in one batch of the ranker, padding included", 1)
+    fused_attention: bool = _key(False, "PairRM on a GPU with the attention of the disentangled-flash package")
+    ranker_url: str = _key("", "a judge's OpenAI-compatible server: http://localhost:8000/v1")
+    ranker_concurrency: int = _key(32, "requests that a judge's server gets at once from each shard", 1)
+    ranker_timeout: float = _key(120, "seconds that a judge's answer may take", 1e-3)
+    ranker_retries: int = _key(5, "how often a request to a judge is sent again when it fails", 0)
     # pairs
     estimator: Literal["released", "paper"] = _key("released", "how win rates follow from the ranker's logits")
     test_size: float = _key(0, "prompts held out into test.parquet: a count, or a share below 1", 0)
     keep_degenerate: bool = _key(False, "keep pairs without a preference: same text, or all scores equal")
     # training
-    loss_type: Literal["sppo", "sppo_single", "sigmoid", "hinge", "ipo", "kto_pair"] = _key("sppo", "training loss")
+    loss_type: Literal["sppo", "sppo_single", "sppo_all", "sigmoid", "hinge", "ipo", "kto_pair"] = _key(
+        "sppo", "training loss; sppo_all trains on all K responses of a prompt"
+    )
     beta: float = _key(1e-3, "1/eta of the SPPO loss", 1e-12)
+    label_smoothing: float = _key(0.0, "share of preferences taken to be the wrong way round, for sigmoid", 0, 0.5)
     learning_rate: float = _key(5e-7, "peak learning rate", 0)
     lr_scheduler_type: str = _key("linear", "schedule, by transformers' name")
     warmup_ratio: float = _key(0.1, "share of the schedule that is warm-up", 0, 1)
@@ -84,6 +104,12 @@ class Recipe:
     max_prompt_length: int = _key(512, "longest prompt trained on, in tokens; cut on the left", 1)
     max_length: int = _key(1024, "longest prompt and response trained on, in tokens; the response is cut", 2)
     attn_implementation: str = _key("", "attention of transformers; empty: eager for Gemma-2, else its default")
+    use_peft: bool = _key(False, "train a LoRA adapter; a policy that is an adapter goes on with its own")
+    lora_r: int = _key(16, "rank of a new adapter", 1)
+    lora_alpha: int = _key(32, "scale of a new adapter: lora_alpha / lora_r", 1)
+    lora_target_modules: str = _key("all-linear", "modules that a new adapter is put on, with commas between them")
+    load_in_4bit: bool = _key(False, "QLoRA: the base model in 4 bits under the adapter; needs bitsandbytes and a GPU")
+    merge_adapter: bool = _key(False, "write a copy with the adapter merged into <output_dir>/merged")
     logging_steps: int = _key(1, "optimiser steps between two lines of metrics", 1)
     save_steps: int = _key(50, "optimiser steps between two checkpoints", 1)
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _key("none", "where metrics go besides files")
@@ -93,6 +119,8 @@ class Recipe:
     judge: str = _key("", "a second judge for the report, module:function(prompt, a, b) -> logit")
     # the Hub
     org: str = _key("", "Hub organisation or user to push each iteration's data to; empty: nothing is pushed")
+    public: bool = _key(False, "let everybody see what is pushed")
+    push_model: bool = _key(False, "push each iteration's model to --org too")
 
 
 _TYPES = typing.get_type_hints(Recipe)
@@ -122,20 +150,26 @@ def _convert(name: str, value: Any, where: str) -> Any:
     if kind is dict:
         try:
             value = json.loads(value) if isinstance(value, str) else value
-        except json.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict):
+            same = value == json.loads(json.dumps(value))  # no dates, no numbers as keys, nothing within itself
+        except (TypeError, ValueError, RecursionError):
+            same = False
+        if not same or not isinstance(value, dict):
             raise UsageError(f"{problem} a mapping, or an object in JSON")
         return value
     if kind is str:
         if value is None or isinstance(value, (dict, list, bool)):
             raise UsageError(f"{problem} a text")
-        return str(value)
+        text = str(value)
+        if re.search("[\ud800-\udfff]", text):  # bytes of the command line that are no UTF-8, half a character in YAML
+            raise UsageError(f"{where}: {name}: {ascii(text)} is not a text in UTF-8")
+        return text
     try:
         if isinstance(value, bool):
             raise ValueError
         number = kind(value) if not (kind is int and isinstance(value, float)) else _whole(value)
-    except (TypeError, ValueError):
+        if math.isinf(number):
+            raise OverflowError
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{problem} {'a whole number' if kind is int else 'a number'}") from None
     low, high = meta["min"], meta["max"]
     if number != number or (low is not None and number < low) or (high is not None and number > high):
@@ -150,17 +184,33 @@ def _whole(value: float) -> int:
     return int(value)
 
 
-def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """The recipe at `path` (default: released.yaml) with `overrides` on top. Raises UsageError."""
+def read_yaml(text: str) -> Any:
+    """YAML's safe types. Raises ValueError for what is none, and for a key that is there twice: one would be lost."""
     import yaml
 
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.YAMLError(f"the key {name!r} is there twice{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Strict)  # noqa: S506 - a SafeLoader
+    except Exception as error:  # noqa: BLE001 - besides YAMLError whatever int() or a date says of a value
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe at `path` (default: released.yaml) with `overrides` on top. Raises UsageError."""
     path = Path(path) if path else DEFAULT_RECIPE
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = read_yaml(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         known = sorted(str(p.relative_to(ROOT)) for p in DEFAULT_RECIPE.parent.glob("*.yaml"))
         raise UsageError(f"no recipe at {path}; the project brings {', '.join(known)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"recipe {path} is not a list of `key: value` lines")
@@ -168,7 +218,7 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
     for source, where in ((raw, str(path)), (overrides or {}, "command line")):
         for name, value in source.items():
             if name not in _FIELDS:
-                raise UsageError(f"{where}: unknown key {name!r}{nearest(str(name), _FIELDS)}")
+                raise UsageError(f"{where}: unknown key {ascii(name)}{nearest(str(name), _FIELDS)}")
             values[name] = _convert(name, value, where)
     return Recipe(**values)
 
@@ -247,7 +297,7 @@ def add_shard_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_part(text: str) -> tuple[int, int]:
     """ "1/3" as (1, 3). Raises UsageError."""
-    first, _, second = text.partition("/")
-    if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+    numbers = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    if not numbers or int(numbers[1]) >= int(numbers[2]):
         raise UsageError(f"--prompts_part {text!r}: two numbers like 0/3, the first below the second")
-    return int(first), int(second)
+    return int(numbers[1]), int(numbers[2])

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sppo.pairrm import CANDIDATE, CANDIDATE1, CANDIDATE2, SOURCE, PairRM, PairRMModel
 from sppo.progress import progress
+from sppo.rankers.pairrm import CANDIDATE, CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRMModel
 
 NAMES = (
     "Anna Ben Clara David Emma Felix Grace Henry Iris Jacob Karla Leo Mia Noah Olga Paul Rosa Simon Tara Victor".split()
@@ -191,35 +194,35 @@ def train_ranker(directory: Path, prompts: list[tuple[str, str, str]], rng: rand
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
     save()
-    ranker = PairRM(directory, "cpu", 1 << 30)  # builds the inputs
-    ranker.model = model
-    rows = []
-    for question, first, second in corpus:
-        source = ranker.encode_source(question)
-        pair = ranker.pair_input(source, *(ranker.encode_candidate(c, len(source)) for c in (first, second)))
-        rows.append((pair, rule(question, first, second)))
+    inputs = PairInputs(directory)
+    rows = [
+        (inputs.encode([{"role": "user", "content": question}], first, second), rule(question, first, second))
+        for question, first, second in corpus
+    ]
 
     def loss(batch: list[tuple[tuple[list[int], list[int]], float]]) -> torch.Tensor:
         target = torch.sigmoid(torch.tensor([wanted for _, wanted in batch]))  # (B,): 0, 1/2 or 1
-        return torch.nn.functional.binary_cross_entropy_with_logits(ranker.forward([p for p, _ in batch]), target)
+        logits = model(*inputs.padded([p for p, _ in batch], "cpu"))
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
 
     _fit("ranker", model, rows, loss, steps, 2e-3, rng)
     save()
 
 
 def ranker_tokenizer(texts: list[str]) -> Any:
-    """A Unigram tokenizer of DeBERTa-v2's kind."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    """A Unigram tokenizer of DeBERTa-v2's kind: the corpus's words, and its characters for whatever else comes.
+
+    Without the library's trainer, whose pieces differ from run to run, and with them the whole demo.
+    """
     from transformers import DebertaV2Tokenizer
 
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    trained = Tokenizer(models.Unigram())
-    trained.normalizer = normalizers.NFC()
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(
-        texts, trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="[UNK]", show_progress=False)
+    found = Counter(
+        w for text in texts for w in re.findall(r"\u2581?\w+|[^\w\u2581]", f" {text}".replace(" ", "\u2581"))
     )
-    pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
+    words = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    pieces = [(special, 0.0) for special in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
+    pieces += [(word, math.log(count / found.total())) for word, count in words]
+    pieces += [(character, -20.0) for character in sorted({c for word in found for c in word} - found.keys())]
     return DebertaV2Tokenizer(vocab=pieces, unk_id=3, model_max_length=2048)
 
 

@@ -12,13 +12,12 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.config import Recipe
 from sppo.errors import SPPOError
 from sppo.files import read_json
-from sppo.models import Policy, load_causal_lm
+from sppo.models import Policy, load_causal_lm, load_config
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +95,9 @@ def start_vllm(policy: Policy, recipe: Recipe, longest: int, world_size: int) ->
     return LLM(
         model=str(policy.weights),
         tokenizer=str(policy.tokenizer_dir),
-        dtype=_vllm_dtype(policy.weights, current_platform.is_cpu()),
+        dtype=_vllm_dtype(policy, current_platform.is_cpu()),
+        load_format="safetensors",
+        trust_remote_code=policy.remote_code,
         max_model_len=longest,
         tensor_parallel_size=world_size,
         enable_prefix_caching=True,
@@ -138,11 +139,9 @@ def draw_vllm(llm: Any, policy: Policy, recipe: Recipe, stop_ids: set[int], requ
                 yield running.pop(output.request_id), [Response(list(o.token_ids), o.finish_reason) for o in outputs]
 
 
-def _vllm_dtype(model: Path, cpu: bool) -> str:
+def _vllm_dtype(policy: Policy, cpu: bool) -> str:
     """float32 checkpoints (trained without DeepSpeed) run in bfloat16 on a GPU: vLLM's own choice would be float16."""
-    from transformers import AutoConfig
-
-    stored = str(getattr(AutoConfig.from_pretrained(model), "dtype", None)).removeprefix("torch.")
+    stored = str(getattr(load_config(policy), "dtype", None)).removeprefix("torch.")
     if stored == "float32":
         return "float32" if cpu else "bfloat16"
     return "auto"

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import errno
+import os
 import signal
 import sys
+import typing
 from collections.abc import Callable
 
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full; make room and run the same command to go on"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see to its permissions, or name another path"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a directory should be; name another path"),
+    errno.EISDIR: "a directory stands where a file should be; name another path",
+    errno.ENAMETOOLONG: "name a shorter path",
+}
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+CHILD = "SPPO_CHILD"  # set by generate.sh for what it starts
 
 
 class SPPOError(Exception):
@@ -18,6 +30,32 @@ class UsageError(SPPOError):
     """Wrong flags, an unknown key, a value out of range: exit code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line: enough for a message of ours."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def die_with_parent() -> None:
+    """Be killed by the kernel when the parent dies, so that no orphan holds a GPU (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch's own error on a GPU, without importing torch for it; its allocator's words on a CPU; Python's."""
+    kind, text = type(error).__name__, str(error)
+    return kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text or "std::bad_alloc" in text
+
+
+def leave(code: int) -> typing.NoReturn:
+    """End this process now: exit handlers run, threads that libraries have left are not waited for."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _terminated(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -26,8 +64,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's main and leave with 0 (done), 1 (failed), 2 (wrong use) or 130 (interrupted).
 
     SIGTERM is taken as an interruption, so `finally` blocks run. Anything that is not an SPPOError is a
-    bug or the machine's trouble: its traceback is shown.
+    bug or the machine's trouble: its traceback is shown. What a script of ours started dies with it; what a user
+    started outlives the shell.
     """
+    if CHILD in os.environ:
+        die_with_parent()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = main() or DONE
@@ -38,9 +79,19 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = FAILED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _ADVICE:
             raise
-        print(f"error: {error}: the disk is full; make room and run the same command to go on", file=sys.stderr)
+        print(f"error: {error}: {_ADVICE[error.errno]}", file=sys.stderr)
+        code = FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({first_line(error)}). What was finished is kept. Free the GPU or the machine, or "
+            "ask for less: --batch_size in training, --batch_tokens in ranking, --gpu_memory_utilization or --maxlen "
+            "in generation; then run the same command to go on",
+            file=sys.stderr,
+        )
         code = FAILED
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; run the same command to go on", file=sys.stderr)

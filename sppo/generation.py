@@ -13,9 +13,9 @@ from sppo import chat
 from sppo.config import Recipe
 from sppo.engines import Finished, Request, finished_responses, pick_engine, prompt_seed
 from sppo.errors import SPPOError, UsageError
-from sppo.files import Journal, digest, read_json, read_rows, write_parquet
-from sppo.manifest import Stage
-from sppo.models import Policy, open_policy
+from sppo.files import Journal, digest, read_rows, write_parquet
+from sppo.manifest import Stage, read_manifest
+from sppo.models import Policy, policy_of, public_name
 from sppo.progress import progress
 from sppo.prompts import Message, Prompt, fingerprint, load_prompts
 
@@ -72,7 +72,7 @@ def generate_shard(
     recipe: Recipe, output_dir: Path, part: Slice, prompts_part: tuple[int, int], world_size: int, overwrite: bool
 ) -> None:
     """Write $DATA/responses/shard-<data_frac>.parquet. Finished prompts of an earlier, killed try are kept."""
-    policy = open_policy(recipe.model, recipe.model_revision)
+    policy = policy_of(recipe)
     prompts = load_prompts(recipe.prompts, recipe, prompts_part)
     start, stop = part.bounds(len(prompts))
     engine = pick_engine(recipe.engine)
@@ -89,22 +89,27 @@ def generate_shard(
     if stage.is_done(overwrite):
         print(f"generate: shard {part.data_frac} is done: {path}")
         return
+    tokenizer = policy.tokenizer()
+    stops = policy.stop_ids(tokenizer)
+    requests, conversations, skipped = prepare(recipe, policy, tokenizer, prompts[start:stop])
+    policy.check_tokens(max((max(r.token_ids) for r in requests), default=0))
+    if not requests and stop - start == len(prompts):  # a shard among others may have none
+        raise SPPOError(f"no prompt can be answered; skipped: {dict(Counter(s['reason'] for s in skipped))}")
     stage.begin()
     journal = Journal(journal_path, stage.identity)
-    tokenizer = policy.tokenizer()
-    requests, conversations, skipped = _prepare(recipe, policy, tokenizer, prompts[start:stop])
     missing = [r for r in requests if r.prompt_id not in journal.done]
     kept = len(requests) - len(missing)
     print(f"generate: rows {start} to {stop} of {len(prompts)}: {len(missing)} to do, {kept} in the journal, ", end="")
     print(f"{len(skipped)} skipped; engine {engine}", flush=True)
-    stops = policy.stop_ids(tokenizer)
     with progress(len(requests), f"shard {part.data_frac}", "prompt", kept) as bar:
         _draw(finished_responses(engine, policy, recipe, stops, missing, world_size), tokenizer, journal, recipe, bar)
     counts = _write_shard(path, requests, conversations, journal, chat.tokenizer_identity(tokenizer))
     reasons = Counter(s["reason"] for s in skipped)
     summary = {"prompts": stop - start, **counts, "skipped": dict(reasons)}
-    source = {k: getattr(recipe, k) for k in ("prompts", "prompts_revision", "prompt_column", "prompt_split")}
-    stage.finish(summary, model=recipe.model, source={**source, "part": list(prompts_part)}, skipped=skipped)
+    read = ("prompts", "prompts_revision", "prompt_column", "prompt_split")
+    source = {**{k: getattr(recipe, k) for k in read}, "part": list(prompts_part)}
+    names = {"model": public_name(recipe.model), "prompts": public_name(recipe.prompts)}  # for the Hub
+    stage.finish(summary, model=recipe.model, source=source, names=names, skipped=skipped)
     journal.remove()
     print(f"generate: {path}: {json.dumps(summary)}")
 
@@ -151,7 +156,7 @@ def _write_shard(
     return counts
 
 
-def _prepare(
+def prepare(
     recipe: Recipe, policy: Policy, tokenizer: Any, prompts: list[Prompt]
 ) -> tuple[list[Request], dict[str, list[Message]], list[dict[str, str]]]:
     """Requests for the engine, the conversations as they were templated, and what is skipped and why."""
@@ -165,6 +170,8 @@ def _prepare(
                 ids = chat.prompt_ids(tokenizer, messages, recipe.chat_template_kwargs)
             except ValueError as error:
                 reason = str(error)
+            else:
+                reason = "" if ids else "the chat template makes nothing of it"
         if ids and context and len(ids) >= context:
             reason = "too long for the model's context"
         if reason:
@@ -181,6 +188,8 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
 
     Raises SPPOError unless the shards were made alike, cover every prompt exactly once, and hold K responses each.
     """
+    if numgpu < 1:
+        raise UsageError(f"--numgpu {numgpu}: 1 or more")
     directory = output_dir / "responses"
     shards = [shard_paths(directory, i)[:2] for i in range(numgpu)]
     extra = sorted(p.name for p in directory.glob("shard-*.parquet") if p not in [s[0] for s in shards])
@@ -191,7 +200,7 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
     absent = [str(m) for _, m in shards if not m.exists()]
     if absent:
         raise SPPOError(f"shards that are not finished: {', '.join(absent)}; run generate.py for them")
-    manifests = [read_json(m) for _, m in shards]
+    manifests = [read_manifest(m) for _, m in shards]
     _check_alike(manifests, directory, pairs)
     first, last = manifests[0]["settings"]["rows"]
     if frac_len and last - first != min(frac_len, manifests[0]["inputs"]["prompts_total"]):
@@ -235,6 +244,7 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
         counts[key] = sum(m["counts"][key] for m in manifests)
     generated = {**manifests[0]["settings"], **manifests[0]["inputs"], "model_name": manifests[0]["model"]}
     generated["source"] = manifests[0]["source"]
+    generated["names"] = manifests[0].get("names", {})
     generated.pop("rows")
     stage.finish(counts, skipped=skipped, generated=generated)
     print(f"combine: {path}: {json.dumps(counts)}")
@@ -272,7 +282,7 @@ def check_prompts(output_dir: Path, prompts: str | None) -> None:
     manifest = output_dir / "responses.manifest.json"
     if not manifest.exists():
         raise SPPOError(f"--prompts: {manifest} is not there, so nothing says what the responses were made from")
-    generated = read_json(manifest)["generated"]
+    generated = read_manifest(manifest, "generated")["generated"]
     source = dict(generated["source"])
     first, parts = source.pop("part")
     source["prompts"] = prompts

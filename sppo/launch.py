@@ -12,7 +12,6 @@ none,none for two).
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import re
 import shutil
@@ -22,20 +21,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from sppo.config import ROOT
-from sppo.errors import UsageError, run_main
+from sppo.config import ROOT, read_yaml
+from sppo.errors import UsageError, die_with_parent, run_main
 
 _TAIL = 30  # lines of a failing log to show
 _GRACE = 15  # seconds between asking a process to stop and killing it
 _REPORT = 30  # seconds between two progress lines
-
-
-def die_with_parent() -> None:
-    """Be killed by the kernel when the parent dies, so that no orphan holds a GPU (Linux; elsewhere nothing)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+_LEAST_FREE = 64 << 10  # bytes
 
 
 def devices(gpus: str) -> list[str]:
@@ -60,6 +54,19 @@ def _gpu_count() -> int:
         return 0
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def refuse_absent(names: list[str]) -> None:
+    """Raise UsageError for GPUs that are not there: CUDA would pass over them, and the CPU would do the work."""
+    count = _gpu_count()
+    absent = [n for n in names if n.isdecimal() and int(n) >= count]
+    if absent and not count and not shutil.which("nvidia-smi"):
+        import torch
+
+        absent = [] if torch.cuda.is_available() else absent
+    if absent:
+        there = f"this machine has {count}" if count else "this machine has no GPU; --gpus none runs on the CPU"
+        raise UsageError(f"--gpus {','.join(names)}: GPU {', '.join(absent)} is not there; {there}")
 
 
 def groups(names: list[str], world_size: int) -> list[str]:
@@ -189,6 +196,11 @@ def _show_failure(name: str, index: int, code: int, logs: list[Path]) -> None:
     # several ranks and their launcher may bury what one of them said
     said = dict.fromkeys(line for line in last_lines(logs[index], 10000) if line.startswith("error: "))
     print("\n".join(said), file=sys.stderr, flush=True)
+    if shutil.disk_usage(logs[index].parent).free < _LEAST_FREE:  # the log itself may lack the words
+        print(
+            f"error: {logs[index].parent}: the disk is full; make room and run the same command to go on",
+            file=sys.stderr,
+        )
     raise SystemExit(code)
 
 
@@ -209,35 +221,54 @@ def run_shards(names: list[str], logs: Path, name: str, command: list[str]) -> N
     watch(processes, paths, name)
 
 
-def run_training(names: list[str], accelerate_config: str, logs: Path, arguments: list[str]) -> None:
-    """`accelerate launch` sppo/run_sppo.py over the devices, with a port that is free."""
+def training_config(names: list[str], accelerate_config: str) -> tuple[Path, dict[str, Any], int]:
+    """(accelerate config, what it says, how many processes train). Raises UsageError for one that does not fit."""
     cpu = "" in names
     chosen = accelerate_config or ("cpu" if cpu else "one_gpu" if len(names) == 1 else "zero3")
     path = Path(chosen) if chosen.endswith(".yaml") else ROOT / "recipes" / "accelerate_configs" / f"{chosen}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")))
         raise UsageError(f"no accelerate config {path}; the project brings {known}")
-    import yaml
+    try:
+        config = read_yaml(path.read_text(encoding="utf-8"))
+        kind, stated = config["distributed_type"], int(config.get("num_processes", 1))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is no accelerate config ({type(error).__name__}: {error})") from None
+    if cpu and not config.get("use_cpu"):
+        raise UsageError(f"{path} is for GPUs, and there is none; take cpu, multi_cpu, cpu_zero2 or cpu_zero3")
+    # without GPUs to count, the config says how many processes there are
+    count = stated if cpu and len(names) == 1 else len(names)
+    return path, config, 1 if kind == "NO" else count
 
+
+def run_training(names: list[str], accelerate_config: str, logs: Path, arguments: list[str]) -> None:
+    """`accelerate launch` sppo/run_sppo.py over the devices, with a port that is free."""
     from sppo import run_sppo
 
-    alone = yaml.safe_load(path.read_text())["distributed_type"] == "NO"
-    if run_sppo.prepare(arguments, 1 if alone else len(names)).is_done():  # also: wrong use ends here, with its code
+    path, config, processes = training_config(names, accelerate_config)
+    if run_sppo.prepare(arguments, processes).is_done():  # also: wrong use ends here, with its code
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += flags(config_file=path, num_processes=len(names), main_process_port=port)
+    if config["distributed_type"] == "MULTI_CPU":  # accelerate launch would start one process, without a word
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += flags(nproc_per_node=processes, master_addr="127.0.0.1", master_port=port)
+    else:
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += flags(config_file=path, num_processes=processes, main_process_port=port)
     command += [str(ROOT / "sppo" / "run_sppo.py"), *arguments]
     log = new_log(logs, "train")
-    process = start(command, ",".join(filter(None, names)), log)
+    process = start(command, ",".join(filter(None, names)), log, shares=processes if "" in names else 1)
     watch([process], [log], "train")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m sppo.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m sppo.launch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("what", choices=["shards", "train", "count"])
     parser.add_argument("--gpus", default="auto", help="a list, auto, or none")
@@ -248,15 +279,17 @@ def main() -> None:
     argv = sys.argv[1:]
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
-    names = groups(devices(args.gpus), args.world_size)
+    gpus = devices(args.gpus)
+    names = groups(gpus, args.world_size)
     if args.what == "count":
         print(len(names))
-    elif args.what == "shards":
+        return
+    refuse_absent(gpus)
+    if args.what == "shards":
         run_shards(names, args.logs, args.name, argv[split + 1 :])
     else:
-        run_training(devices(args.gpus), args.accelerate_config, args.logs, argv[split + 1 :])
+        run_training(gpus, args.accelerate_config, args.logs, argv[split + 1 :])
 
 
 if __name__ == "__main__":
-    die_with_parent()
     run_main(main)

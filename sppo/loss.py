@@ -17,18 +17,22 @@ def preference_loss(
     p: torch.Tensor,
     p_win: torch.Tensor,
     p_lose: torch.Tensor,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Loss of each row, (B,); for `kto_pair` (2B,). All inputs (B,), float32; eta = 1 / beta.
 
-    p = P(chosen > rejected), p_win = P(chosen > policy), p_lose = P(rejected > policy).
+    p = P(chosen > rejected), p_win = P(chosen > policy), p_lose = P(rejected > policy). label_smoothing is the
+    share of preferences taken to be the wrong way round; only `sigmoid` has one. `kto_pair` couples the rows of a
+    batch through its two KL estimates, so that what a row costs depends on its neighbours.
     """
     eta = 1 / beta
     if loss_type == "sppo":
         return 0.5 * ((a - eta * (p_win - 0.5)) ** 2 + (b - eta * (p_lose - 0.5)) ** 2)
     if loss_type == "sppo_single":
         return 0.5 * ((a - eta * (p - 0.5)) ** 2 + (b + eta * (p - 0.5)) ** 2)
-    if loss_type == "sigmoid":  # DPO, arXiv 2305.18290
-        return -F.logsigmoid(beta * (a - b))
+    if loss_type == "sigmoid":  # DPO, arXiv 2305.18290; smoothed: cDPO
+        delta, epsilon = beta * (a - b), label_smoothing
+        return -(1 - epsilon) * F.logsigmoid(delta) - epsilon * F.logsigmoid(-delta)
     if loss_type == "hinge":  # SLiC, arXiv 2309.06657
         return torch.relu(1 - beta * (a - b))
     if loss_type == "ipo":  # arXiv 2310.12036, equation 17
@@ -39,11 +43,14 @@ def preference_loss(
     raise ValueError(f"unknown loss_type {loss_type!r}")
 
 
-def response_logps(logits: torch.Tensor, input_ids: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each row's response, summed over its tokens, in float32.
+def sppo_all_loss(
+    ratios: torch.Tensor, win_rates: torch.Tensor, row: torch.Tensor, rows: int, beta: float
+) -> torch.Tensor:
+    """The theory's own update (arXiv 2405.00675, section 4), which regresses every response: (rows,).
 
-    logits: (B, T, V); input_ids, response_mask: (B, T), the mask 1 on response tokens. Returns (B,).
+    (1/K) sum_i (a_i - eta (P(y_i > pi_t) - 1/2))^2. ratios: (S,), a_i of each of the batch's S responses;
+    win_rates: (S,), P(y_i > pi_t); row: (S,), which of the batch's rows a response belongs to. K may differ by row.
     """
-    targets = input_ids[:, 1:]
-    logps = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, targets[..., None]).squeeze(-1)  # (B, T-1)
-    return (logps * response_mask[:, 1:]).sum(-1)
+    squares = (ratios - (win_rates - 0.5) / beta) ** 2
+    sums = squares.new_zeros(rows).index_add(0, row, squares)
+    return sums / squares.new_zeros(rows).index_add(0, row, torch.ones_like(squares))

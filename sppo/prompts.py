@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sppo.config import Recipe
-from sppo.errors import SPPOError
+from sppo.errors import SPPOError, first_line
 
 Message = dict[str, str]
 
@@ -30,12 +31,21 @@ def content_id(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def prompt_text(messages: list[Message]) -> str:
+    """A prompt as the plain text that a ranker reads: the user's words; earlier turns named by role before them."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    if [m["role"] for m in messages] == ["system", "user"]:
+        return f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
+
+
 def load_prompts(source: str, recipe: Recipe, part: tuple[int, int] = (0, 1)) -> list[Prompt]:
     """Every prompt of `source`, unusable ones marked, in the source's order.
 
     `part` (i, n) takes every n-th prompt from the i-th on: disjoint parts for n iterations. Identical prompts
     stay apart: the second of two gets `-2` behind its id. Raises SPPOError for a source that is
-    not what it says, lacks the column, or uses one prompt_id for two different prompts.
+    not what it says, lacks the column, has no usable prompt, or uses one prompt_id for two different prompts.
     """
     prompts: list[Prompt] = []
     seen: dict[str, tuple[str, int]] = {}
@@ -49,6 +59,8 @@ def load_prompts(source: str, recipe: Recipe, part: tuple[int, int] = (0, 1)) ->
         content = content_id(value)
         given = row.get("prompt_id")
         prompt_id = str(given) if given not in (None, "") else content
+        if not _is_text(prompt_id):
+            raise SPPOError(f"prompts {source}: prompt_id {ascii(prompt_id)} is half a character; give it another")
         first, count = seen.get(prompt_id, (content, 0))
         if first != content:
             raise SPPOError(f"prompts {source}: prompt_id {prompt_id!r} stands for two different prompts")
@@ -57,10 +69,16 @@ def load_prompts(source: str, recipe: Recipe, part: tuple[int, int] = (0, 1)) ->
         prompts.append(Prompt(prompt_id if count == 0 else f"{prompt_id}-{count + 1}", messages, skip))
     if not prompts:
         raise SPPOError(f"prompts {source}: there are none in it")
+    if all(p.skip for p in prompts):
+        reasons = dict(Counter(p.skip for p in prompts))
+        raise SPPOError(f"prompts {source}: none can be answered ({reasons}); is it another --prompt_column?")
     ids = {p.prompt_id for p in prompts}
     if len(ids) < len(prompts):
         raise SPPOError(f"prompts {source}: prompt_ids that end in -2, -3, ... clash with those of repeated prompts")
-    return prompts[part[0] :: part[1]]
+    mine = prompts[part[0] :: part[1]]
+    if not mine:
+        raise SPPOError(f"prompts {source}: {len(prompts)} are too few for {part[1]} parts; --prompts_part is empty")
+    return mine
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
@@ -91,6 +109,12 @@ def _messages(value: Any) -> tuple[list[Message], str]:
     return messages, ""
 
 
+def is_conversation(value: Any) -> bool:
+    """Whether it is messages with texts, as other tools may have written them: a template prints a null as None."""
+    turns = value if isinstance(value, list) else [None]
+    return bool(turns) and all(isinstance(t, dict) and t.get("role") and t.get("content") is not None for t in turns)
+
+
 def _is_text(value: Any) -> bool:
     """A str that UTF-8 can hold: JSON may smuggle in half a surrogate pair, which no file format takes."""
     try:
@@ -100,6 +124,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _rows(source: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    if not source:
+        raise SPPOError("no prompts given; pass --prompts")
     path = Path(source).expanduser()
     if path.is_dir() or not path.exists():
         return _dataset_rows(source, path, recipe)
@@ -128,8 +154,9 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise SPPOError(f"prompts {path}, line {number}: not JSON ({error.msg})") from None
+                except (ValueError, RecursionError) as error:  # also: a number of thousands of digits, deep nesting
+                    why = getattr(error, "msg", error)
+                    raise SPPOError(f"prompts {path}, line {number}: not JSON ({why})") from None
                 if not isinstance(row, dict):
                     raise SPPOError(f'prompts {path}, line {number}: not an object like {{"{column}": ...}}')
                 yield row
@@ -141,7 +168,11 @@ def _csv_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(1 << 30)
     with open(path, encoding="utf-8-sig", newline="") as handle:
         try:
-            for row in csv.DictReader(handle):
+            reader = csv.DictReader(handle)
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise SPPOError(f"prompts {path}: a column is there twice in {', '.join(names)}; rename one")
+            for row in reader:
                 if None in row or None in row.values():
                     raise SPPOError(f"prompts {path}: a row has more or fewer fields than the header")
                 yield row
@@ -167,9 +198,8 @@ def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str,
                 revision=recipe.prompts_revision or None,
             )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, KeyError, RuntimeError) as error:
-        first = next(iter(str(error).strip().splitlines()), "")
         raise SPPOError(
             f"prompts {source}: no split {recipe.prompt_split!r} can be read from it, neither here nor from the Hub "
-            f"({type(error).__name__}: {first}). Check --prompts, --prompt_split, HF_TOKEN and the network."
+            f"({type(error).__name__}: {first_line(error)}). Check --prompts, --prompt_split, HF_TOKEN and the network."
         ) from None
     yield from loaded

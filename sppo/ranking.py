@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sppo import rankers
 from sppo.config import Recipe
 from sppo.errors import SPPOError
 from sppo.files import Journal, digest, open_parquet, read_rows, write_parquet
 from sppo.generation import Slice, shard_paths
 from sppo.manifest import Stage
-from sppo.models import model_identity, open_policy, resolve
+from sppo.models import pinned, public_name
+from sppo.pairing import responses_columns
 from sppo.progress import progress
-from sppo.prompts import Message
+from sppo.prompts import Message, is_conversation
+from sppo.rankers import Pair, Ranker
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from sppo.pairrm import PairRM
-
+Logits = list[list[float]]
 _CHUNK = 64  # prompts whose pairs are packed into batches together
 
 
@@ -35,61 +37,55 @@ def ranking_schema() -> pa.Schema:
     return pa.schema([("prompt_id", pa.string()), ("logits", matrix), ("scores", pa.list_(pa.float32()))])
 
 
-def prompt_text(messages: list[Message]) -> str:
-    """A prompt as the plain text that a ranker reads: the user's words; earlier turns named by role before them."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    if [m["role"] for m in messages] == ["system", "user"]:
-        return f"{messages[0]['content']}\n\n{messages[1]['content']}"
-    return "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
-
-
-def prompt_logits(ranker: PairRM, items: list[tuple[str, list[str]]]) -> list[tuple[list[list[float]], int]]:
-    """((K, K) logits, diagonal 0; how many texts were cut) for each (prompt text, K response texts).
+def prompt_logits(ranker: Ranker, items: list[tuple[list[Message], list[str]]]) -> Iterator[tuple[int, Logits]]:
+    """(index in `items`, (K, K) logits with diagonal 0) of each (prompt, K responses), as soon as it is complete.
 
     K may differ between items. Identical responses are asked once, and batches mix the pairs of all items.
     """
-    inputs: list[tuple[list[int], list[int]]] = []
-    index: list[dict[tuple[str, str], int]] = []
-    cuts: list[int] = []
-    for text, responses in items:
-        before = ranker.cut
-        source = ranker.encode_source(text)
-        encoded = {r: ranker.encode_candidate(r, len(source)) for r in dict.fromkeys(responses)}
-        asked: dict[tuple[str, str], int] = {}
-        for i, first in enumerate(responses):
-            for j, second in enumerate(responses):
-                if i != j and (first, second) not in asked:
-                    asked[first, second] = len(inputs)
-                    inputs.append(ranker.pair_input(source, encoded[first], encoded[second]))
-        index.append(asked)
-        cuts.append(ranker.cut - before)
-    logits = ranker.logits(inputs)
-    answers = []
-    for (_, responses), asked, cut in zip(items, index, cuts, strict=True):
-        rows = [
-            [0.0 if i == j else logits[asked[a, b]] for j, b in enumerate(responses)] for i, a in enumerate(responses)
-        ]
-        answers.append((rows, cut))
-    return answers
+    pairs: list[Pair] = []
+    owners: list[int] = []
+    asked: list[dict[tuple[str, str], float]] = []
+    for owner, (prompt, responses) in enumerate(items):
+        unique = dict.fromkeys(itertools.permutations(responses, 2))
+        pairs += [(prompt, first, second) for first, second in unique]
+        owners += [owner] * len(unique)
+        asked.append({})
+    left = Counter(owners)
+    for index, logit in ranker.logits(pairs):
+        owner = owners[index]
+        asked[owner][pairs[index][1:]] = logit
+        left[owner] -= 1
+        if not left[owner]:
+            responses = items[owner][1]
+            yield (
+                owner,
+                [
+                    [0.0 if i == j else asked[owner][a, b] for j, b in enumerate(responses)]
+                    for i, a in enumerate(responses)
+                ],
+            )
 
 
 def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, shard: int, overwrite: bool) -> None:
-    """Write $DATA/ranking/shard-<shard>.parquet for its slice of $DATA/responses.parquet."""
+    """Write $DATA/ranking/shard-<shard>.parquet for its slice of $DATA/responses.parquet.
+
+    Prompts that an earlier, killed try had finished are in the journal and are not asked again, unless the ranker
+    answers in batches, whose company moves a logit's last bits: then a chunk that was cut short is asked as a whole,
+    so that the ranking is that of an undisturbed run.
+    """
     responses = output_dir / "responses.parquet"
-    total = open_parquet(responses, ["prompt_id", "prompt", "responses"]).metadata.num_rows
+    responses_columns(responses)
+    total = open_parquet(responses, []).metadata.num_rows
     start, stop = part.bounds(total)
-    ranker_dir = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
+    recipe = pinned(recipe, output_dir)
+    backend = rankers.backend(recipe)
     path, manifest, journal_path = shard_paths(output_dir / "ranking", shard)
-    inputs = {"responses": digest(responses), "ranker": model_identity(ranker_dir)}
-    if recipe.ranker_prompt == "templated":
-        inputs["model"] = open_policy(recipe.model, recipe.model_revision).identity()
     stage = Stage(
         "rank",
         manifest,
         [path],
-        inputs=inputs,
-        settings={"rows": [start, stop], "pairs": recipe.pairs, "ranker_prompt": recipe.ranker_prompt},
+        inputs={"responses": digest(responses), "ranker": backend.identity(recipe)},
+        settings={"rows": [start, stop], "pairs": recipe.pairs},
         journal=journal_path,
     )
     if stage.is_done(overwrite):
@@ -97,40 +93,39 @@ def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, shard: int, overwr
         return
     stage.begin()
     journal = Journal(journal_path, stage.identity)
-    rendered = prompt_renderer(recipe)
-    missing = (row for row in _slice(responses, start, stop, recipe.pairs) if row["prompt_id"] not in journal.done)
-    print(f"rank: rows {start} to {stop} of {total}: {len(journal.done)} in the journal")
+    rows = _slice(responses, start, stop, recipe.pairs)
+    print(f"rank: rows {start} to {stop} of {total}: {len(journal.done)} in the journal", flush=True)
     with progress(stop - start, f"shard {shard}", "prompt", len(journal.done)) as bar:
         ranker = None
-        while rows := list(islice(missing, _CHUNK)):
-            if ranker is None:
-                from sppo.pairrm import load_pairrm
-
-                ranker = load_pairrm(ranker_dir, recipe.batch_tokens)
-            items = [(rendered(row["prompt"]), [r["text"] for r in row["responses"]]) for row in rows]
-            for row, (logits, cut) in zip(rows, prompt_logits(ranker, items), strict=True):
-                journal.add(row["prompt_id"], {"logits": logits, "cut": cut})
-                bar.update()
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            missing = [row for row in chunk if row["prompt_id"] not in journal.done]
+            if not missing:
+                continue
+            ranker = ranker or backend.load(recipe)
+            asked = chunk if ranker.batched else missing
+            items = [(row["prompt"], [(r or {}).get("text") or "" for r in row["responses"]]) for row in asked]
+            for index, logits in prompt_logits(ranker, items):
+                name = asked[index]["prompt_id"]
+                if name not in journal.done:
+                    journal.add(name, {"logits": logits, "cut": ranker.count_cut(*items[index])})
+                    bar.update()
     _write_shard(stage, journal, path, responses, (start, stop), recipe)
 
 
-def prompt_renderer(recipe: Recipe) -> Any:
-    """messages -> what the ranker reads as the prompt."""
-    if recipe.ranker_prompt == "text":
-        return prompt_text
-    tokenizer = open_policy(recipe.model, recipe.model_revision).tokenizer()
-    kwargs = recipe.chat_template_kwargs
-    return lambda messages: tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **kwargs
-    )
-
-
 def _slice(responses: Path, start: int, stop: int, pairs: int) -> Iterator[dict[str, Any]]:
+    """The rows to rank. Raises SPPOError for one that could not be joined, or that there is nothing to ask about."""
+    seen: set[str] = set()
     for row in read_rows(responses, ["prompt_id", "prompt", "responses"], start, stop):
-        if len(row["responses"]) != pairs:
-            raise SPPOError(
-                f"{responses}: prompt {row['prompt_id']} has {len(row['responses'])} responses, not --pairs {pairs}"
-            )
+        name, answers = row["prompt_id"], row["responses"] or []
+        if name is None:
+            raise SPPOError(f"{responses}: a row without a prompt_id; nothing can be joined to it")
+        if name in seen:
+            raise SPPOError(f"{responses}: prompt_id {name} is there twice; each row needs its own")
+        seen.add(name)
+        if len(answers) != pairs:
+            raise SPPOError(f"{responses}: prompt {name} has {len(answers)} responses, not --pairs {pairs}")
+        if not is_conversation(row["prompt"]):
+            raise SPPOError(f"{responses}: prompt {name} is not a list of messages, each with a role and a content")
         yield row
 
 
@@ -159,6 +154,6 @@ def _write_shard(
         "texts_cut_for_the_ranker": cut["texts"],
         "skipped": dict(Counter(s["reason"] for s in skipped)),
     }
-    stage.finish(counts, ranker=recipe.ranker, skipped=skipped)
+    stage.finish(counts, ranker=recipe.ranker, ranker_name=public_name(recipe.ranker), skipped=skipped)
     journal.remove()
     print(f"rank: {path}: {json.dumps(counts)}")

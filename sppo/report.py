@@ -6,54 +6,46 @@ judge: a PairRM can be fooled by length, so lengths stand beside it too.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sppo.config import ROOT, Recipe
-from sppo.errors import SPPOError, UsageError
+from sppo.errors import SPPOError
 from sppo.files import digest, read_json, read_rows, write_json
 from sppo.launch import flags
 from sppo.manifest import Stage
-from sppo.models import model_identity, resolve
-
-Judge = Callable[[str, str, str], float]
-
-
-def load_judge(name: str) -> Judge:
-    """The function module:function(prompt, a, b) -> logit, above 0 where a is better. Raises UsageError."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--judge {name}: not a module:function that can be imported ({error})") from None
+from sppo.models import pinned
+from sppo.rankers import Pair, Ranker, backend
+from sppo.rankers.function import FunctionRanker, load_function
+from sppo.winrates import sigmoid
 
 
 def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, world_size: int) -> None:
     """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json."""
     judge_name = recipe.judge.partition(":")[2]
     if recipe.judge:
-        load_judge(recipe.judge)
-    before = _answers(recipe, run_dir / "iter0", base, gpus, world_size)
+        load_function(recipe.judge, "--judge")  # a name that is wrong is better known before the work
+    before = _answers(recipe, run_dir / "iter0", base, gpus, world_size, recipe.model_revision)
     here = run_dir / f"iter{iteration}"
     after = _answers(recipe, here, str(here / "model"), gpus, world_size)
-    ranker = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
+    recipe = pinned(recipe, here / "data")
     output = here / "eval" / "report.json"
     stage = Stage(
         "report",
         here / "eval" / "report.manifest.json",
         [output],
-        inputs={"before": digest(before), "after": digest(after), "ranker": model_identity(ranker)},
-        settings={"iteration": iteration, "judge": recipe.judge, "ranker_prompt": recipe.ranker_prompt},
+        inputs={"before": digest(before), "after": digest(after), "ranker": backend(recipe).identity(recipe)},
+        settings={"iteration": iteration, "judge": recipe.judge},
     )
     if not stage.is_done():
         stage.begin()
-        row = {"iteration": iteration, **_compare(recipe, ranker, before, after, judge_name)}
+        row = {"iteration": iteration, **_compare(recipe, before, after, judge_name)}
         trained = read_json(here / "model" / "sppo_manifest.json")
         row.update(loss=trained["loss"], beta2_loss=trained["beta2_loss"])
         write_json(output, row)
@@ -63,12 +55,13 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, 
     print_table(rows)
 
 
-def _answers(recipe: Recipe, directory: Path, model: str, gpus: str, world_size: int) -> Path:
+def _answers(recipe: Recipe, directory: Path, model: str, gpus: str, world_size: int, revision: str = "") -> Path:
     """directory/eval/responses.parquet: eval_pairs responses to each held-out prompt, drawn as in training."""
     out = directory / "eval"
     common = flags(output_dir=out, pairs=recipe.eval_pairs)
-    keys = "prompt_column prompt_split temperature top_p maxlen engine seed prompt_seeds system_prompt".split()
-    settings = flags(**{k: getattr(recipe, k) for k in (*keys, "gpu_memory_utilization")}, world_size=world_size)
+    keys = "trust_remote_code prompt_column prompt_split temperature top_p maxlen engine seed prompt_seeds".split()
+    keys += ["system_prompt", "gpu_memory_utilization"]
+    settings = flags(**{k: getattr(recipe, k) for k in keys}, world_size=world_size, model_revision=revision)
     settings += flags(chat_template_kwargs=json.dumps(recipe.chat_template_kwargs))
     launch = [sys.executable, "-m", "sppo.launch", "shards", "--name=eval"]
     launch += flags(gpus=gpus, logs=directory / "logs", world_size=world_size)
@@ -86,39 +79,39 @@ def _run(command: list[str]) -> None:
         raise SPPOError(f"the report's answers failed:\n{done.stdout}")
 
 
-def _compare(recipe: Recipe, ranker_dir: Path, before: Path, after: Path, judge_name: str) -> dict[str, Any]:
-    from sppo.pairrm import load_pairrm
-    from sppo.ranking import prompt_renderer
-    from sppo.winrates import sigmoid
-
+def _compare(recipe: Recipe, before: Path, after: Path, judge_name: str) -> dict[str, Any]:
     columns = ["prompt_id", "prompt", "responses"]
     old = {row["prompt_id"]: row for row in read_rows(before, columns)}
     new = {row["prompt_id"]: row for row in read_rows(after, columns)}
     if set(old) != set(new):
         raise SPPOError(f"{before} and {after} answer different prompts; delete the eval directories and report again")
-    ranker, rendered = load_pairrm(ranker_dir, recipe.batch_tokens), prompt_renderer(recipe)
-    inputs = []
-    judged: list[float] = []
-    judge = load_judge(recipe.judge) if recipe.judge else None
-    for prompt_id, row in new.items():
-        text = rendered(row["prompt"])
-        source = ranker.encode_source(text)
-        ours, theirs = ([r["text"] for r in side["responses"]] for side in (row, old[prompt_id]))
-        for a in ours:
-            for b in theirs:
-                first, second = ranker.encode_candidate(a, len(source)), ranker.encode_candidate(b, len(source))
-                inputs += [ranker.pair_input(source, first, second), ranker.pair_input(source, second, first)]
-                if judge:
-                    judged.append(float(sigmoid((judge(text, a, b) - judge(text, b, a)) / 2)))
-    logits = ranker.logits(inputs)
-    wins = [float(sigmoid((logits[i] - logits[i + 1]) / 2)) for i in range(0, len(logits), 2)]
-    result = {"prompts": len(new), "ranker_win_rate": round(sum(wins) / len(wins), 4)}
-    if judge:
-        result[f"{judge_name}_win_rate"] = round(sum(judged) / len(judged), 4)
+    pairs = [
+        (row["prompt"], ours["text"], theirs["text"])
+        for prompt_id, row in new.items()
+        for ours in row["responses"]
+        for theirs in old[prompt_id]["responses"]
+    ]
+    result = {"prompts": len(new), **_win_rate("ranker", backend(recipe).load(recipe), pairs)}
+    if recipe.judge:
+        result |= _win_rate(judge_name, FunctionRanker(load_function(recipe.judge, "--judge")), pairs)
     for name, side in (("mean_tokens", new), ("base_mean_tokens", old)):
         lengths = [len(r["token_ids"]) for row in side.values() for r in row["responses"]]
         result[name] = round(sum(lengths) / len(lengths), 2)
     return result
+
+
+def _win_rate(name: str, ranker: Ranker, pairs: list[Pair]) -> dict[str, Any]:
+    """Mean of P(first > second), each pair asked both ways round; pairs without an answer are left out and counted."""
+    both = [side for prompt, a, b in pairs for side in ((prompt, a, b), (prompt, b, a))]
+    logits = np.empty(len(both))
+    for index, logit in ranker.logits(both):
+        logits[index] = logit
+    differences = logits[0::2] - logits[1::2]
+    answered = np.isfinite(differences)
+    if not answered.any():
+        raise SPPOError(f"the {name} answered none of {len(pairs)} pairs")
+    unanswered = {} if answered.all() else {f"{name}_unanswered": int((~answered).sum())}
+    return {f"{name}_win_rate": round(float(sigmoid(differences[answered] / 2).mean()), 4), **unanswered}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny  # noqa: E402
+
+HEAR = """
+import os
+import sys
+
+LOCAL = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "::", "", "None"}
+
+
+def hear(event, args):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+        where = args[1] if event in ("socket.connect", "socket.sendto") else args
+        if isinstance(where, tuple) and str(where[0]) not in LOCAL:  # else a socket of this machine's own
+            with open(os.environ["SPPO_TEST_NETWORK"], "a") as log:
+                log.write(f"{event} {where} by {sys.argv}\\n")
+
+
+sys.addaudithook(hear)
+"""
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An environment in which every Python process writes down each host that it asks for. There must be none."""
+    (tmp_path / "hear").mkdir()
+    (tmp_path / "hear" / "sitecustomize.py").write_text(HEAR)
+    heard = tmp_path / "heard"
+    environment = {"PYTHONPATH": str(tmp_path / "hear"), "SPPO_TEST_NETWORK": str(heard)}
+    ask = [
+        sys.executable,
+        "-c",
+        "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))",
+    ]
+    subprocess.run(ask, env={**os.environ, **environment}, check=False, stderr=subprocess.DEVNULL)
+    assert "192.0.2.1" in heard.read_text()  # it hears
+    heard.unlink()
+    yield environment
+    assert not heard.exists(), heard.read_text()
 
 
 @pytest.fixture(scope="session")

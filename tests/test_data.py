@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from sppo import chat
 from sppo.config import Recipe
-from sppo.data import collate, load_training_set
+from sppo.data import Place, load_training_set
 from sppo.errors import SPPOError, UsageError
 from sppo.files import read_json
 from sppo.pairing import compute_prob
@@ -120,8 +121,8 @@ def test_generated_ids_are_trained_on_only_with_their_own_tokenizer(models: Path
     }
     mine = training_rows(tmp_path / "m.parquet", [{**row, "tokenizer": chat.tokenizer_identity(tokenizer)}])
     data = load_training_set(mine, tokenizer, stops, Recipe())
-    assert data.prompts == [([7, 8, 9], [7, 8, 9])]
-    assert data.responses == [([60, 61, 62], [50, 51])]
+    assert [p.tolist() for p in data.prompts[0]] == [[7, 8, 9], [7, 8, 9]]
+    assert [r.tolist() for r in data.responses[0]] == [[60, 61, 62], [50, 51]]
     other = training_rows(tmp_path / "o.parquet", [{**row, "tokenizer": "another"}])
     data = load_training_set(other, tokenizer, stops, Recipe())
     assert data.counts["rows_from_template"] == 1
@@ -148,13 +149,13 @@ def test_budgets_have_no_cliff(models: Path, tmp_path: Path) -> None:
         path = training_rows(tmp_path / "t.parquet", [row])
         data = load_training_set(path, tokenizer, stops, Recipe(max_prompt_length=50, max_length=100))
         kept.append(len(data.responses[0][0]))
-        assert data.prompts[0][0] == list(range(40))
+        assert data.prompts[0][0].tolist() == list(range(40))
         assert len(data.responses[0][1]) == 10
     assert kept == [59, 60, 60, 60]
     assert data.counts["responses_cut"] == 1
     assert data.counts["response_tokens_cut"] == 20
     data = load_training_set(path, tokenizer, stops, Recipe(max_prompt_length=30, max_length=100))
-    assert data.prompts[0][0] == list(range(10, 40))  # on the left, only when it is too long
+    assert data.prompts[0][0].tolist() == list(range(10, 40))  # on the left, only when it is too long
     assert data.counts["prompts_cut"] == 2
 
 
@@ -164,11 +165,14 @@ def test_a_batch_holds_integers_only(models: Path, tmp_path: Path) -> None:
     stops = chat.stop_token_ids(models / "mistral", tokenizer)
     rows = [{"chosen": conversation("a longer answer"), "rejected": conversation("no")}] * 2
     data = load_training_set(training_rows(tmp_path / "t.parquet", rows), tokenizer, stops, Recipe())
-    batch = collate([data[0], data[1]], pad_id=0)
-    assert not any(v.is_floating_point() for v in batch.values())
+    batch = data.batch([Place(1), Place(0)], pad_id=0)
+    assert not any(v.is_floating_point() for v in batch.values() if isinstance(v, torch.Tensor))
     assert batch["input_ids"].shape[0] == 4
-    text = tokenizer.decode(batch["input_ids"][0][batch["response_mask"][0].bool()])
-    assert text == "a longer answer</s>"
+    assert batch["sequence"].tolist() == [2, 3, 0, 1]
+    assert batch["pair"].tolist() == [[0, 1], [2, 3]]
+    width = batch["input_ids"].shape[1]
+    predicted = [batch["input_ids"].view(-1)[q + 1] for q in batch["positions"] if q // width == 1]
+    assert tokenizer.decode(torch.stack(predicted)) == "no</s>"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    stale, alive = (tmp_path / f".x.tmp-{pid}" for pid in (2**22 + 1, child.pid))  # beyond the largest process id
+    for path in (stale, alive):
+        path.write_text("half")
+    with atomic(tmp_path / "x") as temporary:
+        temporary.write_text("whole")
+    child.kill()
+    child.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [alive.name, "x"]
 
 
 @pytest.mark.parametrize("cut", range(0, 60, 7))
@@ -60,6 +73,20 @@ def test_a_damaged_line_is_made_again_and_costs_no_other(tmp_path: Path) -> None
     assert set(again.done) == {"p0", "p2"}
     assert again.dropped == 1
     again.close()
+
+
+def test_a_damaged_first_line_costs_no_item_and_mixes_no_identities(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", IDENTITY)
+    journal.add("p", {"n": 1})
+    journal.close()
+    content = bytearray((tmp_path / "j").read_bytes())
+    content[20] ^= 1
+    (tmp_path / "j").write_bytes(content)
+    again = Journal(tmp_path / "j", IDENTITY)
+    assert again.read("p") == {"n": 1}
+    again.close()
+    other = Journal(tmp_path / "j", {"inputs": {"a": 2}, "settings": {}})
+    assert not other.done
 
 
 def test_two_processes_cannot_share_a_journal_or_a_run(tmp_path: Path) -> None:
@@ -115,6 +142,12 @@ def test_a_journal_of_other_settings_is_refused_not_deleted(tmp_path: Path) -> N
     with pytest.raises(SPPOError, match="pairs"):
         stage(tmp_path, pairs=4).is_done()
     assert (tmp_path / "j").exists()
+
+
+def test_a_journal_without_work_refuses_nothing(tmp_path: Path) -> None:
+    """A try that failed before its first prompt must not hold the next one, under mended settings, to its own."""
+    Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity).close()
+    assert not stage(tmp_path, pairs=4).is_done()
 
 
 def test_new_weights_under_the_same_path_are_another_model(models: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -118,6 +119,26 @@ def test_the_first_failure_stops_the_rest_and_gives_its_code(tmp_path: Path) -> 
     assert "the last words" in done.stderr
     assert "s 0 ended with code 7" in done.stderr
     assert_all_gone(tmp_path, 2)
+
+
+def test_a_driver_outlives_the_shell_that_started_it(tmp_path: Path) -> None:
+    """nohup ... & and log out: the run goes on. What generate.sh starts dies with generate.sh."""
+    pids = []
+    for child in ("", "1"):
+        here = tmp_path / f"run{child}"
+        here.mkdir()
+        line = f"{shlex.join(command(here, 'sleep'))} > /dev/null 2>&1 & echo $!; sleep 2"
+        environment = {k: v for k, v in os.environ.items() if k != "SPPO_CHILD"} | (
+            {"SPPO_CHILD": child} if child else {}
+        )
+        shell = subprocess.run(["bash", "-c", line], cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
+        pids.append(int(shell.stdout))
+        time.sleep(1)
+    assert [alive(pid) for pid in pids] == [True, False]
+    os.kill(pids[0], signal.SIGTERM)
+    assert_all_gone(tmp_path / "run", 3)
+    for mark in (tmp_path / "run1").glob("[0-9]"):  # a stage's own children are its own affair
+        os.kill(int(mark.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])

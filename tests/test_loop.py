@@ -35,14 +35,25 @@ def awkward_prompts() -> list[Any]:
     return prompts
 
 
-def drive(models: Path, directory: Path, driver: str, family: str, *flags: str) -> Path:
-    prompts = directory / "prompts.jsonl"
+WEIRD = 'it\'s a "name"; $(touch pwned) & `touch pwned` ünï'
+SECRETS = {"HF_TOKEN": "hf_" + "s" * 34, "OPENAI_API_KEY": "sk-" + "s" * 20, "WANDB_API_KEY": "w" * 40}
+
+
+def drive(models: Path, directory: Path, driver: str, family: str, *flags: str, **env: str) -> Path:
+    """The driver, with names that a careless script would run, and secrets that a careless one would write down."""
+    prompts, run = directory / f"{WEIRD}.jsonl", directory / WEIRD
+    model = directory / f"{WEIRD} {family}"
     if not prompts.exists():
         tiny.write_jsonl(prompts, [{"prompt": p} for p in awkward_prompts()])
-    run = directory / "run"
-    command = [driver, "--model", str(models / family), "--prompts", str(prompts), "--ranker", str(models / "PairRM")]
+        model.symlink_to(models / family)
+    command = [driver, "--model", str(model), "--prompts", str(prompts), "--ranker", str(models / "PairRM")]
     command += ["--recipe", "recipes/sppo/demo.yaml", "--maxlen", "24", "--run_dir", str(run), "--gpus", "none"]
-    tiny.succeed(*command, "--iterations", "2", "--pairs", "3", "--learning_rate", "1e-3", *flags)
+    more = ["--iterations", "2", "--pairs", "3", "--learning_rate", "1e-3", *flags]
+    shown = tiny.succeed(*command, *more, **SECRETS, **env)
+    assert not list(tiny.ROOT.rglob("pwned"))
+    assert not list(directory.rglob("pwned"))
+    written = [shown.encode(), *(p.read_bytes() for p in run.rglob("*") if p.is_file())]
+    assert not [s for s in SECRETS.values() if any(s.encode() in content for content in written)]
     return run
 
 
@@ -89,8 +100,8 @@ def mtimes(run: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in run.rglob("*") if p.suffix in (".parquet", ".safetensors")}
 
 
-def test_the_loop_with_transformers(models: Path, tmp_path: Path) -> None:
-    run = drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3")
+def test_the_loop_with_transformers(models: Path, tmp_path: Path, network: dict[str, str]) -> None:
+    run = drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3", **network)
     check_run(run, models / "llama3")
     first = (run / "iter1" / "model" / "metrics.jsonl").read_text().splitlines()[0]
     line = json.loads(first)  # at the first step the policy is the reference
@@ -101,7 +112,7 @@ def test_the_loop_with_transformers(models: Path, tmp_path: Path) -> None:
     assert mtimes(run) == before
     # other settings in the same directory are refused, by name
     done = tiny.run(
-        "run_sppo_llama-3.sh", "--model", models / "llama3", "--prompts", tmp_path / "prompts.jsonl", "--ranker",
+        "run_sppo_llama-3.sh", "--model", models / "llama3", "--prompts", tmp_path / f"{WEIRD}.jsonl", "--ranker",
         models / "PairRM", "--recipe", "recipes/sppo/demo.yaml", "--run_dir", run, "--gpus", "none", "--pairs", "4",
     )  # fmt: skip
     assert done.returncode == 1
@@ -121,16 +132,21 @@ def test_the_loop_with_gemma_and_two_shards(models: Path, tmp_path: Path) -> Non
     assert folded["prompt"] == [{"role": "user", "content": "Answer in one word.\n\nIs None true?"}]
 
 
-def test_the_loop_with_vllm(models: Path, tmp_path: Path) -> None:
+def test_the_loop_with_vllm(models: Path, tmp_path: Path, network: dict[str, str]) -> None:
     pytest.importorskip("vllm")
-    run = drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3", "--engine", "vllm")
+    run = drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3", "--engine", "vllm", **network)
     check_run(run, models / "llama3")
     settings = read_json(run / "iter2" / "data" / "responses" / "shard-00000.manifest.json")["settings"]
     assert settings["engine"] == "vllm"
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    shown = tiny.succeed("run_sppo_mistral.sh", "--dry_run", "--run_dir", tmp_path / "run")
-    assert "UCLA-AGI/data-mistral-7b-instruct-sppo-iter3" in shown
-    assert "iter2/model" in shown
+def test_a_dry_run_shows_the_commands_and_writes_nothing(models: Path, tmp_path: Path) -> None:
+    """The preflight's yes or no is its exit code: here the default model and prompts cannot be had."""
+    done = tiny.run("run_sppo_mistral.sh", "--dry_run", "--run_dir", tmp_path / "run", HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 1
+    assert "mistralai/Mistral-7B-Instruct-v0.2: not a directory here, and the Hub does not give it" in done.stdout
+    assert "UCLA-AGI/data-mistral-7b-instruct-sppo-iter3" in done.stdout
+    assert "iter2/model" in done.stdout
+    drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3", "--dry_run")
+    assert "iter2/model" in tiny.succeed("run_sppo_mistral.sh", "--dry_run", "--skip_preflight")
     assert not (tmp_path / "run").exists()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import preferences
 import pytest
 import torch
 
-from sppo.loss import preference_loss, response_logps
+from sppo.logps import response_logps
+from sppo.loss import preference_loss, sppo_all_loss
 
 # beta = 1e-3 (eta = 1000), a = 1, b = -1, p_win = .8, p_lose = .3, p = .9:
 #   sppo         1/2 [(1 - 1000 * .3)^2 + (-1 + 1000 * .2)^2] = 1/2 [299^2 + 199^2]  = 64501
@@ -25,6 +29,102 @@ def test_worked_by_hand(loss_type: str) -> None:
     a, b, p, p_win, p_lose = (torch.tensor([x]) for x in (1.0, -1.0, 0.9, 0.8, 0.3))
     loss = preference_loss(loss_type, a, b, 1e-3, p, p_win, p_lose)
     torch.testing.assert_close(loss, torch.tensor(WORKED[loss_type]), rtol=1e-5, atol=1e-6)
+
+
+def test_label_smoothing_by_hand() -> None:
+    """a - b = 2, beta = 1, epsilon = .1: -.9 log sigmoid(2) - .1 log sigmoid(-2) = .9 * .126928 + .1 * 2.126928."""
+    a, b, p = torch.tensor([1.0]), torch.tensor([-1.0]), torch.tensor([0.9])
+    loss = preference_loss("sigmoid", a, b, 1.0, p, p, p, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(0.326928, abs=1e-6)
+
+
+def test_sppo_all_by_hand() -> None:
+    """beta = .1, eta = 10. Row 0: responses of rates .8, .5, .2 with ratios 1, 0, -1: targets 3, 0, -3, so
+    ((1 - 3)^2 + 0 + (-1 + 3)^2) / 3 = 8 / 3. Row 1: rates .6, .4 with ratios 2, 2: ((2 - 1)^2 + (2 + 1)^2) / 2 = 5."""
+    ratios = torch.tensor([1.0, 0.0, -1.0, 2.0, 2.0])
+    rates = torch.tensor([0.8, 0.5, 0.2, 0.6, 0.4])
+    loss = sppo_all_loss(ratios, rates, torch.tensor([0, 0, 0, 1, 1]), 2, 0.1)
+    torch.testing.assert_close(loss, torch.tensor([8 / 3, 5.0]))
+    # of K = 2 responses it is sppo
+    a, b, win, lose = ratios[3:4], ratios[4:], rates[3:4], rates[4:]
+    torch.testing.assert_close(loss[1:], preference_loss("sppo", a, b, 0.1, win, win, lose))
+
+
+def numbers(seed: int, count: int) -> torch.Tensor:
+    return torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+@pytest.mark.parametrize("loss_type", sorted(WORKED))
+def test_gradients_are_those_of_finite_differences(loss_type: str) -> None:
+    a, b = numbers(1, 6), numbers(2, 6)
+    p, p_win, p_lose = (
+        torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (3, 4, 5)
+    )
+
+    def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return preference_loss(loss_type, a, b, 0.1, p, p_win, p_lose, 0.1 if loss_type == "sigmoid" else 0.0)
+
+    assert torch.autograd.gradcheck(loss, (a, b))
+
+
+def test_the_gradient_of_sppo_all_is_that_of_finite_differences() -> None:
+    rates = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    row = torch.tensor([0, 0, 1, 1, 1, 2])
+    assert torch.autograd.gradcheck(lambda r: sppo_all_loss(r, rates, row, 3, 0.1), (numbers(1, 6),))
+
+
+@pytest.fixture(scope="module")
+def batch_of_trl(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """trl's DPOTrainer on a tiny model whose reference differs, with one batch of its own making."""
+    trl = pytest.importorskip("trl")
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [{k: r[k] for k in ("chosen", "rejected")} for r in preferences.rows(4)]
+    policy, reference = (AutoModelForCausalLM.from_pretrained(models / "llama3") for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.02)
+
+    def made(loss_type: str) -> tuple[Any, Any, Any, Any]:
+        arguments = trl.DPOConfig(
+            output_dir=str(tmp_path_factory.mktemp("trl")), loss_type=[loss_type], beta=0.05, use_cpu=True, bf16=False,
+            per_device_train_batch_size=4, report_to="none", gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = trl.DPOTrainer(
+            policy, reference, arguments, train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(models / "llama3"),
+        )  # fmt: skip
+        return trainer, next(iter(trainer.get_train_dataloader())), policy, reference
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "factor"), [("sppo_hard", "sppo", 2), ("sigmoid",) * 2 + (1,), ("hinge",) * 2 + (1,)]
+)
+def test_parity_with_trl(batch_of_trl: Any, theirs: str, ours: str, factor: int) -> None:
+    """Losses and gradients. At p_win = 1 and p_lose = 0 trl's sppo_hard has no 1/2, so it is twice ours."""
+    trainer, batch, policy, reference = batch_of_trl(theirs)
+    policy.zero_grad()
+    expected = trainer.compute_loss(policy, dict(batch))
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in policy.named_parameters()}
+
+    mask = batch["completion_mask"]
+    positions = mask[:, 1:].nonzero() @ torch.tensor([mask.shape[1], 1])
+    given = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    policy.zero_grad()
+    with torch.no_grad():
+        fixed = response_logps(reference(**given).logits, batch["input_ids"], positions)
+    a, b = (response_logps(policy(**given).logits, batch["input_ids"], positions) - fixed).chunk(2)
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    assert a.abs().max() > 1  # a policy that has moved
+    loss = factor * preference_loss(ours, a, b, 0.05, one, one, zero).mean()
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for name, parameter in policy.named_parameters():
+        assert (parameter.grad - gradients[name]).norm() <= 1e-4 * gradients[name].norm(), name
 
 
 def test_sppo_pulls_each_side_to_its_own_target() -> None:
@@ -50,4 +150,5 @@ def test_logps_are_sums_over_response_tokens_only() -> None:
                 scores = logits[row, t - 1].exp()
                 total += math.log(scores[ids[row, t]] / scores.sum())
         expected.append(total)
-    torch.testing.assert_close(response_logps(logits, ids, mask), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    positions = mask[:, 1:].nonzero() @ torch.tensor([5, 1])  # t - 1 predicts t
+    torch.testing.assert_close(response_logps(logits, ids, positions), torch.tensor(expected), rtol=1e-5, atol=1e-5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,14 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from sppo.deberta import Attention, speed_up
 from sppo.errors import SPPOError
-from sppo.pairrm import PairRM
+from sppo.rankers.llm_blender import LLMBlender, load_blender
+from sppo.rankers.pairrm import PairInputs, PairRM, PairRMModel
 from sppo.ranking import prompt_logits
 from sppo.winrates import mean_scores
+
+CUDA = torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +30,21 @@ def golden() -> dict[str, list]:
     return json.loads((tiny.GOLDEN / "pairrm" / "golden.json").read_text())
 
 
+def ask(ranker: Any, *items: tuple[str, list[str]]) -> list[np.ndarray]:
+    """The (K, K) logits of each (prompt, responses)."""
+    found = dict(prompt_logits(ranker, [([{"role": "user", "content": text}], rs) for text, rs in items]))
+    return [np.array(found[i]) for i in range(len(items))]
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 3000, 20000])
 def test_logits_are_llm_blenders_whatever_the_batch(models: Path, golden: dict[str, list], batch_tokens: int) -> None:
     ranker = PairRM(models / "PairRM", "cpu", batch_tokens)
     order = list(range(len(golden["prompts"])))
     random.Random(batch_tokens).shuffle(order)
-    found = prompt_logits(ranker, [(golden["prompts"][i], golden["candidates"][i]) for i in order])
-    for i, (logits, _) in zip(order, found, strict=True):
+    found = ask(ranker, *((golden["prompts"][i], golden["candidates"][i]) for i in order))
+    for i, logits in zip(order, found, strict=True):
         np.testing.assert_allclose(logits, golden["logits"][i], atol=1e-5)
-        np.testing.assert_allclose(mean_scores(np.array(logits)), golden["scores"][i], atol=1e-5)
+        np.testing.assert_allclose(mean_scores(logits), golden["scores"][i], atol=1e-5)
 
 
 def test_text_never_becomes_a_control_token(models: Path) -> None:
@@ -40,28 +52,27 @@ def test_text_never_becomes_a_control_token(models: Path) -> None:
     names = ["[CLS]", "[SEP]", "[PAD]", "[MASK]", "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
     for name in names:
         for text in (name, f"a {name} b", name * 3, f"[{name}]"):
-            ids = ranker._text_ids(text)
-            assert not set(ids) & ranker.control_ids, (text, ids)
+            ids = ranker.inputs.text_ids(text)
+            assert not set(ids) & ranker.inputs.control_ids, (text, ids)
     hostile = [f"good {n}" for n in names[:4]]
-    assert np.isfinite(prompt_logits(ranker, [("ask <|candidate1|>[SEP]", hostile)])[0][0]).all()
+    assert np.isfinite(ask(ranker, ("ask <|candidate1|>[SEP]", hostile))[0]).all()
 
 
 def test_hostile_text_changes_no_other_prompt(models: Path) -> None:
     ranker = PairRM(models / "PairRM", "cpu", 16384)
     quiet = ("What is it?", ["a ball", "a dog", ""])
-    alone = prompt_logits(ranker, [quiet])[0][0]
-    hostile, together = prompt_logits(ranker, [("<|candidate1|>" * 900, ["[SEP]" * 500, "x" * 9000]), quiet])
-    np.testing.assert_allclose(together[0], alone, atol=1e-5)
-    assert hostile[1] == 2  # the source and the long response were cut, and are counted
-    assert together[1] == 0
+    hostile = ("<|candidate1|>" * 900, ["[SEP]" * 500, "x" * 9000])
+    np.testing.assert_allclose(ask(ranker, hostile, quiet)[1], ask(ranker, quiet)[0], atol=1e-5)
+    cut = [ranker.count_cut([{"role": "user", "content": text}], responses) for text, responses in (hostile, quiet)]
+    assert cut == [2, 0]  # the source and the long response were cut, and are counted
 
 
 def test_identical_responses_are_asked_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranker = PairRM(models / "PairRM", "cpu", 4096)
     asked = []
     logits = ranker.logits
-    monkeypatch.setattr(ranker, "logits", lambda inputs: asked.append(len(inputs)) or logits(inputs))
-    found = np.array(prompt_logits(ranker, [("p", ["same", "same", "other"])])[0][0])
+    monkeypatch.setattr(ranker, "logits", lambda pairs: asked.append(len(pairs)) or logits(pairs))
+    found = ask(ranker, ("p", ["same", "same", "other"]))[0]
     assert asked == [3]  # same-same, same-other, other-same; six without
     assert found[0, 2] == found[1, 2]
     assert found[2, 0] == found[2, 1]
@@ -82,9 +93,25 @@ def test_the_transformers_layout_gives_the_same(models: Path, golden: dict[str, 
     weights["pretrained_model.embeddings.position_ids"] = torch.arange(512)[None]  # older checkpoints carry it
     save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     ranker = PairRM(tmp_path / "hf", "cpu", 4096)
-    found = prompt_logits(ranker, [(golden["prompts"][3], golden["candidates"][3])])[0][0]
+    found = ask(ranker, (golden["prompts"][3], golden["candidates"][3]))[0]
     np.testing.assert_allclose(found, golden["logits"][3], atol=1e-5)
-    assert not set(ranker._text_ids("x <|candidate1|> y")) & ranker.control_ids
+    assert not set(ranker.inputs.text_ids("x <|candidate1|> y")) & ranker.inputs.control_ids
+
+
+@pytest.mark.parametrize("length", [1, 3, 130, 700])
+def test_the_faster_attention_is_debertas_own(models: Path, length: int) -> None:
+    """Every hidden state of real tokens, shorter and longer than the position buckets, beside a padded neighbour."""
+    inputs = PairInputs(models / "PairRM")
+    plain = PairRMModel(inputs.config, 1, 0.0).eval().pretrained_model
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    ids = torch.randint(5, 200, (2, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 + 1 :] = 0
+    with torch.inference_mode():
+        expected, found = (m(input_ids=ids, attention_mask=mask).last_hidden_state for m in (plain, fast))
+    assert all(type(layer.attention.self) is Attention for layer in fast.encoder.layer)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spoil", ["head_layer.1.bias", "head_layer.9.weight"])
@@ -97,3 +124,49 @@ def test_a_checkpoint_that_does_not_fit_is_refused(models: Path, tmp_path: Path,
     save_file(weights, tmp_path / "PairRM" / "model.safetensors")
     with pytest.raises(SPPOError, match=spoil):
         PairRM(tmp_path / "PairRM", "cpu", 4096)
+
+
+def test_llm_blender_itself_says_the_same(models: Path, golden: dict[str, list]) -> None:
+    """Both back ends on one checkpoint in one process: every logit. Others' rankings can be compared with ours."""
+    inputs = PairInputs(models / "PairRM")
+    theirs = LLMBlender(load_blender(models / "PairRM", "cpu"), inputs)
+    ours = PairRM(models / "PairRM", "cpu", 3000)
+    items = [(golden["prompts"][i], golden["candidates"][i]) for i in (2, 7)]
+    for left, right in zip(ask(ours, *items), ask(theirs, *items), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    hostile = ask(theirs, ("p", ["<|candidate1|>", "fine", "good"]))[0]
+    assert np.isnan(hostile[0, 1])  # set aside, where llm-blender alone would end the run
+    assert np.isfinite(hostile[1, 2])
+
+
+def test_half_precision_falls_back_to_float32(models: Path, tmp_path: Path) -> None:
+    """Weights whose answers float16 cannot hold: asked again in float32, not lost and not wrong."""
+    shutil.copytree(models / "PairRM", tmp_path / "PairRM")
+    shutil.copytree(models / "tiny-deberta", tmp_path / "tiny-deberta")
+    weights = load_file(tmp_path / "PairRM" / "model.safetensors")
+    weights["head_layer.4.weight"] *= 60000 / weights["head_layer.4.weight"].abs().max()
+    save_file(weights, tmp_path / "PairRM" / "model.safetensors")
+    item = ("What is it?", ["a ball", "a dog", "nothing at all"])
+    exact = ask(PairRM(tmp_path / "PairRM", "cpu", 4096), item)[0]
+    assert abs(exact).max() > 65504  # beyond float16
+    half = ask(PairRM(tmp_path / "PairRM", "cpu", 4096, torch.float16), item)[0]
+    beyond = abs(exact) > 65504
+    np.testing.assert_allclose(half[beyond], exact[beyond], rtol=1e-5)
+    weights["head_layer.4.weight"][:] = float("inf")
+    save_file(weights, tmp_path / "PairRM" / "model.safetensors")
+    never = ask(PairRM(tmp_path / "PairRM", "cpu", 4096, torch.float16), item)[0]
+    assert not np.isfinite(never[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("device", "attention"),
+    [("cpu", "torch"), pytest.param("cuda", "triton", marks=pytest.mark.skipif(not CUDA, reason="needs a GPU"))],
+)
+def test_fused_attention_gives_the_same(models: Path, golden: dict[str, list], device: str, attention: str) -> None:
+    """Packed without padding, DeBERTa's attention swapped: the same logits (on a CPU by the package's torch path)."""
+    pytest.importorskip("disentangled_flash")
+    some = range(0, len(golden["prompts"]), 3)
+    fused = PairRM(models / "PairRM", device, 6000, fused_backend=attention)
+    found = ask(fused, *((golden["prompts"][i], golden["candidates"][i]) for i in some))
+    for i, logits in zip(some, found, strict=True):
+        np.testing.assert_allclose(logits, golden["logits"][i], atol=1e-5 if device == "cpu" else 1e-3)

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,24 @@ def succeed(*command: str | Path, **env: str) -> str:
     done = run(*command, **env)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
+
+
+def start(*command: str | Path, log: Path | None = None) -> subprocess.Popen[bytes]:
+    """A command of the project in the background; what it says goes to the end of `log`."""
+    environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+    with open(log or os.devnull, "ab") as out:
+        return subprocess.Popen(
+            [str(c) for c in command], cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+
+
+def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
+    """Wait for a moment before which the process must not end."""
+    deadline = time.monotonic() + 240
+    while not moment():
+        assert process.poll() is None, f"it ended with {process.returncode} before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -1,0 +1,247 @@
+"""Training's speed and memory against trl's DPOTrainer with loss_type sppo_hard, on models and data made here.
+
+    python benchmarks/training.py                   both models, about 20 minutes on two cores
+    python benchmarks/training.py --models tiny     the small vocabulary alone
+
+Each run is a process of its own; each round runs every contestant once, and medians over rounds are printed. Both
+train the same rows once with RMSprop in float32, the same micro-batch and accumulation, no gradient checkpointing.
+Timed is the reference's pass and the training, without loading and tokenising. Memory is the peak of resident memory
+less what was resident once the model was loaded, less the optimiser's state: what gradients and activations take;
+and the same less the gradients, which are as large as the weights for everybody.
+
+trl runs with its reference model beside the policy, with its reference log-probs computed first, and with that and
+batches grouped by length (transformers' train_sampling_strategy). Ours groups within a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+MODELS: dict[str, dict[str, int]] = {
+    "tiny": {"vocab_size": 0, "hidden_size": 128, "num_hidden_layers": 4, "rows": 128, "batch": 8, "step": 64},
+    "128k": {"vocab_size": 128256, "hidden_size": 256, "num_hidden_layers": 2, "rows": 24, "batch": 4, "step": 24},
+}
+CONTESTANTS = {
+    "sppo": {},
+    "trl": {"precompute_ref_log_probs": False},
+    "trl, precomputed": {"precompute_ref_log_probs": True},
+    "trl, precomputed, grouped": {"precompute_ref_log_probs": True, "grouped": True},
+}
+MIB = 1 << 20
+
+
+def make_world(directory: Path, name: str) -> None:
+    """A Llama-shaped model, a small tokenizer, rows of mixed length: prompts 10 to 100 words, answers of 8 to 400"""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sppo.demo import COLOURS, OTHERS, THINGS, chat_tokenizer
+
+    size = MODELS[name]
+    words = [*COLOURS, *OTHERS, *THINGS]
+    rng = random.Random(0)
+
+    def text(shortest: int, longest: int) -> str:
+        return " ".join(rng.choices(words, k=int(shortest * (longest / shortest) ** rng.random())))
+
+    tokenizer = chat_tokenizer([" ".join(words)] * 4)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size["vocab_size"] or len(tokenizer),
+        hidden_size=size["hidden_size"],
+        intermediate_size=2 * size["hidden_size"],
+        num_hidden_layers=size["num_hidden_layers"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    rows = []
+    for _ in range(size["rows"]):
+        prompt = {"role": "user", "content": text(10, 100)}
+        sides = {s: [prompt, {"role": "assistant", "content": text(8, 400)}] for s in ("chosen", "rejected")}
+        rows.append({**sides, "chosen_probs": 1.0, "chosen_probs_win": 1.0, "chosen_probs_lose": 0.0})
+    pq.write_table(pa.Table.from_pylist(rows), directory / "train.parquet")
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def ours(world: Path, scratch: Path, size: dict[str, int], options: dict[str, Any]) -> tuple[Any, Any]:
+    """(model, run) of our trainer; run() gives the seconds that count."""
+    from sppo import run_sppo
+
+    flags = {
+        "model": world / "model",
+        "dataset": world / "train.parquet",
+        "output_dir": scratch / "out",
+        "batch_size": size["batch"],
+        "global_batch_size": size["step"],
+        "beta": 0.1,
+        "learning_rate": 1e-6,
+        "gradient_checkpointing": "false",
+        "max_length": 1024,
+    }
+    trainer, _ = run_sppo._trainer(run_sppo.prepare([f"--{k}={v}" for k, v in flags.items()], 1))
+
+    def run() -> float:
+        began = time.monotonic()
+        trainer.train()
+        return time.monotonic() - began
+
+    return trainer.model, run
+
+
+def theirs(world: Path, scratch: Path, size: dict[str, int], options: dict[str, Any]) -> tuple[Any, Any]:
+    """(model, run) of trl's trainer. Its reference pass happens while it is made, so the making is timed there."""
+    import datasets
+    import torch
+    import trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    rows = datasets.load_dataset("parquet", data_files=str(world / "train.parquet"), split="train")
+    rows = rows.select_columns(["chosen", "rejected"])
+    grouped = {}
+    if options.get("grouped"):
+        longest = [
+            max(
+                len(tokenizer.apply_chat_template(row[s], return_dict=True)["input_ids"])
+                for s in ("chosen", "rejected")
+            )
+            for row in rows
+        ]
+        rows = rows.add_column("length", longest)
+        grouped = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
+    arguments = trl.DPOConfig(
+        output_dir=str(scratch / "out"),
+        loss_type=["sppo_hard"],
+        beta=0.1,
+        learning_rate=1e-6,
+        optim="rmsprop",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        per_device_train_batch_size=size["batch"],
+        gradient_accumulation_steps=size["step"] // size["batch"],
+        num_train_epochs=1,
+        max_length=1024,
+        gradient_checkpointing=False,
+        precompute_ref_log_probs=options["precompute_ref_log_probs"],
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        **grouped,
+    )
+    reference_pass = 0.0
+    own = trl.DPOTrainer._precompute_ref_logps
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal reference_pass
+        began = time.monotonic()
+        result = own(*args, **kwargs)
+        reference_pass += time.monotonic() - began
+        return result
+
+    trl.DPOTrainer._precompute_ref_logps = timed
+
+    def run() -> float:
+        trainer = trl.DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        began = time.monotonic()
+        trainer.train()
+        return reference_pass + time.monotonic() - began
+
+    return model, run
+
+
+def one_run(contestant: str, name: str, world: Path) -> None:
+    """In a process of its own: seconds, and the peak beyond what was resident before."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    if contestant != "sppo":
+        os.environ["HF_DATASETS_CACHE"] = str(world / "cache")
+    with tempfile.TemporaryDirectory() as scratch:
+        make = ours if contestant == "sppo" else theirs
+        model, run = make(world, Path(scratch), MODELS[name], CONTESTANTS[contestant])
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+        before = resident("VmRSS")
+        seconds = run()
+        beyond = resident("VmHWM") - before - weights  # RMSprop keeps one number a weight
+    print("RESULT " + json.dumps({"seconds": seconds, "beyond": beyond, "weights": weights}))
+
+
+def compare(name: str, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        world = Path(made)
+        make_world(world, name)
+        results: dict[str, list[dict[str, float]]] = {c: [] for c in CONTESTANTS}
+        for number in range(rounds):
+            order = list(CONTESTANTS)
+            random.Random(number).shuffle(order)
+            for contestant in order:
+                command = [sys.executable, __file__, "--one", contestant, "--models", name, "--world", str(world)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise SystemExit(f"{contestant}:\n{done.stdout}\n{done.stderr}")
+                results[contestant].append(json.loads(done.stdout.split("RESULT ")[1]))
+            for table in (world / "reference").glob("*"):
+                table.unlink()  # every round computes the reference
+    rows = MODELS[name]["rows"]
+    weights = results["sppo"][0]["weights"]
+    print(f"\n{name}: {rows} rows, weights {weights / MIB:.0f} MiB, medians of {rounds} rounds")
+    print(f"  {'':28} {'samples/s':>10}  {'beyond weights, optimiser':>26}  {'and gradients':>14}")
+    medians = {}
+    for contestant, runs in results.items():
+        speeds = [rows / r["seconds"] for r in runs]
+        beyond = statistics.median(r["beyond"] for r in runs)
+        medians[contestant] = (statistics.median(speeds), beyond, beyond - weights)
+        spread = f"{min(speeds):.2f} to {max(speeds):.2f}"
+        print(f"  {contestant:28} {medians[contestant][0]:10.2f}  {beyond / MIB:22.0f} MiB  "
+              f"{(beyond - weights) / MIB:10.0f} MiB  ({spread})")  # fmt: skip
+    for contestant in list(CONTESTANTS)[1:]:
+        speed, beyond, activations = (a / b for a, b in zip(medians["sppo"], medians[contestant], strict=True))
+        print(f"  sppo / {contestant:26} {speed:5.2f} x samples/s, {beyond:.2f} x memory, {activations:.2f} x without "
+              "gradients")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which models (both)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
+    parser.add_argument("--one", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one_run(args.one, args.models[0], args.world)
+        return
+    for name in args.models:
+        compare(name, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The preflight that every driver runs first: will this run work, and what will it cost?
+
+    python scripts/doctor.py --model M --prompts P --recipe R --run_dir D --gpus auto     the drivers' flags
+
+Reads   the model's small files, the prompts, the ranker (fetched, if it is on the Hub), GPUs, memory, disk, versions,
+        and with --org the Hub. On a run that has begun: only what the rest of it needs.
+Writes  nothing but the Hub's cache (HF_HOME). Prints what was found, the plan in numbers, and `ready: yes` or
+        `ready: no`.
+Exit codes: 0 ready (also: nothing left to do), 1 not ready, 2 wrong use, 130 interrupted.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sppo import config, loop
+from sppo.errors import FAILED, run_main
+
+
+def main() -> int:
+    args, recipe = config.parse(loop.parser(__doc__))
+    from sppo.preflight import open_run, report
+
+    run = open_run(recipe, args)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tried here is tried on the CPU; the GPUs stay free
+    return FAILED if report(run) else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

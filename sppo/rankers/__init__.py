@@ -1,0 +1,111 @@
+"""Preference models behind one small interface: a logit for each (prompt, a, b). One module each.
+
+`--ranker_backend reward-model` is the module reward_model.py in here, so a further backend is one further file. It has
+
+    fetch(recipe) -> str        gets what it needs (weights into the cache, a server's word) and says where that is
+    identity(recipe) -> dict    what decides its logits; a ranking made under another identity is not kept
+    load(recipe) -> Ranker      ready to answer
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sppo.config import Recipe
+from sppo.files import write_json
+from sppo.models import commit_of, pinned, policy_of
+from sppo.prompts import Message, prompt_text
+
+if TYPE_CHECKING:
+    import torch
+
+Pair = tuple[list[Message], str, str]  # (prompt, the response shown first, the response shown second)
+
+
+class Ranker(Protocol):
+    """A preference model that is ready to answer.
+
+    `batched`: it answers pairs in batches, so that a logit's last bits depend on the pairs beside it.
+    """
+
+    batched: bool
+
+    def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
+        """(index in `pairs`, logit) of every pair, in the order in which the answers come.
+
+        The logit is above 0 where the response shown first is better; it is not finite where there is no answer.
+        """
+        ...
+
+    def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
+        """How many texts, of the prompt and its responses, the ranker reads only in part."""
+        ...
+
+
+def backend(recipe: Recipe) -> ModuleType:
+    """The module that the recipe's ranker_backend names; `auto` is a function for module:function, else PairRM."""
+    name = recipe.ranker_backend
+    if name == "auto":
+        name = "function" if re.fullmatch(r"[\w.]+:\w+", recipe.ranker) else "pairrm"
+    return importlib.import_module(f"sppo.rankers.{name.replace('-', '_')}")
+
+
+def preload(recipe: Recipe, data_dir: Path | None) -> None:
+    """Fetch the ranker, and keep the commit that the Hub gave in $DATA/ranker.json (see models.pinned)."""
+    wanted = pinned(recipe, data_dir) if data_dir else recipe
+    where = backend(wanted).fetch(wanted)
+    commit = commit_of(Path(where))
+    if data_dir and commit and wanted.ranker_revision != commit:
+        write_json(
+            data_dir / "ranker.json", {"ranker": recipe.ranker, "asked": recipe.ranker_revision, "revision": commit}
+        )
+    print(f"preload: {recipe.ranker} is at {where}" + (f"; pinned to --ranker_revision {commit}" if commit else ""))
+
+
+def batches(lengths: Sequence[int], batch_tokens: int, batch_scores: int = 1 << 62) -> Iterator[list[int]]:
+    """Indices of texts, longest first, in batches of neighbours in length, so that little is padding.
+
+    A batch has batch_tokens tokens and batch_scores (T, T) scores at most, padding included, or one text.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        longest = lengths[order[start]]
+        stop = start + max(1, min(batch_tokens // longest, batch_scores // longest**2))
+        yield order[start:stop]
+        start = stop
+
+
+def device_and_dtype() -> tuple[str, torch.dtype]:
+    """The GPU if there is one, in bfloat16 (float16 where the GPU has none), else the CPU in float32."""
+    import torch  # here: a function or a judge needs none
+
+    if not torch.cuda.is_available():
+        return "cpu", torch.float32
+    return "cuda", torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def prompt_renderer(recipe: Recipe, tokenizer: Any = None) -> Callable[[list[Message]], str]:
+    """messages -> what a PairRM reads as the prompt: its text, or the policy's chat template around it.
+
+    tokenizer: the policy's, where it is open already.
+    """
+    if recipe.ranker_prompt == "text":
+        return prompt_text
+    tokenizer = tokenizer or policy_of(recipe).tokenizer()
+    kwargs = recipe.chat_template_kwargs
+    return lambda messages: tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **kwargs
+    )
+
+
+def prompt_identity(recipe: Recipe) -> dict[str, str]:
+    """What decides prompt_renderer's words."""
+    if recipe.ranker_prompt == "text":
+        return {"ranker_prompt": "text"}
+    return {"ranker_prompt": "templated", "model": policy_of(recipe).identity()}

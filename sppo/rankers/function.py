@@ -1,0 +1,87 @@
+"""A Python function of the user's as the preference model: `--ranker module:function`.
+
+def longer(prompt: str, first: str, second: str) -> float:   # in a module that Python can import
+    return len(first) - len(second)                          # a logit: above 0 where `first` is better
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sppo.config import Recipe
+from sppo.errors import SPPOError, UsageError
+from sppo.files import digest
+from sppo.prompts import Message, prompt_text
+from sppo.rankers import Pair
+
+Function = Callable[[str, str, str], float]
+
+
+def load_function(name: str, flag: str) -> Function:
+    """The function that `module:function` names. Raises UsageError, which says which flag gave it."""
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that a file here hides no package
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # noqa: BLE001 - a module may raise whatever it likes
+        said = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{flag} {name}: not a module:function that can be imported ({said})") from None
+    if not callable(found):
+        raise UsageError(f"{flag} {name}: not a function")
+    return found
+
+
+class FunctionRanker:
+    """Asks the function once a pair, with the prompt as text."""
+
+    batched = False
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+
+    def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
+        """(index, what the function says) in the pairs' order."""
+        for index, (prompt, first, second) in enumerate(pairs):
+            yield index, self._ask(prompt_text(prompt), first, second)
+
+    def _ask(self, *texts: str) -> float:
+        name = f"the ranker's function {self.function.__name__}"
+        try:
+            said = self.function(*texts)
+        except Exception as error:  # noqa: BLE001 - a function may raise whatever it likes
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise SPPOError(
+                f"{name} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); "
+                "mend it and run the same command again"
+            ) from None
+        try:
+            return float(said)
+        except (TypeError, ValueError):
+            raise SPPOError(f"{name} gave {said!r}, not a number; it should return a logit") from None
+
+    def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
+        """None: the function gets all of the text."""
+        return 0
+
+
+def fetch(recipe: Recipe) -> str:
+    """The file that the function stands in."""
+    return inspect.getfile(inspect.unwrap(load_function(recipe.ranker, "--ranker")))
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The function's name and the text of its module."""
+    return {"backend": "function", "ranker": recipe.ranker, "source": digest(Path(fetch(recipe)))}
+
+
+def load(recipe: Recipe) -> FunctionRanker:
+    """The function, ready to be asked."""
+    return FunctionRanker(load_function(recipe.ranker, "--ranker"))

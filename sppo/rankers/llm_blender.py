@@ -1,0 +1,97 @@
+"""llm-blender's own PairRM code as the ranker, for people who want the original: `--ranker_backend llm-blender`.
+
+llm-blender 0.0.2 wants two attributes that transformers 5 no longer has; they are put back here, if missing. Its loader
+would first fetch the base model's own weights, pickled ones, only to overwrite them, and would accept a checkpoint that
+does not fit. Here the network is made from the base's config, and the checkpoint is read strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sppo.config import Recipe
+from sppo.errors import SPPOError
+from sppo.files import read_json
+from sppo.models import ranker_base
+from sppo.rankers import Pair, pairrm, prompt_renderer
+from sppo.rankers.pairrm import PairInputs, fetch, fetch_ranker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["LLMBlender", "fetch", "identity", "load", "load_blender"]
+
+
+def load_blender(directory: Path, device: str) -> Any:
+    """An llm_blender.Blender with the ranker of `directory` loaded. Raises SPPOError where it cannot be."""
+    if "model_name" not in read_json(directory / "config.json"):
+        raise SPPOError(
+            f"ranker {directory}: llm-blender reads only llm-blender/PairRM's layout; use --ranker_backend pairrm"
+        )
+    import transformers
+
+    if not hasattr(transformers.utils.hub, "TRANSFORMERS_CACHE"):
+        transformers.utils.hub.TRANSFORMERS_CACHE = transformers.utils.hub.constants.HF_HUB_CACHE
+    if not hasattr(transformers.PreTrainedTokenizerBase, "batch_encode_plus"):
+        transformers.PreTrainedTokenizerBase.batch_encode_plus = transformers.PreTrainedTokenizerBase.__call__
+    try:
+        import llm_blender
+        from llm_blender.pair_ranker import model_util
+    except ImportError as error:
+        raise SPPOError(
+            f"--ranker_backend llm-blender is not installed ({error}); pip install '.[llm-blender]'"
+        ) from None
+    build, model_util.build_pretrained_model = model_util.build_pretrained_model, _from_config
+    try:
+        blender = llm_blender.Blender()
+        blender.loadranker(str(directory), device=device, model_name=str(ranker_base(directory)), load_checkpoint=None)
+    finally:
+        model_util.build_pretrained_model = build
+    pairrm.load_strictly(blender.ranker, directory)
+    return blender
+
+
+def _from_config(model_type: str, model_name: str, **_: Any) -> Any:
+    """What llm-blender would load with weights that the checkpoint then replaces."""
+    from transformers import AutoConfig, AutoModel
+
+    model = AutoModel.from_config(AutoConfig.from_pretrained(model_name))
+    model.config.out_hidden_state_size = model.config.hidden_size
+    return model
+
+
+class LLMBlender:
+    """Asks Blender.compare one pair at a time, at batch size 1: larger ones pad, and take longer."""
+
+    batched = False
+
+    def __init__(self, blender: Any, inputs: PairInputs) -> None:
+        self.blender, self.inputs = blender, inputs
+        self.count_cut = inputs.count_cut
+
+    def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
+        """(index, logit) in the pairs' order. NaN for texts that spell a control token, on which llm-blender fails."""
+        for index, (prompt, first, second) in enumerate(pairs):
+            source = self.inputs.render(prompt)
+            if any(name in text for name in self.inputs.prefix_ids for text in (source, first, second)):
+                yield index, float("nan")
+                continue
+            answer = self.blender.compare(
+                [source], [first], [second], batch_size=1, return_logits=True, mode="[A,B]", disable_tqdm=True
+            )
+            yield index, float(answer[0])
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """As PairRM's, under this backend's name."""
+    return {**pairrm.identity(recipe), "backend": "llm-blender"}
+
+
+def load(recipe: Recipe) -> LLMBlender:
+    """llm-blender on the GPU if there is one, else on the CPU."""
+    import torch
+
+    directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
+    blender = load_blender(directory, "cuda" if torch.cuda.is_available() else "cpu")
+    return LLMBlender(blender, PairInputs(directory, prompt_renderer(recipe)))

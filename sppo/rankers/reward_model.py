@@ -1,0 +1,224 @@
+"""A reward model as the preference model: any sequence classifier with one label, C_ij = r_i - r_j.
+
+Each distinct (prompt, response) is scored once, read by the reward model's own chat template. A decoder's reward is
+read at its last token, an encoder's at its first; so both are kept where a text is too long for the context.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from math import isfinite, nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sppo import chat
+from sppo.config import Recipe
+from sppo.errors import SPPOError
+from sppo.files import read_json
+from sppo.models import loading, model_identity, resolve
+from sppo.prompts import Message
+from sppo.rankers import Pair, batches, device_and_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Key = tuple[str, str]  # (prompt as JSON, response): what has one score
+_CLASSIFIER = "AutoModelForSequenceClassification"
+
+
+class RewardModel:
+    """A loaded reward model: scores texts in batches of a token budget.
+
+    dtype: of the weights; what is not finite in half precision is asked again in float32.
+    """
+
+    batched = True
+
+    def __init__(self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+        self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
+        config, self.tokenizer = _open(directory)
+        text, longest = config.get_text_config(), self.tokenizer.model_max_length
+        self.context = min(getattr(text, "max_position_embeddings", None) or longest, longest)
+        self.read = lru_cache(maxsize=2048)(self._read)  # count_cut and logits both want it
+        self.model = self._network(dtype)
+        self.rows: int = self.model.get_input_embeddings().num_embeddings
+        pad = getattr(text, "pad_token_id", None)
+        self.pad = pad if pad is not None and 0 <= pad < self.rows else None
+        self._exact: nn.Module | None = None  # in float32, made when it is needed
+
+    def _network(self, dtype: torch.dtype) -> nn.Module:
+        """The network, its last layer in float32: bfloat16 would round a reward of 20 to eighths."""
+        network = _load_strictly(self.directory, dtype).to(self.device).eval()
+        head = getattr(network, "score", None) or getattr(network, "classifier", None)
+        if isinstance(head, nn.Linear):
+            head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        return network
+
+    def _read(self, prompt: str, response: str) -> tuple[list[int] | None, bool, bool]:
+        """(token ids, whether the prompt is cut, whether the response is) of the whole conversation.
+
+        What the context has no room for goes from the left, behind the first token (BOS, an encoder's [CLS]).
+        No ids where the template refuses the conversation.
+        """
+        try:
+            messages = chat.with_system(self.tokenizer, json.loads(prompt), "")
+            answered = [*messages, {"role": "assistant", "content": response}]
+            ids = chat._template(self.tokenizer, answered, False, None)
+            if max(ids) >= self.rows:
+                raise SPPOError(
+                    f"ranker {self.directory}: its tokenizer gives token {max(ids)}, its embedding has {self.rows} rows"
+                )
+            if len(ids) <= self.context:
+                return ids, False, False
+            own = len(ids) - len(chat.prompt_ids(self.tokenizer, messages))  # the response and its end
+            return ids[:1] + ids[1 - self.context :], True, own > self.context - 1
+        except ValueError:
+            return None, False, False
+
+    def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
+        """How many of the texts do not fit the context: the prompt, where any response leaves it too little room."""
+        found = [self.read(json.dumps(prompt), response) for response in responses]
+        return any(prompt_cut for _, prompt_cut, _ in found) + sum(own_cut for _, _, own_cut in found)
+
+    def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
+        """(index, r(first) - r(second)) of every pair, as soon as both are scored; NaN where a text has no score."""
+        keys = [tuple((json.dumps(prompt), text) for text in texts) for prompt, *texts in pairs]
+        users: dict[Key, set[int]] = {}
+        for index, both in enumerate(keys):
+            for key in both:
+                users.setdefault(key, set()).add(index)
+        scores: dict[Key, float] = {}
+        for key, score in self._scores(list(users)):
+            scores[key] = score
+            for index in users[key]:
+                first, second = keys[index]
+                if first in scores and second in scores:
+                    yield index, scores[first] - scores[second]
+
+    def _scores(self, keys: list[Key]) -> Iterator[tuple[Key, float]]:
+        """Every key's reward, longest texts first: sorted by length and packed to batch_tokens, so little is padding.
+
+        A reward that is not finite in half precision is asked again alone in float32.
+        """
+        inputs: dict[Key, list[int]] = {}
+        for key in keys:
+            ids = self.read(*key)[0]
+            if ids:
+                inputs[key] = ids
+            else:
+                yield key, nan
+        readable = list(inputs)
+        for batch in batches([len(ids) for ids in inputs.values()], self.batch_tokens):
+            chosen = [readable[i] for i in batch]
+            for key, score in zip(chosen, self._forward(self.model, [inputs[k] for k in chosen]), strict=True):
+                yield key, score if isfinite(score) else self._exactly(inputs[key])
+
+    def _exactly(self, ids: list[int]) -> float:
+        if self.model.dtype == torch.float32:
+            return nan
+        if self._exact is None:
+            self._exact = self._network(torch.float32)
+        return self._forward(self._exact, [ids])[0]
+
+    @torch.inference_mode()
+    def _forward(self, network: nn.Module, inputs: list[list[int]]) -> list[float]:
+        """One reward for each input, in one batch."""
+        ids, mask = self.padded(network, inputs)
+        try:
+            return network(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()  # (B, 1) -> B
+        except torch.OutOfMemoryError:
+            raise SPPOError(
+                f"out of memory scoring {ids.shape[0]} texts of up to {ids.shape[1]} tokens at once; "
+                f"lower --batch_tokens {self.batch_tokens} and run the same command to go on"
+            ) from None
+
+    def padded(self, network: nn.Module, inputs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, attention_mask), both (B, T), padded on the right.
+
+        Decoders read their reward at the last token that is not config.pad_token_id. Without one they read the last
+        token and take no batch; they get one for the batch: a token that none of its texts has.
+        """
+        pad = self.pad
+        if pad is None:
+            used = {token for ids in inputs for token in ids}
+            pad = next(token for token in range(self.rows) if token not in used)
+            network.config.get_text_config().pad_token_id = pad
+        width = max(len(ids) for ids in inputs)
+        rows = [ids + [pad] * (width - len(ids)) for ids in inputs]
+        mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in inputs]
+        return torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
+
+
+def _open(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(config, tokenizer) of a reward model. Raises SPPOError for a directory that is none."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = f"ranker {directory}"
+    if not (directory / "config.json").exists():
+        raise SPPOError(f"{name}: no config.json in it; merge a LoRA adapter into its base model first")
+    raw = read_json(directory / "config.json")
+    if "model_name" in raw or "source_prefix_id" in raw:
+        raise SPPOError(f"{name} is a PairRM, not a reward model; pass --ranker_backend pairrm")
+    if not any(directory.glob("*.safetensors")):
+        raise SPPOError(f"{name}: no .safetensors in it (pickled weights are not read)")
+    if _CLASSIFIER in (raw.get("auto_map") or {}):
+        raise SPPOError(f"{name} needs code that comes with its weights, which is not run; take another reward model")
+    with loading(f"{name}: its config or tokenizer"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if config.num_labels != 1:
+        made = ", ".join(raw.get("architectures") or ["an unknown kind"])
+        raise SPPOError(f"{name}: a reward model has one label; this one ({made}) has {config.num_labels}")
+    if not tokenizer.chat_template:
+        raise SPPOError(
+            f"{name}: its tokenizer has no chat template, so how it reads a conversation is not known; put the one it "
+            "was trained with into the directory as chat_template.jinja"
+        )
+    return config, tokenizer
+
+
+def _load_strictly(directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The network. A weight missing, left over or of another shape is an error: it would be random, or lost."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    text = config.get_text_config()
+    text.use_cache = False
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
+    if getattr(text, "attn_logit_softcapping", None):  # as in models.load_causal_lm: the rest ignores Gemma-2's caps
+        options["attn_implementation"] = "eager"
+    with loading(f"ranker {directory}"):
+        network, report = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,  # the report names them
+        )
+    wrong = [f"{what.replace('_', ' ')} {sorted(map(str, found))[:4]}" for what, found in report.items() if found]
+    if wrong:
+        raise SPPOError(f"ranker {directory} does not fit a {type(network).__name__}: {'; '.join(wrong)}")
+    return network
+
+
+def fetch(recipe: Recipe) -> str:
+    """The reward model's directory, in the cache after this. Raises SPPOError where it is none."""
+    directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
+    _open(directory)
+    return str(directory)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Weights, config, tokenizer and chat template of the reward model."""
+    directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
+    return {"backend": "reward-model", "ranker": model_identity(directory)}
+
+
+def load(recipe: Recipe) -> RewardModel:
+    """The reward model, ready to answer, on the device and in the precision of device_and_dtype."""
+    device, dtype = device_and_dtype()
+    return RewardModel(resolve(recipe.ranker, recipe.ranker_revision, "ranker"), device, recipe.batch_tokens, dtype)

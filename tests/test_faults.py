@@ -1,0 +1,283 @@
+"""A whole run under faults: killed in every stage, damaged, short of disk. It ends with the same data and weights.
+
+What it must equal is a run of two iterations that nothing disturbed (the fixture `whole`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import preferences
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from safetensors.torch import load_file
+from test_data import data_directory
+
+from sppo.files import read_json
+
+PROMPTS = [{"prompt": f"Name {i} rivers" + " of Europe" * (i % 5)} for i in range(14)]
+# (iteration's directory, stage, what is there once the stage is at work, what is there once it is done)
+STAGES = [
+    ("iter1", "generate", "data/responses/*.journal", "data/responses.parquet"),
+    ("iter1", "combine", "data/responses.manifest.json.started", "data/responses.manifest.json"),
+    ("iter1", "rank", "data/ranking/*.journal", "data/ranking/*.manifest.json"),
+    ("iter1", "compute_prob", "data/train.manifest.json.started", "data/train.manifest.json"),
+    ("iter1", "reference", "model.partial", "data/reference/*.safetensors"),
+    ("iter1", "train", "model.partial/checkpoint-[2-9]/complete.json", "model"),
+    ("iter1", "save", "model.partial/final", "model"),
+    ("iter0", "report", "eval/responses/*.journal", "eval/responses.parquet"),
+    ("iter2", "generate", "data/responses/*.journal", "data/responses.parquet"),
+    ("iter2", "rank", "data/ranking/*.journal", "data/ranking/*.manifest.json"),
+    ("iter2", "train", "model.partial/metrics.jsonl", "model"),
+    ("iter2", "report", "eval/responses/*.journal", "eval/report.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with policy, prompts and held-out prompts, and `whole`: the undisturbed run."""
+    world = tmp_path_factory.mktemp("world")
+    shutil.copytree(models / "mistral", world / "policy")
+    shutil.copytree(models / "PairRM", world / "PairRM")
+    shutil.copytree(models / "tiny-deberta", world / "tiny-deberta")
+    tiny.write_jsonl(world / "prompts.jsonl", PROMPTS)
+    tiny.write_jsonl(world / "held-out.jsonl", [{"prompt": f"What is {i}?"} for i in range(4)])
+    tiny.succeed(*command(world, world / "whole"))
+    return world
+
+
+def command(world: Path, run: Path) -> list[str]:
+    words = ["bash", "run_sppo_mistral.sh", "--model", world / "policy", "--prompts", world / "prompts.jsonl"]
+    words += ["--ranker", world / "PairRM", "--recipe", "recipes/sppo/demo.yaml", "--engine=transformers", "--pairs=3"]
+    words += ["--iterations=2", "--maxlen=24", "--test_size=2", "--gpus=none"]
+    words += ["--num_train_epochs=8", "--global_batch_size=8", "--batch_size=4", "--save_steps=1"]
+    words += ["--learning_rate=1e-3", "--eval_prompts", world / "held-out.jsonl", "--run_dir", run]
+    words += ["--skip_preflight"]  # which would refuse some of these, and takes its time
+    return [str(w) for w in words]
+
+
+def kill_in(stage: tuple[str, str, str, str], words: list[str], run: Path, delay: float) -> bool:
+    """SIGKILL the driver `delay` seconds into a stage, or as soon as the stage is over; whether it was in it."""
+    here, working, done = run / stage[0], stage[2], stage[3]
+
+    def at_work() -> bool:
+        """A journal has to have an item in it."""
+        return any(p.suffix != ".journal" or len(lines(p)) > 1 for p in here.glob(working))
+
+    process = tiny.start(*words, log=Path(f"{run}.log"))
+    tiny.wait_for(process, lambda: at_work() or any(here.glob(done)))
+    until = time.monotonic() + delay
+    tiny.wait_for(process, lambda: any(here.glob(done)) or time.monotonic() > until)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while processes(run):  # all that it started dies with it
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.01)
+    return not any(here.glob(done))
+
+
+def files(run: Path) -> dict[str, Path]:
+    """All but logs."""
+    return {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if p.is_file() and "logs" not in p.parts}
+
+
+def refused(words: list[str], run: Path, message: str) -> None:
+    """The driver ends with 1 and the message, and leaves every file as it was (but for the recipe as now asked for)."""
+
+    def state() -> dict[str, bytes]:
+        return {name: path.read_bytes() for name, path in files(run).items() if path.name != "recipe.yaml"}
+
+    before = state()
+    done = tiny.run(*words)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert state() == before
+
+
+def said(run: Path) -> str:
+    return "".join(p.read_text() for p in [Path(f"{run}.log"), *run.glob("iter*/logs/*.log")] if p.exists())
+
+
+def assert_same(one: Path, other: Path, but: str = "nothing") -> None:
+    """Equal data sets, weights, steps and reports, and no file more or less."""
+    expected = {name: path for name, path in files(one).items() if not name.startswith(but)}
+    for name, path in expected.items():
+        if path.suffix == ".parquet":
+            assert pq.read_table(path).equals(pq.read_table(other / name)), name
+        elif path.suffix == ".safetensors":
+            first, second = load_file(path), load_file(other / name)
+            assert first.keys() == second.keys()
+            assert all(first[k].equal(second[k]) for k in first), name
+        elif path.name == "metrics.jsonl":
+            steps = [line["step"] for line in preferences.metrics((other / name).parent)]
+            assert steps == [line["step"] for line in preferences.metrics(path.parent)]
+        elif path.name in ("summary.json", "report.json"):
+            assert read_json(path) == read_json(other / name)
+    assert expected.keys() == files(other).keys()
+
+
+def lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:  # a stage has just come to its end
+        return []
+
+
+def flip(path: Path, at: float) -> None:
+    """One bit of a file, at a share of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def test_killed_in_every_stage_and_damaged_in_between(world: Path, tmp_path: Path) -> None:
+    rng = random.Random(6)
+    run = tmp_path / "killed"
+    words = command(world, run)
+    hit = []
+    for stage in STAGES:
+        short = stage[1] in ("combine", "compute_prob", "save")
+        if kill_in(stage, words, run, 0 if short else rng.random() * 0.2):
+            hit.append(stage[:2])
+        for journal in run.glob("iter*/data/r*/*.journal"):
+            first, *items = lines(journal)
+            flip(journal, rng.random() * len(first) / journal.stat().st_size)
+            if items:
+                flip(journal, (len(first) + rng.random() * len(items[0])) / journal.stat().st_size)
+        if stage[:2] == ("iter1", "rank"):
+            refused([*words, "--temperature=0.9"], run, "settings.temperature: ")
+            tiny.write_jsonl(world / "prompts.jsonl", PROMPTS[1:])
+            refused(words, run, "inputs.prompts: ")
+            tiny.write_jsonl(world / "prompts.jsonl", PROMPTS)
+            weights = world / "policy" / "model.safetensors"
+            content = weights.read_bytes()
+            flip(weights, 1)  # a newer model under the same path
+            refused(words, run, "inputs.model: ")
+            weights.write_bytes(content)
+        if stage[:2] == ("iter1", "train"):
+            refused([*words, "--beta=0.2"], run, "settings.beta: ")
+            work = run / "iter1" / "model.partial"
+            whole = next(c.parent for c in work.glob("checkpoint-*/complete.json"))
+            (whole / "optimizer.pt").unlink()  # transformers would go on without it, in silence
+            (work / "checkpoint-99").mkdir()  # half there, as a kill leaves it
+            shutil.copy(whole / "trainer_state.json", work / "checkpoint-99")
+    print("killed in", hit)
+    assert len(hit) >= 9, hit
+    tiny.succeed(*words)
+    assert "damaged lines" in said(run)
+    assert "is not used: missing or changed since it was written: optimizer.pt" in said(run)
+    assert_same(world / "whole", run)
+
+
+def test_outputs_damaged_or_deleted_are_made_again(world: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(world / "whole", tmp_path / "run")
+    one, two = run / "iter1", run / "iter2"
+    flip(one / "data" / "responses" / "shard-00000.parquet", 0.5)
+    shutil.rmtree(one / "data" / "ranking")
+    shutil.rmtree(one / "model")
+    os.truncate(two / "data" / "responses.parquet", 1000)
+    (two / "data" / "train.parquet").unlink()
+    flip(two / "model" / "model.safetensors", 0.9)
+    (two / "eval" / "report.json").unlink()
+    shutil.rmtree(run / "iter0")
+    shown = tiny.succeed(*command(world, run))
+    assert shown.count("missing or changed since; making them again") >= 3
+    assert_same(world / "whole", run)
+
+
+def test_a_shard_that_dies_ends_the_run_and_costs_nothing_and_nobody_else_may_work_there(
+    world: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [*command(world, run), "--iterations=1", "--eval_prompts=", "--gpus=none,none", "--accelerate_config=cpu"]
+    process = tiny.start(*words, log=Path(f"{run}.log"))
+    journals = [run / "iter1" / "data" / "responses" / f"shard-0000{i}.journal" for i in (0, 1)]
+    tiny.wait_for(process, lambda: all(j.exists() and j.read_bytes().count(b"\n") > 1 for j in journals))
+    second = tiny.run(*words)
+    assert second.returncode == 1
+    assert "another run is at work" in second.stderr
+    victims = [p for p in processes(run, b"generate.py") if b"\0--data_frac\0001\0" in p.read_bytes()]
+    os.kill(int(victims[0].parent.name), signal.SIGKILL)
+    assert process.wait(60) == 128 + signal.SIGKILL
+    assert "generate 1 was killed by SIGKILL (out of memory?)" in said(run)
+    assert not processes(run, b"generate.py")
+    tiny.succeed(*words)
+    one, other = world / "whole" / "iter1" / "data", run / "iter1" / "data"
+    assert pq.read_table(one / "responses.parquet").equals(pq.read_table(other / "responses.parquet"))
+    for i in (0, 1):
+        assert read_json(other / "ranking" / f"shard-0000{i}.manifest.json")["counts"]["written"] == 7
+
+
+def processes(run: Path, name: bytes = b"") -> list[Path]:
+    """/proc/<pid>/cmdline of the processes that work on this run, but the launcher where a `name` is given."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if str(run).encode() in line and name in line and not (name and b"sppo.launch" in line):
+            found.append(path)
+    return found
+
+
+# 1.5 GB more than this process has with everything imported, then the script
+LIMITED = """
+import re, resource, runpy, sys
+import torch, transformers
+held = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000_000,) * 2)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_worker_out_of_memory_says_what_to_lower(models: Path, tmp_path: Path) -> None:
+    responses = [[f"{word} " * 300 for word in ("one", "two", "three")]] * 3
+    out = data_directory(tmp_path / "data", responses)
+    shutil.rmtree(out / "ranking")
+    words = ["scripts/rank.py", "--output_dir", out, "--ranker", models / "PairRM", "--pairs=3", "--ranker_prompt=text"]
+    done = tiny.run(sys.executable, "-c", LIMITED, *words)
+    assert done.returncode == 1, done.stderr
+    assert "out of memory" in done.stderr
+    assert "--batch_tokens" in done.stderr
+    assert "Traceback" not in done.stderr
+    tiny.succeed(*words)
+    assert pq.read_metadata(out / "ranking" / "shard-00000.parquet").num_rows == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_is_full_in_every_stage_costs_nothing(world: Path, tmp_path: Path) -> None:
+    """The run's directory on a file system that grows only when the run has failed for want of space."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    first, *larger = 64, 512, 1280, 8192  # KiB
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={first}k", "tmpfs", disk], check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    failures = []
+    try:
+        words = [*command(world, disk / "run"), "--iterations=1", "--eval_prompts="]
+        for size in larger:
+            done = tiny.run(*words)
+            shown = done.stdout + done.stderr
+            assert done.returncode == 1, shown
+            assert "the disk is full; make room and run the same command" in shown
+            failures += re.findall("=== (.*): failed;", shown)
+            subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
+        print("full in", failures)
+        assert set(failures) == {"iteration 1: generate", "iteration 1: train"}
+        tiny.succeed(*words)
+        assert_same(world / "whole" / "iter1", disk / "run" / "iter1", but="eval/")
+    finally:
+        subprocess.run(["umount", disk], check=True)

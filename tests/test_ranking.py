@@ -1,0 +1,235 @@
+"""rank.py as a user runs it: any ranker, killed and started again, and a ranker on a Hub whose branch moves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from sppo.files import write_parquet
+from sppo.generation import responses_schema
+
+RANKER = """
+import json, time
+def logit(prompt, first, second):
+    with open({log!r}, "a") as handle:
+        handle.write(json.dumps([prompt, first, second]) + "\\n")
+    time.sleep({pause})
+    return float("nan") if "{unanswered}" in prompt else float(len(first) - len(second))
+"""
+
+
+def write_responses(data: Path, prompts: int, pairs: int) -> Path:
+    """responses.parquet as any tool could have written it: no token ids."""
+
+    def answer(i: int, k: int) -> dict:
+        return {"text": "x" * (1 + (i * 7 + k * 3) % 11), "token_ids": None, "finish_reason": "stop"}
+
+    rows = [
+        {
+            "prompt_id": f"p{i}",
+            "prompt": [{"role": "user", "content": f"question {i}."}],
+            "responses": [answer(i, k) for k in range(pairs)],
+        }
+        for i in range(prompts)
+    ]
+    write_parquet(data / "responses.parquet", responses_schema(), rows)
+    return data
+
+
+def function_ranker(directory: Path, pause: float = 0.0, unanswered: str = "no such prompt") -> tuple[Path, dict]:
+    """(the log of every pair that was asked, the environment in which `asked:logit` is found)."""
+    log = directory / "asked.jsonl"
+    source = RANKER.format(log=str(log), pause=pause, unanswered=unanswered)
+    (directory / "asked.py").write_text(source)
+    return log, {"PYTHONPATH": str(directory)}
+
+
+def asked(log: Path) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(json.loads(line)) for line in log.read_text().splitlines() if line.endswith("]"))
+
+
+def test_a_function_ranks_and_what_it_cannot_answer_is_counted(tmp_path: Path) -> None:
+    data = write_responses(tmp_path / "data", 6, 3)
+    log, env = function_ranker(tmp_path, unanswered="question 2.")
+    said = tiny.succeed(
+        "scripts/rank.py", "--output_dir", data, "--ranker", "asked:logit", "--pairs", "3", "--numgpu", "1", **env
+    )
+    assert '"skipped": {"the ranker\'s logits are not finite": 1}' in said
+    rows = {r["prompt_id"]: r for r in pq.read_table(data / "ranking" / "shard-00000.parquet").to_pylist()}
+    assert sorted(rows) == ["p0", "p1", "p3", "p4", "p5"]
+    texts = ["x" * (1 + (7 + k * 3) % 11) for k in range(3)]  # of p1
+    assert rows["p1"]["logits"] == [[float(len(a) - len(b)) for b in texts] for a in texts]
+    assert max(asked(log).values()) == 1
+    done = tiny.run("scripts/rank.py", "--output_dir", data, "--ranker", "asked:logit", "--pairs", "3", **env)
+    assert "is done" in done.stdout
+    function_ranker(tmp_path, unanswered="another function")
+    refused = tiny.run("scripts/rank.py", "--output_dir", data, "--ranker", "asked:logit", "--pairs", "3", **env)
+    assert refused.returncode == 1  # the same name, another function
+    assert "inputs.ranker.source" in refused.stderr
+
+
+def test_killed_and_restarted_asks_nothing_twice(tmp_path: Path) -> None:
+    """SIGKILL costs at most the prompts that were being asked, and changes no number."""
+    data = write_responses(tmp_path / "data", 40, 3)
+    log, env = function_ranker(tmp_path, pause=0.004)
+    command = [sys.executable, "scripts/rank.py", "--output_dir", str(data), "--ranker", "asked:logit", "--pairs", "3"]
+    kills = 0
+    for wanted in (60, 150):
+        process = subprocess.Popen(command, cwd=tiny.ROOT, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not log.exists() or sum(asked(log).values()) < wanted):
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    tiny.succeed(*command[1:], **env)
+    counts = asked(log)
+    unique = {(f"question {i}.", "x" * a, "x" * b) for i in range(40) for a, b in _lengths(i)}
+    assert set(counts) == unique
+    assert sum(counts.values()) - len(unique) <= kills * 6  # one prompt in flight at each kill, K(K - 1) pairs
+    rows = pq.read_table(data / "ranking" / "shard-00000.parquet").to_pylist()
+    assert [r["prompt_id"] for r in rows] == [f"p{i}" for i in range(40)]
+    for i, row in enumerate(rows):
+        lengths = [1 + (i * 7 + k * 3) % 11 for k in range(3)]
+        assert row["logits"] == [[float(a - b) for b in lengths] for a in lengths]
+
+
+def _lengths(i: int) -> list[tuple[int, int]]:
+    lengths = [1 + (i * 7 + k * 3) % 11 for k in range(3)]
+    return [(a, b) for x, a in enumerate(lengths) for y, b in enumerate(lengths) if x != y]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--ranker", "no_such_module:f"], "not a module:function"),
+        (["--ranker", "json:JSONDecodeErrors"], "not a module:function"),
+        (["--ranker", "json:__name__"], "not a function"),
+        (["--ranker", "./nowhere"], "no such directory"),
+        (["--ranker", "x", "--ranker_backend", "pair-rm"], "did you mean pairrm?"),
+        (["--ranker", "{models}/mistral"], "a mistral is not a PairRM"),
+        (["--ranker", "{models}/PairRM", "--fused_attention"], "needs a GPU"),
+    ],
+)
+def test_a_ranker_that_cannot_be(models: Path, tmp_path: Path, flags: list[str], says: str) -> None:
+    data = write_responses(tmp_path / "data", 2, 2)
+    flags = [f.replace("{models}", str(models)) for f in flags]
+    done = tiny.run(
+        "scripts/rank.py", "--output_dir", data, "--pairs", "2", "--ranker_prompt", "text", *flags,
+        CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert done.returncode in (1, 2)
+    assert says in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What snapshot_download asks of the Hub. `commits`: (repo, commit) -> directory; `main`: repo -> commit."""
+
+    commits: dict[tuple[str, str], Path]
+    main: dict[str, str]
+    requests: list[str]
+
+    def do_GET(self) -> None:  # noqa: N802 - the base class's name
+        hub, parts = type(self), self.path.split("?")[0].strip("/").split("/")
+        hub.requests.append(self.path)
+        if parts[:2] == ["api", "models"]:
+            repo, what, revision = "/".join(parts[2:4]), parts[4], parts[5]
+            commit = hub.main[repo] if revision == "main" else revision
+            if what == "revision":
+                return self.answer(json.dumps({"id": repo, "sha": commit, "siblings": []}).encode(), commit)
+            files = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _sha(f)}
+                for f in sorted(hub.commits[repo, commit].iterdir())
+            ]
+            return self.answer(json.dumps(files).encode(), commit)
+        repo, commit, name = "/".join(parts[:2]), parts[3], parts[4]
+        file = hub.commits[repo, commit] / name
+        return self.answer(file.read_bytes(), commit, _sha(file))
+
+    do_HEAD = do_GET  # noqa: N815 - the base class's name
+
+    def answer(self, content: bytes, commit: str, etag: str = "") -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Content-Type", "application/json")
+        if etag:
+            self.send_header("ETag", f'"{etag}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _sha(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()  # noqa: S324 - as git names a blob
+
+
+@pytest.fixture
+def hub(models: Path, tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
+    """A Hub with acme/PairRM and its base, and the environment that points the real client at it."""
+    base = tmp_path / "base"
+    shutil.copytree(models / "tiny-deberta", base)
+    (base / "model.safetensors").unlink()  # a base's weights are never asked for
+    first, second = tmp_path / "first", tmp_path / "second"
+    for directory in (first, second):
+        shutil.copytree(models / "PairRM", directory)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"model_name": "acme/base"}))
+    (second / "README.md").write_text("moved")
+    ranker = "acme/PairRM"
+    handler = type(
+        "LocalHub",
+        (Hub,),
+        {
+            "commits": {(ranker, "a" * 40): first, (ranker, "b" * 40): second, ("acme/base", "c" * 40): base},
+            "main": {ranker: "a" * 40, "acme/base": "c" * 40},
+            "requests": [],
+        },
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    yield handler, environment
+    server.shutdown()
+
+
+def test_the_ranker_is_fetched_once_and_pinned(hub: tuple[type[Hub], dict[str, str]], tmp_path: Path) -> None:
+    """The branch moves after preload.py: every shard still reads the commit that was pinned, and asks no network."""
+    handler, env = hub
+    data = write_responses(tmp_path / "data", 4, 2)
+    said = tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", "--output_dir", data, **env)
+    assert f"pinned to --ranker_revision {'a' * 40}" in said
+    handler.main["acme/PairRM"] = "b" * 40
+    handler.requests.clear()
+    rank = ["scripts/rank.py", "--output_dir", data, "--ranker", "acme/PairRM", "--pairs", "2"]
+    for shard in ("0", "1"):
+        tiny.succeed(*rank, "--ranker_prompt", "text", "--numgpu", "2", "--data_frac", shard, **env)
+    tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", "--output_dir", data, **env)
+    assert handler.requests == []
+    assert json.loads((data / "ranker.json").read_text())["revision"] == "a" * 40
+    moved = tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", **env)
+    assert "b" * 40 in moved  # without a pin the branch is followed

@@ -1,0 +1,107 @@
+"""Killed at any moment and started again, a training ends as if nothing had happened: losses and weights to the bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import preferences
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+from sppo.checkpoints import COMPLETE
+
+TIMES = {"tokens_per_second", "seconds_left"}  # what no run shares with another
+
+
+def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
+    """SIGKILL at a moment. The training must not have come to its end before it."""
+    tiny.wait_for(process, moment)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def assert_same(one: Path, other: Path, weights: str = "model.safetensors") -> None:
+    first, second = (
+        [{k: v for k, v in line.items() if k not in TIMES} for line in preferences.metrics(m)] for m in (one, other)
+    )
+    assert [line["step"] for line in second] == sorted({line["step"] for line in second})  # no step twice
+    assert first == second
+    before, after = load_file(one / weights), load_file(other / weights)
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def lines(work: Path) -> int:
+    path = work / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--use_peft", "--loss_type=sppo_all", "--logging_steps=3")])
+def test_one_process_killed_at_any_moment(models: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    data = preferences.write(tmp_path / "data", preferences.rows(45))
+    out = {name: tmp_path / name / "model" for name in ("whole", "killed")}
+
+    def command(name: str) -> list[str]:
+        run = [sys.executable, "sppo/run_sppo.py", *preferences.SMALL, "--num_train_epochs=6", "--save_steps=2"]
+        return [*run, f"--model={models / 'qwen3'}", f"--dataset={data}", f"--output_dir={out[name]}", *flags]
+
+    tiny.succeed(*command("whole"))
+    work = out["killed"].with_name("model.partial")
+    (data / "reference").rename(data / "aside")  # so that the reference is computed here too
+    rng = random.Random(str(flags))
+
+    def at_random() -> bool:
+        """Some steps on and somewhere within one; by steps, because a fast machine ends the run in no time."""
+        return lines(work) > before + steps and (time.sleep(rng.random() / 50) or True)
+
+    def saving() -> bool:
+        return any(not (c / COMPLETE).exists() for c in work.glob("checkpoint-*")) and lines(work) > before
+
+    moments: list[Callable[[], bool]] = [(work / "identity.json").exists, saving, at_random, at_random]
+    for moment in moments if not flags else moments[1:3]:
+        before, steps = lines(work), rng.randrange(4)
+        kill_when(tiny.start(*command("killed")), moment)
+        assert not out["killed"].exists()
+    said = tiny.succeed(*command("killed"))
+    assert "going on from" in said
+    assert_same(out["whole"], out["killed"], "adapter_model.safetensors" if flags else "model.safetensors")
+    assert not work.exists()
+    assert not list(out["killed"].rglob("*.pt"))
+
+
+def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None:
+    """SIGKILL of the launcher: its ranks go with it, and the next start goes on from the last whole checkpoint."""
+    data = preferences.write(tmp_path / "data", preferences.rows(21))
+
+    def command(name: str) -> list[str]:
+        run = ["bash", "scripts/pipeline.sh", *preferences.SMALL, "--num=3", "--save_steps=2", "--gpus=none"]
+        run += ["--accelerate_config=cpu_zero3", f"--model={models / 'qwen3'}", f"--dataset={data}"]
+        return [*run, f"--output_dir={tmp_path / name / 'model'}"]
+
+    tiny.succeed(*command("whole"))
+    work = tmp_path / "killed" / "model.partial"
+    process = tiny.start(*command("killed"))
+    kill_when(process, lambda: lines(work) >= 5)
+    deadline = time.monotonic() + 20
+    while ranks := [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(work.parent).encode() in _read(p)]:
+        assert time.monotonic() < deadline, f"left training: {ranks}"
+        time.sleep(0.1)
+    tiny.succeed(*command("killed"))
+    logs = "".join(p.read_text() for p in (tmp_path / "killed" / "logs").iterdir())
+    assert "2 x 2 x 2 rows a step" in logs
+    assert "going on from" in logs
+    assert_same(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it ended meanwhile
+        return b""

@@ -1,0 +1,64 @@
+"""What a model directory, a path, a token or the network can do to whoever runs this: nothing unasked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from sppo.errors import SPPOError
+from sppo.models import load_causal_lm, open_policy
+
+PROMPTS = [{"prompt": f"Name {i} rivers"} for i in range(6)]
+CODE = """
+import os
+import pathlib
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+if "SPPO_TEST_MARK" in os.environ:
+    pathlib.Path(os.environ["SPPO_TEST_MARK"]).touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(models: Path, tmp_path: Path) -> Path:
+    """A Llama whose directory brings its own Python file, which leaves a mark when it runs."""
+    directory = shutil.copytree(models / "llama3", tmp_path / "own")
+    (directory / "modeling_own.py").write_text(CODE)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_a_models_own_code_runs_only_when_asked(own_code: Path, models: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    environment = {"SPPO_TEST_MARK": str(mark), "HF_HOME": str(tmp_path / "hf")}
+    run = ["run_sppo_llama-3.sh", "--model", own_code, "--prompts", prompts, "--ranker", models / "PairRM"]
+    run += ["--recipe", "recipes/sppo/demo.yaml", "--maxlen=12", "--pairs=2", "--run_dir", tmp_path / "run"]
+    run += ["--gpus=none", "--engine=transformers", "--iterations=1"]
+    refused = tiny.run(*run, **environment)
+    assert refused.returncode == 1
+    assert "--trust_remote_code" in refused.stderr + refused.stdout
+    assert not mark.exists()
+    tiny.succeed(*run, "--trust_remote_code", **environment)
+    assert mark.exists()
+    saved = str(tmp_path / "run" / "iter1" / "model")  # what iteration 2 would start from
+    assert type(load_causal_lm(open_policy(saved, remote_code=True), torch.float32)).__name__ == "OwnModel"
+    with pytest.raises(SPPOError, match="--trust_remote_code"):
+        load_causal_lm(open_policy(saved), torch.float32)

@@ -1,0 +1,355 @@
+"""One process: the log-probs, the batches, the reference table, the schedule, LoRA, and what a trained model holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import preferences
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from sppo import chat, run_sppo
+from sppo.config import Recipe
+from sppo.data import Place, StepBatches, TrainingSet, load_training_set
+from sppo.errors import SPPOError, UsageError
+from sppo.files import read_json
+from sppo.logps import add_lean_forward, response_logps
+from sppo.models import load_causal_lm, model_identity, open_policy
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return preferences.write(tmp_path_factory.mktemp("data"), preferences.rows(21))
+
+
+@pytest.fixture
+def train(models: Path, dataset: Path, tmp_path: Path) -> Train:
+    """run_sppo.py's main, in this process: `train("name", "--flag=value", model=...)` gives the output directory."""
+
+    def run(name: str, *flags: str, model: str | Path = "llama3", data: Path = dataset) -> Path:
+        out = tmp_path / name
+        run_sppo.main(
+            [*preferences.SMALL, f"--model={models / model}", f"--dataset={data}", f"--output_dir={out}", *flags]
+        )
+        return out
+
+    return run
+
+
+def small_set(path: Path, directory: Path, **settings: Any) -> TrainingSet:
+    tokenizer = chat.load_tokenizer(directory)
+    stops = chat.stop_token_ids(directory, tokenizer)
+    recipe = Recipe(max_prompt_length=128, max_length=256, **settings)
+    return load_training_set(path / "train.parquet", tokenizer, stops, recipe)
+
+
+def lean_and_plain(network: Any, data: TrainingSet, places: list[Place], chunks: int) -> list[Any]:
+    """[(log-probs, gradients by name)] of a loss that weighs each response differently: lean, then plain."""
+    batch = data.batch(places, pad_id=0)
+    given = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    found = []
+    for lean in (True, False):
+        network.zero_grad()
+        if lean:
+            logps = network(**given, positions=batch["positions"], chunks=chunks)
+        else:
+            logps = response_logps(network(**given).logits, batch["input_ids"], batch["positions"])
+        (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+        found.append((logps.detach(), {n: p.grad.clone() for n, p in network.named_parameters()}))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "mistral", "qwen3"])
+def test_lean_log_probs_and_gradients_are_the_plain_ones(models: Path, dataset: Path, family: str) -> None:
+    """Gemma-2 has a soft cap on its logits and ties its head; more chunks than tokens must work too."""
+    network = load_causal_lm(open_policy(str(models / family)), torch.float32)
+    assert add_lean_forward(network)
+    data = small_set(dataset, models / family)
+    for places, chunks in (([Place(0), Place(3), Place(5)], 4), ([Place(int(data.lengths().argmin()))], 99)):
+        (lean, lean_grads), (plain, plain_grads) = lean_and_plain(network, data, places, chunks)
+        torch.testing.assert_close(lean, plain, rtol=1e-6, atol=1e-4)
+        for name, grad in plain_grads.items():
+            assert (lean_grads[name] - grad).norm() <= 2e-6 * grad.norm(), name
+
+
+def test_an_architecture_with_logits_of_its_own_falls_back_aloud(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Logits that the config does not tell of: without the check, training would be on another model's log-probs."""
+    from transformers import LlamaForCausalLM
+
+    own = LlamaForCausalLM.forward
+
+    def halved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(self, *args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", halved)
+    model = train("halved", data=preferences.write(tmp_path / "data", preferences.rows(8)))
+    assert "log-probs come from full logits" in capsys.readouterr().out
+    assert preferences.metrics(model)[0]["rewards/chosen"] == 0
+
+
+def test_batches_hold_each_row_once_and_the_same_steps_for_any_number_of_ranks() -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, 203)
+
+    def steps(ranks: int, batch: int, accumulate: int, epoch: int, group: bool = True) -> list[list[list[int]]]:
+        """[step][micro-batch][row], all ranks' micro-batches together; a row that does not count is left out."""
+        all_ranks = []
+        for rank in range(ranks):
+            sampler = StepBatches(lengths, batch, accumulate, 7, ranks, rank, group)
+            sampler.set_epoch(epoch)
+            all_ranks.append(list(sampler))
+            assert len(all_ranks[-1]) == len(sampler)
+        made = []
+        for s in range(len(all_ranks[0]) // accumulate):
+            micro = [b for rank in all_ranks for b in rank[s * accumulate : (s + 1) * accumulate]]
+            counted = [[p.index for p in b if p.counts] for b in micro]
+            assert all(p.step_rows == sum(map(len, counted)) for b in micro for p in b if p.counts)
+            assert all(micro)  # every rank always has something to do, or the others wait for ever
+            made.append(counted)
+        return made
+
+    one, eight = steps(1, 4, 16, 0), steps(8, 8, 1, 0)
+    assert sorted(i for s in one for b in s for i in b) == list(range(203))
+    assert [sorted(i for b in s for i in b) for s in one] == [sorted(i for b in s for i in b) for s in eight]
+    assert steps(1, 4, 16, 0) == one
+    assert steps(1, 4, 16, 1) != one
+    random = steps(1, 4, 16, 0, group=False)
+    assert [sorted(i for b in s for i in b) for s in random] == [sorted(i for b in s for i in b) for s in one]
+
+    def padded(made: list[list[list[int]]]) -> float:
+        return sum(len(b) * lengths[b].max() for s in made for b in s if b) / lengths.sum()
+
+    assert padded(one) < 1.1 < 1.4 < padded(random)
+
+
+def test_the_reference_is_computed_once_and_known_by_the_weights(
+    models: Path, tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = preferences.write(tmp_path / "data", preferences.rows(9))
+    policy = tmp_path / "policy"
+    tiny.llama3(policy)
+    train("first", model=policy, data=data)
+    assert "log-probs are kept in" in capsys.readouterr().out
+    train("second", "--beta=0.01", "--loss_type=ipo", model=policy, data=data)
+    assert "found the reference's log-probs" in capsys.readouterr().out
+    weights = load_file(policy / "model.safetensors")
+    save_file({k: v * 1.01 for k, v in weights.items()}, policy / "model.safetensors", metadata={"format": "pt"})
+    third = train("third", model=policy, data=data)
+    assert "log-probs are kept in" in capsys.readouterr().out
+    assert preferences.metrics(third)[0]["rewards/chosen"] == 0  # not the first weights' table
+    train("longer", "--max_length=400", model=policy, data=data)  # cuts as little as before: the same token ids
+    assert "found" in capsys.readouterr().out
+    cut = ("--max_length=50", "--max_prompt_length=40")
+    train("fourth", *cut, model=policy, data=data)
+    assert "kept in" in capsys.readouterr().out
+    tables = sorted((data / "reference").iterdir())
+    assert len(tables) == 3
+    tables[0].write_bytes(b"half a file")
+    train("fifth", model=policy, data=data)
+    train("sixth", *cut, model=policy, data=data)
+    save_file(weights, policy / "model.safetensors", metadata={"format": "pt"})
+    train("seventh", model=policy, data=data)
+    assert len(load_file(tables[0])["logps"]) == 18  # the damaged one was made again
+
+
+def test_the_reference_is_the_plain_log_prob_of_every_response(models: Path, dataset: Path, train: Train) -> None:
+    train("run", "--loss_type=sppo_all", model="qwen3")
+    data = small_set(dataset, models / "qwen3", loss_type="sppo_all")
+    network = load_causal_lm(open_policy(str(models / "qwen3")), torch.float32)
+    tables = [load_file(f)["logps"] for f in (dataset / "reference").iterdir()]
+    (table,) = [t for t in tables if len(t) == 63 and abs(t[0] - plain(network, data, 0)[0]) < 1e-2]
+    for row in range(21):
+        torch.testing.assert_close(table[3 * row : 3 * row + 3], plain(network, data, row), rtol=1e-5, atol=1e-3)
+
+
+@torch.no_grad()
+def plain(network: Any, data: TrainingSet, row: int) -> torch.Tensor:
+    """Log-probs of a row's responses, one by one and without padding."""
+    made = []
+    for prompt, response in zip(data.prompts[row], data.responses[row], strict=True):
+        ids = torch.tensor([[*prompt.tolist(), *response.tolist()]])
+        logps = network(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        made.append(logps[range(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]].sum())
+    return torch.stack(made)
+
+
+def test_a_data_directory_that_takes_no_table_leaves_it_with_the_run(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = preferences.write(tmp_path / "data", preferences.rows(4))
+    (data / "reference").write_text("in the way")
+    train("run", data=data)
+    assert "cannot be kept in" in capsys.readouterr().out
+
+
+def test_the_schedule_is_laid_out_over_the_papers_horizon(dataset: Path, train: Train) -> None:
+    """paper.yaml: 18 epochs of which one is trained: 10% of 18 is warm-up, so the rate climbs to 1 / 1.8 of 5e-7."""
+    flags = ["--recipe=recipes/sppo/paper.yaml", "--learning_rate=5e-7", "--global_batch_size=1", "--batch_size=1"]
+    lines = preferences.metrics(train("run", *flags, "--gradient_checkpointing=false"))
+    assert len(lines) == 21
+    warm_up = math.ceil(0.1 * 18 * 21)
+    assert [line["learning_rate"] for line in lines] == pytest.approx([5e-7 * s / warm_up for s in range(21)])
+    assert lines[-1]["learning_rate"] * 21 / 20 == pytest.approx(2.8e-7, rel=0.02)
+
+
+def test_gradients_are_not_clipped_unless_asked(models: Path, train: Train) -> None:
+    """One step of plain SGD moves by rate x gradient, however large that is; clipped at 1 it moves by the rate."""
+    for name, flags, factor in (("free", [], None), ("clipped", ["--max_grad_norm=1"], 1.0)):
+        model = train(name, "--optim=sgd", "--learning_rate=1e-5", "--global_batch_size=24", "--batch_size=8", *flags)
+        before, after = (load_file(d / "model.safetensors") for d in (models / "llama3", model))
+        moved = math.sqrt(sum((after[k].double() - before[k].double()).square().sum().item() for k in before))
+        (line,) = preferences.metrics(model)
+        assert line["grad_norm"] > 20
+        assert moved == pytest.approx(1e-5 * (factor or line["grad_norm"]), rel=2e-2)
+
+
+def test_what_a_trained_model_holds(models: Path, tmp_path: Path, train: Train) -> None:
+    model = train("model", "--iter=2", "--logging_steps=2", "--save_steps=1000", model="gemma2")
+    before, after = (load_file(d / "model.safetensors") for d in (models / "gemma2", model))
+    assert before.keys() == after.keys()
+    assert not [name for name in before if before[name].equal(after[name])]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (model / name).read_bytes() == (models / "gemma2" / name).read_bytes()
+    lines = preferences.metrics(model)
+    assert [line["step"] for line in lines] == [2, 3]
+    assert lines[0]["beta2_loss"] == pytest.approx(0.01 * lines[0]["loss"])
+    assert {"rewards/accuracies", "rewards/chosen_target", "tokens_per_second", "seconds_left"} <= lines[0].keys()
+    manifest = read_json(model / "sppo_manifest.json")
+    assert manifest["loss"] == pytest.approx((2 * lines[0]["loss"] + lines[1]["loss"]) / 3)
+    card = (model / "README.md").read_text()
+    for said in ("from gemma2", "iteration 2", "train.parquet", "| rows | 21 |", "| beta | 0.1 |", "| torch | 2."):
+        assert said in card
+    assert str(models) not in card
+    assert not list(model.rglob("*.bin"))
+    assert not list(model.rglob("optimizer*"))
+    assert not (tmp_path / "model.partial").exists()
+
+
+def test_a_policy_in_bfloat16_is_trained_in_float32_and_stays_one(models: Path, tmp_path: Path, train: Train) -> None:
+    tiny.mistral(tmp_path / "policy")
+    network = load_causal_lm(open_policy(str(tmp_path / "policy")), torch.bfloat16)
+    network.save_pretrained(tmp_path / "policy")
+    weights = load_file(train("model", model=tmp_path / "policy") / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+
+
+def test_all_responses_are_trained_on_with_their_own_win_rates(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the first step the loss is eta^2 times the mean over rows of (1/K) sum_i (P_i - 1/2)^2, by hand."""
+    made = preferences.rows(8, pairs=4)
+    for empty in (0, 2):
+        made[0]["responses"][empty]["text"] = " "
+    for response in made[1]["responses"]:
+        response["text"] = ""
+    data = preferences.write(tmp_path / "data", made)
+    model = train("model", "--loss_type=sppo_all", "--max_grad_norm=0.01", data=data)
+    counts = read_json(model / "sppo_manifest.json")["counts"]
+    assert counts["empty_responses_left_out"] == 6
+    assert counts["rows_without_a_response"] == 1
+    assert counts["rows"] == 7
+    squares = [[(sum(line) / 4 - 0.5) ** 2 for line in row["probability"]] for row in made]
+    means = [(squares[0][1] + squares[0][3]) / 2] + [sum(s) / 4 for s in squares[2:]]
+    (line,) = preferences.metrics(model)
+    assert line["loss"] == pytest.approx(100 * sum(means) / 7, rel=1e-4)
+    bare = [{k: v for k, v in row.items() if k != "probability"} for row in made]
+    with pytest.raises(SPPOError, match="no column probability: --loss_type sppo_all"):
+        train("bare", "--loss_type=sppo_all", data=preferences.write(tmp_path / "data1", bare))
+    made[3]["probability"][0] = [0.5]
+    with pytest.raises(SPPOError, match="row 3: 4 responses, and a probability that is not 4 x 4"):
+        train("ragged", "--loss_type=sppo_all", data=preferences.write(tmp_path / "data2", made))
+
+
+@pytest.mark.parametrize("loss_type", ["sppo_single", "sigmoid", "hinge", "ipo", "kto_pair"])
+def test_every_loss_trains(train: Train, loss_type: str) -> None:
+    flags = ["--label_smoothing=0.1"] if loss_type == "sigmoid" else []
+    lines = preferences.metrics(train("model", f"--loss_type={loss_type}", "--num_train_epochs=2", *flags))
+    assert len(lines) == 6
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    first = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0, "kto_pair": 0.5}.get(loss_type)
+    assert first is None or lines[0]["loss"] == pytest.approx(first, rel=1e-3)
+
+
+def test_lora_and_the_next_iteration_from_it(models: Path, dataset: Path, tmp_path: Path, train: Train) -> None:
+    """Iteration 2's reference is iteration 1's policy, the adapter with it, and not the base."""
+    lora = ["--use_peft", "--lora_r=4", "--lora_target_modules=q_proj,v_proj,down_proj", "--learning_rate=2e-2"]
+    one = train("one", *lora, "--merge_adapter", "--num_train_epochs=3", "--save_steps=2")
+    assert preferences.metrics(one)[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    adapter = load_file(one / "adapter_model.safetensors")
+    assert not (one / "model.safetensors").exists()
+    assert all(w.abs().sum() > 0 for w in adapter.values())  # every parameter that is trained moved
+    policy = open_policy(str(one))
+    assert policy.weights == (models / "llama3").resolve()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        for place in (one, one / "merged"):
+            assert (place / name).read_bytes() == (models / "llama3" / name).read_bytes()
+
+    data = small_set(dataset, one)
+    merged, base = (load_causal_lm(open_policy(str(d)), torch.float32) for d in (one / "merged", models / "llama3"))
+    two = train("two", *lora, model=one)
+    first = preferences.metrics(two)[0]
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    table = reference_of(dataset, 42, plain(merged, data, 0)[0])
+    for row in range(21):
+        torch.testing.assert_close(table[2 * row : 2 * row + 2], plain(merged, data, row), rtol=1e-4, atol=1e-2)
+    assert (plain(base, data, 0) - plain(merged, data, 0)).abs().max() > 0.5  # it would be seen
+    assert model_identity(one) != model_identity(two)
+    changed = load_file(two / "adapter_model.safetensors")
+    assert not [k for k in adapter if adapter[k].equal(changed[k])]
+    assert open_policy(str(two)).weights == (models / "llama3").resolve()
+
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Name a river."}])
+    tiny.succeed(
+        "scripts/generate.py", "--recipe", "recipes/sppo/demo.yaml", "--model", one, "--prompts", prompts, "--pairs",
+        "2", "--maxlen", "8", "--output_dir", tmp_path / "generated", CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+
+
+def reference_of(dataset: Path, size: int, first: torch.Tensor) -> torch.Tensor:
+    tables = [load_file(f)["logps"] for f in (dataset / "reference").iterdir()]
+    (table,) = [t for t in tables if len(t) == size and abs(t[0] - first) < 1e-2]
+    return table
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--load_in_4bit"], "goes with --use_peft"),
+        (["--merge_adapter"], "goes with --use_peft"),
+        (["--use_peft", "--load_in_4bit"], "needs a GPU and bitsandbytes"),
+        (["--label_smoothing=0.1"], "is for --loss_type sigmoid"),
+        (["--label_smoothing=0.7", "--loss_type=sigmoid"], "between 0 and 0.5"),
+        (["--report_to=wandb"], "not installed; pip install wandb"),
+        (["--global_batch_size=7"], "not a multiple"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_loaded(
+    models: Path, dataset: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    arguments = [f"--model={models / 'llama3'}", f"--dataset={dataset}", f"--output_dir={tmp_path / 'out'}"]
+    with pytest.raises(UsageError, match=message):
+        run_sppo.prepare([*preferences.SMALL, *arguments, *flags], 1)
+
+
+def test_modules_that_are_not_there_are_an_error(train: Train) -> None:
+    with pytest.raises(SPPOError, match="--lora_target_modules nonsense"):
+        train("out", "--use_peft", "--lora_target_modules=nonsense")
+
+
+def test_tensorboard_has_a_directory_for_each_model(train: Train, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train("model", "--report_to=tensorboard")
+    assert list((tmp_path / "logs" / "tensorboard").rglob("events*"))
+    assert json.dumps(preferences.metrics(tmp_path / "model"))
