@@ -21,6 +21,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 from test_data import data_directory
+from test_ranking import asked, function_ranker
 
 from sppo.files import read_json
 
@@ -73,16 +74,13 @@ def kill_in(stage: tuple[str, str, str, str], words: list[str], run: Path, delay
         """A journal has to have an item in it."""
         return any(p.suffix != ".journal" or len(lines(p)) > 1 for p in here.glob(working))
 
-    process = tiny.start(*words, log=Path(f"{run}.log"))
+    process = tiny.start(*words, slow=run, log=Path(f"{run}.log"))
     tiny.wait_for(process, lambda: at_work() or any(here.glob(done)))
     until = time.monotonic() + delay
     tiny.wait_for(process, lambda: any(here.glob(done)) or time.monotonic() > until)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 20
-    while processes(run):  # all that it started dies with it
-        assert time.monotonic() < deadline, "a process was left behind"
-        time.sleep(0.01)
+    tiny.wait_until(lambda: not tiny.processes(run), 60)  # all that it started dies with it
     return not any(here.glob(done))
 
 
@@ -173,7 +171,7 @@ def test_killed_in_every_stage_and_damaged_in_between(world: Path, tmp_path: Pat
             (work / "checkpoint-99").mkdir()  # half there, as a kill leaves it
             shutil.copy(whole / "trainer_state.json", work / "checkpoint-99")
     print("killed in", hit)
-    assert len(hit) >= 9, hit
+    assert len(hit) >= 11, hit
     tiny.succeed(*words)
     assert "damaged lines" in said(run)
     assert "is not used: missing or changed since it was written: optimizer.pt" in said(run)
@@ -199,37 +197,29 @@ def test_outputs_damaged_or_deleted_are_made_again(world: Path, tmp_path: Path) 
 def test_a_shard_that_dies_ends_the_run_and_costs_nothing_and_nobody_else_may_work_there(
     world: Path, tmp_path: Path
 ) -> None:
+    """Two shards of a user's own ranker, which waits after some answers until this test has done its worst."""
     run = tmp_path / "run"
+    log, env = function_ranker(tmp_path)
+    (tmp_path / "hold").write_text("8")
     words = [*command(world, run), "--iterations=1", "--eval_prompts=", "--gpus=none,none", "--accelerate_config=cpu"]
-    process = tiny.start(*words, log=Path(f"{run}.log"))
-    journals = [run / "iter1" / "data" / "responses" / f"shard-0000{i}.journal" for i in (0, 1)]
-    tiny.wait_for(process, lambda: all(j.exists() and j.read_bytes().count(b"\n") > 1 for j in journals))
-    second = tiny.run(*words)
+    words += ["--ranker=asked:logit"]
+    process = tiny.start(*words, slow=run, log=Path(f"{run}.log"), **env)
+    tiny.wait_for(process, lambda: log.exists() and sum(asked(log).values()) == 2 * 8)
+    second = tiny.run(*words, **env)
     assert second.returncode == 1
     assert "another run is at work" in second.stderr
-    victims = [p for p in processes(run, b"generate.py") if b"\0--data_frac\0001\0" in p.read_bytes()]
+    victims = [p for p in tiny.processes(run, b"rank.py") if b"\0--data_frac\0001\0" in p.read_bytes()]
     os.kill(int(victims[0].parent.name), signal.SIGKILL)
     assert process.wait(60) == 128 + signal.SIGKILL
-    assert "generate 1 was killed by SIGKILL (out of memory?)" in said(run)
-    assert not processes(run, b"generate.py")
-    tiny.succeed(*words)
+    assert "rank 1 was killed by SIGKILL (out of memory?)" in said(run)
+    assert not tiny.processes(run, b"rank.py")
+    (tmp_path / "hold").unlink()
+    tiny.succeed(*words, **env)
+    assert sum(asked(log).values()) - len(asked(log)) <= 2 * 2  # of the prompt that each shard was in
     one, other = world / "whole" / "iter1" / "data", run / "iter1" / "data"
     assert pq.read_table(one / "responses.parquet").equals(pq.read_table(other / "responses.parquet"))
     for i in (0, 1):
         assert read_json(other / "ranking" / f"shard-0000{i}.manifest.json")["counts"]["written"] == 7
-
-
-def processes(run: Path, name: bytes = b"") -> list[Path]:
-    """/proc/<pid>/cmdline of the processes that work on this run, but the launcher where a `name` is given."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes()
-        except OSError:  # it ended meanwhile
-            continue
-        if str(run).encode() in line and name in line and not (name and b"sppo.launch" in line):
-            found.append(path)
-    return found
 
 
 # 1.5 GB more than this process has with everything imported, then the script

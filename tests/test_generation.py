@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,9 @@ def test_killed_at_ten_moments_it_ends_the_same(recipe: Recipe, tmp_path: Path) 
     command += flags(**{k: getattr(recipe, k) for k in ("model", "prompts", "pairs", "maxlen", "temperature", "top_p")})
     rng, kept, seen = random.Random(0), 0, set()
     for attempt in range(10):
-        process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = tiny.start(*command, slow=out)
         target = kept + rng.randint(1, 30)  # journal lines to wait for: moments spread over the work
-        while process.poll() is None and (kept := journal_lines(out)) < target:
-            time.sleep(0.002)
-        assert process.poll() is None, "the run was done before it could be killed"
+        tiny.wait_for(process, lambda n=target: journal_lines(out) >= n)
         victim = process.pid if attempt % 2 else rng.choice(children(process.pid) or [process.pid])
         os.kill(victim, signal.SIGKILL)
         process.wait()
@@ -214,7 +212,10 @@ def test_killed_at_ten_moments_it_ends_the_same(recipe: Recipe, tmp_path: Path) 
 
 def journal_lines(out: Path) -> int:
     """Finished prompts in journals and shards."""
-    lines = sum(max(0, p.read_bytes().count(b"\n") - 1) for p in (out / "responses").glob("*.journal"))
+    lines = 0
+    for path in (out / "responses").glob("*.journal"):
+        with suppress(FileNotFoundError):  # its shard has just been written
+            lines += max(0, path.read_bytes().count(b"\n") - 1)
     return lines + sum(pq.read_metadata(p).num_rows for p in (out / "responses").glob("shard-*.parquet"))
 
 
@@ -225,16 +226,15 @@ def children(pid: int) -> list[int]:
 
 def wait_until_gone(out: Path) -> None:
     """No shard outlives its driver: nobody holds a journal's lock."""
-    deadline = time.monotonic() + 20
+
+    def free(path: Path) -> bool:
+        with open(path) as handle, suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
     for path in (out / "responses").glob("*.journal"):
-        while True:
-            with open(path) as handle:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    assert time.monotonic() < deadline, "a shard outlived its driver"
-            time.sleep(0.05)
+        tiny.wait_until(lambda p=path: free(p), 60)
 
 
 def test_vllm_gives_the_same_whatever_the_shards(

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -52,14 +51,17 @@ def test_all_shards_progress_in_one_line(tmp_path: Path) -> None:
 
 # a stage of the tests' own: shard 0 does what argv[1] says, the others sleep and leave a child behind
 STAGE = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 shard = sys.argv[sys.argv.index("--data_frac") + 1]
 what, marks = sys.argv[1], sys.argv[2]
 if shard == "0" and what == "fail":
-    time.sleep(1); print("the last words"); sys.exit(7)
+    while not (os.path.exists(f"{marks}/1") and os.path.exists(f"{marks}/2")):
+        time.sleep(0.1)
+    print("the last words"); sys.exit(7)
 if what != "succeed":
     child = subprocess.Popen(["sleep", "300"])
-    open(f"{marks}/{shard}", "w").write(str(child.pid)); time.sleep(300)
+    open(f"{marks}/.{shard}", "w").write(str(child.pid)); os.rename(f"{marks}/.{shard}", f"{marks}/{shard}")
+    time.sleep(300)
 print("progress 1\\rprogress 2\\rshard", shard, "of", sys.argv[-1], "done")
 """
 
@@ -100,10 +102,7 @@ def alive(pid: int) -> bool:
 def assert_all_gone(tmp_path: Path, count: int) -> None:
     marks = [p for p in tmp_path.iterdir() if p.name.isdigit()]
     assert len(marks) == count
-    deadline = time.monotonic() + 10
-    while any(alive(int(p.read_text())) for p in marks):
-        assert time.monotonic() < deadline, "a process was left behind"
-        time.sleep(0.1)
+    tiny.wait_until(lambda: not any(alive(int(p.read_text())) for p in marks))
 
 
 def test_all_shards_run_and_tries_keep_their_logs(tmp_path: Path) -> None:
@@ -127,14 +126,15 @@ def test_a_driver_outlives_the_shell_that_started_it(tmp_path: Path) -> None:
     for child in ("", "1"):
         here = tmp_path / f"run{child}"
         here.mkdir()
-        line = f"{shlex.join(command(here, 'sleep'))} > /dev/null 2>&1 & echo $!; sleep 2"
+        line = f"{shlex.join(command(here, 'sleep'))} > /dev/null 2>&1 & echo $!; "
+        line += f"until [ -e {here}/0 ] && [ -e {here}/1 ] && [ -e {here}/2 ]; do sleep 0.1; done"
         environment = {k: v for k, v in os.environ.items() if k != "SPPO_CHILD"} | (
             {"SPPO_CHILD": child} if child else {}
         )
         shell = subprocess.run(["bash", "-c", line], cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
         pids.append(int(shell.stdout))
-        time.sleep(1)
-    assert [alive(pid) for pid in pids] == [True, False]
+    tiny.wait_until(lambda: not alive(pids[1]))  # its shell ended after the first's, which is alive all the same
+    assert alive(pids[0])
     os.kill(pids[0], signal.SIGTERM)
     assert_all_gone(tmp_path / "run", 3)
     for mark in (tmp_path / "run1").glob("[0-9]"):  # a stage's own children are its own affair
@@ -150,8 +150,7 @@ def test_an_interrupted_driver_leaves_no_process(tmp_path: Path, signum: int, co
         # a job in the background of a script ignores SIGINT; a driver on a terminal does not
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
-    while len([p for p in tmp_path.iterdir() if p.name.isdigit() and p.read_text()]) < 3:
-        time.sleep(0.05)
+    tiny.wait_until(lambda: len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 3)
     os.kill(process.pid, signum)
     assert process.wait(30) == code
     assert_all_gone(tmp_path, 3)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,9 +330,8 @@ def test_a_kill_in_the_middle_is_made_again(tmp_path: Path) -> None:
     out = tmp_path / "d"
     subprocess.run([*benchmark, f"--make={out}", "--prompts=20000"], check=True)
     command = [sys.executable, "scripts/compute_prob.py", f"--output_dir={out}", "--test_size=50"]
-    process = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(out.glob(".test.parquet.tmp-*")):
-        time.sleep(0.002)
+    process = tiny.start(*command, slow=out)
+    tiny.wait_for(process, lambda: any(out.glob(".test.parquet.tmp-*")))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not list(out.glob("t*.parquet"))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,11 +21,15 @@ from sppo.files import write_parquet
 from sppo.generation import responses_schema
 
 RANKER = """
-import json, time
+import json, os, time
+here = 0  # pairs that this process has asked
 def logit(prompt, first, second):
+    global here
     with open({log!r}, "a") as handle:
         handle.write(json.dumps([prompt, first, second]) + "\\n")
-    time.sleep({pause})
+    here += 1
+    while os.path.exists({hold!r}) and here >= int(open({hold!r}).read()):
+        time.sleep(0.01)
     return float("nan") if "{unanswered}" in prompt else float(len(first) - len(second))
 """
 
@@ -51,10 +52,13 @@ def write_responses(data: Path, prompts: int, pairs: int) -> Path:
     return data
 
 
-def function_ranker(directory: Path, pause: float = 0.0, unanswered: str = "no such prompt") -> tuple[Path, dict]:
-    """(the log of every pair that was asked, the environment in which `asked:logit` is found)."""
+def function_ranker(directory: Path, unanswered: str = "no such prompt") -> tuple[Path, dict]:
+    """(the log of every pair that was asked, the environment in which `asked:logit` is found).
+
+    Where `directory` has a file `hold`, a process answers one pair fewer than it says, then waits until it is gone.
+    """
     log = directory / "asked.jsonl"
-    source = RANKER.format(log=str(log), pause=pause, unanswered=unanswered)
+    source = RANKER.format(log=str(log), hold=str(directory / "hold"), unanswered=unanswered)
     (directory / "asked.py").write_text(source)
     return log, {"PYTHONPATH": str(directory)}
 
@@ -86,17 +90,17 @@ def test_a_function_ranks_and_what_it_cannot_answer_is_counted(tmp_path: Path) -
 def test_killed_and_restarted_asks_nothing_twice(tmp_path: Path) -> None:
     """SIGKILL costs at most the prompts that were being asked, and changes no number."""
     data = write_responses(tmp_path / "data", 40, 3)
-    log, env = function_ranker(tmp_path, pause=0.004)
+    log, env = function_ranker(tmp_path)
     command = [sys.executable, "scripts/rank.py", "--output_dir", str(data), "--ranker", "asked:logit", "--pairs", "3"]
+    (tmp_path / "hold").write_text("63")  # in the middle of the eleventh prompt
     kills = 0
-    for wanted in (60, 150):
-        process = subprocess.Popen(command, cwd=tiny.ROOT, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
-        while process.poll() is None and (not log.exists() or sum(asked(log).values()) < wanted):
-            time.sleep(0.01)
-        assert process.poll() is None, "it ended before it could be killed"
+    for wanted in (63, 126):
+        process = tiny.start(*command, slow=data, **env)
+        tiny.wait_for(process, lambda n=wanted: log.exists() and sum(asked(log).values()) == n)
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
+    (tmp_path / "hold").unlink()
     tiny.succeed(*command[1:], **env)
     counts = asked(log)
     unique = {(f"question {i}.", "x" * a, "x" * b) for i in range(40) for a, b in _lengths(i)}

@@ -67,7 +67,7 @@ def test_one_process_killed_at_any_moment(models: Path, tmp_path: Path, flags: t
     moments: list[Callable[[], bool]] = [(work / "identity.json").exists, saving, at_random, at_random]
     for moment in moments if not flags else moments[1:3]:
         before, steps = lines(work), rng.randrange(4)
-        kill_when(tiny.start(*command("killed")), moment)
+        kill_when(tiny.start(*command("killed"), slow=work), moment)
         assert not out["killed"].exists()
     said = tiny.succeed(*command("killed"))
     assert "going on from" in said
@@ -87,21 +87,11 @@ def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None
 
     tiny.succeed(*command("whole"))
     work = tmp_path / "killed" / "model.partial"
-    process = tiny.start(*command("killed"))
+    process = tiny.start(*command("killed"), slow=work)
     kill_when(process, lambda: lines(work) >= 5)
-    deadline = time.monotonic() + 20
-    while ranks := [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(work.parent).encode() in _read(p)]:
-        assert time.monotonic() < deadline, f"left training: {ranks}"
-        time.sleep(0.1)
+    tiny.wait_until(lambda: not tiny.processes(work.parent), 60)
     tiny.succeed(*command("killed"))
     logs = "".join(p.read_text() for p in (tmp_path / "killed" / "logs").iterdir())
     assert "2 x 2 x 2 rows a step" in logs
     assert "going on from" in logs
     assert_same(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:  # it ended meanwhile
-        return b""

@@ -167,22 +167,53 @@ def succeed(*command: str | Path, **env: str) -> str:
     return done.stdout + done.stderr
 
 
-def start(*command: str | Path, log: Path | None = None) -> subprocess.Popen[bytes]:
-    """A command of the project in the background; what it says goes to the end of `log`."""
-    environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+def start(*command: str | Path, slow: Path, log: Path | None = None, **env: str) -> subprocess.Popen[bytes]:
+    """A command of the project in the background, on a disk that is slow below `slow`, to be killed at a moment.
+
+    What it says goes to the end of `log`.
+    """
+    path = os.pathsep.join([str(ROOT / "tests" / "slow_disk"), env.pop("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", **env}
+    environment |= {"PYTHONPATH": path, "SPPO_TEST_SLOW": str(slow)}
     with open(log or os.devnull, "ab") as out:
         return subprocess.Popen(
             [str(c) for c in command], cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
         )
 
 
-def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
+def wait_for(process: subprocess.Popen[Any], moment: Callable[[], bool]) -> None:
     """Wait for a moment before which the process must not end."""
-    deadline = time.monotonic() + 240
+
+    def come() -> bool:
+        ended = process.poll() is not None  # asked before the moment, so that one that came to be in between counts
+        here = moment()
+        assert here or not ended, f"it ended with {process.returncode} before the moment"
+        return here
+
+    wait_until(come)
+
+
+def wait_until(moment: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
     while not moment():
-        assert process.poll() is None, f"it ended with {process.returncode} before it could be killed"
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "that moment did not come"
         time.sleep(0.001)
+
+
+def processes(directory: Path, name: bytes = b"") -> list[Path]:
+    """/proc/<pid>/cmdline of the processes with `directory` in their commands.
+
+    With `name`: of those that have it too, but for the launcher.
+    """
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if str(directory).encode() in line and name in line and not (name and b"sppo.launch" in line):
+            found.append(path)
+    return found
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
