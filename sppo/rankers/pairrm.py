@@ -155,7 +155,7 @@ class PairRM:
     ) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         # (T, T) scores in a batch: a CPU is slower on more than its cache holds
-        self.batch_scores = 1 << 20 if device == "cpu" else 1 << 62
+        self.batch_scores = 1 << 18 if device == "cpu" else 1 << 62
         self.inputs = PairInputs(directory, render)
         self.count_cut = self.inputs.count_cut
         self.model = self._network().to(device, dtype)
