@@ -8,4 +8,4 @@ unset VIRTUAL_ENV PYTHON
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh .ci/run
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

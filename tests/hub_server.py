@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -47,12 +48,17 @@ class Failure:
 
 @dataclass
 class Hub:
-    """What the server knows. `repos` are by name, whatever their kind."""
+    """What the server knows. `repos`, to push to, are by name, whatever their kind.
+
+    `models`, to read from: name -> {commit: directory}, the last of which is main.
+    """
 
     url: str = ""
     user: str = "somebody"
+    role: str = "write"  # the token's
     orgs: dict[str, str] = field(default_factory=lambda: {"me": "write"})  # with the role
     repos: dict[str, Repo] = field(default_factory=dict)
+    models: dict[str, dict[str, Path]] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS, by sha256
     requests: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -103,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
                 )
         return self.answer({"error": f"no such page: {request}"}, 404)
 
-    do_GET = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815
 
     def _body(self, length: int) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -116,16 +122,15 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def answer(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        content = json.dumps(value).encode()
+        self.send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
+
+    def send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, text in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(content)),
-            **(headers or {}),
-        }.items():
+        for key, text in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(key, text)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -137,7 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def whoami(self, _: bytes) -> None:
         orgs = [{"name": org, "roleInOrg": role} for org, role in self.hub.orgs.items()]
-        self.answer({"type": "user", "name": self.hub.user, "orgs": orgs})
+        token = {"accessToken": {"role": self.hub.role}}
+        self.answer({"type": "user", "name": self.hub.user, "orgs": orgs, "auth": token})
 
     def create(self, wanted: dict[str, Any]) -> None:
         name, space = f"{wanted['organization']}/{wanted['name']}", wanted["organization"]
@@ -149,12 +155,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repos[name] = Repo(wanted["type"], wanted["visibility"] == "private")
         return self.answer(url)
 
-    def info(self, _: bytes, name: str) -> None:
-        if repo := self.repo(name):
+    def info(self, _: bytes, name: str, revision: str | None) -> None:
+        if name in self.hub.models:
+            commit = [*self.hub.models[name]][-1] if revision in (None, "main") else revision
+            self.answer({"id": name, "sha": commit, "siblings": []})
+        elif repo := self.repo(name):
             siblings = [{"rfilename": path} for path in repo.files]
             self.answer(
                 {"id": name, "sha": repo.commits[-1], "private": repo.private, "tags": [], "siblings": siblings}
             )
+
+    def tree(self, _: bytes, name: str, commit: str) -> None:
+        files = [f for f in sorted(self.hub.models[name][commit].iterdir()) if f.is_file()]
+        self.answer([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _sha(f)} for f in files])
+
+    def resolve(self, _: bytes, name: str, commit: str, path: str) -> None:
+        file = self.hub.models[name][commit] / path
+        if file.is_file():
+            return self.send(file.read_bytes(), 200, {"ETag": f'"{_sha(file)}"', "X-Repo-Commit": commit})
+        return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
 
     def validate(self, card: dict[str, str]) -> None:
         """The rules of the Hub that a card of ours could break."""
@@ -229,6 +248,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({}, 200 if repo.tags.pop(tag, None) else 404)
 
 
+def _sha(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()  # noqa: S324 - as git names a blob
+
+
 _HEADER: dict[str, type] = {
     "tags": list,
     "size_categories": list,
@@ -244,7 +267,9 @@ _ROUTES = {
     "GET /api/whoami-v2": _Handler.whoami,
     "POST /api/repos/create": _Handler.create,
     "POST /api/validate-yaml": _Handler.validate,
-    f"GET {_REPO}(?:/revision/main)?": _Handler.info,
+    rf"GET {_REPO}(?:/revision/(\w+))?": _Handler.info,
+    rf"GET {_REPO}/tree/(\w+)": _Handler.tree,
+    rf"(?:GET|HEAD) /{_NAME}/resolve/(\w+)/(.+)": _Handler.resolve,
     f"POST {_REPO}/preupload/main": _Handler.preupload,
     rf"POST (?:/datasets)?/{_NAME}\.git/info/lfs/objects/batch": _Handler.batch,
     "POST /verify": _Handler.verify,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import hub_server
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -142,54 +139,8 @@ def test_a_ranker_that_cannot_be(models: Path, tmp_path: Path, flags: list[str],
     assert "Traceback" not in done.stderr
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What snapshot_download asks of the Hub. `commits`: (repo, commit) -> directory; `main`: repo -> commit."""
-
-    commits: dict[tuple[str, str], Path]
-    main: dict[str, str]
-    requests: list[str]
-
-    def do_GET(self) -> None:  # noqa: N802 - the base class's name
-        hub, parts = type(self), self.path.split("?")[0].strip("/").split("/")
-        hub.requests.append(self.path)
-        if parts[:2] == ["api", "models"]:
-            repo, what, revision = "/".join(parts[2:4]), parts[4], parts[5]
-            commit = hub.main[repo] if revision == "main" else revision
-            if what == "revision":
-                return self.answer(json.dumps({"id": repo, "sha": commit, "siblings": []}).encode(), commit)
-            files = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _sha(f)}
-                for f in sorted(hub.commits[repo, commit].iterdir())
-            ]
-            return self.answer(json.dumps(files).encode(), commit)
-        repo, commit, name = "/".join(parts[:2]), parts[3], parts[4]
-        file = hub.commits[repo, commit] / name
-        return self.answer(file.read_bytes(), commit, _sha(file))
-
-    do_HEAD = do_GET  # noqa: N815 - the base class's name
-
-    def answer(self, content: bytes, commit: str, etag: str = "") -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("Content-Type", "application/json")
-        if etag:
-            self.send_header("ETag", f'"{etag}"')
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def _sha(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()  # noqa: S324 - as git names a blob
-
-
-@pytest.fixture
-def hub(models: Path, tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str]]]:
-    """A Hub with acme/PairRM and its base, and the environment that points the real client at it."""
+def test_the_ranker_is_fetched_once_and_pinned(models: Path, tmp_path: Path) -> None:
+    """The branch moves after preload.py: every shard still reads the commit that was pinned, and asks no network."""
     base = tmp_path / "base"
     shutil.copytree(models / "tiny-deberta", base)
     (base / "model.safetensors").unlink()  # a base's weights are never asked for
@@ -199,41 +150,19 @@ def hub(models: Path, tmp_path: Path) -> Iterator[tuple[type[Hub], dict[str, str
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(config | {"model_name": "acme/base"}))
     (second / "README.md").write_text("moved")
-    ranker = "acme/PairRM"
-    handler = type(
-        "LocalHub",
-        (Hub,),
-        {
-            "commits": {(ranker, "a" * 40): first, (ranker, "b" * 40): second, ("acme/base", "c" * 40): base},
-            "main": {ranker: "a" * 40, "acme/base": "c" * 40},
-            "requests": [],
-        },
-    )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
-    yield handler, environment
-    server.shutdown()
-
-
-def test_the_ranker_is_fetched_once_and_pinned(hub: tuple[type[Hub], dict[str, str]], tmp_path: Path) -> None:
-    """The branch moves after preload.py: every shard still reads the commit that was pinned, and asks no network."""
-    handler, env = hub
     data = write_responses(tmp_path / "data", 4, 2)
-    said = tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", "--output_dir", data, **env)
-    assert f"pinned to --ranker_revision {'a' * 40}" in said
-    handler.main["acme/PairRM"] = "b" * 40
-    handler.requests.clear()
-    rank = ["scripts/rank.py", "--output_dir", data, "--ranker", "acme/PairRM", "--pairs", "2"]
-    for shard in ("0", "1"):
-        tiny.succeed(*rank, "--ranker_prompt", "text", "--numgpu", "2", "--data_frac", shard, **env)
-    tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", "--output_dir", data, **env)
-    assert handler.requests == []
-    assert json.loads((data / "ranker.json").read_text())["revision"] == "a" * 40
-    moved = tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", **env)
-    assert "b" * 40 in moved  # without a pin the branch is followed
+    with hub_server.running() as hub:
+        env = {**hub.env, "HF_HOME": str(tmp_path / "hf")}
+        hub.models = {"acme/PairRM": {"a" * 40: first}, "acme/base": {"c" * 40: base}}
+        said = tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", "--output_dir", data, **env)
+        assert f"pinned to --ranker_revision {'a' * 40}" in said
+        hub.models["acme/PairRM"]["b" * 40] = second
+        hub.requests.clear()
+        rank = ["scripts/rank.py", "--output_dir", data, "--ranker", "acme/PairRM", "--pairs", "2"]
+        for shard in ("0", "1"):
+            tiny.succeed(*rank, "--ranker_prompt", "text", "--numgpu", "2", "--data_frac", shard, **env)
+        tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", "--output_dir", data, **env)
+        assert hub.requests == []
+        assert json.loads((data / "ranker.json").read_text())["revision"] == "a" * 40
+        moved = tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", **env)
+        assert "b" * 40 in moved  # without a pin the branch is followed
