@@ -23,13 +23,15 @@ def versions() -> dict[str, str]:
     """Versions of this project and of the packages that decide its results."""
     from sppo import __version__
 
-    found = {"sppo": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"sppo": __version__, **{name: version for name in _PACKAGES if (version := version_of(name))}}
+
+
+def version_of(name: str) -> str:
+    """The version of an installed package; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def read_manifest(path: Path, *keys: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def training_schema() -> pa.Schema:
 def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     """Write $DATA/train.parquet and test.parquet from $DATA/responses.parquet and $DATA/ranking.
 
-    Memory grows by 110 to 130 bytes a prompt (benchmarks/pairing.py). Raises SPPOError for files that do not fit
+    Memory grows by about 170 bytes a prompt (benchmarks/pairing.py). Raises SPPOError for files that do not fit
     together and UsageError for a hold-out that leaves nothing, both before anything is written or overwritten.
     """
     responses = output_dir / "responses.parquet"

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sppo import rankers
 from sppo.config import Recipe
 from sppo.errors import SPPOError
@@ -21,6 +23,7 @@ from sppo.pairing import responses_columns
 from sppo.progress import progress
 from sppo.prompts import Message, is_conversation
 from sppo.rankers import Pair, Ranker
+from sppo.winrates import mean_scores
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -142,8 +145,7 @@ def _write_shard(
             if not all(math.isfinite(x) for line in logits for x in line):
                 skipped.append({"prompt_id": row["prompt_id"], "reason": "the ranker's logits are not finite"})
                 continue
-            k = len(logits)
-            scores = [sum(logits[i][j] - logits[j][i] for j in range(k)) / k for i in range(k)]
+            scores = mean_scores(np.array(logits)).tolist()
             yield {"prompt_id": row["prompt_id"], "logits": logits, "scores": scores}
 
     written = write_parquet(path, ranking_schema(), rows())

@@ -7,7 +7,6 @@ and, where there is something to do, what. What a check learns, it leaves in the
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import os
 import shutil
 import socket
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sppo.config import ROOT, Recipe
 from sppo.errors import SPPOError
+from sppo.manifest import version_of
 from sppo.preflight import plan
 from sppo.preflight.plan import size
 
@@ -139,13 +139,6 @@ def check_versions(run: Run) -> Findings:
     yield ok(f"{good} packages are as pinned; generation by {engine}")
     if engine == "transformers" and run.generates and not run.cpu:
         yield note("generation by transformers is many times slower than by vLLM; pip install '.[vllm]'")
-
-
-def version_of(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def check_settings(run: Run) -> Findings:

@@ -19,10 +19,9 @@ from sppo.preflight import plan
 from sppo.preflight.checks import Finding, Findings, Iteration, Run, no, note, ok
 from sppo.preflight.plan import size
 from sppo.prompts import Message, load_prompts
-from sppo.rankers import Pair, prompt_renderer
+from sppo.rankers import TRIAL, Pair, prompt_renderer
 
 _SMALL_RANKER = 4 << 30  # bytes on disk up to which a ranker is loaded to see that it can be
-_TRIAL: Pair = ([{"role": "user", "content": "What is two plus two?"}], "Four.", "I do not like questions.")
 _ANSWER = "sppo-answer-probe"
 
 
@@ -291,7 +290,7 @@ def check_ranker(run: Run) -> Findings:
             return
     # on the CPU, with the prompt as text: the policy's weights may not be here yet
     ranker = module.load(dataclasses.replace(recipe, fused_attention=False, ranker_prompt="text"))
-    one, other = _asked(ranker, [_TRIAL, (_TRIAL[0], _TRIAL[2], _TRIAL[1])], f"--ranker {recipe.ranker}")
+    one, other = _asked(ranker, [TRIAL, (TRIAL[0], TRIAL[2], TRIAL[1])], f"--ranker {recipe.ranker}")
     yield ok(f"{told}; it loads and answers a trial pair ({one:.3g}, {other:.3g} the other way round)")
     yield from _ranker_cuts(run, ranker)
 
@@ -318,7 +317,7 @@ def check_judge(run: Run) -> Findings:
         return
     from sppo.rankers.function import FunctionRanker, load_function
 
-    (answer,) = _asked(FunctionRanker(load_function(name, "--judge")), [_TRIAL], f"--judge {name}")
+    (answer,) = _asked(FunctionRanker(load_function(name, "--judge")), [TRIAL], f"--judge {name}")
     yield ok(f"--judge {name} answers a trial pair ({answer:.3g})")
 
 

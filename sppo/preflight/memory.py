@@ -9,8 +9,9 @@ from pathlib import Path
 
 from sppo.config import ROOT
 from sppo.errors import SPPOError
+from sppo.manifest import version_of
 from sppo.preflight import plan
-from sppo.preflight.checks import Finding, Findings, Run, no, note, ok, version_of
+from sppo.preflight.checks import Finding, Findings, Run, no, note, ok
 from sppo.preflight.plan import size
 
 _RUNTIME = 2 << 30  # bytes of a GPU that CUDA, kernels and buffers take beside what is counted

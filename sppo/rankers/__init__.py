@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sppo import chat
 from sppo.config import Recipe
 from sppo.files import write_json
 from sppo.models import commit_of, pinned, policy_of
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 Pair = tuple[list[Message], str, str]  # (prompt, the response shown first, the response shown second)
+# what a ranker is asked to see whether it answers
+TRIAL: Pair = ([{"role": "user", "content": "What is two plus two?"}], "Four.", "I do not like questions.")
 
 
 class Ranker(Protocol):
@@ -98,10 +101,7 @@ def prompt_renderer(recipe: Recipe, tokenizer: Any = None) -> Callable[[list[Mes
     if recipe.ranker_prompt == "text":
         return prompt_text
     tokenizer = tokenizer or policy_of(recipe).tokenizer()
-    kwargs = recipe.chat_template_kwargs
-    return lambda messages: tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **kwargs
-    )
+    return lambda messages: chat.render(tokenizer, messages, True, recipe.chat_template_kwargs)
 
 
 def prompt_identity(recipe: Recipe) -> dict[str, str]:

@@ -23,7 +23,7 @@ import numpy as np
 from sppo.config import Recipe
 from sppo.errors import SPPOError, UsageError
 from sppo.prompts import Message, prompt_text
-from sppo.rankers import Pair
+from sppo.rankers import TRIAL, Pair
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI
@@ -34,7 +34,6 @@ _UNLISTED = -9999.0  # what servers write for a token of no probability
 _TOO_MUCH = (400, 413, 422)  # this request is not taken: too long for the judge, or filtered
 _CHECK = dict.fromkeys((401, 403), "OPENAI_API_KEY in the environment")
 _CHECK[404] = "--ranker, and --ranker_url, which usually ends in /v1"
-_TRIAL: Pair = ([{"role": "user", "content": "What is two plus two?"}], "Four.", "I do not like questions.")
 
 TEMPLATE = """\
 Compare two responses to the last message of a conversation. The conversation and each response stand between two \
@@ -221,7 +220,7 @@ def fetch(recipe: Recipe) -> str:
     served = asyncio.run(judge.models())
     if recipe.ranker not in served:
         raise SPPOError(f"{recipe.ranker_url} serves {', '.join(served) or 'no model'}, not --ranker {recipe.ranker}")
-    if not all(math.isfinite(logit) for _, logit in judge.logits([_TRIAL])):
+    if not all(math.isfinite(logit) for _, logit in judge.logits([TRIAL])):
         raise SPPOError(
             f"the judge {recipe.ranker} answers a trial question with neither A nor B (the line above says more); one "
             """that thinks aloud wants --chat_template_kwargs '{"enable_thinking": false}'"""
