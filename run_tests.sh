@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Make .venv with everything the tests need (vLLM's CPU build too), then run ruff, shellcheck and pytest.
-#   bash run_tests.sh [pytest's arguments]
+#   bash run_tests.sh                    what a newcomer runs: every stage, one loop, vLLM once; some minutes
+#   bash run_tests.sh --all              everything, as .ci/run does; under half an hour on two cores
+#   bash run_tests.sh [--all] [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/install.sh tests
 unset VIRTUAL_ENV PYTHON
+which=(-m "not slow")
+if [ "${1:-}" = --all ]; then which=(); shift; fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh .ci/run
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"

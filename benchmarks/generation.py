@@ -26,14 +26,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sppo import chat, engines, generation  # noqa: E402
+from sppo import engines, generation  # noqa: E402
+from sppo.common import chat  # noqa: E402
+from sppo.common.journal import Journal  # noqa: E402
+from sppo.common.policy import open_policy  # noqa: E402
+from sppo.common.progress import progress  # noqa: E402
+from sppo.common.shards import Slice  # noqa: E402
 from sppo.config import Recipe  # noqa: E402
 from sppo.demo import chat_tokenizer  # noqa: E402
-from sppo.engines import Request, Response  # noqa: E402
-from sppo.files import Journal  # noqa: E402
-from sppo.generation import Slice, generate_shard  # noqa: E402
-from sppo.models import open_policy  # noqa: E402
-from sppo.progress import progress  # noqa: E402
+from sppo.generation.engines import Request, Response  # noqa: E402
+from sppo.generation.shards import generate_shard  # noqa: E402
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an".split()
 

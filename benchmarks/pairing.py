@@ -32,8 +32,7 @@ def make(directory: Path, prompts: int, pairs: int, tokens: int, shuffle: bool) 
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from sppo.generation import responses_schema
-    from sppo.ranking import ranking_schema
+    from sppo.formats import ranking_schema, responses_schema
 
     rng = np.random.default_rng(0)
     words = pa.array(WORDS)

@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from sppo.common.preference import mean_scores  # noqa: E402
 from sppo.demo import ranker_tokenizer  # noqa: E402
+from sppo.rankers._pairrm_network import PairRM, PairRMModel  # noqa: E402
 from sppo.rankers.llm_blender import load_blender  # noqa: E402
-from sppo.rankers.pairrm import PairRM, PairRMModel  # noqa: E402
-from sppo.ranking import prompt_logits  # noqa: E402
-from sppo.winrates import mean_scores  # noqa: E402
+from sppo.ranking.shards import prompt_logits  # noqa: E402
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an".split()
 # hidden size, layers, heads, inner size; `large` is microsoft/deberta-v3-large's

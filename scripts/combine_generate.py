@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import run_main
+from sppo.common.errors import run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, ["pairs"])
+    parser = config.make_parser(__doc__, config.KEYS["combine_generate"])
     config.add_data_flags(parser)
     parser.add_argument("--numgpu", type=int, default=1, help="how many shards there are")
     parser.add_argument(
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--frac_len", type=int, default=0, help="fail unless the shards have this many rows; 0: any")
     config.add_prompts_check(parser)
     args, recipe = config.parse(parser)
-    from sppo.generation import check_prompts, combine
+    from sppo.generation.combine import check_prompts, combine
 
     shards = len(args.gpu_ids.split(",")) if args.gpu_ids else args.numgpu
     combine(args.output_dir, shards, recipe.pairs, args.overwrite, args.frac_len)

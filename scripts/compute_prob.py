@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import UsageError, run_main
+from sppo.common.errors import UsageError, run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, ["pairs", "estimator", "test_size", "seed", "keep_degenerate"])
+    parser = config.make_parser(__doc__, config.KEYS["compute_prob"])
     config.add_data_flags(parser)
     parser.add_argument("--org", help="push the data sets to this Hub organisation when they are written")
     parser.add_argument("--name", help="with --org: name of the data sets on the Hub")
@@ -25,15 +25,15 @@ def main() -> None:
     args, recipe = config.parse(parser)
     if args.org and not args.name:
         raise UsageError("--org needs --name, the data sets' name on the Hub")
-    from sppo.generation import check_prompts
-    from sppo.pairing import compute_prob
+    from sppo.generation.combine import check_prompts
+    from sppo.pairing.training_set import compute_prob
 
     check_prompts(args.output_dir, args.prompts)
     compute_prob(recipe, args.output_dir, args.overwrite)
     if args.org:
-        from sppo.hub import push
+        from sppo.hub.push import push_data
 
-        print(f"compute_prob: pushed {', '.join(push(args.output_dir, args.org, args.name, public=False))}")
+        push_data(args.output_dir, args.org, args.name, public=False)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config, loop
-from sppo.errors import FAILED, run_main
+from sppo import config
+from sppo.common.errors import FAILED, run_main
 
 
 def main() -> int:
+    from sppo import loop
+
     args, recipe = config.parse(loop.parser(__doc__))
     from sppo.preflight import open_run, report
 

@@ -14,23 +14,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import run_main
-
-KEYS = (
-    "model model_revision trust_remote_code prompts prompts_revision prompt_column prompt_split pairs maxlen engine "
-    "temperature top_p seed prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
-).split()
+from sppo.common.errors import run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, KEYS)
+    parser = config.make_parser(__doc__, config.KEYS["generate"])
     config.add_shard_flags(parser)
     parser.add_argument(
         "--prompts_part", default="0/1", metavar="I/N", help="every N-th prompt from the I-th on (0/1: all)"
     )
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
     args, recipe = config.parse(parser)
-    from sppo.generation import Slice, generate_shard
+    from sppo.common.shards import Slice
+    from sppo.generation.shards import generate_shard
 
     part = config.parse_part(args.prompts_part)
     shard = Slice(args.frac_len, args.data_frac, args.numgpu)

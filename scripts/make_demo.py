@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import SPPOError, run_main
+from sppo.common.errors import SPPOError, run_main
 
 
 def main() -> None:

@@ -13,13 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import run_main
-
-KEYS = "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs".split()
+from sppo.common.errors import run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, KEYS)
+    parser = config.make_parser(__doc__, config.KEYS["preload"])
     parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to pin the ranker for rank.py")
     args, recipe = config.parse(parser)
     from sppo.rankers import preload

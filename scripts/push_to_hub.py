@@ -19,11 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import SPPOError, UsageError, run_main
+from sppo.common.errors import SPPOError, UsageError, run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, ["org", "public"])
+    parser = config.make_parser(__doc__, config.KEYS["push_to_hub"])
     parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to push the data")
     parser.add_argument("--model_dir", type=Path, help="the iteration's model, to push the model")
     parser.add_argument("--name", required=True, help="the model's name and part of the data sets': mistral-sppo-iter1")
@@ -32,18 +32,18 @@ def main() -> None:
         raise UsageError("--org is missing: the organisation or user to push to")
     if not (args.output_dir or args.model_dir):
         raise UsageError("--output_dir or --model_dir is missing: what to push")
-    from sppo import hub
+    from sppo.hub.push import command, push_data, push_model
 
     what = (recipe.org, args.name, recipe.public)
     try:
         if args.output_dir:
-            hub.push_data(args.output_dir, *what)
+            push_data(args.output_dir, *what)
         if args.model_dir:
-            hub.push_model(args.model_dir, *what)
+            push_model(args.model_dir, *what)
     except UsageError:
         raise
     except SPPOError as error:
-        again = shlex.join(hub.command(*what, args.output_dir, args.model_dir))
+        again = shlex.join(command(*what, args.output_dir, args.model_dir))
         raise SPPOError(f"{error}\nNothing here is lost. To push it, run:\n  {again}") from None
 
 

@@ -19,28 +19,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import run_main
-
-KEYS = (
-    "model model_revision trust_remote_code pairs ranker ranker_backend ranker_revision ranker_prompt batch_tokens "
-    "fused_attention ranker_url ranker_concurrency ranker_timeout ranker_retries chat_template_kwargs"
-).split()
+from sppo.common.errors import run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, KEYS)
+    parser = config.make_parser(__doc__, config.KEYS["rank"])
     config.add_shard_flags(parser)
     parser.add_argument("--gpu", help="the GPU to use, as CUDA_VISIBLE_DEVICES names it (default: as it is set)")
     config.add_prompts_check(parser)
     args, recipe = config.parse(parser)
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
-    from sppo.generation import Slice, check_prompts
-    from sppo.ranking import rank_shard
+    from sppo.common.shards import Slice
+    from sppo.generation.combine import check_prompts
+    from sppo.ranking.shards import rank_shard
 
     check_prompts(args.output_dir, args.prompts)
     shard = Slice(args.frac_len, args.data_frac, args.numgpu)
-    rank_shard(recipe, args.output_dir, shard, args.data_frac, args.overwrite)
+    rank_shard(recipe, args.output_dir, shard, args.overwrite)
 
 
 if __name__ == "__main__":

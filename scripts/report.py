@@ -13,18 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.errors import UsageError, run_main
-
-KEYS = (
-    "model model_revision trust_remote_code eval_prompts eval_pairs judge prompt_column prompt_split engine "
-    "temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization "
-    "ranker ranker_backend ranker_revision ranker_prompt batch_tokens fused_attention "
-    "ranker_url ranker_concurrency ranker_timeout ranker_retries"
-).split()
+from sppo.common.errors import UsageError, run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, KEYS)
+    parser = config.make_parser(__doc__, config.KEYS["report"])
     parser.add_argument("--run_dir", type=Path, required=True, help="the run's directory")
     parser.add_argument("--iteration", type=int, required=True, help="which iteration's model to report on")
     parser.add_argument("--base", required=True, help="the model to compare with: the run's first")
@@ -33,7 +26,7 @@ def main() -> None:
     args, recipe = config.parse(parser)
     if not recipe.eval_prompts:
         raise UsageError("--eval_prompts is missing: the held-out prompts to answer")
-    from sppo.report import report
+    from sppo.evaluation.report import report
 
     report(recipe, args.run_dir, args.iteration, args.base, args.gpus, args.world_size)
 

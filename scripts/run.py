@@ -17,11 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config, loop
-from sppo.errors import run_main
+from sppo import config
+from sppo.common.errors import run_main
 
 
 def main() -> None:
+    from sppo import loop
+
     args, recipe = config.parse(loop.parser(__doc__))
     loop.run(recipe, args, sys.argv[1:])
 

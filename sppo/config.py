@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sppo.errors import UsageError
+from sppo.common.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
-# one module each in sppo/rankers
+# every module in sppo/rankers whose name does not begin with _ is one
 RANKER_BACKENDS = ("auto", *sorted(p.stem.replace("_", "-") for p in (ROOT / "sppo/rankers").glob("[a-z]*.py")))
 DEFAULT_RECIPE = ROOT / "recipes" / "sppo" / "released.yaml"
 
@@ -122,6 +122,33 @@ class Recipe:
     public: bool = _key(False, "let everybody see what is pushed")
     push_model: bool = _key(False, "push each iteration's model to --org too")
 
+
+_ASKING = (
+    "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs "
+    "trust_remote_code"
+).split()
+_RANKING = "model model_revision ranker_prompt batch_tokens fused_attention ranker_concurrency".split()
+_DRAWING = (
+    "model model_revision trust_remote_code prompt_column prompt_split maxlen engine temperature top_p seed "
+    "prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
+).split()
+# The settings that each script reads. They are its flags, and generate.sh and pipeline.sh pass them on.
+KEYS: dict[str, list[str]] = {
+    "generate": ["prompts", "prompts_revision", "pairs", *_DRAWING],
+    "combine_generate": ["pairs"],
+    "preload": [key for key in _ASKING if key != "trust_remote_code"],
+    "rank": ["pairs", *_ASKING, *_RANKING],
+    "compute_prob": ["pairs", "estimator", "test_size", "seed", "keep_degenerate"],
+    "push_to_hub": ["org", "public"],
+    "train": (
+        "model model_revision trust_remote_code prompts_revision global_batch_size batch_size accumulate "
+        "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta label_smoothing learning_rate "
+        "lr_scheduler_type warmup_ratio num_train_epochs schedule_epochs optim weight_decay max_grad_norm "
+        "max_prompt_length max_length attn_implementation chat_template_kwargs use_peft lora_r lora_alpha "
+        "lora_target_modules load_in_4bit merge_adapter"
+    ).split(),
+    "report": ["eval_prompts", "eval_pairs", "judge", *dict.fromkeys([*_DRAWING, *_ASKING, *_RANKING])],
+}
 
 _TYPES = typing.get_type_hints(Recipe)
 _FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
@@ -229,12 +256,24 @@ class _Parser(argparse.ArgumentParser):
     keys: tuple[str, ...] = ()
 
     def error(self, message: str) -> typing.NoReturn:
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            flag = message[len(prefix) :].split()[0].split("=")[0]
+        unknown = re.match("unrecognized arguments: (.*)", message)
+        absent = re.match("the following arguments are required: (.*)", message)
+        bare = re.match("argument ([^:]*): expected one argument", message)
+        if unknown:
+            flag = unknown[1].split()[0].split("=")[0]
             known = [o for a in self._actions for o in a.option_strings]
-            message = f"unknown flag {flag}{nearest(flag, known)}"
+            is_flag = flag.startswith("-")
+            message = f"unknown flag {flag}{nearest(flag, known)}" if is_flag else f"{flag} is not a flag"
+        elif absent:
+            message = f"{absent[1]} {'are' if ',' in absent[1] else 'is'} missing"
+        elif bare:
+            message = f"{bare[1]} needs a value"
         raise UsageError(f"{message}\nSee {self.prog} --help.")
+
+
+def flags(**values: object) -> list[str]:
+    """["--key=value", ...] for a command of this project."""
+    return [f"--{key}={value}" for key, value in values.items()]
 
 
 def make_parser(doc: str | None, keys: typing.Iterable[str] = ()) -> _Parser:
@@ -262,8 +301,12 @@ def make_parser(doc: str | None, keys: typing.Iterable[str] = ()) -> _Parser:
 def parse(parser: _Parser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
     """Parse `argv`: the script's own flags, and the recipe with the flags that override it."""
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in parser.keys if getattr(args, name, None) is not None}
-    return args, load_recipe(args.recipe or getattr(args, "recipe_file", None), given)
+    return args, load_recipe(args.recipe or getattr(args, "recipe_file", None), given(parser, args))
+
+
+def given(parser: _Parser, args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's keys among the flags, as they were written."""
+    return {name: getattr(args, name) for name in parser.keys if getattr(args, name, None) is not None}
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from sppo.progress import progress
-from sppo.rankers.pairrm import CANDIDATE, CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRMModel
+from sppo.common.progress import progress
+from sppo.rankers._pairrm_network import CANDIDATE, CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRMModel
 
 NAMES = (
     "Anna Ben Clara David Emma Felix Grace Henry Iris Jacob Karla Leo Mia Noah Olga Paul Rosa Simon Tara Victor".split()

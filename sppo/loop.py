@@ -1,7 +1,8 @@
 """The whole run: for each iteration generate.sh, pipeline.sh and the report, each feeding the next.
 
-Every stage decides for itself whether it is done, so the same command goes on where it stopped. With --org what was
-made is pushed on the way; the Hub's failures stop nothing, and are what the run ends with.
+A step that is done is skipped. Any other step runs, and each of its stages finds out what is left to do; so the same
+command goes on where it stopped. With --org the data is pushed on the way. A push that fails does not stop the run; the
+run then ends with an error that says what to push.
 """
 
 from __future__ import annotations
@@ -13,16 +14,39 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from sppo import config
+from sppo.common.errors import INTERRUPTED, WRONG_USE, SPPOError, UsageError
+from sppo.common.files import atomic, exclusive, read_json
+from sppo.common.manifest import Stage
+from sppo.common.shards import Slice
+from sppo.config import ROOT, Recipe, flags
+from sppo.hub.push import SCRIPT, check_name
+from sppo.hub.push import command as push_command
+from sppo.launch.devices import devices, groups
+from sppo.launch.processes import start, stop
 
-from sppo import config, hub
-from sppo.config import ROOT, Recipe
-from sppo.errors import INTERRUPTED, WRONG_USE, SPPOError, UsageError
-from sppo.files import atomic, exclusive
-from sppo.launch import devices, flags, groups, start, stop
-from sppo.models import pinned
+
+@dataclass
+class Step:
+    """One step of an iteration: its command, the settings that it reads, and the stages that it consists of.
+
+    `stages` may raise SPPOError where what they stand on is not there; a step without them decides for itself.
+    """
+
+    label: str
+    command: list[str]
+    recipe: tuple[Path, Recipe] | None = None  # written before the step
+    stages: Callable[[], list[Stage]] | None = None
+
+    def is_done(self) -> bool:
+        try:
+            return self.stages is not None and all(stage.stands() for stage in self.stages())
+        except SPPOError:
+            return False
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -48,7 +72,7 @@ def place(recipe: Recipe, args: argparse.Namespace) -> tuple[str, Path, list[str
     if (recipe.public or recipe.push_model) and not recipe.org:
         raise UsageError(f"--{'public' if recipe.public else 'push_model'} needs --org, where to push to")
     if recipe.org:
-        hub.check_name(recipe.org, f"{name}-iter{recipe.iterations}")
+        check_name(recipe.org, f"{name}-iter{recipe.iterations}")
     return name, args.run_dir or Path("runs") / name, names
 
 
@@ -64,23 +88,16 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     steps = [step for i in range(1, recipe.iterations + 1) for step in _iteration(recipe, args, name, run_dir, i)]
     code = 0 if args.skip_preflight else _preflight(run_dir, argv)
     if args.dry_run:
-        for label, command, _ in steps:
-            print(f"{label}: {shlex.join(command)}")
+        for step in steps:
+            print(f"{step.label}: {shlex.join(step.command)}")
     if code or args.dry_run:
         raise SystemExit(code)
-    unpushed = []
     with exclusive(run_dir):
-        for label, command, settings in steps:
-            if settings is not None:
-                path, mine = settings
-                _write_recipe(path, pinned(mine, run_dir / "iter1" / "data"))  # one ranker for all iterations
-            code = _call(label, command)
-            if code and (str(hub.SCRIPT) not in command or code in (WRONG_USE, INTERRUPTED)):
-                print(f"=== {label}: failed; run the same command again to go on from here", file=sys.stderr)
-                raise SystemExit(code)
-            if code:
-                print(f"=== {label}: failed; going on without", file=sys.stderr, flush=True)
-                unpushed.append(shlex.join(command))
+        unpushed = _run_steps(steps, run_dir)
+    if recipe.eval_prompts:
+        from sppo.evaluation.report import print_table
+
+        print_table(read_json(run_dir / "summary.json"))
     print(f"done: {recipe.iterations} iterations; the last model is {run_dir / f'iter{recipe.iterations}' / 'model'}")
     if unpushed:
         raise SPPOError(
@@ -88,11 +105,30 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
         )
 
 
-Step = tuple[str, list[str], tuple[Path, Recipe] | None]
+def _run_steps(steps: list[Step], run_dir: Path) -> list[str]:
+    """Run what is not done; returns the commands of the pushes that failed."""
+    from sppo.rankers import pinned
+
+    unpushed = []
+    for step in steps:
+        if step.recipe is not None:
+            path, mine = step.recipe
+            _write_recipe(path, pinned(mine, run_dir / "iter1" / "data"))  # one ranker for all iterations
+        if step.is_done():
+            print(f"=== {step.label}: done", flush=True)
+            continue
+        code = _call(step.label, step.command)
+        if code and (str(SCRIPT) not in step.command or code in (WRONG_USE, INTERRUPTED)):
+            print(f"=== {step.label}: failed; run the same command again to go on from here", file=sys.stderr)
+            raise SystemExit(code)
+        if code:
+            print(f"=== {step.label}: failed; going on without", file=sys.stderr, flush=True)
+            unpushed.append(shlex.join(step.command))
+    return unpushed
 
 
 def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Path, i: int) -> list[Step]:
-    """(label, command, recipe to write first) of each step of iteration i."""
+    """The steps of iteration i."""
     here = run_dir / f"iter{i}"
     prompts = recipe.prompts.replace("{iter}", str(i))
     model = recipe.model if i == 1 else str(run_dir / f"iter{i - 1}" / "model")
@@ -100,21 +136,25 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
     if i > 1:
         changes["model_revision"] = ""
     mine = dataclasses.replace(recipe, **changes)
+    part = (i - 1, recipe.iterations) if recipe.split_prompts else (0, 1)
     written = here / "recipe.yaml"
     common = flags(recipe=written, model=model, gpus=args.gpus)
     generate = ["bash", str(ROOT / "scripts/generate.sh"), *common]
     generate += flags(prompt=prompts, out_path=here / "data", world_size=args.world_size)
     if recipe.split_prompts:
-        generate += flags(part=f"{i - 1}/{recipe.iterations}")
-    train = ["bash", str(ROOT / "scripts/pipeline.sh"), *common, *flags(iter=i, dataset=here / "data")]
-    train += flags(output_dir=here / "model", accelerate_config=args.accelerate_config)
+        generate += flags(part=f"{part[0]}/{part[1]}")
+    training = flags(recipe=written, model=model, iter=i, dataset=here / "data", output_dir=here / "model")
+    train = ["bash", str(ROOT / "scripts/pipeline.sh"), *training, *flags(gpus=args.gpus)]
+    train += flags(accelerate_config=args.accelerate_config)
     on_hub = (recipe.org, f"{name}-iter{i}", recipe.public)
-    steps: list[Step] = [(f"iteration {i}: generate", generate, (written, mine))]
-    if recipe.org:
-        steps.append((f"iteration {i}: push the data", hub.command(*on_hub, output_dir=here / "data"), None))
-    steps.append((f"iteration {i}: train", train, None))
-    if recipe.push_model:
-        steps.append((f"iteration {i}: push the model", hub.command(*on_hub, model_dir=here / "model"), None))
+    steps = [
+        Step(f"iteration {i}: generate", generate, (written, mine), lambda: _data_stages(mine, args, here, part)),
+        Step(f"iteration {i}: push the data", push_command(*on_hub, output_dir=here / "data")),
+        Step(f"iteration {i}: train", train, None, lambda: _training_stages(args, training, here)),
+        Step(f"iteration {i}: push the model", push_command(*on_hub, model_dir=here / "model")),
+    ]
+    wanted = (True, bool(recipe.org), True, recipe.push_model)
+    steps = [step for step, is_wanted in zip(steps, wanted, strict=True) if is_wanted]
     if recipe.eval_prompts:
         report = [sys.executable, str(ROOT / "scripts/report.py"), *flags(recipe=written, run_dir=run_dir)]
         report += flags(
@@ -125,14 +165,68 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
             gpus=args.gpus,
             world_size=args.world_size,
         )
-        steps.append((f"iteration {i}: report", report, None))
+        stages = lambda: _report_stages(recipe, mine, args, run_dir, i)  # noqa: E731 - as for the other steps
+        steps.append(Step(f"iteration {i}: report", report, None, stages))
     return steps
+
+
+def _drawing_stages(recipe: Recipe, args: argparse.Namespace, data: Path, part: tuple[int, int]) -> list[Stage]:
+    """The stages of generation: each shard, and the shards put together."""
+    from sppo.generation.combine import combine_stage
+    from sppo.generation.shards import Source
+
+    if not (data / "responses.manifest.json").exists():
+        raise SPPOError(f"{data} is not whole")
+    source, count = Source.of(recipe, part), len(groups(devices(args.gpus), args.world_size))
+    shards = [source.stage(data, Slice(0, i, count)) for i in range(count)]
+    return [*shards, combine_stage(data, count, recipe.pairs)]
+
+
+def _data_stages(recipe: Recipe, args: argparse.Namespace, here: Path, part: tuple[int, int]) -> list[Stage]:
+    """The stages of generate.sh."""
+    from sppo.pairing.training_set import pairing_stage
+    from sppo.rankers import pinned
+    from sppo.ranking.shards import rank_stage
+
+    data = here / "data"
+    if not (data / "train.manifest.json").exists():
+        raise SPPOError(f"{data} is not whole")
+    recipe, count = pinned(recipe, here.parent / "iter1" / "data"), len(devices(args.gpus))
+    ranking = [rank_stage(recipe, data, Slice(0, i, count)) for i in range(count)]
+    return [*_drawing_stages(recipe, args, data, part), *ranking, pairing_stage(recipe, data)]
+
+
+def _training_stages(args: argparse.Namespace, training: list[str], here: Path) -> list[Stage]:
+    """The stage of pipeline.sh. `training`: the flags of sppo/run_sppo.py."""
+    from sppo.training.launching import training_config
+    from sppo.training.settings import prepare
+
+    if not (here / "model" / "sppo_manifest.json").exists() or (here / "model.partial").exists():
+        raise SPPOError(f"{here / 'model'} is not whole")
+    processes = training_config(devices(args.gpus), args.accelerate_config)[2]
+    return [prepare(training, processes).stage]
+
+
+def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, run_dir: Path, i: int) -> list[Stage]:
+    """The stages of scripts/report.py: the base's answers, iteration i's, and their comparison."""
+    from sppo.evaluation.report import report_stage
+
+    here = run_dir / f"iter{i}"
+    if not (here / "eval" / "report.manifest.json").exists() or not (run_dir / "summary.json").exists():
+        raise SPPOError(f"{here / 'eval'} is not whole")
+    base = dataclasses.replace(recipe, prompts=recipe.eval_prompts, prompts_revision="", pairs=recipe.eval_pairs)
+    after = dataclasses.replace(base, model=str(here / "model"), model_revision="")
+    drawn = [
+        *_drawing_stages(base, args, run_dir / "iter0" / "eval", (0, 1)),
+        *_drawing_stages(after, args, here / "eval", (0, 1)),
+    ]
+    return [*drawn, report_stage(dataclasses.replace(iteration, model_revision=recipe.model_revision), run_dir, i)]
 
 
 def _preflight(run_dir: Path, argv: list[str]) -> int:
     """The exit code of scripts/doctor.py, in a process of its own: what it imports and holds of a GPU goes with it.
 
-    In a run that has begun nobody else may be at work; in none, nothing is written.
+    In a run that has begun nobody else may be at work; in a run that has not, nothing is written.
     """
     with exclusive(run_dir) if (run_dir / ".lock").exists() else contextlib.nullcontext():
         return _wait([sys.executable, str(ROOT / "scripts/doctor.py"), *argv])
@@ -140,6 +234,8 @@ def _preflight(run_dir: Path, argv: list[str]) -> int:
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
     """The iteration's complete settings: what `generate.sh --recipe` and `pipeline.sh --recipe` read."""
+    import yaml
+
     with atomic(path) as temporary:
         temporary.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
 

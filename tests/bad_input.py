@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo import launch
-from sppo.errors import run_main
-from sppo.files import write_parquet
-from sppo.generation import responses_schema
+from sppo.common.errors import run_main
+from sppo.common.parquet import write_parquet
+from sppo.formats import responses_schema
+from sppo.launch import __main__ as launch
 
 LOGITS = [[0.0, 1.0], [-1.0, 0.0]]
 FINAL = (".parquet", ".manifest.json", ".safetensors", "ranker.json", "summary.json", "config.json")

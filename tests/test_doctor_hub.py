@@ -10,17 +10,18 @@ import pytest
 import tiny
 from test_doctor import flags_of
 
-from sppo.preflight import plan
+from sppo.common.findings import size
 
 ASK_THE_HUB = """
 import sys
-from sppo import chat, config, loop, preflight as doctor
-from sppo.preflight import checks
+from sppo import config, loop, preflight as doctor
+from sppo.common.errors import SPPOError
+from sppo.hub.checks import check_hub
 args, recipe = config.parse(loop.parser(""), sys.argv[1:])
 try:
-    for finding in checks.check_hub(doctor.open_run(recipe, args)):
+    for finding in check_hub(doctor.open_run(recipe, args)):
         print(finding.level, finding.text)
-except checks.SPPOError as error:
+except SPPOError as error:
     print("no", error)
 """
 
@@ -62,11 +63,11 @@ def test_a_model_on_the_hub_is_looked_at_without_its_weights(models: Path, tmp_p
         command = ["scripts/doctor.py", *flags_of(models, tmp_path, "--model=me/chat")]
         shown = tiny.succeed(*command, **hub.env, **home)
     weights = models / "llama3" / "model.safetensors"
-    assert f"{plan.size(weights.stat().st_size)} to download" in shown
+    assert f"{size(weights.stat().st_size)} to download" in shown
     assert "0.136 million parameters" in shown  # the file's size over float32's: its header counts as 0.001
     assert "an answer ends with <|eot_id|>" in shown
     assert not [r for r in hub.requests if r.startswith("GET") and r.endswith(".safetensors")]
     # what is in the cache now is not taken for the model: offline, its weights would never come
-    code = "from sppo.models import open_policy; open_policy('me/chat')"
+    code = "from sppo.common.policy import open_policy; open_policy('me/chat')"
     done = tiny.run(sys.executable, "-c", code, **home)
     assert "me/chat: not a directory here, and the Hub does not give it" in done.stderr

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_data import data_directory
 from test_ranking import asked, function_ranker
 
-from sppo.files import read_json
+from sppo.common.files import read_json
 
 PROMPTS = [{"prompt": f"Name {i} rivers" + " of Europe" * (i % 5)} for i in range(14)]
 # (iteration's directory, stage, what is there once the stage is at work, what is there once it is done)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sppo.errors import SPPOError
-from sppo.files import Journal, atomic, exclusive
-from sppo.manifest import Stage
-from sppo.models import model_identity
+from sppo.common.errors import SPPOError
+from sppo.common.files import atomic, exclusive
+from sppo.common.journal import Journal
+from sppo.common.manifest import Stage
+from sppo.common.model_files import model_identity
 
 IDENTITY = {"inputs": {"a": 1}, "settings": {}}
 

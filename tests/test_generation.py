@@ -20,15 +20,17 @@ import pytest
 import tiny
 import torch
 
-from sppo import chat, engines
-from sppo.config import Recipe
-from sppo.engines import Request, _Sampler, prompt_seed
-from sppo.errors import SPPOError, UsageError
-from sppo.files import read_json
-from sppo.generation import Slice, check_prompts, combine, generate_shard
-from sppo.launch import flags
-from sppo.models import open_policy
-from sppo.prompts import load_prompts
+from sppo.common import chat
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import read_json
+from sppo.common.policy import open_policy
+from sppo.common.shards import Slice
+from sppo.config import Recipe, flags
+from sppo.generation.combine import check_prompts, combine
+from sppo.generation.engines import Request, prompt_seed, vllm
+from sppo.generation.engines.transformers import _Sampler
+from sppo.generation.prompts import load_prompts
+from sppo.generation.shards import generate_shard
 
 PROMPTS = [f"Why is {n} None{'?' * (n % 5)}" + " and why" * (n % 7) for n in range(21)] + ["Why is 3 None???"]
 
@@ -242,8 +244,8 @@ def test_vllm_gives_the_same_whatever_the_shards(
 ) -> None:
     """On the CPU build, in float32: 1, 2, 3 and 5 shards, in any order, and duplicates differ."""
     pytest.importorskip("vllm")
-    engine = engines.start_vllm(open_policy(recipe.model), recipe, 256, 1)
-    monkeypatch.setattr(engines, "start_vllm", lambda *_: engine)
+    engine = vllm.start(open_policy(recipe.model), recipe, 256, 1)
+    monkeypatch.setattr(vllm, "start", lambda *_: engine)
     recipe.engine = "vllm"
     one = generate(recipe, tmp_path / "1", 1)
     for shards in (2, 3, 5):

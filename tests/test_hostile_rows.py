@@ -11,14 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo import chat
+from sppo.common import chat
+from sppo.common.files import read_json
+from sppo.common.parquet import write_parquet
+from sppo.common.shards import Slice
 from sppo.config import Recipe
-from sppo.data import load_training_set
-from sppo.files import read_json, write_parquet
-from sppo.generation import Slice, combine, generate_shard, responses_schema
-from sppo.pairing import compute_prob
-from sppo.rankers.pairrm import CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRM
-from sppo.ranking import prompt_logits, rank_shard
+from sppo.formats import responses_schema
+from sppo.generation.combine import combine
+from sppo.generation.shards import generate_shard
+from sppo.pairing.training_set import compute_prob
+from sppo.rankers._pairrm_network import CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRM
+from sppo.ranking.shards import prompt_logits, rank_shard
+from sppo.training.data import load_training_set
 
 ORDINARY = [f"Why is {n} None" + " and why" * (n % 4) for n in range(6)] + ["Name three rivers.", "A red ball?"]
 CONTROL = (

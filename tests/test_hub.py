@@ -22,10 +22,10 @@ from hub_server import TOKEN, Failure, Hub, Repo
 from huggingface_hub import DatasetCard, ModelCard, constants
 from huggingface_hub.utils import close_session
 
+from sppo.common.errors import run_main
+from sppo.common.files import read_json
 from sppo.config import Recipe
-from sppo.errors import run_main
-from sppo.files import read_json
-from sppo.pairing import compute_prob
+from sppo.pairing.training_set import compute_prob
 
 GENERATED, SCORE, MODEL = "me/data-x-iter1_generated", "me/synthetic_data_x-iter1_score", "me/x-iter1"
 AWKWARD = 'it\'s "a" run $(touch pwned) `x` #1'
@@ -219,6 +219,13 @@ def test_what_is_pushed_is_pushed_once_and_what_changed_again(hub: Hub, push: Pu
     assert (here / "data" / "train.parquet").read_bytes() in hub.repos[SCORE].files.values()
 
 
+def test_compute_prob_pushes_when_it_is_asked_to(hub: Hub, here: Path) -> None:
+    command = ["scripts/compute_prob.py", "--output_dir", here / "data", "--pairs=3", "--test_size=2", "--overwrite"]
+    tiny.succeed(*command, "--org=me", "--name=x-iter1", **hub.env)
+    assert set(hub.repos) == {GENERATED, SCORE}
+    assert all(repo.private for repo in hub.repos.values())
+
+
 def test_data_that_is_not_what_its_manifest_says_is_not_pushed(hub: Hub, push: Push, here: Path) -> None:
     shutil.copyfile(here / "data" / "test.parquet", here / "data" / "train.parquet")
     code, shown = push()
@@ -307,7 +314,7 @@ def test_a_failure_costs_nothing_local(
             probe.bind(("127.0.0.1", 0))
             monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{probe.getsockname()[1]}")
     else:
-        monkeypatch.setattr("sppo.hub.data_card", lambda *_: "---\nlicence: [1]\ntags: 7\n---\n")
+        monkeypatch.setattr("sppo.hub.push.data_card", lambda *_: "---\nlicence: [1]\ntags: 7\n---\n")
     code, shown = push()
     assert code == 1
     assert REFUSALS[trouble] in shown
@@ -415,11 +422,13 @@ def test_the_loop_goes_on_when_the_hub_refuses(made: tuple[Path, str], tmp_path:
 def test_the_scripts_push_last_and_only_what_is_whole(tmp_path: Path, script: str, failing: str) -> None:
     """Which commands the two start, seen by a PYTHON that writes them down and fails where it is told to."""
     python, log, place = tmp_path / "python", tmp_path / "log", tmp_path / AWKWARD
-    fails = f'case "$*" in *count*) ;; *{failing}*) exit 1 ;; esac'
-    python.write_text(f'#!/bin/bash\necho 1\nIFS=^; echo "$*" >> {log}\n{fails}\n')
+    flags_of_stages = f'case "$*" in *sppo.launch.chain*) exec {sys.executable} "$@" ;; esac'
+    fails = f'case "$*" in *{failing}*) exit 1 ;; esac'
+    python.write_text(f'#!/bin/bash\n{flags_of_stages}\nIFS=^; echo "$*" >> {log}\n{fails}\n')
     python.chmod(0o755)
-    flags = ["--out_path", place] if script == "generate.sh" else ["--output_dir", place, "--push_model"]
-    flags += ["--recipe", "r.yaml", "--org", "me", "--name", "x-iter1", "--public"]
+    training = ["--dataset", "d", "--output_dir", place, "--push_model"]
+    flags = ["--out_path", place] if script == "generate.sh" else training
+    flags += ["--recipe", "recipes/sppo/demo.yaml", "--org", "me", "--name", "x-iter1", "--public"]
     done = tiny.run(f"scripts/{script}", *flags, PYTHON=str(python))
     lines = log.read_text().splitlines()
     assert done.returncode == (0 if failing == "nothing" else 1)
@@ -430,8 +439,8 @@ def test_the_scripts_push_last_and_only_what_is_whole(tmp_path: Path, script: st
     assert pushes == lines[-1:]
     words = pushes[0].split("^")
     where = f"--output_dir={place}" if script == "generate.sh" else f"--model_dir={place}"
-    assert {where, "--org=me", "--name=x-iter1", "--public"} <= set(words)
-    assert len(lines) == (7 if script == "generate.sh" else 2)
+    assert {where, "--org=me", "--name=x-iter1", "--public=true"} <= set(words)
+    assert len(lines) == (6 if script == "generate.sh" else 2)
 
 
 def test_without_org_the_loop_has_no_push() -> None:
@@ -459,8 +468,11 @@ def test_without_org_the_loop_has_no_push() -> None:
         (["scripts/push_to_hub.py", "--org", "me", "--name", "x"], "--output_dir or --model_dir is missing"),
         (["scripts/generate.sh", "--out_path", "x", "--org", "me"], "--org needs --name"),
         (["scripts/generate.sh", "--out_path", "x", "--public"], "--public needs --org"),
-        (["scripts/pipeline.sh", "--output_dir", "x", "--push_model", "--org", "me"], "--push_model needs --org and"),
-        (["scripts/pipeline.sh", "--output_dir", "x", "--org", "me"], "are for --push_model"),
+        (
+            ["scripts/pipeline.sh", "--dataset=d", "--output_dir", "x", "--push_model", "--org", "me"],
+            "--push_model needs --org and",
+        ),
+        (["scripts/pipeline.sh", "--dataset=d", "--output_dir", "x", "--org", "me"], "are for --push_model"),
         (["scripts/run.py", "--model", "x", "--public"], "--public needs --org"),
         (["scripts/run.py", "--model", "x", "--push_model"], "--push_model needs --org"),
         (["scripts/run.py", "--model", "x", "--org", "me", "--name", "a b"], "--name 'a b-iter3'"),

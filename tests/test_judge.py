@@ -27,9 +27,9 @@ import pytest
 import tiny
 from test_data import data_directory
 
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import read_json
 from sppo.config import Recipe
-from sppo.errors import SPPOError, UsageError
-from sppo.files import read_json
 from sppo.rankers import judge
 from sppo.rankers.judge import Judge, judge_prompt, read_answer
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from sppo.errors import UsageError
-from sppo.launch import devices, groups, last_lines, overall
+from sppo.common.errors import UsageError
+from sppo.launch.devices import devices, groups
+from sppo.launch.processes import last_lines, overall
 
 
 def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +46,18 @@ def test_all_shards_progress_in_one_line(tmp_path: Path) -> None:
     for log, bar in zip(logs, bars, strict=True):
         log.write_text(f"generate: rows\n{bar}")
     assert overall(logs) == "20 of 59 prompts, 2 shards, 1000 tok/s, 1:01:29 left"
-    logs[0].write_text("loading")
-    assert overall(logs[:1]) == "loading"
+    logs[0].write_text("train:  30%|x | 3/10 [00:10<00:20, 3.10s/it]")
+    assert overall(logs[:1]) == "3 of 10 steps, 00:20 left"
+    logs[0].write_text("reference log-probs:  50%|x | 8/16 [00:10<00:10, 2.10row/s]")
+    assert overall(logs[:1]) == "8 of 16 rows, 00:10 left"
+
+
+def test_a_library_s_warnings_are_not_taken_for_progress(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("WARNING 11-25 01:00:00 [input_processor.py:409] Passing raw prompts is deprecated\n")
+    assert overall([log]) == "starting"
+    log.write_text("generate: rows 0 to 9 of 9: 9 to do\n(EngineCore) WARNING: no time to spare\n")
+    assert overall([log]) == "generate: rows 0 to 9 of 9: 9 to do"
 
 
 # a stage of the tests' own: shard 0 does what argv[1] says, the others sleep and leave a child behind

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from sppo.files import read_json
-from sppo.models import model_identity
+from sppo.common.files import read_json
+from sppo.common.model_files import model_identity
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 
@@ -107,9 +107,16 @@ def test_the_loop_with_transformers(models: Path, tmp_path: Path, network: dict[
     line = json.loads(first)  # at the first step the policy is the reference
     assert line["rewards/chosen"] == pytest.approx(0, abs=1e-6)
     assert line["beta2_loss"] == pytest.approx(0.1**2 * line["loss"], rel=1e-4)
-    before = mtimes(run)
+    before, logs = mtimes(run), sorted(run.rglob("*.log"))
     drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3")  # run again: everything is done
     assert mtimes(run) == before
+    assert sorted(run.rglob("*.log")) == logs  # and no stage was started to find that out
+    (run / "iter2" / "data" / "ranking" / "shard-00000.parquet").unlink()
+    drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3")  # what is gone is made again, and the same
+    assert {path for path, time in mtimes(run).items() if before[path] != time} == {
+        str(run / "iter2" / "data" / "ranking" / "shard-00000.parquet")
+    }
+    before = mtimes(run)
     # other settings in the same directory are refused, by name
     done = tiny.run(
         "run_sppo_llama-3.sh", "--model", models / "llama3", "--prompts", tmp_path / f"{WEIRD}.jsonl", "--ranker",

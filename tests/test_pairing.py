@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo import join
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import atomic_together, read_json
+from sppo.common.parquet import read_batches
 from sppo.config import Recipe
-from sppo.errors import SPPOError, UsageError
-from sppo.files import atomic_together, read_batches, read_json
-from sppo.generation import responses_schema
-from sppo.pairing import compute_prob
-from sppo.ranking import ranking_schema
+from sppo.formats import ranking_schema, responses_schema
+from sppo.pairing import join
+from sppo.pairing.training_set import compute_prob
 
 Rows = list[dict[str, Any]]
 

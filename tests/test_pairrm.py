@@ -15,12 +15,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from sppo.deberta import Attention, speed_up
-from sppo.errors import SPPOError
+from sppo.common.errors import SPPOError
+from sppo.common.preference import mean_scores
+from sppo.rankers._deberta import Attention, speed_up
+from sppo.rankers._pairrm_network import PairInputs, PairRM, PairRMModel
 from sppo.rankers.llm_blender import LLMBlender, load_blender
-from sppo.rankers.pairrm import PairInputs, PairRM, PairRMModel
-from sppo.ranking import prompt_logits
-from sppo.winrates import mean_scores
+from sppo.ranking.shards import prompt_logits
 
 CUDA = torch.cuda.is_available()
 

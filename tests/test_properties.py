@@ -21,14 +21,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo import config, winrates
+from sppo import config
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.journal import Journal
+from sppo.common.shards import Slice
 from sppo.config import Recipe
-from sppo.errors import SPPOError, UsageError
-from sppo.files import Journal
-from sppo.generation import Slice
-from sppo.launch import groups
-from sppo.prompts import fingerprint, load_prompts
-from sppo.ranking import prompt_logits
+from sppo.generation.prompts import fingerprint, load_prompts
+from sppo.launch.devices import groups
+from sppo.pairing import winrates
+from sppo.ranking.shards import prompt_logits
 
 settings.register_profile("small", max_examples=60, derandomize=True, deadline=None, database=None)
 settings.load_profile("small")

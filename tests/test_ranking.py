@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.files import write_parquet
-from sppo.generation import responses_schema
+from sppo.common.parquet import write_parquet
+from sppo.formats import responses_schema
 
 RANKER = """
 import json, os, time
@@ -166,3 +166,40 @@ def test_the_ranker_is_fetched_once_and_pinned(models: Path, tmp_path: Path) -> 
         assert json.loads((data / "ranker.json").read_text())["revision"] == "a" * 40
         moved = tiny.succeed("scripts/preload.py", "--ranker", "acme/PairRM", **env)
         assert "b" * 40 in moved  # without a pin the branch is followed
+
+
+def test_the_released_commands_work_as_they_stand(models: Path, tmp_path: Path) -> None:
+    """The released README's: one shard needs no combining, and rank.py knows whose responses it ranks."""
+    prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(5)])
+    out = tmp_path / "out"
+    shown = tiny.run("scripts/rank.py", "--output_dir", out, "--prompts", prompts)
+    assert shown.returncode == 1
+    assert "draw the responses first, with scripts/generate.py" in shown.stderr
+    draw = ["scripts/generate.py", "--model", models / "llama3", "--output_dir", out, "--prompts", prompts]
+    draw += ["--pairs=2", "--maxlen=4", "--engine=transformers"]
+    two = ["--numgpu=2", "--output_dir", tmp_path / "two"]
+    tiny.succeed(*draw, *two)
+    tiny.succeed(*draw, *two, "--data_frac=1")
+    rank = ["scripts/rank.py", "--pairs=2", "--ranker", models / "PairRM", "--prompts", prompts, "--output_dir"]
+    done = tiny.run(*rank, tmp_path / "two")
+    assert done.returncode == 1
+    command = f"python scripts/combine_generate.py --output_dir {tmp_path / 'two'} --numgpu 2"
+    assert f"put its shards together first: {command}" in done.stderr
+    tiny.succeed(*draw)
+    tiny.succeed(*rank, out)
+    with_model = tiny.succeed(*rank, out, "--model", models / "llama3")
+    assert "is done" in with_model  # the model was the same
+    tiny.succeed("scripts/compute_prob.py", "--output_dir", out, "--pairs=2")
+    assert len(pq.read_table(out / "train.parquet")) + len(pq.read_table(out / "test.parquet")) > 0
+
+
+def test_a_model_that_changed_since_it_drew_is_not_taken_for_it(models: Path, tmp_path: Path) -> None:
+    """rank.py without --model: the responses' manifest names a directory that holds another model by now."""
+    model = shutil.copytree(models / "llama3", tmp_path / "model")
+    prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "question"}])
+    draw = ["scripts/generate.py", "--model", model, "--output_dir", tmp_path / "out", "--prompts", prompts]
+    tiny.succeed(*draw, "--pairs=2", "--maxlen=4", "--engine=transformers")
+    shutil.copyfile(models / "qwen3" / "model.safetensors", model / "model.safetensors")
+    done = tiny.run("scripts/rank.py", "--output_dir", tmp_path / "out", "--pairs=2", "--ranker", models / "PairRM")
+    assert done.returncode == 1
+    assert "is not the model any more that drew" in done.stderr

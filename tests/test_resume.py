@@ -15,7 +15,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from sppo.checkpoints import COMPLETE
+from sppo.training.checkpoints import COMPLETE
 
 TIMES = {"tokens_per_second", "seconds_left"}  # what no run shares with another
 

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_data import data_directory
 
+from sppo.common.errors import SPPOError
+from sppo.common.files import read_json
 from sppo.config import Recipe
-from sppo.errors import SPPOError
-from sppo.files import read_json
 from sppo.rankers import reward_model
 from sppo.rankers.reward_model import RewardModel
-from sppo.ranking import prompt_logits
+from sppo.ranking.shards import prompt_logits
 
 BERT_TEMPLATE = (
     "{{ '[CLS]' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '[SEP]' }}{% endfor %}"

@@ -10,8 +10,9 @@ import pytest
 import tiny
 import torch
 
-from sppo.errors import SPPOError
-from sppo.models import load_causal_lm, open_policy
+from sppo.common.errors import SPPOError
+from sppo.common.loading import load_causal_lm
+from sppo.common.policy import open_policy
 
 PROMPTS = [{"prompt": f"Name {i} rivers"} for i in range(6)]
 CODE = """

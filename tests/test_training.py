@@ -14,13 +14,16 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from sppo import chat, run_sppo
+from sppo import run_sppo
+from sppo.common import chat
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import read_json
+from sppo.common.loading import load_causal_lm
+from sppo.common.model_files import model_identity
+from sppo.common.policy import open_policy
 from sppo.config import Recipe
-from sppo.data import Place, StepBatches, TrainingSet, load_training_set
-from sppo.errors import SPPOError, UsageError
-from sppo.files import read_json
-from sppo.logps import add_lean_forward, response_logps
-from sppo.models import load_causal_lm, model_identity, open_policy
+from sppo.training.data import Place, StepBatches, TrainingSet, load_training_set
+from sppo.training.logps import add_lean_forward, response_logps
 
 Train = Callable[..., Path]
 
@@ -234,6 +237,9 @@ def test_what_a_trained_model_holds(models: Path, tmp_path: Path, train: Train) 
     assert not list(model.rglob("*.bin"))
     assert not list(model.rglob("optimizer*"))
     assert not (tmp_path / "model.partial").exists()
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode & 0o777 for path in model.iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}  # safetensors' own is 0600: colleagues read it too
 
 
 def test_a_policy_in_bfloat16_is_trained_in_float32_and_stays_one(models: Path, tmp_path: Path, train: Train) -> None:

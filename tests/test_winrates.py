@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sppo import winrates
+from sppo.pairing import winrates
 
 
 def test_released_estimator_is_the_released_scripts() -> None:

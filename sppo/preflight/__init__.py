@@ -1,7 +1,7 @@
 """The preflight: everything that can be known before GPU time is spent, with a plan in numbers and a yes or a no.
 
-What is done already is not looked at again: an iteration whose data exists needs no prompts, one whose model exists
-no training. A check that fails never hides the others.
+Only the work that is left is checked: an iteration whose data exists needs no prompts, and one whose model exists needs
+no training. All checks run, also when one of them fails.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from sppo.common.errors import SPPOError
+from sppo.common.findings import Finding, Findings, Iteration, Run, no
 from sppo.config import Recipe
-from sppo.errors import SPPOError
 from sppo.loop import place
-from sppo.preflight import checks, plan
-from sppo.preflight.checks import Finding, Findings, Iteration, Run, no
+from sppo.preflight import plan
 
 
 def open_run(recipe: Recipe, args: argparse.Namespace) -> Run:
@@ -32,24 +32,31 @@ def open_run(recipe: Recipe, args: argparse.Namespace) -> Run:
 
 def examine(run: Run) -> dict[str, list[Finding]]:
     """Every check's findings, by group, in the order in which they are shown."""
-    from sppo.preflight import inputs, memory
+    from sppo.evaluation import checks as evaluation
+    from sppo.generation import checks as generation
+    from sppo.hub import checks as hub
+    from sppo.preflight import machine
+    from sppo.ranking import checks as ranking
+    from sppo.training import checks as training
 
     groups: list[tuple[str, Callable[[Run], Findings]]] = [
-        ("versions", checks.check_versions),
-        ("GPUs", memory.check_gpus),
-        ("model", inputs.check_model),
-        ("chat template", inputs.check_tokenizer),
-        ("training", checks.check_settings),
-        ("training", checks.check_batches),
-        ("prompts", inputs.check_prompts),
-        ("memory", memory.check_memory),
-        ("ranker", inputs.check_ranker_download),
-        ("disk", checks.check_disk),
-        ("ranker", inputs.check_ranker),
-        ("report", inputs.check_report),
-        ("report", inputs.check_judge),
-        ("Hub", checks.check_hub),
-        ("ports", checks.check_ports),
+        ("versions", machine.check_versions),
+        ("GPUs", machine.check_gpus),
+        ("model", generation.check_model),
+        ("chat template", generation.check_template),
+        ("training", training.check_settings),
+        ("training", training.check_batches),
+        ("prompts", generation.check_prompts),
+        ("plan", plan.count_work),
+        ("memory", generation.check_memory),
+        ("memory", training.check_memory),
+        ("ranker", ranking.check_download),
+        ("disk", machine.check_disk),
+        ("ranker", ranking.check_ranker),
+        ("report", generation.check_held_out),
+        ("report", evaluation.check_judge),
+        ("Hub", hub.check_hub),
+        ("ports", training.check_ports),
     ]
     found: dict[str, list[Finding]] = {group: [] for group, _ in groups}
     for group, check in groups:
@@ -79,20 +86,8 @@ def report(run: Run) -> int:
             print(f"  {finding.level:<4}  {finding.text}")
     if run.loads:
         print("plan")
-        print("\n".join(f"  {line}" for line in plan.table(run.loads, run.recipe, _hours(run))))
+        print("\n".join(f"  {line}" for line in plan.table(run.loads, run.recipe, plan.hours(run))))
     problems = sum(finding.level == "no" for findings in found.values() for finding in findings)
     counted = f"{problems} problem{'s' if problems > 1 else ''}"
     print(f"ready: no: {counted}, see above" if problems else "ready: yes", flush=True)
     return problems
-
-
-def _hours(run: Run) -> dict[int, list[float]]:
-    """Rough hours of each iteration's stages; none where the model or the devices are not known."""
-    if run.shape is None or not any(load.prompts for load in run.loads):
-        return {}
-    if run.cpu:
-        run.rate = plan.matrix_rate()
-    if not run.rate:
-        return {}
-    count, ranker, per_pair = run.shape.parameters, run.ranker_parameters, run.ranker_reads_pairs
-    return {load.iteration: plan.hours(load, run.recipe, count, ranker, per_pair, run.rate) for load in run.loads}

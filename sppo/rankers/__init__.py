@@ -9,23 +9,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sppo import chat
+from sppo.common import chat
+from sppo.common.errors import SPPOError
+from sppo.common.files import read_json, write_json
+from sppo.common.model_files import commit_of
+from sppo.common.policy import policy_of
 from sppo.config import Recipe
-from sppo.files import write_json
-from sppo.models import commit_of, pinned, policy_of
-from sppo.prompts import Message, prompt_text
+from sppo.formats import Message, Pair, prompt_text
 
 if TYPE_CHECKING:
     import torch
 
-Pair = tuple[list[Message], str, str]  # (prompt, the response shown first, the response shown second)
 # what a ranker is asked to see whether it answers
 TRIAL: Pair = ([{"role": "user", "content": "What is two plus two?"}], "Four.", "I do not like questions.")
 
@@ -58,8 +61,24 @@ def backend(recipe: Recipe) -> ModuleType:
     return importlib.import_module(f"sppo.rankers.{name.replace('-', '_')}")
 
 
+def pinned(recipe: Recipe, data_dir: Path) -> Recipe:
+    """The recipe with the ranker's revision that preload.py wrote into $DATA/ranker.json, if it did.
+
+    A branch may move while shards, or iterations, are made; a commit does not.
+    """
+    path = data_dir / "ranker.json"
+    if not path.exists():
+        return recipe
+    pin = read_json(path)
+    if not isinstance(pin, dict) or not {"ranker", "asked", "revision"} <= set(pin):
+        raise SPPOError(f"{path} is damaged; delete it and run preload.py again")
+    if pin["ranker"] != recipe.ranker or recipe.ranker_revision not in (pin["asked"], pin["revision"]):
+        return recipe
+    return dataclasses.replace(recipe, ranker_revision=pin["revision"])
+
+
 def preload(recipe: Recipe, data_dir: Path | None) -> None:
-    """Fetch the ranker, and keep the commit that the Hub gave in $DATA/ranker.json (see models.pinned)."""
+    """Fetch the ranker, and keep the commit that the Hub gave in $DATA/ranker.json (see pinned)."""
     wanted = pinned(recipe, data_dir) if data_dir else recipe
     where = backend(wanted).fetch(wanted)
     commit = commit_of(Path(where))
@@ -68,6 +87,17 @@ def preload(recipe: Recipe, data_dir: Path | None) -> None:
             data_dir / "ranker.json", {"ranker": recipe.ranker, "asked": recipe.ranker_revision, "revision": commit}
         )
     print(f"preload: {recipe.ranker} is at {where}" + (f"; pinned to --ranker_revision {commit}" if commit else ""))
+
+
+def ask_trial(ranker: Ranker, pairs: list[Pair], which: str) -> list[float]:
+    """The ranker's logits of trial pairs. Raises SPPOError, which names `which`, where one is not a finite number."""
+    try:
+        answers = dict(ranker.logits(pairs))
+    except SPPOError as error:
+        raise SPPOError(f"{which} fails on a trial pair: {error}") from None
+    if not all(map(math.isfinite, answers.values())):
+        raise SPPOError(f"{which} gives {list(answers.values())} for a trial pair, not finite numbers")
+    return [answers[i] for i in range(len(pairs))]
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, batch_scores: int = 1 << 62) -> Iterator[list[int]]:
@@ -105,7 +135,7 @@ def prompt_renderer(recipe: Recipe, tokenizer: Any = None) -> Callable[[list[Mes
 
 
 def prompt_identity(recipe: Recipe) -> dict[str, str]:
-    """What decides prompt_renderer's words."""
+    """The part of a ranker's identity that decides what prompt_renderer gives."""
     if recipe.ranker_prompt == "text":
         return {"ranker_prompt": "text"}
     return {"ranker_prompt": "templated", "model": policy_of(recipe).identity()}

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import digest
 from sppo.config import Recipe
-from sppo.errors import SPPOError, UsageError
-from sppo.files import digest
-from sppo.prompts import Message, prompt_text
-from sppo.rankers import Pair
+from sppo.formats import Message, Pair, prompt_text
 
 Function = Callable[[str, str, str], float]
 

@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from sppo.common.errors import SPPOError, UsageError
 from sppo.config import Recipe
-from sppo.errors import SPPOError, UsageError
-from sppo.prompts import Message, prompt_text
-from sppo.rankers import TRIAL, Pair
+from sppo.formats import Message, Pair, prompt_text
+from sppo.rankers import TRIAL
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sppo.common.errors import SPPOError
+from sppo.common.files import read_json
 from sppo.config import Recipe
-from sppo.errors import SPPOError
-from sppo.files import read_json
-from sppo.models import ranker_base
-from sppo.rankers import Pair, pairrm, prompt_renderer
-from sppo.rankers.pairrm import PairInputs, fetch, fetch_ranker
+from sppo.formats import Pair
+from sppo.rankers import pairrm, prompt_renderer
+from sppo.rankers._pairrm_network import PairInputs, load_strictly
+from sppo.rankers.pairrm import fetch, fetch_ranker, ranker_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +49,7 @@ def load_blender(directory: Path, device: str) -> Any:
         blender.loadranker(str(directory), device=device, model_name=str(ranker_base(directory)), load_checkpoint=None)
     finally:
         model_util.build_pretrained_model = build
-    pairrm.load_strictly(blender.ranker, directory)
+    load_strictly(blender.ranker, directory)
     return blender
 
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sppo import chat
+from sppo.common import chat
+from sppo.common.errors import SPPOError
+from sppo.common.files import read_json
+from sppo.common.loading import loading
+from sppo.common.model_files import model_identity, resolve
 from sppo.config import Recipe
-from sppo.errors import SPPOError
-from sppo.files import read_json
-from sppo.models import loading, model_identity, resolve
-from sppo.prompts import Message
-from sppo.rankers import Pair, batches, device_and_dtype
+from sppo.formats import Message, Pair
+from sppo.rankers import batches, device_and_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,168 @@
+"""Conversations to token ids, by the model's own tokenizer and chat template and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppo.common.errors import SPPOError, first_line
+from sppo.common.files import read_json
+from sppo.formats import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What describes a tokenizer in a model directory. Copied as they are from one iteration to the next.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; its own code runs only with `remote_code`.
+
+    Raises SPPOError if it has none, or no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exceptions
+        raise SPPOError(f"model {directory}: its tokenizer cannot be loaded: {first_line(error)}") from None
+    if not tokenizer.chat_template:
+        raise SPPOError(
+            f"model {directory} has no chat template, so it is no chat model. Start from its instruct version, "
+            "or put a chat_template.jinja into the directory."
+        )
+    return tokenizer
+
+
+def with_system(tokenizer: PreTrainedTokenizerBase, messages: list[Message], system_prompt: str) -> list[Message]:
+    """`messages` as the template takes them: `system_prompt` in front where there is no system turn, and the
+    system turn folded into the first user turn where the template refuses or ignores one (Gemma-2, Mistral 0.2)."""
+    if system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    if messages[0]["role"] != "system" or takes_system(tokenizer):
+        return messages
+    if len(messages) < 2 or messages[1]["role"] != "user":
+        raise ValueError("a system turn without a user turn behind it")
+    folded = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [folded, *messages[2:]]
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template renders a system turn's text. Asked of the template itself, once."""
+    if not hasattr(tokenizer, "_sppo_takes_system"):
+        probe = [{"role": "system", "content": "system-probe"}, {"role": "user", "content": "user-probe"}]
+        try:
+            rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+            tokenizer._sppo_takes_system = "system-probe" in rendered
+        except Exception:  # noqa: BLE001 - templates refuse with whatever jinja raises
+            tokenizer._sppo_takes_system = False
+    return tokenizer._sppo_takes_system
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], template_kwargs: dict[str, Any] | None = None
+) -> list[int]:
+    """Token ids of the prompt, up to and with the assistant's header: one BOS, the template's own.
+
+    Raises ValueError where the template refuses the conversation (roles that do not alternate, say).
+    """
+    return _template(tokenizer, messages, True, template_kwargs)
+
+
+def response_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    response: str,
+    stop_ids: set[int],
+    template_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids) of a finished conversation whose generated token ids are not known.
+
+    The response ends with the template's own end token, once; what a template puts behind that (a newline)
+    is never generated and so not trained on. Raises ValueError where the template does not keep the prompt.
+    """
+    prompt = prompt_ids(tokenizer, messages, template_kwargs)
+    answer = [{"role": "assistant", "content": response}]
+    whole = _template(tokenizer, messages + answer, False, template_kwargs)
+    if whole[: len(prompt)] != prompt:
+        raise ValueError("the chat template renders the prompt differently once it is answered")
+    ids = whole[len(prompt) :]
+    ends = [i for i, token in enumerate(ids) if token in stop_ids]
+    return prompt, ids[: ends[-1] + 1] if ends else ids
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    template_kwargs: dict[str, Any] | None,
+) -> list[int]:
+    return list(_applied(tokenizer, messages, add_generation_prompt, template_kwargs, return_dict=True)["input_ids"])
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    template_kwargs: dict[str, Any] | None = None,
+) -> str:
+    """The conversation as the template's text. Raises ValueError where the template refuses it."""
+    return _applied(tokenizer, messages, add_generation_prompt, template_kwargs, tokenize=False)
+
+
+def _applied(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    template_kwargs: dict[str, Any] | None,
+    **how: bool,
+) -> Any:
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, **how, **(template_kwargs or {})
+        )
+    except (jinja2.exceptions.TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template refuses it: {error}") from None
+
+
+def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a response: generation_config.json's eos_token_id, and the tokenizer's."""
+    stops: set[int] = set()
+    path = directory / "generation_config.json"
+    if path.exists():
+        config = read_json(path)
+        eos: Any = config.get("eos_token_id") if isinstance(config, dict) else "no object"
+        found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(isinstance(token, int) for token in found):
+            raise SPPOError(f"{path} is damaged: its eos_token_id is {eos!r}, not a token id; fetch the model again")
+        stops.update(found)
+    if tokenizer.eos_token_id is not None:
+        stops.add(tokenizer.eos_token_id)
+    if not stops:
+        raise SPPOError(f"model {directory}: no end-of-sequence token in generation_config.json or the tokenizer")
+    return stops
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary, the added tokens and the template: equal means equal token ids."""
+    sha = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        sha.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
+    sha.update(json.dumps(tokenizer.chat_template).encode())
+    sha.update(repr([tokenizer.bos_token_id, tokenizer.eos_token_id]).encode())
+    return sha.hexdigest()[:32]

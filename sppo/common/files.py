@@ -1,0 +1,119 @@
+"""Files that are whole or absent: atomic writes, JSON, digests, and the lock on a directory."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError
+
+_WHOLE = 64 << 20  # bytes up to which a file is hashed whole
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed, on failure removed."""
+    with atomic_together([path]) as (temporary,):
+        yield temporary
+
+
+@contextmanager
+def atomic_together(paths: list[Path]) -> Iterator[list[Path]]:
+    """A temporary path beside each of `paths`: none is renamed unless all are whole and fsynced."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
+    temporaries = [path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in paths]
+    try:
+        yield temporaries
+        for temporary in temporaries:
+            follow_umask(temporary)
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode that a new file gets: safetensors makes its files readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the temporary files of earlier writers of `path` that were killed."""
+    for left in path.parent.glob(f".{path.name}.tmp-*"):
+        try:
+            os.kill(int(left.name.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (PermissionError, ValueError):  # another user's process, or a name that is not ours
+            continue
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a directory, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SPPOError(f"{path} is damaged ({error}); delete it and run the stage again") from None
+
+
+def digest(path: Path) -> str:
+    """A fingerprint of a file: sha256 of all of it up to 64 MiB, beyond that of 4 KiB in every MiB.
+
+    Sampling makes the digest of a 16 GB model fast. Training changes all weights, so the sample shows it.
+    """
+    sha = hashlib.sha256()
+    size = path.stat().st_size
+    sha.update(str(size).encode())
+    with open(path, "rb") as handle:
+        if size <= _WHOLE:
+            while block := handle.read(1 << 20):
+                sha.update(block)
+        else:
+            for offset in range(0, size, 1 << 20):
+                handle.seek(offset)
+                sha.update(handle.read(4096))
+    return sha.hexdigest()
+
+
+def changed(directory: Path, digests: dict[str, str]) -> list[str]:
+    """Names in `directory` of the files that are missing or not what their digests say."""
+    return [n for n, sha in digests.items() if not (directory / n).is_file() or digest(directory / n) != sha]
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Lock a directory for this process. Raises SPPOError where another process has it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SPPOError(f"another run is at work in {directory}; wait for it, or use another --run_dir") from None
+        yield

@@ -1,0 +1,100 @@
+"""The journal of a shard: what a process had finished before it was killed is kept."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from sppo.common.errors import SPPOError
+
+
+class Journal:
+    """Finished items of a shard, one line each, so that a killed process loses only what it had not finished.
+
+    A line is a checksum, the item's key and its JSON. The first line holds the identity (inputs and settings) that the
+    items were made under. The identity is part of every line's checksum, so items of another identity are not taken. A
+    damaged line (the last one before a kill) is dropped, and its item is made again. Only offsets are in memory.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.done: dict[str, int] = {}
+        self.dropped = 0
+        self._salt = json.dumps(identity, sort_keys=True).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115 - held until close() or remove()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SPPOError(f"another process is writing {path}; wait for it or stop it") from None
+        self._scan(identity)
+
+    def _scan(self, identity: dict[str, Any]) -> None:
+        self._file.seek(0)
+        header, end = self._file.readline(), self._file.tell()
+        for line in self._file:
+            item = _decode(line, self._salt)
+            if item is None:
+                self.dropped += 1
+            else:
+                self.done[item["key"]] = end
+            end += len(line)
+        if not self.done and (_decode(header) or {}).get("identity") != identity:
+            # no item in it: another identity's empty journal, or a kill while the first line was written
+            self._file.truncate(0)
+            self._append({"identity": identity}, b"")
+            return
+        self._file.seek(-1, os.SEEK_END)
+        if self._file.read(1) != b"\n":
+            self._file.write(b"\n")  # close the line that the kill left open
+        if self.dropped:
+            print(f"{self.path}: {self.dropped} damaged lines are dropped and made again")
+
+    def _append(self, item: dict[str, Any], salt: bytes) -> int:
+        body = json.dumps(item, ensure_ascii=True, separators=(",", ":")).encode()
+        self._file.seek(0, os.SEEK_END)
+        offset = self._file.tell()
+        self._file.write(_checksum(body, salt) + b" " + body + b"\n")
+        self._file.flush()
+        return offset
+
+    def add(self, key: str, value: dict[str, Any]) -> None:
+        self.done[key] = self._append({"key": key, "value": value}, self._salt)
+
+    def read(self, key: str) -> dict[str, Any]:
+        self._file.seek(self.done[key])
+        item = _decode(self._file.readline(), self._salt)
+        if item is None:
+            raise SPPOError(f"{self.path} changed while it was read; run the stage again")
+        return item["value"]
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def remove(self) -> None:
+        """Delete the journal: the shard exists under its final name, so nobody needs it."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def journal_identity(path: Path) -> dict[str, Any] | None:
+    """The identity that the items of a journal were made under; None where it has no item or no readable first line."""
+    with open(path, "rb") as handle:
+        header, work = _decode(handle.readline()), handle.readline()
+    return header["identity"] if header and work else None
+
+
+def _checksum(body: bytes, salt: bytes) -> bytes:
+    return hashlib.sha256(salt + body).hexdigest()[:16].encode()
+
+
+def _decode(line: bytes, salt: bytes = b"") -> dict[str, Any] | None:
+    """A line's item; None for a damaged one and for another identity's. `salt`: empty for the first line."""
+    checksum, _, body = line.rstrip(b"\n").partition(b" ")
+    return json.loads(body) if _checksum(body, salt) == checksum else None

@@ -1,0 +1,93 @@
+"""Networks from their files: a causal model from safetensors, with its LoRA adapter where it has one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError, first_line, out_of_memory
+from sppo.common.policy import Policy
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever transformers and its readers raise for damaged, missing or unknown files into an SPPOError."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - every reader raises its own
+        if isinstance(error, SPPOError) or out_of_memory(error):
+            raise
+        raise SPPOError(f"{what} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def load_config(policy: Policy) -> Any:
+    """The policy's config. Raises SPPOError where it cannot be read, or needs code that may not run."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(policy.weights, trust_remote_code=policy.remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        hint = "; --trust_remote_code runs the code that comes with it" if "trust_remote_code" in str(error) else ""
+        raise SPPOError(f"model {policy.weights}: its config cannot be loaded: {first_line(error)}{hint}") from None
+
+
+def load_causal_lm(
+    policy: Policy, dtype: Any, attn_implementation: str = "", merge: bool = True, quantization: Any = None
+) -> Any:
+    """The policy's network, from safetensors only. `merge`: with its adapter merged in, else without it.
+
+    Gemma-2 gets eager attention: scaled-dot-product attention ignores its soft caps.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(policy)
+    if not attn_implementation and getattr(config, "attn_logit_softcapping", None):
+        attn_implementation = "eager"
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    with loading(f"model {policy.weights}"):
+        network, report = AutoModelForCausalLM.from_pretrained(
+            policy.weights,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=policy.remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them
+            **options,
+        )
+        absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        if absent:  # they would be random
+            raise SPPOError(f"model {policy.weights}: weights missing or of another shape: {', '.join(absent[:4])}")
+    if policy.adapter is None or not merge:
+        return network
+    return _adapted(network, policy.adapter).merge_and_unload()
+
+
+def _adapted(network: Any, adapter: Path, is_trainable: bool = False) -> Any:
+    """`network` with the adapter on top. A missing weight is an error; peft would only warn and leave it at zero."""
+    with loading(f"adapter {adapter}"), warnings.catch_warnings():
+        from peft import PeftModel
+
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(network, adapter, is_trainable=is_trainable)
+
+
+def add_adapter(network: Any, policy: Policy, new: Any) -> Any:
+    """`network` with the LoRA adapter to train: the policy's own where it is one, else `new`, a peft.LoraConfig.
+
+    A new adapter changes nothing before its first step, so either way the policy is the reference then. Raises
+    SPPOError for modules that the network does not have.
+    """
+    from peft import get_peft_model
+
+    if policy.adapter is not None:
+        return _adapted(network, policy.adapter, is_trainable=True)
+    modules = new.target_modules if isinstance(new.target_modules, str) else ",".join(sorted(new.target_modules))
+    try:
+        return get_peft_model(network, new)
+    except ValueError as error:
+        raise SPPOError(f"--lora_target_modules {modules}: {' '.join(str(error).split())}") from None

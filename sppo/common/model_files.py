@@ -1,0 +1,136 @@
+"""A model's files: where they are (a directory here, or a snapshot from the Hub), their shapes, their fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError, first_line
+from sppo.common.files import digest, read_json
+
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_MODEL_FILES = ("*.safetensors", *_SMALL_FILES)
+_CODE_FILES = ("*.py",)  # only with trust_remote_code
+
+
+def json_object(path: Path, *keys: str) -> dict[str, Any]:
+    """A model's JSON file, which holds an object with `keys`. Raises SPPOError for any other."""
+    found = read_json(path)
+    missing = [key for key in keys if not isinstance(found, dict) or not found.get(key)]
+    if missing or not isinstance(found, dict):
+        raise SPPOError(f"{path} is damaged: no {', '.join(missing) or 'JSON object'} in it; fetch the model again")
+    return found
+
+
+def resolve(
+    name: str, revision: str = "", what: str = "model", remote_code: bool = False, weights: bool = True
+) -> Path:
+    """The local directory of a model: itself, or its snapshot from the Hub (safetensors only, no pickle).
+
+    A local path never asks the Hub. `weights`: as for open_policy. Raises SPPOError for what is nowhere.
+    """
+    if not name:
+        raise SPPOError(f"no {what} given; pass --{what}")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / f).exists() for f in ("config.json", "adapter_config.json")):
+            hint = "; its training did not finish" if Path(f"{path}.partial").exists() else ""
+            raise SPPOError(f"{path} is a directory without a config.json, so not a {what}{hint}")
+        return path
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise SPPOError(f"{what} {name}: no such directory")
+    files = (_MODEL_FILES if weights else _SMALL_FILES) + (_CODE_FILES if remote_code else ())
+    return snapshot(name, revision, what, files)
+
+
+def files_to_fetch(name: str, revision: str = "") -> dict[str, tuple[int, bool]]:
+    """(bytes, whether it is still to be downloaded) of each file of a model on the Hub; none for a directory here."""
+    if Path(name).expanduser().is_dir():
+        return {}
+    from huggingface_hub import snapshot_download
+
+    files = snapshot_download(name, revision=revision or None, allow_patterns=list(_MODEL_FILES), dry_run=True)
+    return {f.filename: (f.file_size or 0, f.will_download) for f in files}
+
+
+def weight_shapes(directory: Path) -> dict[str, list[int]]:
+    """Each tensor's shape, from the headers of the safetensors files that the index names (without one: of all).
+
+    Raises SPPOError where there are none, or one is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({directory / name for name in read_json(index)["weight_map"].values()})
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise SPPOError(f"{directory}: no .safetensors in it (pickled weights are not read); convert it first")
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "numpy") as weights:
+                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise SPPOError(f"{file} is missing or damaged ({error}); fetch the model again") from None
+    return shapes
+
+
+def parameters(shapes: dict[str, list[int]]) -> int:
+    """Numbers in a model of these shapes."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def public_name(name: str) -> str:
+    """The name of a model or data set that may be published: a Hub id as it is, of a local path the last part."""
+    path = Path(name).expanduser()
+    if name and path.exists():
+        return path.resolve().name
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else path.name
+
+
+def snapshot(name: str, revision: str, what: str, files: tuple[str, ...], cached_first: bool = False) -> Path:
+    """The local directory of a model's `files` (patterns) from the Hub. Raises SPPOError where it cannot be had.
+
+    `cached_first`: a copy in the cache is taken as it is, without asking the Hub.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    options = {"revision": revision or None, "allow_patterns": list(files)}
+    if cached_first or re.fullmatch(r"[0-9a-f]{40}", revision):  # a commit does not move
+        try:
+            return Path(snapshot_download(name, local_files_only=True, **options))
+        except LocalEntryNotFoundError:
+            pass
+    try:
+        return Path(snapshot_download(name, **options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SPPOError(
+            f"{what} {name}: not a directory here, and the Hub does not give it "
+            f"({type(error).__name__}: {first_line(error)}). "
+            "Check the name and revision; for a gated one accept its terms and set HF_TOKEN."
+        ) from None
+
+
+def commit_of(directory: Path) -> str:
+    """The commit of a snapshot in the Hub's cache; empty for any other directory."""
+    return directory.name if directory.parent.name == "snapshots" else ""
+
+
+def model_identity(path: Path, code: bool = False) -> str:
+    """One fingerprint of a model directory's weights, config, tokenizer and template, and of its `code`.
+
+    README files and training logs do not count; new weights under the same path do.
+    """
+    sha = hashlib.sha256()
+    skip = {"sppo_manifest.json", "trainer_state.json", "all_results.json", "train_results.json"}
+    patterns = _MODEL_FILES + (_CODE_FILES if code else ())
+    for file in sorted({f for pattern in patterns for f in path.glob(pattern)}):
+        if file.name not in skip and file.is_file():
+            sha.update(f"{file.name}:{digest(file)}\n".encode())
+    return sha.hexdigest()

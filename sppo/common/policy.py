@@ -1,0 +1,93 @@
+"""A policy: a chat model, or a LoRA adapter on one, with its tokenizer and its fingerprint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sppo.common import chat
+from sppo.common.errors import SPPOError
+from sppo.common.model_files import json_object, model_identity, resolve
+from sppo.config import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A chat model: its weights, a LoRA adapter on top of them or None, and where its tokenizer is.
+
+    `remote_code`: whether the Python files that come with it may run.
+    """
+
+    weights: Path
+    adapter: Path | None
+    tokenizer_dir: Path
+    remote_code: bool = False
+
+    def identity(self) -> str:
+        """A fingerprint of everything that decides the policy's responses."""
+        own = model_identity(self.weights, self.remote_code)
+        return own if self.adapter is None else f"{own}+{model_identity(self.adapter)}"
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer. Raises SPPOError if it has none, or no chat template."""
+        return chat.load_tokenizer(self.tokenizer_dir, self.remote_code)
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+        """Token ids that end a response."""
+        return chat.stop_token_ids(self.weights, tokenizer)
+
+    def bytes(self) -> int:
+        """Size of the weights on disk."""
+        return sum(f.stat().st_size for f in self.weights.glob("*.safetensors"))
+
+    def context(self) -> int | None:
+        """The longest sequence, in tokens, that its config allows; None if it does not say."""
+        return self._setting("max_position_embeddings")
+
+    def check_tokens(self, highest: int) -> None:
+        """Raise SPPOError where the embedding has no row for the token id `highest`."""
+        rows = self._setting("vocab_size")
+        if rows and highest >= rows:
+            raise SPPOError(
+                f"model {self.weights}: its embedding has {rows} rows and none for token {highest}; its tokenizer, or "
+                "the data's, is another model's"
+            )
+
+    def _setting(self, name: str) -> int | None:
+        config = json_object(self.weights / "config.json")
+        return config.get(name) or (config.get("text_config") or {}).get(name)
+
+
+def open_policy(name: str, revision: str = "", remote_code: bool = False, weights: bool = True) -> Policy:
+    """The policy of that name: a model, or a LoRA adapter whose base its adapter_config.json names.
+
+    `weights`: False leaves on the Hub those that are not in the cache. Raises SPPOError for one that is nowhere or
+    whose weights are pickled.
+    """
+    directory = resolve(name, revision, remote_code=remote_code, weights=weights)
+    if (directory / "config.json").exists():
+        json_object(directory / "config.json")
+        policy = Policy(directory, None, directory, remote_code)
+    else:
+        base = resolve(*adapter_base(directory), "base model", remote_code, weights)
+        own = (directory / "tokenizer_config.json").exists()
+        policy = Policy(base, directory, directory if own else base, remote_code)
+    for part in filter(None, (policy.weights, policy.adapter) if weights else ()):
+        if not any(part.glob("*.safetensors")):
+            raise SPPOError(f"model {part}: no .safetensors in it (pickled weights are not read); convert it first")
+    return policy
+
+
+def adapter_base(directory: Path) -> tuple[str, str]:
+    """(name, revision) of the model that a LoRA adapter belongs on."""
+    config = json_object(directory / "adapter_config.json", "base_model_name_or_path")
+    return config["base_model_name_or_path"], config.get("revision") or ""
+
+
+def policy_of(recipe: Recipe) -> Policy:
+    """The recipe's policy (see open_policy)."""
+    return open_policy(recipe.model, recipe.model_revision, recipe.trust_remote_code)

@@ -1,0 +1,21 @@
+"""What a ranker's logits mean: the score of a response, and the probability behind a logit.
+
+Everything is vectorised over prompts: C is (N, K, K), row i against column j, i shown first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def mean_scores(logits: Array) -> Array:
+    """s_i = (1/K) sum_j (C_ij - C_ji), (N, K, K) -> (N, K): PairRM's own score of a response."""
+    return (logits - logits.swapaxes(-1, -2)).sum(-1) / logits.shape[-1]
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow."""
+    return np.exp(-np.logaddexp(0.0, -x))

@@ -1,0 +1,39 @@
+"""responses.parquet, as the stages behind generation find it: ours, or another tool's."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sppo.common.errors import SPPOError
+from sppo.common.parquet import open_parquet
+from sppo.formats import REQUIRED, responses_schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def require_responses(output_dir: Path) -> Path:
+    """$DATA/responses.parquet. Raises SPPOError where it is not there, with the command that makes it."""
+    path = output_dir / "responses.parquet"
+    if path.exists():
+        return path
+    numbers = [int(p.name[6:11]) for p in (output_dir / "responses").glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
+    if not numbers:
+        raise SPPOError(f"{path} does not exist; draw the responses first, with scripts/generate.py")
+    command = shlex.join(["python", "scripts/combine_generate.py", "--output_dir", str(output_dir)])
+    raise SPPOError(f"{path} does not exist; put its shards together first: {command} --numgpu {max(numbers) + 1}")
+
+
+def responses_columns(path: Path) -> pa.Schema:
+    """What is read of responses.parquet: our types of the columns it has. Raises SPPOError where one does not fit."""
+    import pyarrow as pa
+
+    found = open_parquet(path, REQUIRED["responses"]).schema_arrow
+    for name, parts in (("prompt", {"role", "content"}), ("responses", {"text"})):
+        kind = found.field(name).type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not is_list or not pa.types.is_struct(kind.value_type) or parts - {f.name for f in kind.value_type}:
+            raise SPPOError(f"{path}: column {name} is {kind}, not a list of {{{', '.join(sorted(parts))}}}")
+    return pa.schema([f for f in responses_schema() if f.name in found.names])

@@ -1,0 +1,16 @@
+"""What the report needs, looked at before a run starts: the second judge."""
+
+from __future__ import annotations
+
+from sppo.common.findings import Findings, Run, ok
+from sppo.rankers import TRIAL, ask_trial
+from sppo.rankers.function import FunctionRanker, load_function
+
+
+def check_judge(run: Run) -> Findings:
+    """The second judge, where a report is asked for."""
+    name = run.recipe.judge
+    if not name or not any(i.report for i in run.left):
+        return
+    (answer,) = ask_trial(FunctionRanker(load_function(name, "--judge")), [TRIAL], f"--judge {name}")
+    yield ok(f"--judge {name} answers a trial pair ({answer:.3g})")

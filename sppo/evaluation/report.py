@@ -1,0 +1,144 @@
+"""The report after an iteration: held-out prompts answered by the base model and by the new one, and compared.
+
+Win rates are means of P(new > base) over all pairs of a prompt's responses, by the ranker and, beside it, by a second
+judge: a PairRM can be fooled by length, so lengths stand beside it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import digest, read_json, write_json
+from sppo.common.manifest import Stage
+from sppo.common.parquet import read_rows
+from sppo.common.preference import sigmoid
+from sppo.config import ROOT, Recipe, flags
+from sppo.formats import Pair
+from sppo.rankers import Ranker, backend, pinned
+from sppo.rankers.function import FunctionRanker, load_function
+
+
+def report_stage(recipe: Recipe, run_dir: Path, iteration: int) -> Stage:
+    """The stage that compares the answers of iteration's model with the base's; both are there."""
+    here = run_dir / f"iter{iteration}"
+    recipe = pinned(recipe, here / "data")
+    answers = {"before": run_dir / "iter0/eval/responses.parquet", "after": here / "eval/responses.parquet"}
+    return Stage(
+        "report",
+        here / "eval" / "report.manifest.json",
+        [here / "eval" / "report.json"],
+        inputs={**{k: digest(p) for k, p in answers.items()}, "ranker": backend(recipe).identity(recipe)},
+        settings={"iteration": iteration, "judge": recipe.judge},
+    )
+
+
+def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, world_size: int) -> None:
+    """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json."""
+    judge_name = recipe.judge.partition(":")[2]
+    if recipe.judge:
+        load_function(recipe.judge, "--judge")  # so that a wrong name is an error now, and not after the work
+    before = _answers(recipe, run_dir / "iter0", base, gpus, world_size, recipe.model_revision)
+    here = run_dir / f"iter{iteration}"
+    after = _answers(recipe, here, str(here / "model"), gpus, world_size)
+    stage = report_stage(recipe, run_dir, iteration)
+    if not stage.is_done():
+        stage.begin()
+        compared = _compare(pinned(recipe, here / "data"), before, after, judge_name)
+        row = {"iteration": iteration, **compared}
+        trained = read_json(here / "model" / "sppo_manifest.json")
+        row.update(loss=trained["loss"], beta2_loss=trained["beta2_loss"])
+        write_json(stage.outputs[0], row)
+        stage.finish({"prompts": row["prompts"]})
+    rows = [read_json(p) for i in range(1, iteration + 1) if (p := run_dir / f"iter{i}/eval/report.json").exists()]
+    write_json(run_dir / "summary.json", rows)
+    print_table(rows)
+
+
+def _answers(recipe: Recipe, directory: Path, model: str, gpus: str, world_size: int, revision: str = "") -> Path:
+    """directory/eval/responses.parquet: eval_pairs responses to each held-out prompt, drawn as in training."""
+    out = directory / "eval"
+    common = flags(output_dir=out, pairs=recipe.eval_pairs)
+    keys = "trust_remote_code prompt_column prompt_split temperature top_p maxlen engine seed prompt_seeds".split()
+    keys += ["system_prompt", "gpu_memory_utilization"]
+    settings = flags(**{k: getattr(recipe, k) for k in keys}, world_size=world_size, model_revision=revision)
+    settings += flags(chat_template_kwargs=json.dumps(recipe.chat_template_kwargs))
+    launch = [sys.executable, "-m", "sppo.launch", "shards", "--name=eval"]
+    launch += flags(gpus=gpus, logs=directory / "logs", world_size=world_size)
+    generate = [sys.executable, str(ROOT / "scripts/generate.py"), *flags(model=model, prompts=recipe.eval_prompts)]
+    _run([*launch, "--", *generate, *common, *settings])
+    shards = len(list((out / "responses").glob("shard-*.manifest.json")))
+    _run([sys.executable, str(ROOT / "scripts/combine_generate.py"), *common, *flags(numgpu=shards)])
+    return out / "responses.parquet"
+
+
+def _run(command: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SPPOError(f"the report's answers failed:\n{done.stdout}")
+
+
+def _compare(recipe: Recipe, before: Path, after: Path, judge_name: str) -> dict[str, Any]:
+    columns = ["prompt_id", "prompt", "responses"]
+    old = {row["prompt_id"]: row for row in read_rows(before, columns)}
+    new = {row["prompt_id"]: row for row in read_rows(after, columns)}
+    if set(old) != set(new):
+        raise SPPOError(f"{before} and {after} answer different prompts; delete the eval directories and report again")
+    pairs = [
+        (row["prompt"], ours["text"], theirs["text"])
+        for prompt_id, row in new.items()
+        for ours in row["responses"]
+        for theirs in old[prompt_id]["responses"]
+    ]
+    result = {"prompts": len(new), **_win_rate("ranker", backend(recipe).load(recipe), pairs)}
+    if recipe.judge:
+        result |= _win_rate(judge_name, FunctionRanker(load_function(recipe.judge, "--judge")), pairs)
+    for name, side in (("mean_tokens", new), ("base_mean_tokens", old)):
+        lengths = [len(r["token_ids"]) for row in side.values() for r in row["responses"]]
+        result[name] = round(sum(lengths) / len(lengths), 2)
+    return result
+
+
+def _win_rate(name: str, ranker: Ranker, pairs: list[Pair]) -> dict[str, Any]:
+    """Mean of P(first > second), each pair asked both ways round; pairs without an answer are left out and counted."""
+    both = [side for prompt, a, b in pairs for side in ((prompt, a, b), (prompt, b, a))]
+    logits = np.empty(len(both))
+    for index, logit in ranker.logits(both):
+        logits[index] = logit
+    differences = logits[0::2] - logits[1::2]
+    answered = np.isfinite(differences)
+    if not answered.any():
+        raise SPPOError(f"the {name} answered none of {len(pairs)} pairs")
+    unanswered = {} if answered.all() else {f"{name}_unanswered": int((~answered).sum())}
+    return {f"{name}_win_rate": round(float(sigmoid(differences[answered] / 2).mean()), 4), **unanswered}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The rows of summary.json, for a person."""
+    names = [
+        "iteration",
+        *[k for k in rows[0] if k.endswith("_win_rate")],
+        "mean_tokens",
+        "base_mean_tokens",
+        "loss",
+        "beta2_loss",
+    ]
+    lines = [names, *[[_cell(name, row[name]) for name in names] for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    print("\nWin rates are against the base model, on held-out prompts.")
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _cell(name: str, value: Any) -> str:
+    if name.endswith("_win_rate"):
+        return f"{100 * value:.1f}%"
+    return f"{value:.5g}" if isinstance(value, float) else json.dumps(value)

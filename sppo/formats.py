@@ -1,0 +1,121 @@
+"""The contract between the stages: what a prompt is, and the columns of every file that one stage leaves to another.
+
+    generation -> responses.parquet -> ranking -> ranking/*.parquet -> pairing -> train.parquet -> training
+
+Files written by other tools work too. They need the columns of REQUIRED; the other columns are optional.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+Pair = tuple[list[Message], str, str]  # (prompt, the response shown first, the response shown second)
+
+REQUIRED = {
+    "responses": ["prompt_id", "prompt", "responses"],
+    "ranking": ["prompt_id", "logits"],
+    "train": ["chosen", "rejected", "chosen_probs", "chosen_probs_win", "chosen_probs_lose"],
+}
+MEANING = {
+    "prompt_id": "the prompt's id, the same in all files; rows are joined by it, never by their position",
+    "prompt": "the conversation up to the response, as messages {role, content}",
+    "responses": "the K responses: text, token_ids (the stop token included), finish_reason (stop or length)",
+    "prompt_token_ids": "the prompt as the policy read it",
+    "tokenizer": "fingerprint of the tokenizer that made the token ids",
+    "logits": "K x K; row i, column j: how strongly the ranker prefers response i to j when i is shown first",
+    "scores": "one score a response: the mean over j of logits[i][j] - logits[j][i]",
+    "chosen": "the conversation with the best response",
+    "rejected": "the conversation with the worst response",
+    "chosen_probs": "P(chosen > rejected)",
+    "chosen_probs_win": "P(chosen > policy): the chosen response's mean win rate over the K responses",
+    "chosen_probs_lose": "P(rejected > policy): the rejected response's mean win rate over the K responses",
+    "chosen_index": "which of the K responses is the chosen one",
+    "rejected_index": "which of the K responses is the rejected one",
+    "probability": "K x K win rates, row against column",
+    "rm_scores": "the ranking's scores",
+}
+
+
+def responses_schema() -> pa.Schema:
+    """Columns of responses.parquet and of its shards."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    response = pa.struct([("text", pa.string()), ("token_ids", pa.list_(pa.int32())), ("finish_reason", pa.string())])
+    return pa.schema(
+        [
+            ("prompt_id", pa.string()),
+            ("prompt", pa.list_(message)),
+            ("responses", pa.list_(response)),
+            ("prompt_token_ids", pa.list_(pa.int32())),
+            ("tokenizer", pa.string()),
+        ]
+    )
+
+
+def ranking_schema() -> pa.Schema:
+    """Columns of ranking/shard-*.parquet: logits (K, K), scores (K,)."""
+    import pyarrow as pa
+
+    matrix = pa.list_(pa.list_(pa.float32()))
+    return pa.schema([("prompt_id", pa.string()), ("logits", matrix), ("scores", pa.list_(pa.float32()))])
+
+
+def training_schema() -> pa.Schema:
+    """Columns of train.parquet and test.parquet: the five of the released data sets, then ours."""
+    import pyarrow as pa
+
+    answers = responses_schema()
+    conversation = answers.field("prompt").type
+    return pa.schema(
+        [
+            ("chosen", conversation),
+            ("rejected", conversation),
+            ("chosen_probs", pa.float64()),
+            ("chosen_probs_win", pa.float64()),
+            ("chosen_probs_lose", pa.float64()),
+            ("prompt_id", pa.string()),
+            ("prompt", conversation),
+            ("responses", answers.field("responses").type),
+            ("chosen_index", pa.int32()),
+            ("rejected_index", pa.int32()),
+            ("probability", pa.list_(pa.list_(pa.float64()))),
+            ("rm_scores", pa.list_(pa.float32())),
+            ("prompt_token_ids", pa.list_(pa.int32())),
+            ("tokenizer", pa.string()),
+        ]
+    )
+
+
+def content_id(value: Any) -> str:
+    """16 hex digits of the sha256 of a prompt's content: its id where the source has none."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def prompt_text(messages: list[Message]) -> str:
+    """A prompt as the plain text that a ranker reads: the user's words; earlier turns, if any, each after its role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    if [m["role"] for m in messages] == ["system", "user"]:
+        return f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether `value` is a list of messages, each with a role and a content (a chat template prints a null as None)."""
+    turns = value if isinstance(value, list) else [None]
+    return bool(turns) and all(isinstance(t, dict) and t.get("role") and t.get("content") is not None for t in turns)
+
+
+def is_text(value: Any) -> bool:
+    """Whether `value` is a str that UTF-8 can hold. JSON can hold half a surrogate pair, which no file format takes."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False

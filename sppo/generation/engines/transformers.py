@@ -1,0 +1,101 @@
+"""Responses from transformers' generate, where vLLM is not installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sppo.common.errors import SPPOError
+from sppo.common.loading import load_causal_lm
+from sppo.common.policy import Policy
+from sppo.config import Recipe
+from sppo.generation.engines import Finished, Request, Response
+
+if TYPE_CHECKING:
+    import torch
+
+# Sequences in one batch, and the multiple that prompts are padded to.
+BATCH, _BUCKET = 64, 16
+# Weights up to this many bytes run in float64 on a CPU; larger ones in float32, for memory's sake.
+DOUBLE = 2 << 30
+
+
+def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int = 1) -> Finished:
+    """K responses a request, on one device: `world_size` is vLLM's.
+
+    Sampling is inverse-CDF on one uniform number per (prompt seed, k, position), so which batch a prompt
+    stands in decides nothing but the last bits of its logits. On a CPU small models run in float64, where those bits
+    are too small to turn a draw: the responses are the same whatever the shards, the batches and the threads.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "auto" if device == "cuda" else torch.float64 if policy.bytes() <= DOUBLE else torch.float32
+    network = load_causal_lm(policy, dtype).to(device).eval()
+    network.generation_config = GenerationConfig()  # sampling is the recipe's alone
+    pad = min(stop_ids)
+    width = max(1, BATCH // recipe.pairs)
+    # Eager attention (soft caps) in float64 makes NaN of a row that is padding alone: no padding there.
+    bucket = 1 if network.config._attn_implementation == "eager" else _BUCKET
+    buckets: dict[int, list[Request]] = {}
+    for request in requests:
+        buckets.setdefault(-(-len(request.token_ids) // bucket) * bucket, []).append(request)
+    for length, members in sorted(buckets.items()):
+        for start in range(0, len(members), width):
+            batch = members[start : start + width]
+            rows = [[pad] * (length - len(r.token_ids)) + list(r.token_ids) for r in batch for _ in range(recipe.pairs)]
+            mask = [
+                [0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in batch for _ in range(recipe.pairs)
+            ]
+            budget = max(r.max_new_tokens for r in batch)
+            sampler = _Sampler(recipe, batch, length, budget)
+            with torch.inference_mode():
+                output = network.generate(
+                    torch.tensor(rows, device=device),  # (B * K, length)
+                    attention_mask=torch.tensor(mask, device=device),
+                    generation_config=GenerationConfig(
+                        max_new_tokens=budget, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad
+                    ),
+                    logits_processor=[sampler],
+                )
+            drawn = output[:, length:].tolist()
+            for i, request in enumerate(batch):
+                answers = drawn[i * recipe.pairs : (i + 1) * recipe.pairs]
+                yield request, [_finish(ids[: request.max_new_tokens], stop_ids) for ids in answers]
+
+
+def _finish(ids: list[int], stop_ids: set[int]) -> Response:
+    for position, token in enumerate(ids):
+        if token in stop_ids:
+            return Response(ids[: position + 1], "stop")
+    return Response(ids, "length")
+
+
+class _Sampler:
+    """A logits processor that draws the token itself: temperature, top-p, then the inverse CDF."""
+
+    def __init__(self, recipe: Recipe, requests: list[Request], prompt_length: int, budget: int) -> None:
+        import numpy as np
+        import torch
+
+        self.temperature, self.top_p, self.prompt_length = recipe.temperature, recipe.top_p, prompt_length
+        uniform = [
+            np.random.Generator(np.random.Philox(key=[r.seed, k])).random(budget)
+            for r in requests
+            for k in range(recipe.pairs)
+        ]
+        self.uniform = torch.from_numpy(np.stack(uniform))  # (B, budget) float64
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        u = self.uniform[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device)  # (B, 1)
+        probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
+        cumulative = probs.cumsum(-1)  # (B, V)
+        if not cumulative[:, -1].isfinite().all():
+            raise SPPOError("the model's logits are not finite; its weights or its precision are broken")
+        nucleus = (cumulative - probs < self.top_p).sum(-1, keepdim=True)  # tokens kept
+        mass = cumulative.gather(-1, nucleus - 1)
+        rank = torch.searchsorted(cumulative, u * mass, right=True).minimum(nucleus - 1)
+        token = order.gather(-1, rank)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)

@@ -1,0 +1,97 @@
+"""Responses from vLLM: one pass with n = K, the queue kept full, finished prompts first."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from typing import Any
+
+from sppo.common.files import read_json
+from sppo.common.loading import load_config
+from sppo.common.policy import Policy
+from sppo.config import Recipe
+from sppo.generation.engines import Finished, Request, Response
+
+# Prompts waiting in the engine's queue: enough to keep it full, few enough to keep memory flat.
+_QUEUE = 1024
+
+
+def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int) -> Finished:
+    """K responses a request, from one engine over `world_size` GPUs."""
+    longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
+    return draw_from(start(policy, recipe, longest, world_size), policy, recipe, stop_ids, requests)
+
+
+def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
+    """A vLLM engine for sequences of up to `longest` tokens, prompt and response together."""
+    # In this process where one device is enough: nothing is left behind when it is killed.
+    if world_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build only
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization}
+    if current_platform.is_cpu():
+        # A prefill that is split crashes seeded sampling on the CPU build.
+        options = {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(longest, 2048),
+        }
+    if policy.adapter:
+        options |= {"enable_lora": True, "max_lora_rank": read_json(policy.adapter / "adapter_config.json")["r"]}
+    return LLM(
+        model=str(policy.weights),
+        tokenizer=str(policy.tokenizer_dir),
+        dtype=_vllm_dtype(policy, current_platform.is_cpu()),
+        load_format="safetensors",
+        trust_remote_code=policy.remote_code,
+        max_model_len=longest,
+        tensor_parallel_size=world_size,
+        enable_prefix_caching=True,
+        generation_config="vllm",  # sampling is the recipe's alone
+        seed=recipe.seed,
+        disable_log_stats=True,
+        **options,
+    )
+
+
+def draw_from(llm: Any, policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request]) -> Finished:
+    """One pass with n = K: the engine's queue is kept full from the first request to the last."""
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    lora = LoRARequest("policy", 1, str(policy.adapter)) if policy.adapter else None
+    engine, waiting, running = llm.llm_engine, iter(requests), {}
+    while True:
+        for request in islice(waiting, _QUEUE - len(running)):
+            params = SamplingParams(
+                n=recipe.pairs,
+                temperature=recipe.temperature,
+                top_p=recipe.top_p,
+                seed=request.seed if recipe.prompt_seeds else None,  # vLLM gives sample k the seed + k
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=sorted(stop_ids),
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,  # all K samples of a prompt at once
+            )
+            (prompt,) = llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=list(request.token_ids))])
+            engine.add_request(request.prompt_id, prompt, params, lora_request=lora)
+            running[request.prompt_id] = request
+        if not running:
+            return
+        for output in engine.step():
+            if output.finished:
+                outputs = sorted(output.outputs, key=lambda o: o.index)
+                yield running.pop(output.request_id), [Response(list(o.token_ids), o.finish_reason) for o in outputs]
+
+
+def _vllm_dtype(policy: Policy, cpu: bool) -> str:
+    """float32 checkpoints (trained without DeepSpeed) run in bfloat16 on a GPU: vLLM's own choice would be float16."""
+    stored = str(getattr(load_config(policy), "dtype", None)).removeprefix("torch.")
+    if stored == "float32":
+        return "float32" if cpu else "bfloat16"
+    return "auto"

@@ -1,0 +1,265 @@
+"""Pushing data sets and models to the Hub: only when asked, and only what is complete here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import digest, read_json, write_json
+from sppo.common.model_files import public_name
+from sppo.common.parquet import open_parquet, read_rows, write_parquet
+from sppo.config import ROOT, flags
+from sppo.hub.data_card import data_card
+
+T = TypeVar("T")
+Files = dict[str, Path | bytes]  # by their paths in the repository
+SCRIPT = ROOT / "scripts" / "push_to_hub.py"
+_TRIES, _PAUSE = 4, 2.0  # of a request that meets network trouble; seconds before the second try
+_LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
+_MODEL_SUFFIXES = {
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".py",
+}  # no pickle; code only where it came with it
+
+
+def command(org: str, name: str, public: bool, output_dir: Path | None = None, model_dir: Path | None = None) -> list:
+    """The command that pushes this, from any directory. It holds no token."""
+    places = {"output_dir": output_dir, "model_dir": model_dir}
+    made = [sys.executable, str(SCRIPT), *flags(**{k: p.absolute() for k, p in places.items() if p})]
+    return [*made, *flags(org=org, name=name), *(["--public"] if public else [])]
+
+
+def check_name(org: str, name: str) -> None:
+    """Raise UsageError for what the Hub takes for no repository's name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    for repo in (f"{org}/data-{name}_generated", f"{org}/synthetic_data_{name}_score", f"{org}/{name}"):
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            raise UsageError(f"--org {org!r} --name {name!r}: {error}") from None
+
+
+def tag_of(name: str, fingerprint: str) -> str:
+    """iter3 for a name that ends so, else the beginning of the content's digest."""
+    found = re.search(r"(?<![A-Za-z0-9])iter\d+$", name)
+    return found[0] if found else fingerprint[:12]
+
+
+def push_data(output_dir: Path, org: str, name: str, public: bool) -> None:
+    """Push $DATA to <org>/data-<name>_generated and <org>/synthetic_data_<name>_score, one commit each.
+
+    Raises SPPOError when the Hub refuses or stays out of reach. What arrived is remembered in $DATA/pushed.json.
+    """
+    check_name(org, name)
+    train, test, manifest = (output_dir / n for n in ("train.parquet", "test.parquet", "train.manifest.json"))
+    for path in (train, test, manifest):
+        if not path.exists():
+            raise SPPOError(f"{path} does not exist; run compute_prob.py first")
+    made, found = read_json(manifest), {p.name: digest(p) for p in (train, test)}
+    if made["outputs"] != found:
+        raise SPPOError(f"{train} or {test.name} is not what {manifest.name} describes; run compute_prob.py again")
+    tag = tag_of(name, found["train.parquet"])
+    part = "data/{}-00000-of-00001.parquet".format
+    with tempfile.TemporaryDirectory(prefix="sppo-hub-") as scratch:  # mode 0700
+        both = Path(scratch) / "both.parquet"
+        for repo, files, digests in (
+            (f"{org}/data-{name}_generated", {part("train"): both}, {part("train"): "+".join(found.values())}),
+            (
+                f"{org}/synthetic_data_{name}_score",
+                {part("train"): train, part("test"): test},
+                {part("train"): found["train.parquet"], part("test"): found["test.parquet"]},
+            ),
+        ):
+            card = data_card(repo, tag, [f.split("/")[1].split("-")[0] for f in files], output_dir).encode()
+            digests["README.md"] = hashlib.sha256(card).hexdigest()
+            record = _Record(output_dir / "pushed.json", repo, "dataset", public, digests)
+            if record.is_done():
+                continue
+            if both in files.values():
+                _write_generated(train, test, both, made["settings"]["pairs"])
+            _push(record, {"README.md": card, **files}, tag)
+
+
+def push_model(model_dir: Path, org: str, name: str, public: bool) -> None:
+    """Push $MODEL to <org>/<name>: weights, config, tokenizer, card, metrics and manifest, without local paths.
+
+    What arrived is remembered beside the model, in pushed-<its name>.json. Raises SPPOError as push_data.
+    """
+    check_name(org, name)
+    manifest = model_dir / "sppo_manifest.json"
+    if not manifest.exists():
+        raise SPPOError(f"{manifest} does not exist, so no finished training wrote {model_dir}; run pipeline.sh first")
+    files: Files = {}
+    for path in sorted([*model_dir.glob("*"), *model_dir.glob("merged/*")]):
+        wanted = path.suffix in _MODEL_SUFFIXES or path.name in ("README.md", "metrics.jsonl")
+        if wanted and path.is_file() and not path.name.startswith("."):
+            files[path.relative_to(model_dir).as_posix()] = _without_paths(path)
+    digests = {n: digest(f) if isinstance(f, Path) else hashlib.sha256(f).hexdigest() for n, f in files.items()}
+    record = _Record(model_dir.absolute().parent / f"pushed-{model_dir.name}.json", repo := f"{org}/{name}", "model",
+                     public, digests)  # fmt: skip
+    if not record.is_done():
+        _push(record, files, tag_of(name, hashlib.sha256(json.dumps(digests).encode()).hexdigest()))
+    adapter = model_dir / "adapter_config.json"
+    if adapter.exists() and Path(read_json(adapter)["base_model_name_or_path"]).is_absolute():
+        print(f"push_to_hub: {repo} is an adapter, and its base is a directory here: who loads it needs that base too")
+
+
+def _without_paths(path: Path) -> Path | bytes:
+    """The file itself, or a JSON's content where it names local paths: of those, the last component."""
+    if path.suffix != ".json":
+        return path
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cleaned(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            k: public_name(v) if isinstance(v, str) and k.endswith(("name_or_path", "_file")) else cleaned(v)
+            for k, v in value.items()
+        }
+
+    content = read_json(path)
+    clean = cleaned(content)
+    if path.name == "sppo_manifest.json":
+        clean["model"] = clean.pop("model_name", None) or public_name(clean["model"])
+    return path if clean == content else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class _Record:
+    """What was pushed to a repository, in a file beside the data or the model: so that it is pushed once."""
+
+    def __init__(self, path: Path, repo: str, kind: str, public: bool, digests: dict[str, str]) -> None:
+        from huggingface_hub import constants
+
+        self.path, self.repo, self.kind, self.public = path, repo, kind, public
+        self._all = read_json(path) if path.exists() else {}
+        self.before = self._all.get(repo, {})
+        where = urlsplit(constants.ENDPOINT).hostname  # not the whole: it may hold a password
+        self._now = {"hub": where, "type": kind, "private": not public, "files": digests}
+
+    def is_done(self) -> bool:
+        done = all(self.before.get(k) == v for k, v in self._now.items())
+        if done:
+            print(f"push_to_hub: done: {self.repo}, commit {self.before['commit']}, tag {self.before['tag']}")
+        return done
+
+    def write(self, private: bool, commit: str, tag: str) -> None:
+        write_json(self.path, {**self._all, self.repo: {**self._now, "private": private, "commit": commit, "tag": tag}})
+
+
+def _push(record: _Record, files: Files, tag: str) -> None:
+    """One commit and its tag. Raises SPPOError before any upload where the repository is public against our wish."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its warnings show signed addresses
+    api, repo, kind = HfApi(token=True), record.repo, record.kind
+    _retried(repo, lambda: api.create_repo(repo, repo_type=kind, private=not record.public, exist_ok=True))
+    info = _retried(repo, lambda: api.repo_info(repo, repo_type=kind))
+    if not info.private and not record.public:
+        raise SPPOError(
+            f"{repo} is public on the Hub already and --public was not given, so nothing was uploaded; pass --public, "
+            "make it private in its settings there, or take another --name"
+        )
+    if info.private and record.public:
+        print(f"push_to_hub: {repo} is there already and stays private; its settings on the Hub can change that")
+    there = {sibling.rfilename for sibling in info.siblings or []}
+    stale = (there & set(record.before.get("files", {}))) - set(files)  # ours of an earlier push: a shard less now
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    message = f"SPPO {tag}"
+    commit = _retried(repo, lambda: api.create_commit(repo, operations, commit_message=message, repo_type=kind)).oid
+    tags = {t.name: t.target_commit for t in _retried(repo, lambda: api.list_repo_refs(repo, repo_type=kind)).tags}
+    if tags.get(tag, commit) != commit:
+        _retried(repo, lambda: api.delete_tag(repo, tag=tag, repo_type=kind))
+        print(f"push_to_hub: {repo}: tag {tag} moves from commit {tags.pop(tag)}, where the earlier files stay")
+    if tag not in tags:
+        _retried(repo, lambda: api.create_tag(repo, tag=tag, revision=commit, repo_type=kind, exist_ok=True))
+    record.write(bool(info.private), commit, tag)
+    print(f"push_to_hub: {repo}: {len(files)} files, {'private' if info.private else 'public'}, tag {tag}")
+
+
+def _retried(repo: str, call: Callable[[], T]) -> T:
+    """Try again on network trouble and the server's own (5xx, 429); a refusal is final."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    trouble = ""
+    for attempt in range(_TRIES):
+        wait = _PAUSE * 2**attempt
+        try:
+            return call()
+        except LocalTokenNotFoundError:
+            raise SPPOError(f"pushing {repo} needs a token: set HF_TOKEN or run `hf auth login`") from None
+        except OfflineModeIsEnabled:
+            raise SPPOError(f"pushing {repo} needs the network, and HF_HUB_OFFLINE is set; unset it") from None
+        except (TransportError, HfHubHTTPError, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+            causes = list(_causes(error))  # an upload's own error is the cause of a RuntimeError
+            refusal = next((e for e in causes if isinstance(e, HfHubHTTPError)), None)
+            trouble = _plain(refusal or causes[-1])
+            if refusal is not None:
+                status = refusal.response.status_code
+                if status < 500 and status not in (408, 429):
+                    hint = "; check --org, and that the token may write there" if status in (401, 403, 404) else ""
+                    raise SPPOError(f"the Hub refuses {repo} ({status}): {trouble}{hint}") from None
+                after = refusal.response.headers.get("Retry-After", "")
+                wait = min(_LONGEST_WAIT, max(wait, float(after))) if after.isdigit() else wait
+            elif isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+                raise SPPOError(f"the Hub does not take {repo}: {trouble}") from None
+        if attempt + 1 < _TRIES:
+            print(f"push_to_hub: {repo}: {trouble}; trying again in {wait:g} s", file=sys.stderr, flush=True)
+            time.sleep(wait)
+    raise SPPOError(f"the Hub is out of reach for {repo} after {_TRIES} tries: {trouble}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what caused it, what caused that."""
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__
+
+
+def _plain(error: BaseException) -> str:
+    """An error in one line, without the token and without the secret parts of an address."""
+    from huggingface_hub import get_token
+
+    text = " ".join((getattr(error, "server_message", None) or str(error)).split())
+    text = re.sub(r"(?<=://)[^/@\s]*@|(?<=\S)\?\S+", "", text).replace(get_token() or "\0", "***")
+    return text[:300] or type(error).__name__
+
+
+def _write_generated(train: Path, test: Path, target: Path, pairs: int) -> None:
+    """The released layout: prompt columns, generate_0..K-1 as message lists, probability, rm_scores."""
+    import pyarrow as pa
+
+    schema = open_parquet(train, []).schema_arrow
+    conversation = schema.field("prompt").type
+    columns = [("prompt_id", pa.string()), ("prompt", conversation)]
+    columns += [(f"generate_{k}", conversation) for k in range(pairs)]
+    columns += [(c, schema.field(c).type) for c in ("probability", "rm_scores")]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for path in (train, test):
+            for row in read_rows(path, ["prompt_id", "prompt", "responses", "probability", "rm_scores"]):
+                for k, response in enumerate(row.pop("responses")):
+                    row[f"generate_{k}"] = [*row["prompt"], {"role": "assistant", "content": response["text"]}]
+                yield row
+
+    write_parquet(target, pa.schema(columns), rows())

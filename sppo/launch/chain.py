@@ -1,0 +1,151 @@
+"""The flags of generate.sh and pipeline.sh: read once, checked, and shared out to the commands of the chain.
+
+    python -m sppo.launch.chain generate --model M --prompt P --out_path DIR ...
+    python -m sppo.launch.chain pipeline --model M --dataset D --output_dir DIR ...
+
+Prints bash that sets one array of words for each command; the script evaluates it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from sppo import config
+from sppo.common.errors import UsageError, run_main
+from sppo.config import KEYS, flags
+
+Words = dict[str, list[str]]  # by the array's name
+
+GENERATE = """One iteration's data, over every GPU given: responses, rankings, training set.
+
+    bash scripts/generate.sh --model M --prompt PROMPTS --out_path runs/x/iter1/data
+
+Reads   the model, the prompts, the ranker.
+Writes  <out_path>/responses.parquet, ranking/, train.parquet, test.parquet, each with its manifest; logs beside it.
+        With --org, as the last step, the data sets on the Hub.
+Exit codes: 0 done (also: nothing left to do), 2 wrong use, 130 interrupted, else that of the stage that failed.
+"""
+PIPELINE = """One iteration's training: $DATA -> $MODEL, over every GPU given.
+
+    bash scripts/pipeline.sh --model M --iter 1 --dataset runs/x/iter1/data --output_dir runs/x/iter1/model --num 1
+
+Reads   the policy and the data set (a $DATA directory, a train.parquet, or a Hub id).
+Writes  <output_dir>, which appears when the model is whole; logs beside it. With --push_model, then, the model on the
+        Hub.
+Exit codes: 0 done (also: nothing left to do), 1 failed (also: the model is whole but could not be pushed; it says what
+to run), 2 wrong use, 130 interrupted.
+"""
+
+
+def _parser(doc: str, script: str, keys: list[str]) -> argparse.ArgumentParser:
+    parser = config.make_parser(doc, dict.fromkeys(keys))
+    parser.prog = f"bash scripts/{script}"
+    parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
+    parser.add_argument("--logs", type=Path, help="where logs go (default: logs beside what is written)")
+    parser.add_argument("--name", default="", help="name on the Hub; one that ends in -iter2 gives the tag iter2")
+    parser.add_argument("--overwrite", action="store_true", help="make it again although other settings made it")
+    return parser
+
+
+def generate_parser() -> argparse.ArgumentParser:
+    stages = ("generate", "combine_generate", "preload", "rank", "compute_prob", "push_to_hub")
+    parser = _parser(GENERATE, "generate.sh", [key for stage in stages for key in KEYS[stage]])
+    parser.add_argument("--prompt", dest="prompts", help="the same as --prompts")
+    parser.add_argument("--out_path", type=Path, required=True, help="the iteration's data directory")
+    parser.add_argument("--frac", type=int, default=0, help="prompts in a shard (default: shared evenly)")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th prompt from the I-th on")
+    parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over")
+    return parser
+
+
+def generate(args: argparse.Namespace, given: dict[str, Any]) -> Words:
+    """The words of generate.sh's commands. `given`: the settings among the flags."""
+    if args.name and not given.get("org"):
+        raise UsageError("--name is for --org: the data sets' name on the Hub")
+    if given.get("org") and not args.name:
+        raise UsageError("--org needs --name, the data sets' name on the Hub")
+    if given.get("public") and not given.get("org"):
+        raise UsageError("--public needs --org, where to push to")
+    config.parse_part(args.part)
+    data = flags(output_dir=args.out_path) + ["--overwrite"] * args.overwrite
+    place = flags(gpus=args.gpus, logs=args.logs or args.out_path.parent / "logs")
+    count = _shard_count(args.gpus, args.world_size)
+
+    def words(stage: str) -> list[str]:
+        return [*_settings(args, given, stage), *data]
+
+    own = flags(frac_len=args.frac, prompts_part=args.part, world_size=args.world_size)
+    push = [*_settings(args, given, "push_to_hub"), *flags(output_dir=args.out_path, name=args.name)]
+    return {
+        "generate_shards": [*place, *flags(world_size=args.world_size, name="generate")],
+        "generate": [*words("generate"), *own],
+        "combine_generate": [*words("combine_generate"), *flags(numgpu=count)],
+        "preload": [*_settings(args, given, "preload"), *flags(output_dir=args.out_path)],
+        "rank_shards": [*place, *flags(name="rank")],
+        "rank": words("rank"),
+        "compute_prob": words("compute_prob"),
+        "push_to_hub": push if given.get("org") else [],
+    }
+
+
+def _shard_count(gpus: str, world_size: int) -> int:
+    from sppo.launch.devices import devices, groups
+
+    return len(groups(devices(gpus), world_size))
+
+
+def pipeline_parser() -> argparse.ArgumentParser:
+    parser = _parser(PIPELINE, "pipeline.sh", [*KEYS["train"], *KEYS["push_to_hub"], "push_model"])
+    parser.add_argument("--dataset", required=True, help="data directory, train.parquet or Hub id")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the trained model appears")
+    parser.add_argument("--iter", type=int, default=0, help="the iteration's number, for the model card")
+    parser.add_argument("--num", dest="num_train_epochs", help="epochs: the same as --num_train_epochs")
+    parser.add_argument(
+        "--accelerate_config",
+        default="",
+        help="a YAML, or a name in recipes/accelerate_configs (default: cpu, one_gpu or zero3); without GPUs it also "
+        "says how many processes there are",
+    )
+    return parser
+
+
+def pipeline(args: argparse.Namespace, given: dict[str, Any]) -> Words:
+    """The words of pipeline.sh's commands."""
+    push = given.pop("push_model", "false") != "false"
+    if not push and (given.get("org") or args.name or given.get("public")):
+        raise UsageError("--org, --name and --public are for --push_model")
+    if push and not (given.get("org") and args.name):
+        raise UsageError("--push_model needs --org and --name, where to push to")
+    own = flags(dataset=args.dataset, output_dir=args.output_dir, iter=args.iter)
+    launch = flags(gpus=args.gpus, logs=args.logs or args.output_dir.parent / "logs")
+    where = flags(model_dir=args.output_dir, name=args.name)
+    return {
+        "train_launch": [*launch, *flags(accelerate_config=args.accelerate_config)],
+        "train": [*_settings(args, given, "train"), *own, *["--overwrite"] * args.overwrite],
+        "push_to_hub": [*_settings(args, given, "push_to_hub"), *where] if push else [],
+    }
+
+
+def _settings(args: argparse.Namespace, given: dict[str, Any], stage: str) -> list[str]:
+    """The recipe, and of the settings among the flags those that the stage reads."""
+    recipe = flags(recipe=args.recipe) if args.recipe else []
+    return recipe + flags(**{key: given[key] for key in KEYS[stage] if key in given})
+
+
+def main() -> None:
+    what, argv = sys.argv[1], sys.argv[2:]
+    parser, share = {"generate": (generate_parser(), generate), "pipeline": (pipeline_parser(), pipeline)}[what]
+    if {"--help", "-h"} & set(argv):
+        print(f"printf %s {shlex.quote(parser.format_help())}; exit 0")
+        return
+    args, _ = config.parse(parser, argv)  # also: a wrong value ends here
+    words = share(args, config.given(parser, args))
+    print("\n".join(f"{name}=({shlex.join(array)})" for name, array in words.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,53 @@
+"""Which devices the processes of a stage run on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from sppo.common.errors import UsageError
+
+
+def devices(gpus: str) -> list[str]:
+    """The value of CUDA_VISIBLE_DEVICES for each process; an empty one is the CPU. Raises UsageError."""
+    if gpus == "auto":
+        standing = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if standing is None:
+            standing = ",".join(map(str, range(_gpu_count())))
+        found = [d for d in standing.split(",") if d.strip() not in ("", "-1")]
+        return [d.strip() for d in found] or [""]
+    names = [name.strip() for name in gpus.split(",")]
+    if "" in names or ("none" in names and set(names) != {"none"}):
+        raise UsageError(f"--gpus {gpus!r}: a list like 0,2,5, or auto, or none")
+    real = [n for n in names if n != "none"]
+    if len(set(real)) < len(real):
+        raise UsageError(f"--gpus {gpus}: a GPU is named twice")
+    return ["" if n == "none" else n for n in names]
+
+
+def _gpu_count() -> int:
+    if not shutil.which("nvidia-smi"):
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def refuse_absent(names: list[str]) -> None:
+    """Raise UsageError for GPUs that are not there: CUDA would pass over them, and the CPU would do the work."""
+    count = _gpu_count()
+    absent = [n for n in names if n.isdecimal() and int(n) >= count]
+    if absent and not count and not shutil.which("nvidia-smi"):
+        import torch
+
+        absent = [] if torch.cuda.is_available() else absent
+    if absent:
+        there = f"this machine has {count}" if count else "this machine has no GPU; --gpus none runs on the CPU"
+        raise UsageError(f"--gpus {','.join(names)}: GPU {', '.join(absent)} is not there; {there}")
+
+
+def groups(names: list[str], world_size: int) -> list[str]:
+    """GPUs in groups of `world_size` for models larger than one: ["0","1","2","3"], 2 -> ["0,1", "2,3"]."""
+    if world_size < 1 or len(names) % world_size or (world_size > 1 and "" in names):
+        raise UsageError(f"--world_size {world_size} does not divide {len(names)} GPUs")
+    return [",".join(names[i : i + world_size]) for i in range(0, len(names), world_size)]

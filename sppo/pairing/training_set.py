@@ -1,0 +1,249 @@
+"""Stage 3: responses and rankings joined by prompt_id into the training set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import atomic_together, digest
+from sppo.common.manifest import Stage
+from sppo.common.parquet import RowGroups, open_parquet, read_batches
+from sppo.common.progress import progress
+from sppo.common.responses import require_responses, responses_columns
+from sppo.config import Recipe
+from sppo.formats import content_id, training_schema
+from sppo.pairing import winrates
+from sppo.pairing.join import Rankings, hash64, prompt_ids
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BATCH = 512  # prompts at once: tens of MB of the longest responses
+
+
+def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
+    """The stage that makes the training set of the responses and rankings in $DATA. Raises SPPOError without them."""
+    responses = require_responses(output_dir)
+    shards = ranking_files(output_dir)
+    return Stage(
+        "compute_prob",
+        output_dir / "train.manifest.json",
+        [output_dir / "train.parquet", output_dir / "test.parquet"],
+        inputs={"responses": digest(responses), "ranking": {p.name: digest(p) for p in shards}},
+        settings={k: getattr(recipe, k) for k in ("pairs", "estimator", "test_size", "seed", "keep_degenerate")},
+    )
+
+
+def ranking_files(output_dir: Path) -> list[Path]:
+    """The rankings in $DATA. Raises SPPOError where there are none."""
+    shards = sorted((output_dir / "ranking").glob("*.parquet"))
+    if not shards:
+        raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
+    return shards
+
+
+def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
+    """Write $DATA/train.parquet and test.parquet from $DATA/responses.parquet and $DATA/ranking.
+
+    Memory grows by about 170 bytes a prompt (benchmarks/pairing.py). Raises SPPOError for files that do not fit
+    together and UsageError for a hold-out that leaves nothing, both before anything is written or overwritten.
+    """
+    responses, shards = require_responses(output_dir), ranking_files(output_dir)
+    train, test = output_dir / "train.parquet", output_dir / "test.parquet"
+    schema = responses_columns(responses)
+    stage = pairing_stage(recipe, output_dir)
+    if not overwrite and stage.is_done():
+        print(f"compute_prob: done: {train}")
+        return
+    with Rankings(shards, recipe.pairs, output_dir) as rankings:
+        if not len(rankings):
+            raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
+        rows, held_out = _match(responses, rankings, recipe)
+        if overwrite:
+            stage.is_done(overwrite)  # the old ones may go now that new ones can be made
+        stage.begin()
+        statistics = winrates.Statistics()
+        pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
+        written = _write(train, test, pairs, held_out, statistics)
+    counts = {"train": written[0], "test": written[1], **statistics.summary()}
+    stage.finish(counts)
+    print(f"compute_prob: {train}")
+    for key, value in counts.items():
+        print(f"  {key}: {json.dumps(value)}")
+
+
+def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(row in `rankings`, -1 if there is none; whether it is held out) of every row of `responses`, (N,) each.
+
+    Raises SPPOError for rankings without a row here and a ranked prompt that is here twice.
+    """
+    import pyarrow as pa
+
+    size = recipe.test_size
+    if size > 1 and not float(size).is_integer():
+        raise UsageError(f"--test_size {size}: a whole number of prompts, or a share below 1")
+    total = open_parquet(responses, []).metadata.num_rows
+    rows, contents = np.empty(total, dtype=np.int64), np.zeros(total if size else 0, dtype=np.uint64)
+    fields = [f for f in training_schema() if f.name == "prompt_id" or (size and f.name == "prompt")]
+    times = np.zeros(len(rankings), dtype=np.uint16)  # each ranking's rows here
+    start = 0
+    for batch in read_batches(responses, pa.schema(fields), 8 * _BATCH):
+        ids = prompt_ids(batch, responses)
+        part = slice(start, start := start + len(ids))
+        rows[part] = found = rankings.find(ids)
+        ranked = np.flatnonzero(found >= 0)
+        np.add.at(times, found[ranked], 1)
+        again = ranked[times[found[ranked]] > 1]
+        if len(again):
+            raise SPPOError(f"{responses}: prompt_id {ids[again[0]]} is there twice; each row needs its own")
+        if size:
+            prompts = batch.column("prompt").to_pylist()
+            contents[part] = hash64(f"{recipe.seed} {content_id(p)}" for p in prompts)
+    unmatched = int((times == 0).sum())
+    if unmatched:
+        raise SPPOError(f"{unmatched} rankings have no row in {responses}; they are another run's")
+    held_out = _held_out(contents, rows >= 0, size) if size else np.zeros(total, dtype=bool)
+    return rows, held_out
+
+
+def _held_out(contents: NDArray[np.uint64], ranked: NDArray[np.bool_], size: float) -> NDArray[np.bool_]:
+    """The rows whose content's seeded hash is among the smallest, (N,): a prompt asked twice stays on one side."""
+    distinct = np.unique(contents[ranked])
+    count = round(size * len(distinct)) if size < 1 else int(size)
+    if count >= len(distinct):
+        raise UsageError(f"--test_size {size:g} leaves nothing to train on: there are {len(distinct)} prompts")
+    return contents < distinct[count]
+
+
+def _write(
+    train: Path,
+    test: Path,
+    pairs: Iterator[tuple[pa.RecordBatch, NDArray[np.int64]]],
+    held_out: NDArray[np.bool_],
+    statistics: winrates.Statistics,
+) -> tuple[int, int]:
+    """Write both files in one pass; returns their rows. Neither appears if anything fails or no pair is left."""
+    schema = training_schema()
+    with (
+        atomic_together([train, test]) as (train_part, test_part),
+        RowGroups(train_part, schema) as train_rows,
+        RowGroups(test_part, schema) as test_rows,
+    ):
+        for batch, numbers in pairs:
+            test_rows.write(_where(held_out[numbers], batch))
+            train_rows.write(_where(~held_out[numbers], batch))
+        if not train_rows.rows:
+            raise SPPOError(f"no pair is left to train on; dropped: {dict(+statistics.dropped)}")
+    return train_rows.rows, test_rows.rows
+
+
+def _pairs(
+    responses: Path,
+    schema: pa.Schema,
+    rankings: Rankings,
+    rows: NDArray[np.int64],
+    recipe: Recipe,
+    statistics: winrates.Statistics,
+) -> Iterator[tuple[pa.RecordBatch, NDArray[np.int64]]]:
+    """Batches of the training set, and the numbers of the responses' rows that they were made from."""
+    statistics.dropped["not ranked"] = int((rows < 0).sum())
+    start = 0
+    with progress(len(rows), "compute_prob", "prompt") as bar:
+        for batch in read_batches(responses, schema, _BATCH):
+            numbers = np.arange(start, start := start + batch.num_rows)
+            ranked = rows[numbers] >= 0
+            logits = rankings.logits(rows[numbers[ranked]]).astype(np.float64)
+            finite = np.isfinite(logits).all((1, 2))
+            statistics.dropped["logits not finite"] += int((~finite).sum())
+            batch, numbers = _where(finite, _where(ranked, batch)), numbers[ranked][finite]
+            counts = batch.column("responses").value_lengths().fill_null(0).to_numpy()
+            wrong = np.flatnonzero(counts != recipe.pairs)
+            if len(wrong):
+                name, count = batch.column("prompt_id")[wrong[0]], counts[wrong[0]]
+                raise SPPOError(f"{responses}: prompt {name} has {count} responses, not --pairs {recipe.pairs}")
+            pairs, kept = _pair(batch, logits[finite], recipe, statistics)
+            yield _where(kept, pairs), numbers[kept]
+            bar.update(len(ranked))
+
+
+def _pair(
+    batch: pa.RecordBatch, logits: winrates.Array, recipe: Recipe, statistics: winrates.Statistics
+) -> tuple[pa.RecordBatch, NDArray[np.bool_]]:
+    """Rows of the training set for N ranked prompts, logits (N, K, K), and which of them are kept, (N,)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    n, k, _ = logits.shape
+    row = np.arange(n)
+    scores = winrates.mean_scores(logits)  # (N, K)
+    probability = winrates.probability(logits, recipe.estimator)
+    win_rates = probability.mean(-1)  # (N, K)
+    # sigmoids saturate, scores do not: the released estimator orders by its scores
+    w, l = winrates.best_and_worst(scores if recipe.estimator == "released" else win_rates)  # noqa: E741 - the paper's
+    rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])
+    texts = pc.fill_null(pc.struct_field(batch.column("responses").flatten(), "text"), "")  # (N * K,)
+    lengths = pc.utf8_length(texts).to_numpy().reshape(n, k).astype(np.float64)
+    blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False).reshape(n, k)
+    chosen, rejected = texts.take(pa.array(row * k + w)), texts.take(pa.array(row * k + l))
+    kept = np.ones(n, dtype=bool)
+    if not recipe.keep_degenerate:
+        for reason, found in (
+            ("equal scores", w == l),
+            ("same text", pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)),
+            ("empty response", blank[row, w] | blank[row, l]),
+        ):
+            statistics.dropped[reason] += int((kept & found).sum())
+            kept &= ~found
+    statistics.add_ranked(logits, probability, scores, lengths)
+    statistics.add_pairs(rates[:, kept])
+    made = {
+        "chosen": _conversations(batch.column("prompt"), chosen),
+        "rejected": _conversations(batch.column("prompt"), rejected),
+        "chosen_probs": pa.array(rates[0]),
+        "chosen_probs_win": pa.array(rates[1]),
+        "chosen_probs_lose": pa.array(rates[2]),
+        "chosen_index": pa.array(w.astype(np.int32)),
+        "rejected_index": pa.array(l.astype(np.int32)),
+        "probability": _lists(_lists(pa.array(probability.reshape(-1)), k), k),
+        "rm_scores": _lists(pa.array(scores.reshape(-1).astype(np.float32)), k),
+        **dict(zip(batch.schema.names, batch.columns, strict=True)),
+    }
+    columns = [made[f.name] if f.name in made else pa.nulls(n, f.type) for f in training_schema()]
+    return pa.RecordBatch.from_arrays(columns, schema=training_schema()), kept
+
+
+def _lists(values: pa.Array, length: int) -> pa.Array:
+    """`values` in lists of `length`."""
+    import pyarrow as pa
+
+    return pa.ListArray.from_arrays(np.arange(0, len(values) + 1, length, dtype=np.int32), values)
+
+
+def _conversations(prompts: pa.Array, answers: pa.Array) -> pa.Array:
+    """Each prompt's messages with its answer, the assistant's, behind them."""
+    import pyarrow as pa
+
+    messages = prompts.flatten()
+    roles = pa.array(["assistant"]).take(pa.array(np.zeros(len(answers), dtype=np.int8)))
+    said = pa.StructArray.from_arrays([roles, answers], ["role", "content"])
+    ends = (prompts.value_lengths().fill_null(0).to_numpy() + 1).cumsum(dtype=np.int32)
+    is_answer = np.zeros(len(messages) + len(said), dtype=bool)
+    is_answer[ends - 1] = True
+    order = np.empty(len(is_answer), dtype=np.int64)
+    order[is_answer] = len(messages) + np.arange(len(said))
+    order[~is_answer] = np.arange(len(messages))
+    offsets = np.concatenate([[0], ends]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.concat_arrays([messages, said]).take(pa.array(order)))
+
+
+def _where(mask: NDArray[np.bool_], batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The rows of `batch` where `mask`; the batch itself, not a copy, where that is all of them."""
+    import pyarrow as pa
+
+    return batch if mask.all() else batch.filter(pa.array(mask))

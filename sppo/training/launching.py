@@ -1,0 +1,29 @@
+"""Which accelerate config a training runs under, and how many processes that makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import UsageError
+from sppo.config import ROOT, read_yaml
+
+
+def training_config(names: list[str], accelerate_config: str) -> tuple[Path, dict[str, Any], int]:
+    """(accelerate config, what it says, how many processes train). Raises UsageError for one that does not fit."""
+    cpu = "" in names
+    chosen = accelerate_config or ("cpu" if cpu else "one_gpu" if len(names) == 1 else "zero3")
+    path = Path(chosen) if chosen.endswith(".yaml") else ROOT / "recipes" / "accelerate_configs" / f"{chosen}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")))
+        raise UsageError(f"no accelerate config {path}; the project brings {known}")
+    try:
+        config = read_yaml(path.read_text(encoding="utf-8"))
+        kind, stated = config["distributed_type"], int(config.get("num_processes", 1))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is no accelerate config ({type(error).__name__}: {error})") from None
+    if cpu and not config.get("use_cpu"):
+        raise UsageError(f"{path} is for GPUs, and there is none; take cpu, multi_cpu, cpu_zero2 or cpu_zero3")
+    # without GPUs to count, the config says how many processes there are
+    count = stated if cpu and len(names) == 1 else len(names)
+    return path, config, 1 if kind == "NO" else count

@@ -1,0 +1,56 @@
+"""The losses, one line of mathematics each. SPPO: arXiv 2405.00675, equation 4.9 and the released trainer.
+
+a, b: log pi(y|x) - log pi_t(y|x) of the chosen and the rejected response, summed over response tokens, (B,).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def preference_loss(
+    loss_type: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    beta: float,
+    p: torch.Tensor,
+    p_win: torch.Tensor,
+    p_lose: torch.Tensor,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Loss of each row, (B,); for `kto_pair` (2B,). All inputs (B,), float32; eta = 1 / beta.
+
+    p = P(chosen > rejected), p_win = P(chosen > policy), p_lose = P(rejected > policy). label_smoothing is the
+    share of preferences taken to be the wrong way round; only `sigmoid` has one. `kto_pair` couples the rows of a
+    batch through its two KL estimates, so that a row's loss depends on the other rows.
+    """
+    eta = 1 / beta
+    if loss_type == "sppo":
+        return 0.5 * ((a - eta * (p_win - 0.5)) ** 2 + (b - eta * (p_lose - 0.5)) ** 2)
+    if loss_type == "sppo_single":
+        return 0.5 * ((a - eta * (p - 0.5)) ** 2 + (b + eta * (p - 0.5)) ** 2)
+    if loss_type == "sigmoid":  # DPO, arXiv 2305.18290; smoothed: cDPO
+        delta, epsilon = beta * (a - b), label_smoothing
+        return -(1 - epsilon) * F.logsigmoid(delta) - epsilon * F.logsigmoid(-delta)
+    if loss_type == "hinge":  # SLiC, arXiv 2309.06657
+        return torch.relu(1 - beta * (a - b))
+    if loss_type == "ipo":  # arXiv 2310.12036, equation 17
+        return (a - b - 1 / (2 * beta)) ** 2
+    if loss_type == "kto_pair":  # arXiv 2402.01306, on pairs
+        kl_win, kl_lose = a.mean().clamp(min=0), b.mean().clamp(min=0)
+        return torch.cat([1 - torch.sigmoid(beta * (a - kl_lose)), 1 - torch.sigmoid(beta * (kl_win - b))])
+    raise ValueError(f"unknown loss_type {loss_type!r}")
+
+
+def sppo_all_loss(
+    ratios: torch.Tensor, win_rates: torch.Tensor, row: torch.Tensor, rows: int, beta: float
+) -> torch.Tensor:
+    """The theory's own update (arXiv 2405.00675, section 4), which regresses every response: (rows,).
+
+    (1/K) sum_i (a_i - eta (P(y_i > pi_t) - 1/2))^2. ratios: (S,), a_i of each of the batch's S responses;
+    win_rates: (S,), P(y_i > pi_t); row: (S,), which of the batch's rows a response belongs to. K may differ by row.
+    """
+    squares = (ratios - (win_rates - 0.5) / beta) ** 2
+    sums = squares.new_zeros(rows).index_add(0, row, squares)
+    return sums / squares.new_zeros(rows).index_add(0, row, torch.ones_like(squares))

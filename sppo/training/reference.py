@@ -1,0 +1,69 @@
+"""The reference as a table: log pi_t of every response, computed once and kept under a hash of what decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sppo.common.files import atomic
+from sppo.training.data import TrainingSet
+
+
+@dataclass
+class ReferenceTable:
+    """Where the table of one policy over one data set is kept: beside the data, else in the run's own directory."""
+
+    key: str
+    homes: tuple[Path, ...]
+
+    def load(self, size: int) -> tuple[torch.Tensor, Path] | None:
+        """The table, (size,) float32, and its file; None where there is none that is whole."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        for home in self.homes:
+            path = home / f"{self.key}.safetensors"
+            if not path.is_file():
+                continue
+            try:
+                table = load_file(path)["logps"]
+            except (SafetensorError, KeyError, OSError) as error:
+                print(f"train: {path} is damaged ({error}); its log-probs are computed again")
+                continue
+            if table.shape == (size,) and table.isfinite().all():
+                return table, path
+        return None
+
+    def save(self, table: torch.Tensor) -> Path:
+        """Write the table into the first of `homes` that can be written to; says so where that is not the first one."""
+        from safetensors.torch import save_file
+
+        for home in self.homes:
+            path = home / f"{self.key}.safetensors"
+            try:
+                with atomic(path) as temporary:
+                    save_file({"logps": table}, temporary)
+            except OSError as error:
+                if home == self.homes[-1]:
+                    raise
+                print(f"train: reference log-probs cannot be kept in {home} ({error.strerror}), so they go to the run")
+                continue
+            return path
+        raise AssertionError("no home")
+
+
+def reference_key(policy: str, data: TrainingSet, **how: Any) -> str:
+    """Hash of the policy's identity, of how it is run (precision, attention, library), and of every token id.
+
+    The token ids stand for the data set's file, the lengths, the template and its arguments, which decide them.
+    """
+    sha = hashlib.sha256(json.dumps({"policy": policy, **how}, sort_keys=True).encode())
+    for sides in zip(data.prompts, data.responses, strict=True):
+        for prompt, response in zip(*sides, strict=True):
+            sha.update(f"{len(prompt)},{len(response)};".encode() + prompt.tobytes() + response.tobytes())
+    return sha.hexdigest()[:32]

@@ -1,0 +1,82 @@
+"""From the trained weights to a whole model directory, which appears in one step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppo.common import chat
+from sppo.common.files import follow_umask, read_json, sync_directory, write_json
+from sppo.common.loading import load_causal_lm, load_config
+from sppo.common.model_files import public_name
+from sppo.common.policy import Policy
+from sppo.training.model_card import write_card
+from sppo.training.settings import IDENTITY, Training
+
+if TYPE_CHECKING:
+    from sppo.training.data import TrainingSet
+
+
+def finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> None:
+    """Complete the model in <work>/final and rename it to output_dir in one step."""
+    source, work, stage, model = training.source, training.work, training.stage, training.recipe.model
+    final = work / "final"
+    (final / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    if training.recipe.use_peft:
+        _name_base(training, final / "adapter_config.json")
+        if training.recipe.merge_adapter:
+            _merge(source, final)
+    else:
+        _copy(source.weights, final, ("generation_config.json",))
+    _copy(source.tokenizer_dir, final, chat.TOKENIZER_FILES)
+    if source.remote_code:
+        _copy(source.weights, final, tuple(p.name for p in source.weights.glob("*.py")))
+    shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
+    write_card(final, training.recipe, training.data_name, stage.inputs["dataset"], metrics, data.counts, IDENTITY)
+    stage.manifest = final / "sppo_manifest.json"
+    stage.outputs = sorted(p for p in final.iterdir() if p.suffix in (".safetensors", ".json") and p != stage.manifest)
+    stage.finish(data.counts, model=model, model_name=public_name(model), **metrics)
+    for path in final.rglob("*"):
+        if path.is_file():
+            follow_umask(path)
+    if training.output_dir.exists():
+        shutil.rmtree(training.output_dir)
+    os.rename(final, training.output_dir)
+    sync_directory(training.output_dir.parent)
+    shutil.rmtree(work)
+
+
+def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Copy the files of these names; delete those in `target` that `source` does not have."""
+    for name in names:
+        (target / name).unlink(missing_ok=True)
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _name_base(training: Training, path: Path) -> None:
+    """Let the adapter's config name its base so that it is found again: a Hub id, or a whole path."""
+    config_json = read_json(path)
+    if training.source.adapter is not None:
+        earlier = read_json(training.source.adapter / "adapter_config.json")
+        config_json["base_model_name_or_path"] = earlier["base_model_name_or_path"]
+        config_json["revision"] = earlier.get("revision")
+    elif Path(training.recipe.model).expanduser().is_dir():
+        config_json["base_model_name_or_path"] = str(training.source.weights.resolve())
+    else:
+        config_json["base_model_name_or_path"] = training.recipe.model
+        config_json["revision"] = training.recipe.model_revision or None
+    write_json(path, config_json)
+
+
+def _merge(source: Policy, final: Path) -> None:
+    """<final>/merged: a model of its own, the adapter added to the base in float32, in the base's precision."""
+    import torch
+
+    merged = load_causal_lm(dataclasses.replace(source, adapter=final), torch.float32)
+    merged.to(load_config(source).dtype or torch.float32).save_pretrained(final / "merged")
+    _copy(source.weights, final / "merged", ("generation_config.json",))
+    _copy(source.tokenizer_dir, final / "merged", chat.TOKENIZER_FILES)

@@ -1,0 +1,151 @@
+"""A training as it is asked for: its flags, what they contradict, what identifies it. Nothing heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from sppo import config
+from sppo.common.errors import UsageError
+from sppo.common.files import digest
+from sppo.common.manifest import Stage
+from sppo.common.policy import Policy, policy_of
+from sppo.config import KEYS, Recipe
+from sppo.training.checkpoints import refuse_another
+from sppo.training.dataset import dataset_file
+
+# the settings that decide the result; the others only decide where and how fast it is computed
+IDENTITY = (
+    "seed loss_type beta label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs schedule_epochs "
+    "optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation chat_template_kwargs use_peft "
+    "lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
+).split()
+
+
+@dataclass
+class Training:
+    """A training as it was asked for, before anything heavy is loaded."""
+
+    recipe: Recipe
+    iteration: int
+    overwrite: bool
+    source: Policy
+    dataset: Path
+    data_name: str  # as the model card says it
+    output_dir: Path
+    processes: int
+    steps: int  # accumulation steps
+    stage: Stage
+
+    @property
+    def work(self) -> Path:
+        """Where everything is until the model is whole."""
+        return self.output_dir.with_name(self.output_dir.name + ".partial")
+
+    def is_done(self) -> bool:
+        """Whether output_dir holds this very training's model. Raises SPPOError if it, or what a killed try left, holds
+        another's."""
+        if self.overwrite:
+            return False
+        if self.stage.is_done():
+            if os.environ.get("RANK", "0") == "0":
+                print(f"train: done: {self.output_dir}")
+                shutil.rmtree(self.work, ignore_errors=True)  # what a kill at the very end has left
+            return True
+        refuse_another(self.work, self.stage)
+        return False
+
+
+def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> Training:
+    """The training that the flags of sppo/run_sppo.py ask for, in so many processes; `doc` opens their --help.
+
+    Raises UsageError for flags that contradict each other, SPPOError for a model or data set that cannot be read.
+    """
+    parser = config.make_parser(doc, KEYS["train"])
+    parser.add_argument("recipe_file", nargs="?", help="the recipe, as a first argument instead of --recipe")
+    parser.add_argument("--dataset", required=True, help="train.parquet, a $DATA directory, or a data set on the Hub")
+    parser.add_argument("--output_dir", required=True, type=Path, help="where the trained model appears")
+    parser.add_argument("--iter", type=int, default=0, help="the iteration's number, for the model card")
+    parser.add_argument("--overwrite", action="store_true", help="train again over another run's model")
+    args, recipe = config.parse(parser, argv)
+    check_flags(recipe)
+    steps = accumulation(recipe, processes)
+    source = policy_of(recipe)
+    path = dataset_file(args.dataset, recipe)
+    occupied = args.output_dir.exists() and any(args.output_dir.iterdir())
+    stage = Stage(
+        "train",
+        args.output_dir / "sppo_manifest.json",
+        [args.output_dir] if occupied else [],
+        inputs={"model": source.identity(), "dataset": digest(path)},
+        settings={
+            "global_batch_size": recipe.batch_size * steps * processes,
+            **{k: getattr(recipe, k) for k in IDENTITY},
+        },
+    )
+    name = args.dataset if args.dataset.count("/") == 1 and not Path(args.dataset).exists() else path.name
+    return Training(recipe, args.iter, args.overwrite, source, path, name, args.output_dir, processes, steps, stage)
+
+
+def check_flags(recipe: Recipe) -> None:
+    """Raise UsageError for settings that contradict each other."""
+    if recipe.num_train_epochs <= 0:
+        raise UsageError("--num_train_epochs must be above 0")
+    if recipe.max_prompt_length >= recipe.max_length:
+        raise UsageError("--max_prompt_length must be below --max_length: the response needs room")
+    if recipe.label_smoothing and recipe.loss_type != "sigmoid":
+        raise UsageError(f"--label_smoothing is for --loss_type sigmoid; {recipe.loss_type} has win rates or none")
+    for flag in ("load_in_4bit", "merge_adapter"):
+        if getattr(recipe, flag) and not recipe.use_peft:
+            raise UsageError(f"--{flag} goes with --use_peft")
+
+
+def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
+    """Raise UsageError for settings that the libraries or the devices here cannot do.
+
+    `gpu`: whether there will be a GPU; None asks PyTorch. Imports transformers, which takes seconds.
+    """
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for flag, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        name, names = getattr(recipe, flag), [member.value for member in known]
+        if name not in names:
+            hint = config.nearest(name, names) or f"; one of {', '.join(names)}"
+            raise UsageError(f"--{flag} {name}: transformers does not know it{hint}")
+    if recipe.load_in_4bit:
+        import torch
+
+        gpu = torch.cuda.is_available() if gpu is None else gpu
+        if importlib.util.find_spec("bitsandbytes") is None or not gpu:
+            raise UsageError("--load_in_4bit needs a GPU and bitsandbytes (pip install bitsandbytes); without it: LoRA")
+    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+        raise UsageError(f"--report_to {recipe.report_to}: not installed; pip install {recipe.report_to}")
+    if recipe.report_to == "wandb" and not _wandb_answers():
+        raise UsageError(
+            "--report_to wandb: not logged in; run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline"
+        )
+
+
+def _wandb_answers() -> bool:
+    """Whether wandb starts without asking for a key, which would leave the other ranks waiting."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8")
+
+
+def accumulation(recipe: Recipe, processes: int) -> int:
+    """Accumulation steps that keep the global batch. Raises UsageError where it does not come out even."""
+    if recipe.accumulate:
+        return recipe.accumulate
+    steps, rest = divmod(recipe.global_batch_size, recipe.batch_size * processes)
+    if rest or not steps:
+        raise UsageError(
+            f"global_batch_size {recipe.global_batch_size} is not a multiple of {processes} processes x batch_size "
+            f"{recipe.batch_size}; change --batch_size or --global_batch_size"
+        )
+    return steps

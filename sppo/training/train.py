@@ -1,0 +1,177 @@
+"""The training itself, on every rank: model, data and reference put together, trained, and saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import write_json
+from sppo.common.loading import add_adapter, load_causal_lm, load_config
+from sppo.config import Recipe
+from sppo.training.checkpoints import only_plain_values, resume_point, tidy, told_when_full
+from sppo.training.save import finish
+from sppo.training.settings import Training, check_machine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import TrainingArguments
+
+    from sppo.training.data import TrainingSet
+    from sppo.training.trainer import SPPOTrainer
+
+
+def train(training: Training) -> None:
+    """Train into output_dir, on every rank of an accelerate launch."""
+    import torch
+
+    recipe, work, stage = training.recipe, training.work, training.stage
+    check_machine(recipe)
+    first = os.environ.get("RANK", "0") == "0"
+    if training.overwrite and first:
+        shutil.rmtree(work, ignore_errors=True)
+    checkpoint = None if training.overwrite else resume_point(work)
+    if first:
+        tidy(work, checkpoint)
+    trainer, data = _trainer(training)
+    if first:
+        batch = f"{training.processes} x {recipe.batch_size} x {training.steps} rows a step"
+        clipping = f"gradients clipped at {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no gradient clipping"
+        print(f"train: {data.counts}; {batch}; {clipping}" + (f"; going on from {checkpoint}" if checkpoint else ""))
+        write_json(work / "identity.json", stage.identity)
+    if checkpoint:
+        only_plain_values(checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _save(trainer, training)
+    if torch.distributed.is_initialized():
+        # all ranks close their connections together: a rank that leaves earlier may crash
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if first:
+        metrics = {"iteration": training.iteration, **_summary(work / "metrics.jsonl")}
+        finish(training, metrics, data)
+        loss, scaled = metrics["loss"], metrics["beta2_loss"]
+        print(f"train: {training.output_dir}: loss {loss:.6g}, beta^2 loss {scaled:.6g}")
+
+
+def _summary(metrics: Path) -> dict[str, float]:
+    """Mean loss over all steps, of all tries, and the other metrics of the last line."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [line["step"] - before for line, before in zip(lines, [0, *(x["step"] for x in lines)], strict=False)]
+    mean = {
+        name: sum(line[name] * n for line, n in zip(lines, steps, strict=True)) / sum(steps)
+        for name in ("loss", "beta2_loss")
+    }
+    return {**mean, **{k: v for k, v in lines[-1].items() if k.startswith(("rewards/", "logps/"))}}
+
+
+def _trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
+    import torch
+    import transformers
+
+    from sppo.training.data import load_training_set
+    from sppo.training.logps import add_lean_forward
+    from sppo.training.reference import ReferenceTable, reference_key
+    from sppo.training.trainer import SPPOTrainer, disable_dropout
+
+    recipe, source, work = training.recipe, training.source, training.work
+    tokenizer = source.tokenizer()
+    data = load_training_set(training.dataset, tokenizer, source.stop_ids(tokenizer), recipe)
+    source.check_tokens(max(int(side.max()) for row in (*data.prompts, *data.responses) for side in row))
+    args = _training_arguments(recipe, work, training.steps)
+    if args.world_size != training.processes:
+        raise SPPOError(
+            f"{training.processes} processes were launched, {args.world_size} take part; check the accelerate config"
+        )
+    lora, quantization = _lora_and_quantization(recipe)
+    # after TrainingArguments: under ZeRO-3 the weights are then sharded as they load
+    model = load_causal_lm(source, torch.float32, recipe.attn_implementation, not recipe.use_peft, quantization)
+    lean = add_lean_forward(model)
+    if recipe.load_in_4bit:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if recipe.use_peft:
+        transformers.set_seed(recipe.seed)  # a new adapter begins at random
+        model = add_adapter(model, source, lora)
+    disable_dropout(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    precision = "4bit" if recipe.load_in_4bit else "bf16" if args.bf16 else "float32"
+    how = {"precision": precision, "attention": recipe.attn_implementation, "transformers": transformers.__version__}
+    key = reference_key(source.identity(), data, **how)
+    table = ReferenceTable(key, (training.dataset.parent / "reference", work / "reference"))
+    return SPPOTrainer(model, args, recipe, data, pad, table, lean), data
+
+
+def _lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
+    """trl's LoraConfig (None without --use_peft) and its quantisation: QLoRA's NormalFloat (arXiv 2305.14314), or None.
+
+    Without dropout: the policy before its first step is the reference.
+    """
+    from trl import ModelConfig, get_peft_config, get_quantization_config
+
+    names = recipe.lora_target_modules
+    asked = ModelConfig(
+        use_peft=recipe.use_peft,
+        lora_r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=0.0,
+        lora_target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
+        load_in_4bit=recipe.load_in_4bit,
+        use_bnb_nested_quant=True,
+        dtype="bfloat16",  # of the products in 4 bits
+    )
+    return get_peft_config(asked), get_quantization_config(asked)
+
+
+def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArguments:
+    import torch
+    from transformers import TrainingArguments
+
+    gpu = torch.cuda.is_available()
+    if not gpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.ops
+
+        # communication through shared memory would be compiled for a minute, and needs a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(work.parent / "logs" / "tensorboard"))
+    return TrainingArguments(
+        output_dir=str(work),
+        use_cpu=not gpu,  # the accelerate config's use_cpu alone does nothing under DeepSpeed
+        bf16=gpu,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=steps,
+        num_train_epochs=recipe.num_train_epochs,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        warmup_steps=recipe.warmup_ratio if recipe.warmup_ratio < 1 else 0,
+        optim=recipe.optim,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=recipe.logging_steps,
+        save_steps=recipe.save_steps,
+        report_to=recipe.report_to,
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=gpu,
+        eval_strategy="no",
+    )
+
+
+def _save(trainer: SPPOTrainer, training: Training) -> None:
+    """The weights into <work>/final, by all ranks: in the policy's own precision, or the adapter alone."""
+    from transformers import GenerationConfig
+
+    if not training.recipe.use_peft:
+        trainer.model.generation_config = GenerationConfig()  # the source's own file is copied over it
+        dtype = load_config(training.source).dtype
+        if dtype is not None and not trainer.is_deepspeed_enabled:
+            trainer.model.to(dtype)  # from the master weights; a policy in bfloat16 stays one
+    with told_when_full():
+        trainer.save_model(str(training.work / "final"))

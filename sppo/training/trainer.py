@@ -1,0 +1,273 @@
+"""The SPPO trainer: transformers' Trainer with the reference as a table and the paper's loss.
+
+A subclass of transformers.Trainer and not of trl.DPOTrainer: the loss, the columns, the collator and the truncation
+would all have to be replaced there, and its cached reference log-probs do not notice new weights under an old path.
+Our own loop would have to bring DeepSpeed, DDP, LoRA and checkpoints with it, which the Trainer has; what is
+overridden here are its hooks for the loss, the loader, the schedule, the log and the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer.utils import disable_dropout_in_model
+
+from sppo.common.errors import SPPOError
+from sppo.common.progress import progress
+from sppo.config import Recipe
+from sppo.training.checkpoints import seal, told_when_full
+from sppo.training.data import Batches, Place, StepBatches, TrainingSet
+from sppo.training.logps import CHUNK_TOKENS, response_logps
+from sppo.training.loss import preference_loss, sppo_all_loss
+from sppo.training.reference import ReferenceTable
+
+METRICS = (
+    "rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/chosen_target rewards/rejected_target "
+    "logps/chosen logps/rejected"
+).split()
+
+
+class SPPOTrainer(Trainer):
+    """Trains a policy on a TrainingSet. `lean`: whether the model has the forward of logps.add_lean_forward."""
+
+    # compute_loss gives a micro-batch's share of its step; the Trainer divides it by the accumulation steps
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        recipe: Recipe,
+        data: TrainingSet,
+        pad_id: int,
+        table: ReferenceTable,
+        lean: bool = True,
+    ) -> None:
+        self.recipe, self.table, self.lean = recipe, table, lean
+        # the same on all ranks: see logps.py
+        self.chunks = -(-recipe.batch_size * data.most_response_tokens() // CHUNK_TOKENS)
+        self.reference: torch.Tensor | None = None  # (S,): log pi_t of every response
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data,
+            data_collator=partial(data.batch, pad_id=pad_id),
+            callbacks=[_Flow(self)],
+        )
+        self._forget_metrics()
+        if self.accelerator.state.deepspeed_plugin is not None:
+            # with the optimiser offloaded, DeepSpeed would put its own Adam in the place of any optimiser
+            self.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+    def get_train_dataloader(self) -> Batches:
+        """Every rank's own batches; no other sampler shares them out or repeats rows to come out even."""
+        batches = StepBatches(
+            self.train_dataset.lengths(),
+            self.args.per_device_train_batch_size,
+            self.args.gradient_accumulation_steps,
+            self.args.seed,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            group=self.recipe.loss_type != "kto_pair",
+        )
+        pin = self.args.dataloader_pin_memory
+        return Batches(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule is laid out over schedule_epochs, wherever training stops.
+
+        A warm-up starts at a rate of 0, so a training of one step would change nothing: it has no warm-up.
+        """
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        horizon = self.recipe.schedule_epochs or self.recipe.num_train_epochs
+        return super().create_scheduler(round(num_training_steps * horizon / self.recipe.num_train_epochs), optimizer)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """A micro-batch's share of its step's mean loss (see data.batch); its metrics wait for the next log line.
+
+        Averaged over accumulation steps and ranks, which is what follows, the shares are the mean over the step's
+        rows, however they were dealt.
+        """
+        data, beta, rows = self.train_dataset, self.recipe.beta, inputs["rows"]
+        logps = self._logps(model, inputs)  # (S,)
+        ratios = logps - self.reference.to(logps.device)[inputs["sequence"]]
+        pair = inputs["pair"][:rows]  # (B, 2)
+        a, b = ratios[pair].unbind(1)
+        p, p_win, p_lose = data.win_rates.to(logps.device)[inputs["index"][:rows]].unbind(1)
+        if self.recipe.loss_type == "sppo_all":
+            rates = data.sequence_rates.to(logps.device)[inputs["sequence"]]
+            losses = sppo_all_loss(ratios, rates, inputs["row"], len(inputs["index"]), beta)[:rows]
+        else:
+            losses = preference_loss(self.recipe.loss_type, a, b, beta, p, p_win, p_lose, self.recipe.label_smoothing)
+        if self.recipe.loss_type == "kto_pair":
+            losses = losses.view(2, -1).mean(0)
+        with torch.no_grad():
+            chosen, rejected = logps[pair].unbind(1)
+            targets = (p_win - 0.5).sum(), (p_lose - 0.5).sum()  # what SPPO moves beta * a and beta * b towards
+            rewards = (beta * a).sum(), (beta * b).sum(), (a > b).sum(), (beta * (a - b)).sum()
+            self._sums += torch.stack([*rewards, *targets, chosen.sum(), rejected.sum()]).double().to(self._sums.device)
+            self._rows += rows
+            self._tokens += inputs["attention_mask"].sum()
+        micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return losses.sum() * (micro_batches / inputs["step_rows"])
+
+    def _logps(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """(S,): log-probability of each of the batch's responses."""
+        given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        if self.lean:
+            return model(**given, positions=inputs["positions"], chunks=self.chunks)
+        return response_logps(model(**given, use_cache=False).logits, inputs["input_ids"], inputs["positions"])
+
+    def _forget_metrics(self) -> None:
+        self._sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.args.device)
+        self._rows = 0
+        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._since = time.monotonic()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last line, averaged over all ranks; keep every line in metrics.jsonl."""
+        training = "loss" in logs
+        if training:
+            local = torch.tensor([self._rows, self._tokens], dtype=torch.float64, device=self._sums.device)
+            *sums, rows, tokens = self.accelerator.reduce(torch.cat([self._sums, local]), "sum").tolist()
+            logs["beta2_loss"] = self.recipe.beta**2 * logs["loss"]
+            logs.update({name: total / rows for name, total in zip(METRICS, sums, strict=True)})
+            logs["tokens_per_second"] = round(tokens / (time.monotonic() - self._since), 1)
+            done = self.state.global_step - self._initial_global_step
+            pace = (time.monotonic() - self._began) / done
+            logs["seconds_left"] = round(pace * (self.state.max_steps - self.state.global_step), 1)
+            self._forget_metrics()
+        super().log(logs, start_time)
+        if training and self.is_world_process_zero():
+            with open(Path(self.args.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint; the older ones are deleted only when every rank's part is on the disk."""
+        with told_when_full():
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            here = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            seal(here)
+            for older in set(here.parent.glob("checkpoint-*")) - {here}:
+                shutil.rmtree(older)
+
+    def begin(self) -> None:
+        """Before the first step: check the log-probs, and find or compute the reference's."""
+        self._began = time.monotonic()
+        self._check_lean()
+        self._find_reference()
+        self._began = time.monotonic()
+        self._forget_metrics()
+
+    @torch.no_grad()
+    def _check_lean(self) -> None:
+        """Compare the lean log-probs with the plain ones on the shortest row; do without them where they differ.
+
+        An architecture may change its logits in a way that its config does not show. All ranks take part.
+        """
+        shortest = int(self.train_dataset.lengths().argmin())
+        batch = self._prepare_inputs(self.data_collator([Place(shortest)]))
+        model, training = self.model_wrapped, self.model_wrapped.training
+        model.eval()
+        if self.lean:
+            lean = self._logps(model, batch).float()
+            self.lean = False
+            plain = self._logps(model, batch).float()
+            tolerance = 1e-4 if self.accelerator.mixed_precision == "no" else 2e-2
+            apart = ((lean - plain).abs() / plain.abs().clamp(min=1)).max()
+            self.lean = self.accelerator.reduce(apart, "sum").item() <= tolerance * self.accelerator.num_processes
+        if not self.lean and self.is_world_process_zero():
+            print(
+                "train: this architecture changes its logits, so log-probs come from full logits and take more memory"
+            )
+        model.train(training)
+
+    def _find_reference(self) -> None:
+        """Fill `reference`: the table of an earlier run, or the policy's own log-probs before its first step.
+
+        Only rank 0 looks, so that all ranks agree. A resumed run needs it: its policy is no longer the reference.
+        """
+        size = len(self.train_dataset.sequence_rates)
+        found = self.table.load(size) if self.is_world_process_zero() else None
+        shared = torch.zeros(size + 1)
+        if found is not None:
+            shared[:size], shared[size] = found[0], 1
+        shared = self.accelerator.reduce(shared.to(self.args.device), "sum")
+        if shared[size]:
+            self.reference = shared[:size]
+            if found is not None:
+                print(f"train: found the reference's log-probs in {found[1]}")
+            return
+        if self.state.global_step:
+            raise SPPOError(
+                f"{self.table.homes[0] / self.table.key}.safetensors is gone, so this run cannot be resumed: "
+                "its policy is not the reference any more. Start again with --overwrite"
+            )
+        self.reference = self._reference_pass(size)
+        if self.is_world_process_zero():
+            print(f"train: the reference's log-probs are kept in {self.table.save(self.reference.cpu())}")
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _reference_pass(self, size: int) -> torch.Tensor:
+        """(size,): log pi_t of every response. The ranks share the rows and make the same number of passes."""
+        model, training = self.model_wrapped, self.model_wrapped.training
+        model.eval()
+        ranks, rank, batch_size = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.batch_size
+        order = (-self.train_dataset.lengths()).argsort(kind="stable")
+        table = torch.zeros(size, device=self.args.device)
+        with progress(len(order), "reference log-probs", "row") as bar:
+            for start in range(0, len(order), batch_size * ranks):
+                rows = order[start : start + batch_size * ranks]
+                mine = rows[rank::ranks] if len(rows) > rank else rows[:1]
+                batch = self._prepare_inputs(self.data_collator([Place(int(i)) for i in mine]))
+                logps = self._logps(model, batch).float()
+                if len(rows) > rank:  # else this rank only ran so that all ranks make the same number of passes
+                    table[batch["sequence"]] = logps
+                bar.update(len(rows))
+        model.train(training)
+        table = self.accelerator.reduce(table, "sum")
+        if not table.isfinite().all():
+            bad = (~table.isfinite()).nonzero().flatten().tolist()
+            raise SPPOError(
+                f"the model's log-probs are not finite for {len(bad)} responses, the first are {bad[:10]}; "
+                "its weights are damaged or too large for this precision"
+            )
+        return table
+
+
+class _Flow(TrainerCallback):
+    """Begins when the model is prepared (sharded, wrapped) and has made no step; when to log and to save."""
+
+    def __init__(self, trainer: SPPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.begin()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        last = state.global_step >= state.max_steps
+        if last or control.should_save:
+            control.should_log = True  # so that a resumed run's next line covers the same steps
+        if last:
+            control.should_save = False  # the model itself is saved next; the optimiser's state is not needed any more
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """No dropout: the reference's log-probs must be those of the policy before its first step."""
+    disable_dropout_in_model(model)
+    for module in model.modules():  # attention that applies it in a function, not in a module
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

@@ -1,0 +1,152 @@
+"""The house: a stage's code is in its folder and stands on nothing of another stage; the lock and the ranges agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from packaging.requirements import Requirement
+
+from sppo import config, formats
+from sppo.preflight import machine
+from sppo.training.settings import IDENTITY
+
+SPPO = tiny.ROOT / "sppo"
+STAGES = {"generation", "ranking", "pairing", "training", "evaluation", "hub"}
+SHARED = {"common", "rankers", "formats", "config"}  # what every stage stands on
+
+
+def name_of(path: Path) -> str:
+    parts = ("sppo", *path.relative_to(SPPO).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in SPPO.rglob("*.py")}
+
+
+def imports(path: Path, inside_functions: bool) -> set[str]:
+    """Our modules that a module imports; those of type checkers alone do not count."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ImportFrom) and (child.module or "").split(".")[0] == "sppo":
+                names = [f"{child.module}.{alias.name}" for alias in child.names]
+                found.update(name if name in MODULES else child.module for name in names)
+            elif isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names if alias.name in MODULES)
+            elif isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING":
+                continue
+            elif inside_functions or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def test_a_stage_imports_no_other_stage() -> None:
+    for name, path in MODULES.items():
+        folder = name.split(".")[1] if "." in name else ""
+        reached = {module.split(".")[1] for module in imports(path, inside_functions=True) if "." in module}
+        if folder in STAGES:
+            assert reached <= SHARED | {folder}, f"{name} imports {sorted(reached - SHARED - {folder})}"
+        elif folder in ("common", "rankers"):
+            allowed = {"common", "formats", "config"} | ({"rankers"} if folder == "rankers" else set())
+            assert reached <= allowed, f"{name} imports {sorted(reached - allowed)}"
+        elif folder == "formats":
+            assert not reached
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """No circle among the imports that run when a module is loaded."""
+    edges = {name: imports(path, inside_functions=False) - {name} for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> None:
+        assert name not in way, " -> ".join([*way, name])
+        if name not in done:
+            for other in edges[name]:
+                walk(other, [*way, name])
+            done.add(name)
+
+    for name in edges:
+        walk(name, [])
+
+
+def test_only_the_commands_and_the_contract_stand_at_the_top() -> None:
+    top = {path.stem for path in SPPO.glob("*.py")}
+    assert top == {"__init__", "run_sppo", "loop", "config", "formats", "demo"}
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    long = {str(p): n for p in MODULES.values() if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_every_column_has_a_meaning() -> None:
+    schemas = {
+        "responses": formats.responses_schema(),
+        "ranking": formats.ranking_schema(),
+        "train": formats.training_schema(),
+    }
+    for file, schema in schemas.items():
+        assert set(schema.names) <= set(formats.MEANING), file
+        assert set(formats.REQUIRED[file]) <= set(schema.names)
+    assert {name for schema in schemas.values() for name in schema.names} == set(formats.MEANING)
+
+
+def test_every_setting_is_read_by_a_script() -> None:
+    """A key that no script reads would be a setting that changes nothing."""
+    by_the_loop = {"iterations", "split_prompts", "push_model"}
+    read = {key for keys in config.KEYS.values() for key in keys}
+    assert read | by_the_loop == set(config.Recipe.__dataclass_fields__)
+    assert set(IDENTITY) <= set(config.KEYS["train"])
+
+
+def test_the_lock_lies_within_the_ranges() -> None:
+    pins = machine.tested()
+    for text in machine.requirements():
+        wanted = Requirement(text)
+        if wanted.name != "vllm":
+            found = pins[wanted.name.replace("_", "-").lower()]
+            assert wanted.specifier.contains(found), f"{text}, and requirements.lock has {found}"
+    assert "://" not in (tiny.ROOT / "requirements.lock").read_text()
+
+
+def bare_python(tmp_path: Path) -> Path:
+    """A Python without any package."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    return tmp_path / "bare" / "bin" / "python"
+
+
+def test_a_python_without_the_packages_gives_way_to_the_venv(tmp_path: Path) -> None:
+    if Path(sys.prefix).resolve() != (tiny.ROOT / ".venv").resolve():
+        pytest.skip("the tests do not run in the project's .venv")
+    done = tiny.run(bare_python(tmp_path), "scripts/compute_prob.py", "--output_dir", tmp_path)
+    assert done.returncode == 1
+    assert "lacks the package" in done.stderr
+    assert f"going on with {tiny.ROOT / '.venv/bin/python'}" in done.stderr
+    assert "draw the responses first" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["compute_prob.py", "run.py", "rank.py"])
+def test_a_python_without_the_packages_and_no_venv_is_one_line(tmp_path: Path, script: str) -> None:
+    copy = tmp_path / "copy"
+    for folder in ("sppo", "scripts", "recipes"):
+        shutil.copytree(tiny.ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    flags = {"run.py": ["--skip_preflight"]}.get(script, ["--output_dir", str(tmp_path)])
+    done = subprocess.run(
+        [bare_python(tmp_path), copy / "scripts" / script, *flags], capture_output=True, text=True, cwd=copy
+    )
+    assert done.returncode == 1
+    assert re.search(
+        r"^error: .* lacks the package \w+\. Run `bash .*/scripts/install\.sh`, and start this with ", done.stderr
+    )
+    assert len(done.stderr.splitlines()) == 1
