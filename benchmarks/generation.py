@@ -26,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sppo import engines, generation  # noqa: E402
 from sppo.common import chat  # noqa: E402
 from sppo.common.journal import Journal  # noqa: E402
 from sppo.common.policy import open_policy  # noqa: E402
@@ -34,7 +33,9 @@ from sppo.common.progress import progress  # noqa: E402
 from sppo.common.shards import Slice  # noqa: E402
 from sppo.config import Recipe  # noqa: E402
 from sppo.demo import chat_tokenizer  # noqa: E402
-from sppo.generation.engines import Request, Response  # noqa: E402
+from sppo.generation import shards  # noqa: E402
+from sppo.generation.engines import Request, Response, vllm  # noqa: E402
+from sppo.generation.prompts import load_prompts  # noqa: E402
 from sppo.generation.shards import generate_shard  # noqa: E402
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an".split()
@@ -92,10 +93,10 @@ def throughput(prompts: int, pairs: int, maxlen: int, width: int, rounds: int) -
         policy = open_policy(str(model))
         tokenizer = policy.tokenizer()
         stops = policy.stop_ids(tokenizer)
-        rows = generation.load_prompts(recipe.prompts, recipe)
-        requests, _, _ = generation.prepare(recipe, policy, tokenizer, rows)
+        rows = load_prompts(recipe.prompts, recipe)
+        requests, _, _ = shards.prepare(recipe, policy, tokenizer, rows)
         longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
-        llm = engines.start_vllm(policy, recipe, longest, 1)
+        llm = vllm.start(policy, recipe, longest, 1)
 
         def sampling(n: int, seed: int | None) -> SamplingParams:
             return SamplingParams(
@@ -107,8 +108,8 @@ def throughput(prompts: int, pairs: int, maxlen: int, width: int, rounds: int) -
             recipe.prompt_seeds = seeds
             journal = Journal(Path(scratch) / f"journal-{time.monotonic_ns()}", {})
             with progress(len(requests), "ours", "prompt") as bar:
-                finished = engines.draw_vllm(llm, policy, recipe, stops, requests)
-                generation._draw(finished, tokenizer, journal, recipe, bar)
+                finished = vllm.draw_from(llm, policy, recipe, stops, requests)
+                shards._draw(finished, tokenizer, journal, recipe, bar)
             answers = [journal.read(r.prompt_id)["responses"] for r in requests]
             journal.remove()
             return sum(len(a["token_ids"]) for answer in answers for a in answer)
@@ -169,9 +170,9 @@ def memory_of(count: int, stage: str) -> None:
             for request in requests:
                 yield request, [Response(list(range(10, 210)), "length") for _ in range(recipe.pairs)]
 
-        generation.finished_responses = canned
+        shards.finished_responses = canned
         if stage == "prompts":
-            generation.load_prompts(recipe.prompts, recipe)
+            load_prompts(recipe.prompts, recipe)
         elif stage == "shard":
             generate_shard(recipe, Path(scratch) / "out", Slice(0, 0), (0, 1), 1, False)
         print(f"PEAK {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")

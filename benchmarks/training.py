@@ -90,7 +90,8 @@ def resident(key: str) -> int:
 
 def ours(world: Path, scratch: Path, size: dict[str, int], options: dict[str, Any]) -> tuple[Any, Any]:
     """(model, run) of our trainer; run() gives the seconds that count."""
-    from sppo import run_sppo
+    from sppo.training.settings import prepare
+    from sppo.training.train import make_trainer
 
     flags = {
         "model": world / "model",
@@ -103,7 +104,7 @@ def ours(world: Path, scratch: Path, size: dict[str, int], options: dict[str, An
         "gradient_checkpointing": "false",
         "max_length": 1024,
     }
-    trainer, _ = run_sppo._trainer(run_sppo.prepare([f"--{k}={v}" for k, v in flags.items()], 1))
+    trainer, _ = make_trainer(prepare([f"--{k}={v}" for k, v in flags.items()], 1))
 
     def run() -> float:
         began = time.monotonic()

@@ -25,9 +25,11 @@ def pipeline(models: Path, data: Path, out: Path, config: str, family: str, *fla
     ("config", "family", "flags"),
     [
         ("multi_cpu", "mistral", ()),
-        ("cpu_zero2", "llama3", ("--gradient_checkpointing=true",)),
-        ("cpu_zero3", "gemma2", ("--gradient_checkpointing=true",)),  # its head is tied to the embedding
-        ("cpu_zero3", "qwen3", ("--use_peft", "--loss_type=sppo_all")),
+        pytest.param("cpu_zero2", "llama3", ("--gradient_checkpointing=true",), marks=pytest.mark.slow),
+        pytest.param(
+            "cpu_zero3", "gemma2", ("--gradient_checkpointing=true",), marks=pytest.mark.slow
+        ),  # its head is tied to the embedding
+        pytest.param("cpu_zero3", "qwen3", ("--use_peft", "--loss_type=sppo_all"), marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_what_one_does(

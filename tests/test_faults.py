@@ -60,7 +60,7 @@ def command(world: Path, run: Path) -> list[str]:
     words = ["bash", "run_sppo_mistral.sh", "--model", world / "policy", "--prompts", world / "prompts.jsonl"]
     words += ["--ranker", world / "PairRM", "--recipe", "recipes/sppo/demo.yaml", "--engine=transformers", "--pairs=3"]
     words += ["--iterations=2", "--maxlen=24", "--test_size=2", "--gpus=none"]
-    words += ["--num_train_epochs=8", "--global_batch_size=8", "--batch_size=4", "--save_steps=1"]
+    words += ["--num_train_epochs=5", "--global_batch_size=8", "--batch_size=4", "--save_steps=1"]
     words += ["--learning_rate=1e-3", "--eval_prompts", world / "held-out.jsonl", "--run_dir", run]
     words += ["--skip_preflight"]  # which would refuse some of these, and takes its time
     return [str(w) for w in words]
@@ -226,6 +226,8 @@ def test_a_shard_that_dies_ends_the_run_and_costs_nothing_and_nobody_else_may_wo
 LIMITED = """
 import re, resource, runpy, sys
 import torch, transformers
+
+pytestmark = pytest.mark.slow
 held = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000_000,) * 2)
 sys.argv = sys.argv[1:]

@@ -147,6 +147,7 @@ def test_responses_of_other_prompts_are_noticed(recipe: Recipe, tmp_path: Path) 
         check_prompts(out, recipe.prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3"])
 def test_every_family_generates(models: Path, recipe: Recipe, tmp_path: Path, family: str) -> None:
     recipe.model = str(models / family)
@@ -178,9 +179,10 @@ def test_sixty_thousand_prompts_are_shared_out(tmp_path: Path) -> None:
         assert bounds[-1][1] == 60000
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_it_ends_the_same(recipe: Recipe, tmp_path: Path) -> None:
     """Three shards, SIGKILLed (driver or shard) at ten random moments, against an undisturbed run."""
-    tiny.write_jsonl(Path(recipe.prompts), [{"prompt": f"Why is {n} None?" + " and why" * (n % 9)} for n in range(500)])
+    tiny.write_jsonl(Path(recipe.prompts), [{"prompt": f"Why is {n} None?" + " and why" * (n % 9)} for n in range(360)])
     recipe.maxlen = 12
     undisturbed = generate(recipe, tmp_path / "calm", 3)
     out = tmp_path / "killed"
@@ -255,6 +257,7 @@ def test_vllm_gives_the_same_whatever_the_shards(
     assert len({r["text"] for r in one[0]["responses"]}) > 1
 
 
+@pytest.mark.slow
 def test_vllm_takes_an_adapter(models: Path, recipe: Recipe, tmp_path: Path) -> None:
     """All but greedy, vLLM's first tokens with the adapter are those of the merged adapter, not the base's."""
     pytest.importorskip("vllm")
@@ -288,6 +291,7 @@ def test_the_sampler_draws_from_the_nucleus() -> None:
     np.testing.assert_allclose(share, [e[1] / e.sum(), 0, e[0] / e.sum(), 0], atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_one_line_and_costs_nothing(recipe: Recipe, tmp_path: Path) -> None:
     tiny.write_jsonl(Path(recipe.prompts), [{"prompt": f"Why is {n} None?"} for n in range(200)])

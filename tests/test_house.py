@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -77,6 +78,18 @@ def test_no_module_imports_itself_through_others() -> None:
 
     for name in edges:
         walk(name, [])
+
+
+def test_every_name_that_is_imported_exists() -> None:
+    """Imports inside functions too: compute_prob.py --org once imported a name that was not there."""
+    folders = ("sppo", "scripts", "benchmarks", "tests")
+    for path in [p for folder in folders for p in (tiny.ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sppo":
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    found = hasattr(module, alias.name) or f"{node.module}.{alias.name}" in MODULES
+                    assert found, f"{path}: {node.module} has no {alias.name}"
 
 
 def test_only_the_commands_and_the_contract_stand_at_the_top() -> None:

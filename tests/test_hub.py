@@ -27,6 +27,8 @@ from sppo.common.files import read_json
 from sppo.config import Recipe
 from sppo.pairing.training_set import compute_prob
 
+pytestmark = pytest.mark.slow
+
 GENERATED, SCORE, MODEL = "me/data-x-iter1_generated", "me/synthetic_data_x-iter1_score", "me/x-iter1"
 AWKWARD = 'it\'s "a" run $(touch pwned) `x` #1'
 Push = Callable[..., tuple[int, str]]

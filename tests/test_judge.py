@@ -117,6 +117,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
         server.wait(60)
 
 
+@pytest.mark.slow
 def test_logits_are_the_judges_own_log_probs(vllm: tuple[str, Path], tmp_path: Path) -> None:
     """From responses to the training set, through vLLM; expected numbers by transformers from the same prompt."""
     import torch
@@ -151,6 +152,7 @@ def test_logits_are_the_judges_own_log_probs(vllm: tuple[str, Path], tmp_path: P
     assert KEY not in shown + where + "".join(p.read_text(errors="ignore") for p in out.rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_vllm_refuses_a_wrong_key_and_a_wrong_name(vllm: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(ranker="tiny-judge", ranker_url=vllm[0])
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")

@@ -127,6 +127,7 @@ def test_the_loop_with_transformers(models: Path, tmp_path: Path, network: dict[
     assert mtimes(run) == before
 
 
+@pytest.mark.slow
 def test_the_loop_with_gemma_and_two_shards(models: Path, tmp_path: Path) -> None:
     """Gemma-2 folds the system turn, needs attention with soft caps, and a run in parts sees each prompt once."""
     run = drive(
@@ -139,6 +140,7 @@ def test_the_loop_with_gemma_and_two_shards(models: Path, tmp_path: Path) -> Non
     assert folded["prompt"] == [{"role": "user", "content": "Answer in one word.\n\nIs None true?"}]
 
 
+@pytest.mark.slow
 def test_the_loop_with_vllm(models: Path, tmp_path: Path, network: dict[str, str]) -> None:
     pytest.importorskip("vllm")
     run = drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3", "--engine", "vllm", **network)

@@ -36,7 +36,10 @@ def ask(ranker: Any, *items: tuple[str, list[str]]) -> list[np.ndarray]:
     return [np.array(found[i]) for i in range(len(items))]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 3000, 20000])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("batch_tokens", [pytest.param(1, marks=SLOW), 3000, pytest.param(20000, marks=SLOW)])
 def test_logits_are_llm_blenders_whatever_the_batch(models: Path, golden: dict[str, list], batch_tokens: int) -> None:
     ranker = PairRM(models / "PairRM", "cpu", batch_tokens)
     order = list(range(len(golden["prompts"])))

@@ -115,6 +115,7 @@ def _lengths(i: int) -> list[tuple[int, int]]:
     return [(a, b) for x, a in enumerate(lengths) for y, b in enumerate(lengths) if x != y]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -139,6 +140,7 @@ def test_a_ranker_that_cannot_be(models: Path, tmp_path: Path, flags: list[str],
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_ranker_is_fetched_once_and_pinned(models: Path, tmp_path: Path) -> None:
     """The branch moves after preload.py: every shard still reads the commit that was pinned, and asks no network."""
     base = tmp_path / "base"
@@ -168,6 +170,7 @@ def test_the_ranker_is_fetched_once_and_pinned(models: Path, tmp_path: Path) -> 
         assert "b" * 40 in moved  # without a pin the branch is followed
 
 
+@pytest.mark.slow
 def test_the_released_commands_work_as_they_stand(models: Path, tmp_path: Path) -> None:
     """The released README's: one shard needs no combining, and rank.py knows whose responses it ranks."""
     prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(5)])

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from sppo.training.checkpoints import COMPLETE
 
+pytestmark = pytest.mark.slow
+
 TIMES = {"tokens_per_second", "seconds_left"}  # what no run shares with another
 
 

@@ -154,6 +154,7 @@ def test_half_precision_keeps_differences_and_asks_again_what_overflows(
     assert found == pytest.approx(one_by_one(tmp_path / "big", PROMPTS[0], ["a", "b"])[0, 1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_from_responses_to_pairs_on_the_command_line(rewards: Path, tmp_path: Path) -> None:
     texts = [["a", "a longer answer", "no"], ["It is blue.", "Elbe", "yes, a dog"]]
     out = data_directory(tmp_path / "data", texts)

@@ -21,6 +21,8 @@ import pathlib
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 if "SPPO_TEST_MARK" in os.environ:
     pathlib.Path(os.environ["SPPO_TEST_MARK"]).touch()
 

@@ -24,6 +24,7 @@ from sppo.common.policy import open_policy
 from sppo.config import Recipe
 from sppo.training.data import Place, StepBatches, TrainingSet, load_training_set
 from sppo.training.logps import add_lean_forward, response_logps
+from sppo.training.settings import prepare
 
 Train = Callable[..., Path]
 
@@ -287,6 +288,7 @@ def test_every_loss_trains(train: Train, loss_type: str) -> None:
     assert first is None or lines[0]["loss"] == pytest.approx(first, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_lora_and_the_next_iteration_from_it(models: Path, dataset: Path, tmp_path: Path, train: Train) -> None:
     """Iteration 2's reference is iteration 1's policy, the adapter with it, and not the base."""
     lora = ["--use_peft", "--lora_r=4", "--lora_target_modules=q_proj,v_proj,down_proj", "--learning_rate=2e-2"]
@@ -345,7 +347,7 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(
 ) -> None:
     arguments = [f"--model={models / 'llama3'}", f"--dataset={dataset}", f"--output_dir={tmp_path / 'out'}"]
     with pytest.raises(UsageError, match=message):
-        run_sppo.prepare([*preferences.SMALL, *arguments, *flags], 1)
+        prepare([*preferences.SMALL, *arguments, *flags], 1)
 
 
 def test_modules_that_are_not_there_are_an_error(train: Train) -> None:
@@ -353,6 +355,7 @@ def test_modules_that_are_not_there_are_an_error(train: Train) -> None:
         train("out", "--use_peft", "--lora_target_modules=nonsense")
 
 
+@pytest.mark.slow
 def test_tensorboard_has_a_directory_for_each_model(
     models: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

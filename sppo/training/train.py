@@ -36,7 +36,7 @@ def train(training: Training) -> None:
     checkpoint = None if training.overwrite else resume_point(work)
     if first:
         tidy(work, checkpoint)
-    trainer, data = _trainer(training)
+    trainer, data = make_trainer(training)
     if first:
         batch = f"{training.processes} x {recipe.batch_size} x {training.steps} rows a step"
         clipping = f"gradients clipped at {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no gradient clipping"
@@ -68,7 +68,8 @@ def _summary(metrics: Path) -> dict[str, float]:
     return {**mean, **{k: v for k, v in lines[-1].items() if k.startswith(("rewards/", "logps/"))}}
 
 
-def _trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
+def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
+    """The trainer with model, data and reference table, ready to train, and its data set."""
     import torch
     import transformers
 
