@@ -60,6 +60,46 @@ def test_a_library_s_warnings_are_not_taken_for_progress(tmp_path: Path) -> None
     assert overall([log]) == "generate: rows 0 to 9 of 9: 9 to do"
 
 
+CHAIN = [sys.executable, "-m", "sppo.launch.chain"]
+
+
+def test_a_flag_of_the_chain_goes_to_every_stage_that_reads_it_and_to_no_other(tmp_path: Path) -> None:
+    awkward = "it's $(touch pwned) `touch pwned`"
+    flags = [f"--model={awkward}", "--prompt=p.jsonl", "--out_path", str(tmp_path / "data"), "--top_p", "0.8"]
+    shown = tiny.succeed(*CHAIN, "generate", *flags, "--pairs=3", "--gpus=none,none")
+    stages = ("generate", "combine_generate", "preload", "rank", "compute_prob", "push_to_hub")
+    print_words = "".join(f'printf "%s\\n" {name} "${{{name}[@]}}" ""; ' for name in stages)
+    bash = subprocess.run(["bash", "-c", f"{shown}\n{print_words}"], capture_output=True, text=True, check=True)
+    words = {part.split("\n")[0]: part.split("\n")[1:] for part in bash.stdout.strip("\n").split("\n\n")}
+    assert {name for name in stages if "--top_p=0.8" in words[name]} == {"generate"}
+    assert {name for name in stages if "--pairs=3" in words[name]} == {
+        "generate",
+        "combine_generate",
+        "rank",
+        "compute_prob",
+    }
+    assert {name for name in stages if f"--model={awkward}" in words[name]} == {"generate", "rank"}
+    assert "--numgpu=2" in words["combine_generate"]
+    assert not any(words["push_to_hub"])
+    assert not list(tiny.ROOT.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["generate", "--out_path=x", "--top_q=1"], "unknown flag --top_q; did you mean --top_p?"),
+        (["generate", "--out_path=x", "--top_p=2"], "top_p: '2' is not between"),
+        (["generate", "--out_path=x", "--part=3/3"], "the first below the second"),
+        (["pipeline", "--dataset=d", "--output_dir=o", "--optim"], "--optim needs a value"),
+    ],
+)
+def test_a_wrong_flag_ends_a_chain_before_its_first_command(flags: list[str], said: str) -> None:
+    done = tiny.run(f"scripts/{flags[0]}.sh", *flags[1:])
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not done.stdout
+
+
 # a stage of the tests' own: shard 0 does what argv[1] says, the others sleep and leave a child behind
 STAGE = """
 import os, subprocess, sys, time
