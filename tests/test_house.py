@@ -163,3 +163,30 @@ def test_a_python_without_the_packages_and_no_venv_is_one_line(tmp_path: Path, s
         r"^error: .* lacks the package \w+\. Run `bash .*/scripts/install\.sh`, and start this with ", done.stderr
     )
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_without_a_fitting_python_uv_brings_one(tmp_path: Path, uv: bool) -> None:
+    """On a machine whose PATH has no Python; uv's download is the internet's part, so a script stands for it."""
+    (tmp_path / "bin").mkdir()
+    for name in "bash cat cksum cut dirname grep tail uname touch".split():
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    if uv:
+        (tmp_path / "bin" / "uv").write_text(f'#!/bin/bash\necho "$@" > {tmp_path}/asked\nexit 3\n')
+        (tmp_path / "bin" / "uv").chmod(0o755)
+    for name in ("setup.py", "requirements.lock", "scripts/install.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tiny.ROOT / name, tmp_path / name)
+    done = subprocess.run(
+        ["bash", tmp_path / "scripts" / "install.sh"],
+        env={"PATH": str(tmp_path / "bin")},
+        capture_output=True,
+        text=True,
+    )
+    if uv:
+        assert "making .venv with the one that uv brings" in done.stdout
+        assert (done.returncode, (tmp_path / "asked").read_text().split()[0]) == (3, "venv")
+    else:
+        assert done.returncode == 1
+        assert "no Python 3.11 to 3.14 with venv found" in done.stderr
+        assert "or install uv" in done.stderr
