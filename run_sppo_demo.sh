@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole loop on this machine, with tiny models that it makes itself: three iterations, then a table.
 #   bash run_sppo_demo.sh [--seed N] [--run_dir DIR] [any flag of run_sppo_mistral.sh]
-# Needs Python 3.10 to 3.12, nothing else; makes .venv. Run again, it goes on where it stopped.
+# Needs Python 3.11 to 3.14, nothing else; makes .venv. Run again, it goes on where it stopped.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PYTHON="${PYTHON:-}" bash "$here/scripts/install.sh"

@@ -1,7 +1,8 @@
-"""The preflight: everything that can be known before GPU time is spent, with a plan in numbers and a yes or a no.
+"""The preflight: everything that can be known before GPU time is spent.
 
-Only the work that is left is checked: an iteration whose data exists needs no prompts, and one whose model exists needs
-no training. All checks run, also when one of them fails.
+Reads the run's flags, and what the checks of each stage's folder (checks.py) read.
+Does all checks, also when one of them fails; only the work that is left is checked.
+Writes nothing; prints the findings, a plan in numbers, and a yes or a no.
 """
 
 from __future__ import annotations
