@@ -25,6 +25,8 @@ from test_ranking import asked, function_ranker
 
 from sppo.common.files import read_json
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [{"prompt": f"Name {i} rivers" + " of Europe" * (i % 5)} for i in range(14)]
 # (iteration's directory, stage, what is there once the stage is at work, what is there once it is done)
 STAGES = [
@@ -226,8 +228,6 @@ def test_a_shard_that_dies_ends_the_run_and_costs_nothing_and_nobody_else_may_wo
 LIMITED = """
 import re, resource, runpy, sys
 import torch, transformers
-
-pytestmark = pytest.mark.slow
 held = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000_000,) * 2)
 sys.argv = sys.argv[1:]

@@ -133,7 +133,7 @@ def stages(models: Path, directory: Path, rows: list[tuple[list[dict[str, str]],
     ]
     write_parquet(directory / "responses.parquet", responses_schema(), made)
     recipe = Recipe(ranker=str(models / "PairRM"), ranker_prompt="text", pairs=3, batch_tokens=8192)
-    rank_shard(recipe, directory, Slice(0, 0, 1), 0, False)
+    rank_shard(recipe, directory, Slice(0, 0, 1), False)
     compute_prob(recipe, directory, False)
     tokenizer = chat.load_tokenizer(models / "llama3")
     stops = chat.stop_token_ids(models / "llama3", tokenizer)

@@ -21,8 +21,6 @@ import pathlib
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-pytestmark = pytest.mark.slow
-
 if "SPPO_TEST_MARK" in os.environ:
     pathlib.Path(os.environ["SPPO_TEST_MARK"]).touch()
 

@@ -24,7 +24,6 @@ from sppo.common.policy import open_policy
 from sppo.config import Recipe
 from sppo.training.data import Place, StepBatches, TrainingSet, load_training_set
 from sppo.training.logps import add_lean_forward, response_logps
-from sppo.training.settings import prepare
 
 Train = Callable[..., Path]
 
@@ -343,11 +342,13 @@ def reference_of(dataset: Path, size: int, first: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(
-    models: Path, dataset: Path, tmp_path: Path, flags: list[str], message: str
+    models: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     arguments = [f"--model={models / 'llama3'}", f"--dataset={dataset}", f"--output_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr("sppo.training.train.make_trainer", lambda _: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=message):
-        prepare([*preferences.SMALL, *arguments, *flags], 1)
+        run_sppo.main([*preferences.SMALL, *arguments, *flags])
+    assert not list(tmp_path.iterdir())
 
 
 def test_modules_that_are_not_there_are_an_error(train: Train) -> None:
