@@ -351,6 +351,13 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("names", ["q_proj", "q_proj, v_proj"])
+def test_an_adapter_is_put_on_the_modules_that_are_named(train: Train, names: str) -> None:
+    model = train("out", "--use_peft", f"--lora_target_modules={names}")
+    weights = load_file(model / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in weights} == set(names.split(", "))
+
+
 def test_modules_that_are_not_there_are_an_error(train: Train) -> None:
     with pytest.raises(SPPOError, match="--lora_target_modules nonsense"):
         train("out", "--use_peft", "--lora_target_modules=nonsense")

@@ -114,18 +114,21 @@ def _lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
     """
     from trl import ModelConfig, get_peft_config, get_quantization_config
 
-    names = recipe.lora_target_modules
     asked = ModelConfig(
         use_peft=recipe.use_peft,
         lora_r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=0.0,
-        lora_target_modules=names if names == "all-linear" else [name.strip() for name in names.split(",")],
+        lora_target_modules="all-linear",
         load_in_4bit=recipe.load_in_4bit,
         use_bnb_nested_quant=True,
         dtype="bfloat16",  # of the products in 4 bits
     )
-    return get_peft_config(asked), get_quantization_config(asked)
+    lora = get_peft_config(asked)
+    if lora is not None and recipe.lora_target_modules != "all-linear":
+        # not through ModelConfig: it makes a text of a list of one, and peft takes a text for a regular expression
+        lora.target_modules = {name.strip() for name in recipe.lora_target_modules.split(",")}
+    return lora, get_quantization_config(asked)
 
 
 def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArguments:
