@@ -37,7 +37,7 @@ from sppo.generation.shards import prepare
 _ANSWER = "sppo-answer-probe"
 _RUNTIME = 2 << 30  # bytes of a GPU that CUDA, kernels and buffers take beside what is counted
 # The share of the device's matrix rate that drawing reaches. CPU: measured (docs/benchmarks.md); GPU: a guess.
-_SHARE = {"cpu": 0.10, "gpu": 0.10}
+_SHARE = {("vllm", "cpu"): 0.29, ("transformers", "cpu"): 0.08, ("vllm", "gpu"): 0.10, ("transformers", "gpu"): 0.02}
 # A token of a response is on disk in the journal (JSON), its shard, responses.parquet and train.parquet.
 _TOKEN_BYTES = 40
 _ROW_BYTES = 4000  # of a prompt beside its responses: its text, four times, its matrix, its pair
@@ -291,4 +291,4 @@ def data_bytes(load: Load, tokens: int) -> int:
 def seconds(load: Load, run: Run, parameters: int) -> float:
     """Rough seconds of drawing the iteration's responses, at run.rate FLOPs a second."""
     flops = 2 * parameters * (load.prompt_tokens + load.response_tokens(run.recipe)) if load.generate else 0
-    return flops / (run.rate * _SHARE["cpu" if run.cpu else "gpu"])
+    return flops / (run.rate * _SHARE[pick_engine(run.recipe.engine), "cpu" if run.cpu else "gpu"])

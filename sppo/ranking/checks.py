@@ -13,7 +13,7 @@ from sppo.common.model_files import files_to_fetch, parameters, weight_shapes
 from sppo.rankers import TRIAL, ask_trial, pinned, prompt_renderer
 
 # The share of the device's matrix rate that ranking reaches. CPU: measured (docs/benchmarks.md); GPU: a guess.
-_SHARE = {"cpu": 0.25, "gpu": 0.25}
+_SHARE = {"cpu": 0.7, "gpu": 0.25}
 _SMALL_RANKER = 4 << 30  # bytes on disk up to which a ranker is loaded to see that it can be
 
 
