@@ -4,7 +4,8 @@
 
 Reads   the model (Hub id or directory) and the prompts (Hub id, directory, .parquet, .jsonl or .csv).
 Writes  <output_dir>/responses/shard-<data_frac>.parquet and its manifest; while it works, a journal beside them,
-        from which a killed run goes on.
+        from which a killed run goes on. A shard that holds all prompts needs no combine_generate.py: then
+        <output_dir>/responses.parquet is written too.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 

@@ -6,7 +6,8 @@
     python scripts/rank.py --output_dir D --ranker my_module:my_function
 
 Reads   <output_dir>/responses.parquet; the ranker, at the revision that preload.py left in <output_dir>/ranker.json;
-        for a PairRM with --ranker_prompt templated the --model whose template it is; for a judge OPENAI_API_KEY.
+        for a PairRM with --ranker_prompt templated the --model whose template it is (default: the model that drew the
+        responses); for a judge OPENAI_API_KEY.
 Writes  <output_dir>/ranking/shard-<data_frac>.parquet (prompt_id, logits K x K, scores K) and its manifest; while it
         works, a journal beside them, from which a killed run goes on.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.

@@ -64,11 +64,9 @@ def generate_parser() -> argparse.ArgumentParser:
 
 def generate(args: argparse.Namespace, given: dict[str, Any]) -> Words:
     """The words of generate.sh's commands. `given`: the settings among the flags."""
-    if args.name and not given.get("org"):
-        raise UsageError("--name is for --org: the data sets' name on the Hub")
     if given.get("org") and not args.name:
         raise UsageError("--org needs --name, the data sets' name on the Hub")
-    if given.get("public") and not given.get("org"):
+    if _is_on(given, "public") and not given.get("org"):
         raise UsageError("--public needs --org, where to push to")
     config.parse_part(args.part)
     data = flags(output_dir=args.out_path) + ["--overwrite"] * args.overwrite
@@ -115,8 +113,8 @@ def pipeline_parser() -> argparse.ArgumentParser:
 
 def pipeline(args: argparse.Namespace, given: dict[str, Any]) -> Words:
     """The words of pipeline.sh's commands."""
-    push = given.pop("push_model", "false") != "false"
-    if not push and (given.get("org") or args.name or given.get("public")):
+    push = _is_on(given, "push_model")
+    if not push and (given.get("org") or args.name or _is_on(given, "public")):
         raise UsageError("--org, --name and --public are for --push_model")
     if push and not (given.get("org") and args.name):
         raise UsageError("--push_model needs --org and --name, where to push to")
@@ -128,6 +126,10 @@ def pipeline(args: argparse.Namespace, given: dict[str, Any]) -> Words:
         "train": [*_settings(args, given, "train"), *own, *["--overwrite"] * args.overwrite],
         "push_to_hub": [*_settings(args, given, "push_to_hub"), *where] if push else [],
     }
+
+
+def _is_on(given: dict[str, Any], switch: str) -> bool:
+    return given.get(switch, "false").lower() == "true"
 
 
 def _settings(args: argparse.Namespace, given: dict[str, Any], stage: str) -> list[str]:
