@@ -117,6 +117,10 @@ class Recipe:
     eval_prompts: str = _key("", "held-out prompts for the report after each iteration; empty: no report")
     eval_pairs: int = _key(2, "responses drawn for each held-out prompt", 2)
     judge: str = _key("", "a second judge for the report, module:function(prompt, a, b) -> logit")
+    measure: str = _key(
+        "", "a measure for the report, module:function(prompt, answer) -> {name: numbers}; it shows each name's mean"
+    )
+    base_perplexity: bool = _key(False, "report the first model's perplexity of the answers too")
     # the Hub
     org: str = _key("", "Hub organisation or user to push each iteration's data to; empty: nothing is pushed")
     public: bool = _key(False, "let everybody see what is pushed")
@@ -147,7 +151,10 @@ KEYS: dict[str, list[str]] = {
         "max_prompt_length max_length attn_implementation chat_template_kwargs use_peft lora_r lora_alpha "
         "lora_target_modules load_in_4bit merge_adapter"
     ).split(),
-    "report": ["eval_prompts", "eval_pairs", "judge", *dict.fromkeys([*_DRAWING, *_ASKING, *_RANKING])],
+    "report": [
+        *("eval_prompts", "eval_pairs", "judge", "measure", "base_perplexity"),
+        *dict.fromkeys([*_DRAWING, *_ASKING, *_RANKING]),
+    ],
 }
 
 _TYPES = typing.get_type_hints(Recipe)

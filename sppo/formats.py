@@ -25,7 +25,8 @@ REQUIRED = {
 MEANING = {
     "prompt_id": "the prompt's id, the same in all files; rows are joined by it, never by their position",
     "prompt": "the conversation up to the response, as messages {role, content}",
-    "responses": "the K responses: text, token_ids (the stop token included), finish_reason (stop or length)",
+    "responses": "the K responses: text, token_ids (the stop token included), finish_reason (stop or length), logps "
+    "(for a sample of the prompts: the engine's log-probability of each token, before temperature and top_p)",
     "prompt_token_ids": "the prompt as the policy read it",
     "tokenizer": "fingerprint of the tokenizer that made the token ids",
     "logits": "K x K; row i, column j: how strongly the ranker prefers response i to j when i is shown first",
@@ -47,7 +48,14 @@ def responses_schema() -> pa.Schema:
     import pyarrow as pa
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    response = pa.struct([("text", pa.string()), ("token_ids", pa.list_(pa.int32())), ("finish_reason", pa.string())])
+    response = pa.struct(
+        [
+            ("text", pa.string()),
+            ("token_ids", pa.list_(pa.int32())),
+            ("finish_reason", pa.string()),
+            ("logps", pa.list_(pa.float32())),
+        ]
+    )
     return pa.schema(
         [
             ("prompt_id", pa.string()),

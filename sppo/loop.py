@@ -209,6 +209,7 @@ def _training_stages(args: argparse.Namespace, training: list[str], here: Path) 
 
 def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, run_dir: Path, i: int) -> list[Stage]:
     """The stages of scripts/report.py: the base's answers, iteration i's, and their comparison."""
+    from sppo.evaluation.measures import measure_stage
     from sppo.evaluation.report import report_stage
 
     here = run_dir / f"iter{i}"
@@ -220,7 +221,10 @@ def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, 
         *_drawing_stages(base, args, run_dir / "iter0" / "eval", (0, 1)),
         *_drawing_stages(after, args, here / "eval", (0, 1)),
     ]
-    return [*drawn, report_stage(dataclasses.replace(iteration, model_revision=recipe.model_revision), run_dir, i)]
+    answers = (run_dir / "iter0" / "eval", here / "eval")
+    measured = [measure_stage(recipe, directory, recipe.model) for directory in answers]
+    reported = report_stage(dataclasses.replace(iteration, model_revision=recipe.model_revision), run_dir, i)
+    return [*drawn, *measured, reported]
 
 
 def _preflight(run_dir: Path, argv: list[str]) -> int:

@@ -17,6 +17,7 @@ from sppo.common.shape import Shape
 from sppo.config import Recipe
 from sppo.formats import Message
 
+RUNTIME = 2 << 30  # bytes of a GPU that CUDA, kernels and buffers take beside what is counted
 TYPICAL_RESPONSE = 400  # tokens; a guess at a chat model's usual response
 
 

@@ -66,8 +66,11 @@ class Stage:
         if not self.manifest.exists():
             return False
         written = read_manifest(self.manifest)
-        same = all(written[key] == self.identity[key] for key in ("inputs", "settings"))
-        return same and bool(written["outputs"]) and not changed(self.manifest.parent, written["outputs"])
+        return all(written[key] == self.identity[key] for key in ("inputs", "settings")) and self._intact(written)
+
+    def _intact(self, written: dict[str, Any]) -> bool:
+        """Whether all outputs that a manifest names are there as they were written."""
+        return bool(written["outputs"]) and not changed(self.manifest.parent, written["outputs"])
 
     def is_done(self, overwrite: bool = False) -> bool:
         """True if the outputs stand and were made from this identity. Raises SPPOError if from another."""
@@ -85,8 +88,7 @@ class Stage:
             return False
         written = read_manifest(self.manifest)
         self.refuse_if_different(written)
-        outputs = written["outputs"]
-        intact = bool(outputs) and not changed(self.manifest.parent, outputs)
+        intact = self._intact(written)
         if not intact:
             print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
         return intact

@@ -1,8 +1,10 @@
-"""What the report needs, looked at before a run starts: the second judge."""
+"""What the report needs, looked at before a run starts: the second judge, and the user's measure."""
 
 from __future__ import annotations
 
 from sppo.common.findings import Findings, Run, ok
+from sppo.evaluation.measures import ask
+from sppo.formats import prompt_text
 from sppo.rankers import TRIAL, ask_trial
 from sppo.rankers.function import FunctionRanker, load_function
 
@@ -14,3 +16,13 @@ def check_judge(run: Run) -> Findings:
         return
     (answer,) = ask_trial(FunctionRanker(load_function(name, "--judge")), [TRIAL], f"--judge {name}")
     yield ok(f"--judge {name} answers a trial pair ({answer:.3g})")
+
+
+def check_measure(run: Run) -> Findings:
+    """The user's measure, where a report is asked for."""
+    name = run.recipe.measure
+    if not name or not any(i.report for i in run.left):
+        return
+    prompt, answer, _ = TRIAL
+    said = ask(load_function(name, "--measure"), prompt_text(prompt), answer)
+    yield ok(f"--measure {name} answers for a trial answer ({', '.join(said) or 'nothing'})")

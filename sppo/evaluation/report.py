@@ -1,7 +1,7 @@
 """The report after an iteration: held-out prompts answered by the base model and by the new one, and compared.
 
 Win rates are means of P(new > base) over all pairs of a prompt's responses, by the ranker and, beside it, by a second
-judge: a PairRM can be fooled by length, so lengths stand beside it too.
+judge: a PairRM can be fooled by length, so lengths stand beside it, and what measures.py finds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from sppo.common.manifest import Stage
 from sppo.common.parquet import read_rows
 from sppo.common.preference import sigmoid
 from sppo.config import ROOT, Recipe, flags
+from sppo.evaluation.measures import measure
 from sppo.formats import Pair
 from sppo.rankers import Ranker, backend, pinned
 from sppo.rankers.function import FunctionRanker, load_function
+
+_NO_SHARES = ("mean_tokens", "base_perplexity")  # measures whose values are no shares, however small
 
 
 def report_stage(recipe: Recipe, run_dir: Path, iteration: int) -> Stage:
@@ -45,6 +48,8 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, 
     judge_name = recipe.judge.partition(":")[2]
     if recipe.judge:
         load_function(recipe.judge, "--judge")  # so that a wrong name is an error now, and not after the work
+    if recipe.measure:
+        load_function(recipe.measure, "--measure")
     before = _answers(recipe, run_dir / "iter0", base, gpus, world_size, recipe.model_revision)
     here = run_dir / f"iter{iteration}"
     after = _answers(recipe, here, str(here / "model"), gpus, world_size)
@@ -57,9 +62,22 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, 
         row.update(loss=trained["loss"], beta2_loss=trained["beta2_loss"])
         write_json(stage.outputs[0], row)
         stage.finish({"prompts": row["prompts"]})
-    rows = [read_json(p) for i in range(1, iteration + 1) if (p := run_dir / f"iter{i}/eval/report.json").exists()]
+    measure(recipe, before.parent, base)
+    measure(recipe, after.parent, base)
+    rows = _rows(run_dir, iteration)
     write_json(run_dir / "summary.json", rows)
     print_table(rows)
+
+
+def _rows(run_dir: Path, iterations: int) -> list[dict[str, Any]]:
+    """A row for each iteration that has a report; `base` holds what was measured of the first model's answers."""
+    base, rows = read_json(run_dir / "iter0/eval/measures.json"), []
+    for i in range(1, iterations + 1):
+        here = run_dir / f"iter{i}/eval"
+        if (here / "report.json").exists():
+            measured = read_json(here / "measures.json") if (here / "measures.json").exists() else {}
+            rows.append({**read_json(here / "report.json"), **measured, "base": base})
+    return rows
 
 
 def _answers(recipe: Recipe, directory: Path, model: str, gpus: str, world_size: int, revision: str = "") -> Path:
@@ -122,23 +140,22 @@ def _win_rate(name: str, ranker: Ranker, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows of summary.json, for a person."""
-    names = [
-        "iteration",
-        *[k for k in rows[0] if k.endswith("_win_rate")],
-        "mean_tokens",
-        "base_mean_tokens",
-        "loss",
-        "beta2_loss",
-    ]
-    lines = [names, *[[_cell(name, row[name]) for name in names] for row in rows]]
+    """The rows of summary.json, for a person; iteration 0 is the first model."""
+    base = {"iteration": 0, **rows[0].get("base", {})}
+    wins = [k for k in rows[0] if k.endswith("_win_rate")]
+    measured = [k for k in rows[0].get("base", {}) if all(k in row for row in rows)]
+    names = ["iteration", *wins, *measured, "loss", "beta2_loss"]
+    shares = {*wins, *(k for k in measured if k not in _NO_SHARES and all(0 <= row[k] <= 1 for row in [base, *rows]))}
+    lines = [names, *[[_cell(row.get(name), name in shares) for name in names] for row in [base, *rows]]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    print("\nWin rates are against the base model, on held-out prompts.")
+    print("\nWin rates are against iteration 0, the first model; all is on held-out prompts.")
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def _cell(name: str, value: Any) -> str:
-    if name.endswith("_win_rate"):
+def _cell(value: Any, is_share: bool) -> str:
+    if value is None:
+        return ""
+    if is_share:
         return f"{100 * value:.1f}%"
     return f"{value:.5g}" if isinstance(value, float) else json.dumps(value)

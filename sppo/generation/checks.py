@@ -10,6 +10,7 @@ from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.findings import (
+    RUNTIME,
     Finding,
     Findings,
     Load,
@@ -35,7 +36,6 @@ from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import prepare
 
 _ANSWER = "sppo-answer-probe"
-_RUNTIME = 2 << 30  # bytes of a GPU that CUDA, kernels and buffers take beside what is counted
 # The share of the device's matrix rate that drawing reaches. CPU: measured (docs/benchmarks.md); GPU: a guess.
 _SHARE = {("vllm", "cpu"): 0.29, ("transformers", "cpu"): 0.08, ("vllm", "gpu"): 0.10, ("transformers", "gpu"): 0.02}
 # A token of a response is on disk in the journal (JSON), its shard, responses.parquet and train.parquet.
@@ -269,7 +269,7 @@ def _generation_fits(run: Run, shape: Shape) -> Finding:
     parts = "weights on each GPU and {} for keys and values and the runtime"
     if not vllm:
         free = min(free for _, free in run.cards.values())
-        more = shape.cache(BATCH * longest) + _RUNTIME
+        more = shape.cache(BATCH * longest) + RUNTIME
         return fits("generation", certain, more, free, parts, "Lower --maxlen, or take vLLM with a --world_size")
     share = run.recipe.gpu_memory_utilization
     for name, (total, free) in run.cards.items():
@@ -279,7 +279,7 @@ def _generation_fits(run: Run, shape: Shape) -> Finding:
                 f"what uses it, or --gpu_memory_utilization {int(100 * free / total) / 100:g}"
             )
     room = min(share * total for total, _ in run.cards.values())
-    more = shape.cache(longest) / run.world_size + _RUNTIME  # one sequence at a time, at the least
+    more = shape.cache(longest) / run.world_size + RUNTIME  # one sequence at a time, at the least
     return fits("generation", certain, more, room, parts, f"Try --world_size {2 * run.world_size}, or lower --maxlen")
 
 

@@ -24,6 +24,9 @@ from sppo.generation.combine import combine
 from sppo.generation.engines import Finished, Request, finished_responses, pick_engine, prompt_seed
 from sppo.generation.prompts import Prompt, fingerprint, load_prompts
 
+# Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
+SAMPLED = 32
+
 
 @dataclass
 class Source:
@@ -49,6 +52,11 @@ class Source:
         rows, engine = list(shard.bounds(len(self.prompts))), pick_engine(self.recipe.engine)
         settings = {"rows": rows, "engine": engine, **{k: getattr(self.recipe, k) for k in keys}}
         return Stage("generate", manifest, [path], self.inputs, settings, journal)
+
+    def sampled(self) -> set[str]:
+        """The prompts whose responses keep the engine's log-probs: the same, however the shards are cut."""
+        ids = sorted((p.prompt_id for p in self.prompts), key=lambda i: prompt_seed(self.recipe.seed, i))
+        return set(ids[:SAMPLED])
 
 
 def generate_shard(
@@ -79,10 +87,14 @@ def _generate(source: Source, stage: Stage, number: int, world_size: int) -> Non
     stops = policy.stop_ids(tokenizer)
     requests, conversations, skipped = prepare(recipe, policy, tokenizer, source.prompts[start:stop])
     policy.check_tokens(max((max(r.token_ids) for r in requests), default=0))
+    sample = source.sampled()
+    for request in requests:
+        request.logps = request.prompt_id in sample
     if not requests and stop - start == total:  # a shard among others may have none
         raise SPPOError(f"no prompt can be answered; skipped: {dict(Counter(s['reason'] for s in skipped))}")
     journal = Journal(stage.journal, stage.identity)
-    missing = [r for r in requests if r.prompt_id not in journal.done]
+    # the sample first: only while it is drawn does the engine work out log-probs
+    missing = sorted((r for r in requests if r.prompt_id not in journal.done), key=lambda r: not r.logps)
     kept = len(requests) - len(missing)
     print(f"generate: rows {start} to {stop} of {total}: {len(missing)} to do, {kept} in the journal, ", end="")
     print(f"{len(skipped)} skipped; engine {engine}", flush=True)
@@ -109,7 +121,9 @@ def _draw(finished: Finished, tokenizer: Any, journal: Journal, recipe: Recipe, 
         for r in responses:
             text_ids = r.token_ids[:-1] if r.finish_reason == "stop" else r.token_ids
             text = tokenizer.decode(text_ids, skip_special_tokens=True)
-            answer.append({"text": text, "token_ids": r.token_ids, "finish_reason": r.finish_reason})
+            item = {"text": text, "token_ids": r.token_ids, "finish_reason": r.finish_reason}
+            # rounded, so that the batch, which decides the last bits, decides nothing here
+            answer.append(item if r.logps is None else {**item, "logps": [round(x, 5) for x in r.logps]})
         journal.add(request.prompt_id, {"responses": answer})
         tokens += sum(len(r.token_ids) for r in responses)
         bar.update()

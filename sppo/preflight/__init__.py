@@ -56,6 +56,7 @@ def examine(run: Run) -> dict[str, list[Finding]]:
         ("ranker", ranking.check_ranker),
         ("report", generation.check_held_out),
         ("report", evaluation.check_judge),
+        ("report", evaluation.check_measure),
         ("Hub", hub.check_hub),
         ("ports", training.check_ports),
     ]

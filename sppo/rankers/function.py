@@ -71,14 +71,19 @@ class FunctionRanker:
         return 0
 
 
+def source_file(name: str, flag: str) -> Path:
+    """The file that the function `module:function` stands in."""
+    return Path(inspect.getfile(inspect.unwrap(load_function(name, flag))))
+
+
 def fetch(recipe: Recipe) -> str:
     """The file that the function stands in."""
-    return inspect.getfile(inspect.unwrap(load_function(recipe.ranker, "--ranker")))
+    return str(source_file(recipe.ranker, "--ranker"))
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The function's name and the text of its module."""
-    return {"backend": "function", "ranker": recipe.ranker, "source": digest(Path(fetch(recipe)))}
+    return {"backend": "function", "ranker": recipe.ranker, "source": digest(source_file(recipe.ranker, "--ranker"))}
 
 
 def load(recipe: Recipe) -> FunctionRanker:

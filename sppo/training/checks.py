@@ -7,13 +7,11 @@ import socket
 import subprocess
 import sys
 
-from sppo.common.findings import Finding, Findings, Run, fits, main_memory, many, no, note, ok, size
+from sppo.common.findings import RUNTIME, Finding, Findings, Run, fits, main_memory, many, no, note, ok, size
 from sppo.common.shape import Shape
 from sppo.training.launching import training_config
 from sppo.training.needs import training_memory
 from sppo.training.settings import accumulation, check_flags, check_machine
-
-_RUNTIME = 2 << 30  # bytes of a GPU that CUDA, kernels and buffers take beside what is counted
 
 
 def check_settings(run: Run) -> Findings:
@@ -59,7 +57,7 @@ def _training_fits(run: Run, shape: Shape) -> Finding:
         advice = "More GPUs share it under zero3; --use_peft trains an adapter instead"
         if fixed <= everything:
             advice = f"Others use some of the {size(everything)}: stop what does. {advice}"
-    return fits("training", fixed, activations + _RUNTIME, room, parts, advice)
+    return fits("training", fixed, activations + RUNTIME, room, parts, advice)
 
 
 def check_ports(run: Run) -> Findings:

@@ -37,6 +37,7 @@ class TrainingSet(torch.utils.data.Dataset):
     sequence_rates: torch.Tensor  # (S,), float32
     pair: list[tuple[int, int]]  # which of a row's responses are its chosen and its rejected one
     counts: dict[str, int]
+    drawn_logps: np.ndarray  # (S,): the engine's log-prob of each whole response where it is known, else NaN
 
     def __post_init__(self) -> None:
         self.first = np.concatenate([[0], np.cumsum([len(r) for r in self.responses])])  # a row's first response
@@ -159,12 +160,16 @@ class _Reading:
 
 @dataclass
 class _Row:
-    """A row before its budgets: [(prompt ids, response ids)], their win rates, p, and which are the pair."""
+    """A row before its budgets: [(prompt ids, response ids)], their win rates, p, and which are the pair.
+
+    drawn: the engine's log-probs of each response's tokens, where the row has its token ids and they are known.
+    """
 
     sides: list[tuple[list[int], list[int]]]
     rates: list[float]
     p: float
     pair: tuple[int, int] = (0, 1)
+    drawn: list[list[float] | None] | None = None
 
 
 def load_training_set(
@@ -182,7 +187,7 @@ def load_training_set(
     counts: Counter[str] = Counter()
     reading = _Reading(tokenizer, stop_ids, recipe.chat_template_kwargs, counts)
     made: list[_Row] = []
-    prompts, responses = [], []
+    prompts, responses, drawn_logps = [], [], []
     read = _all_responses if recipe.loss_type == "sppo_all" else _pair
     names = open_dataset(path, recipe).schema_arrow.names
     wanted = dict.fromkeys([*columns(recipe.loss_type), *(c for c in GENERATED if c in names)])
@@ -199,7 +204,7 @@ def load_training_set(
             counts["rows_without_a_response"] += 1
             continue
         kept_prompts, kept_responses = [], []
-        for prompt, response in row.sides:
+        for (prompt, response), drawn in zip(row.sides, row.drawn or [None] * len(row.sides), strict=True):
             if not response:
                 raise SPPOError(
                     f"{path}, row {number}: a response without a token; run compute_prob.py, which drops those"
@@ -207,7 +212,10 @@ def load_training_set(
             if len(prompt) > recipe.max_prompt_length:
                 counts["prompts_cut"] += 1
                 prompt = prompt[-recipe.max_prompt_length :]
+                drawn = None
             room = recipe.max_length - len(prompt)
+            is_whole = drawn is not None and len(response) <= room and len(drawn) == len(response)
+            drawn_logps.append(sum(drawn) if is_whole else np.nan)
             counts["responses_cut"] += len(response) > room
             counts["response_tokens_cut"] += max(0, len(response) - room)
             kept_prompts.append(np.array(prompt, np.int32))
@@ -226,6 +234,7 @@ def load_training_set(
         torch.tensor([rate for r in made for rate in r.rates], dtype=torch.float32),
         [r.pair for r in made],
         dict(counts),
+        np.array(drawn_logps),
     )
 
 
@@ -234,10 +243,11 @@ def _pair(row: dict[str, Any], known: bool, reading: _Reading) -> _Row:
     rates = [row[c] for c in ("chosen_probs", "chosen_probs_win", "chosen_probs_lose")]
     _check(rates)
     if known:
-        drawn = [row["responses"][row[side]]["token_ids"] for side in ("chosen_index", "rejected_index")]
-        if all(drawn):
+        sides = [row["responses"][row[side]] for side in ("chosen_index", "rejected_index")]
+        if all(side["token_ids"] for side in sides):
             reading.counts["rows_from_generated_ids"] += 1
-            return _Row([(row["prompt_token_ids"], ids) for ids in drawn], rates[1:], rates[0])
+            ids = [(row["prompt_token_ids"], side["token_ids"]) for side in sides]
+            return _Row(ids, rates[1:], rates[0], drawn=[side.get("logps") for side in sides])
     reading.counts["rows_from_template"] += 1
     sides = []
     for side in ("chosen", "rejected"):
@@ -260,7 +270,9 @@ def _all_responses(row: dict[str, Any], known: bool, reading: _Reading) -> _Row:
     reading.counts["empty_responses_left_out"] += k - len(kept)
     if not kept:
         return _Row([], [], 0.5)
+    drawn = None
     if known and all(responses[i].get("token_ids") for i in kept):
+        drawn = [responses[i].get("logps") for i in kept]
         reading.counts["rows_from_generated_ids"] += 1
         sides = [(row["prompt_token_ids"], responses[i]["token_ids"]) for i in kept]
     else:
@@ -270,7 +282,7 @@ def _all_responses(row: dict[str, Any], known: bool, reading: _Reading) -> _Row:
         sides = [reading.templated(row["prompt"], responses[i]["text"]) for i in kept]
     own = [rates[i] for i in kept]
     pair = int(np.argmax(own)), int(np.argmin(own))
-    return _Row(sides, own, probability[kept[pair[0]]][kept[pair[1]]], pair)
+    return _Row(sides, own, probability[kept[pair[0]]][kept[pair[1]]], pair, drawn)
 
 
 def _check(rates: list[Any]) -> None:

@@ -42,7 +42,7 @@ def write_card(
             "## Metrics",
             "The losses are means over all steps, the rest is the last step's.",
             "",
-            *table("metric", {k: f"{v:.6g}" for k, v in metrics.items() if k != "iteration"}),
+            *table("metric", {k: f"{v:.6g}" for k, v in metrics.items() if isinstance(v, float)}),
             "## Settings",
             *table("setting", {k: getattr(recipe, k) for k in ["global_batch_size", *settings]}),
             "## Versions",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sppo.common.files import atomic
@@ -55,6 +56,39 @@ class ReferenceTable:
                 continue
             return path
         raise AssertionError("no home")
+
+
+AGREEING = 0.02  # nats a token: twice what vLLM in bfloat16 and a trainer in float32 differ by (docs/benchmarks.md)
+
+
+def agreement(table: torch.Tensor, data: TrainingSet) -> dict[str, float]:
+    """How far the engine that drew the responses and the trainer agree about the policy; empty where nothing is known.
+
+    table: (S,), the trainer's log-probs. Of each response that kept the engine's, the difference of the log-probs is
+    divided by its tokens: `mean_difference` and `largest_difference` are of the absolute values, in nats a token;
+    `kl` is the mean of the signed ones over all tokens, an estimate of KL(engine || trainer), as the engine drew them.
+    """
+    known = np.flatnonzero(np.isfinite(data.drawn_logps))
+    if not len(known):
+        return {}
+    tokens = np.array([len(response) for row in data.responses for response in row])[known]
+    apart = data.drawn_logps[known] - table.double().cpu().numpy()[known]  # (n,)
+    each = np.abs(apart) / tokens
+    found = {"mean_difference": each.mean(), "largest_difference": each.max(), "kl": apart.sum() / tokens.sum()}
+    return {"responses": len(known), "tokens": int(tokens.sum()), **{k: float(f"{v:.3g}") for k, v in found.items()}}
+
+
+def describe(found: dict[str, float]) -> str:
+    """The agreement as a line for the log: a warning where it is worse than AGREEING."""
+    apart = f"{found['mean_difference']:.2g} nats a token apart on average over {found['responses']} responses"
+    if found["mean_difference"] <= AGREEING:
+        return f"the engine's and the trainer's log-probs are {apart}"
+    return (
+        f"warning: the engine that drew the responses and the trainer disagree about the policy: their log-probs are "
+        f"{apart}; at most {AGREEING} is usual. The loss compares with the trainer's, so it learns from responses "
+        "of another policy. Usual reasons: another precision or attention, quantised weights, a template or an adapter "
+        "that one of the two does not apply"
+    )
 
 
 def reference_key(policy: str, data: TrainingSet, **how: Any) -> str:

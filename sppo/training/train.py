@@ -52,6 +52,7 @@ def train(training: Training) -> None:
         torch.distributed.destroy_process_group()
     if first:
         metrics = {"iteration": training.iteration, **_summary(work / "metrics.jsonl")}
+        metrics["agreement"] = trainer.agreement
         finish(training, metrics, data)
         loss, scaled = metrics["loss"], metrics["beta2_loss"]
         print(f"train: {training.output_dir}: loss {loss:.6g}, beta^2 loss {scaled:.6g}")

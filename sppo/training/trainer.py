@@ -26,7 +26,7 @@ from sppo.training.checkpoints import seal, told_when_full
 from sppo.training.data import Batches, Place, StepBatches, TrainingSet
 from sppo.training.logps import CHUNK_TOKENS, response_logps
 from sppo.training.loss import preference_loss, sppo_all_loss
-from sppo.training.reference import ReferenceTable
+from sppo.training.reference import ReferenceTable, agreement, describe
 
 METRICS = (
     "rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/chosen_target rewards/rejected_target "
@@ -54,6 +54,7 @@ class SPPOTrainer(Trainer):
         # the same on all ranks: see logps.py
         self.chunks = -(-recipe.batch_size * data.most_response_tokens() // CHUNK_TOKENS)
         self.reference: torch.Tensor | None = None  # (S,): log pi_t of every response
+        self.agreement: dict[str, float] = {}  # see reference.agreement
         super().__init__(
             model=model,
             args=args,
@@ -168,6 +169,9 @@ class SPPOTrainer(Trainer):
         self._began = time.monotonic()
         self._check_lean()
         self._find_reference()
+        self.agreement = agreement(self.reference, self.train_dataset)
+        if self.agreement and self.is_world_process_zero():
+            print(f"train: {describe(self.agreement)}", flush=True)
         self._began = time.monotonic()
         self._forget_metrics()
 

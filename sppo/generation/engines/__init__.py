@@ -20,20 +20,28 @@ from sppo.config import Recipe
 
 @dataclass
 class Request:
-    """One prompt for an engine. `seed` belongs to the prompt; response k uses (seed, k)."""
+    """One prompt for an engine. `seed` belongs to the prompt; response k uses (seed, k).
+
+    `logps`: whether the engine's log-probs of the responses are wanted too.
+    """
 
     prompt_id: str
     token_ids: array[int]  # 4 bytes each: a list of 100,000 prompts' ids would weigh ten times as much
     seed: int
     max_new_tokens: int
+    logps: bool = False
 
 
 @dataclass
 class Response:
-    """One response: its token ids (the stop token included, if it produced one) and how it ended."""
+    """One response: its token ids (the stop token included, if it produced one) and how it ended.
+
+    `logps`: each token's log-probability under the policy itself, before temperature and top_p; None where not asked.
+    """
 
     token_ids: list[int]
     finish_reason: str  # "stop" or "length"
+    logps: list[float] | None = None
 
 
 Finished = Iterator[tuple[Request, list[Response]]]

@@ -61,7 +61,11 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
             drawn = output[:, length:].tolist()
             for i, request in enumerate(batch):
                 answers = drawn[i * recipe.pairs : (i + 1) * recipe.pairs]
-                yield request, [_finish(ids[: request.max_new_tokens], stop_ids) for ids in answers]
+                finished = [_finish(ids[: request.max_new_tokens], stop_ids) for ids in answers]
+                if request.logps:
+                    for k, response in enumerate(finished):
+                        response.logps = sampler.logps(i * recipe.pairs + k)[: len(response.token_ids)]
+                yield request, finished
 
 
 def _finish(ids: list[int], stop_ids: set[int]) -> Response:
@@ -85,6 +89,11 @@ class _Sampler:
             for k in range(recipe.pairs)
         ]
         self.uniform = torch.from_numpy(np.stack(uniform))  # (B, budget) float64
+        self.drawn: list[torch.Tensor] | None = [] if any(r.logps for r in requests) else None  # a (B,) for each step
+
+    def logps(self, row: int) -> list[float]:
+        """The log-probabilities of the tokens drawn in a row of the batch, before temperature and top_p."""
+        return [step[row].item() for step in self.drawn or ()]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
@@ -98,4 +107,6 @@ class _Sampler:
         mass = cumulative.gather(-1, nucleus - 1)
         rank = torch.searchsorted(cumulative, u * mass, right=True).minimum(nucleus - 1)
         token = order.gather(-1, rank)
+        if self.drawn is not None:
+            self.drawn.append(torch.log_softmax(scores.double(), -1).gather(-1, token).squeeze(-1).cpu())
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)

@@ -52,6 +52,7 @@ def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
         tensor_parallel_size=world_size,
         enable_prefix_caching=True,
         generation_config="vllm",  # sampling is the recipe's alone
+        logprobs_mode="raw_logprobs",  # before temperature and top_p
         seed=recipe.seed,
         disable_log_stats=True,
         **options,
@@ -76,6 +77,7 @@ def draw_from(llm: Any, policy: Policy, recipe: Recipe, stop_ids: set[int], requ
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=sorted(stop_ids),
                 detokenize=False,
+                logprobs=0 if request.logps else None,  # 0: of the drawn token alone
                 output_kind=RequestOutputKind.FINAL_ONLY,  # all K samples of a prompt at once
             )
             (prompt,) = llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=list(request.token_ids))])
@@ -86,7 +88,14 @@ def draw_from(llm: Any, policy: Policy, recipe: Recipe, stop_ids: set[int], requ
         for output in engine.step():
             if output.finished:
                 outputs = sorted(output.outputs, key=lambda o: o.index)
-                yield running.pop(output.request_id), [Response(list(o.token_ids), o.finish_reason) for o in outputs]
+                yield running.pop(output.request_id), list(map(_response, outputs))
+
+
+def _response(output: Any) -> Response:
+    ids = list(output.token_ids)
+    steps = output.logprobs
+    logps = None if steps is None else [step[token].logprob for step, token in zip(steps, ids, strict=True)]
+    return Response(ids, output.finish_reason, logps)
 
 
 def _vllm_dtype(policy: Policy, cpu: bool) -> str:

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# SPPO on SmolLM2-135M-Instruct, on a CPU or any one GPU: it learns to follow instructions that a program can check.
+#   bash run_sppo_smollm2.sh [--seed N] [--run_dir DIR] [any flag of run_sppo_mistral.sh]
+# Needs Python 3.11 to 3.14, 6 GiB of memory, and the Hub or a package index; makes .venv. Run again, it goes on.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+PYTHON="${PYTHON:-}" bash "$here/scripts/install.sh" vllm
+unset PYTHON VIRTUAL_ENV
+# shellcheck source=scripts/env.sh
+source "$here/scripts/env.sh"
+case " $* " in *" --help "*) exec "$PYTHON" "$root/scripts/run.py" --help ;; esac
+run=$root/runs/smollm2 seed=42 model=$root/runs/SmolLM2-135M-Instruct
+arguments=("$@")
+for i in "${!arguments[@]}"; do
+  case ${arguments[i]} in
+    --run_dir) run=${arguments[i + 1]:-} ;;
+    --run_dir=*) run=${arguments[i]#*=} ;;
+    --seed) seed=${arguments[i + 1]:-} ;;
+    --seed=*) seed=${arguments[i]#*=} ;;
+    --model | --model=*) model='' ;;
+  esac
+done
+[ -z "$model" ] || "$PYTHON" "$root/scripts/make_smollm2.py" --output_dir "$model"
+"$PYTHON" "$root/scripts/make_instructions.py" --output_dir "$run/prompts" --seed "$seed"
+exec "$PYTHON" "$root/scripts/run.py" --recipe "$root/recipes/sppo/smollm2.yaml" --name smollm2 --model "$model" \
+  --prompts "$run/prompts/train.jsonl" --eval_prompts "$run/prompts/heldout.jsonl" --split_prompts --run_dir "$run" "$@"

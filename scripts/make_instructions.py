@@ -1,0 +1,51 @@
+"""Make the prompts of run_sppo_smollm2.sh: questions with constraints that a program can check.
+
+    python scripts/make_instructions.py --output_dir runs/smollm2/prompts --seed 42
+
+Reads   nothing.
+Writes  <output_dir>: train.jsonl, heldout.jsonl (the same for every seed; no topic is in both), and made.json, which
+        says with what they were made. The directory appears when all of it is made.
+Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sppo import config
+from sppo.common.errors import SPPOError, run_main
+from sppo.common.files import read_json
+
+
+def main() -> None:
+    parser = config.make_parser(__doc__, ["seed"])
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the directory appears")
+    parser.add_argument("--train", type=int, default=288, help="prompts to train on, of all iterations (288)")
+    parser.add_argument("--held_out", type=int, default=96, help="held-out prompts (96)")
+    args, recipe = config.parse(parser)
+    wanted = {"seed": recipe.seed, "train": args.train, "held_out": args.held_out}
+    written = args.output_dir / "made.json"
+    if written.exists():
+        if read_json(written) != wanted:
+            made = " ".join(f"--{k} {v}" for k, v in read_json(written).items())
+            raise SPPOError(f"{args.output_dir} was made with {made}; use another --run_dir or --output_dir")
+        print(f"make_instructions: done: {args.output_dir}")
+        return
+    if args.output_dir.exists():
+        raise SPPOError(f"{args.output_dir} is there, and this script did not make it; choose another --output_dir")
+    from sppo.smollm2.instructions import make_instructions
+
+    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    make_instructions(partial, args.train, args.held_out, recipe.seed)
+    (partial / "made.json").write_text(json.dumps(wanted) + "\n")
+    os.rename(partial, args.output_dir)
+
+
+if __name__ == "__main__":
+    run_main(main)

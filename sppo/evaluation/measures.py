@@ -1,0 +1,111 @@
+"""What the answers to the held-out prompts are like, besides who wins: length, health, the user's own measures, and how
+likely the base model finds them. A policy that games its ranker shows here first."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import digest, read_json, write_json
+from sppo.common.health import health
+from sppo.common.loading import load_causal_lm
+from sppo.common.manifest import Stage
+from sppo.common.parquet import read_rows
+from sppo.common.policy import open_policy
+from sppo.common.progress import progress
+from sppo.config import Recipe
+from sppo.formats import prompt_text
+from sppo.rankers import batches, device_and_dtype
+from sppo.rankers.function import load_function, source_file
+
+_BATCH_TOKENS = 4096  # logits of a 128k vocabulary in float32: 2 GB
+
+
+def measure_stage(recipe: Recipe, directory: Path, base: str) -> Stage:
+    """The stage that measures the answers in directory/responses.parquet; `base` is the run's first model."""
+    inputs: dict[str, Any] = {"answers": digest(directory / "responses.parquet")}
+    if recipe.measure:
+        inputs["measure"] = digest(source_file(recipe.measure, "--measure"))
+    if recipe.base_perplexity:
+        inputs["base"] = open_policy(base, recipe.model_revision, recipe.trust_remote_code).identity()
+    settings = {"measure": recipe.measure, "base_perplexity": recipe.base_perplexity}
+    output = directory / "measures.json"
+    return Stage("measure", directory / "measures.manifest.json", [output], inputs, settings)
+
+
+def measure(recipe: Recipe, directory: Path, base: str) -> dict[str, float]:
+    """Write directory/measures.json, where it is not done, and return what is in it.
+
+    One made under other settings is made again: nothing is drawn for it, so nothing is lost.
+    """
+    stage = measure_stage(recipe, directory, base)
+    if not stage.stands():
+        stage.is_done(overwrite=True)
+        stage.begin()
+        rows = list(read_rows(directory / "responses.parquet", ["prompt", "responses", "prompt_token_ids"]))
+        found = health([response for row in rows for response in row["responses"]])
+        if recipe.measure:
+            found |= _own(recipe.measure, rows)
+        if recipe.base_perplexity:
+            found["base_perplexity"] = _perplexity(recipe, base, rows)
+        write_json(stage.outputs[0], {name: float(f"{value:.6g}") for name, value in found.items()})
+        stage.finish({"prompts": len(rows)})
+    return read_json(stage.outputs[0])
+
+
+def _own(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The means of what the user's function says: of all its numbers under a name, over all answers."""
+    function = load_function(name, "--measure")
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for response in row["responses"]:
+            for key, numbers in ask(function, prompt_text(row["prompt"]), response["text"]).items():
+                values[key] += numbers
+    return {key: sum(numbers) / len(numbers) for key, numbers in values.items() if numbers}
+
+
+def ask(function: Any, prompt: str, answer: str) -> dict[str, list[float]]:
+    """What a measure says of one answer. Raises SPPOError where it fails, or says something else than numbers."""
+    try:
+        answers = function(prompt, answer).items()
+        said = {str(key): [float(x) for x in (v if isinstance(v, list) else [v])] for key, v in answers}
+    except Exception as error:  # noqa: BLE001 - a function may raise whatever it likes
+        raise SPPOError(
+            f"the measure {function.__name__} failed ({type(error).__name__}: {error}); it should return a dictionary "
+            "of numbers, or of lists of numbers"
+        ) from None
+    if not all(math.isfinite(x) for numbers in said.values() for x in numbers):
+        raise SPPOError(f"the measure {function.__name__} gave {said} for {answer!r}: not finite")
+    return said
+
+
+def _perplexity(recipe: Recipe, base: str, rows: list[dict[str, Any]]) -> float:
+    """exp of the mean over all answers' tokens of -log p(token | what stands before it) under the base model."""
+    import torch
+
+    device, dtype = device_and_dtype()
+    policy = open_policy(base, recipe.model_revision, recipe.trust_remote_code)
+    network = load_causal_lm(policy, dtype).to(device).eval()
+    answers = [(row["prompt_token_ids"], r["token_ids"]) for row in rows for r in row["responses"]]
+    sequences = [(prompt, response) for prompt, response in answers if response]
+    if not sequences:
+        raise SPPOError(f"{recipe.eval_prompts}: no answer has a token, so they have no perplexity")
+    total, count = 0.0, 0
+    with progress(len(sequences), "perplexity under the base", "answer") as bar, torch.inference_mode():
+        for indices in batches([len(p) + len(r) for p, r in sequences], _BATCH_TOKENS):
+            part = [sequences[i] for i in indices]
+            width = max(len(p) + len(r) for p, r in part)
+            ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in part], device=device)  # (B, T)
+            mask = torch.tensor([[1] * (len(p) + len(r)) + [0] * (width - len(p) - len(r)) for p, r in part])
+            logits = network(input_ids=ids, attention_mask=mask.to(device), use_cache=False).logits  # (B, T, V)
+            for n, (prompt, response) in enumerate(part):
+                span = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+                logps = torch.log_softmax(logits[n, span].float(), -1)  # (R, V)
+                targets = torch.tensor(response, device=device)[:, None]
+                total -= logps.gather(-1, targets).sum().item()
+                count += len(response)
+            bar.update(len(part))
+    return math.exp(total / count)
