@@ -1,9 +1,11 @@
 """Generation: our script's drawing against vLLM's own LLM.generate, and against K passes as the released script made.
 
     python benchmarks/generation.py                    throughput, the same engine and prompts for all (vLLM)
-    python benchmarks/generation.py --memory           peak memory at 1,000, 10,000 and 100,000 prompts, engine left out
+    python benchmarks/generation.py --model runs/SmolLM2-135M-Instruct --prompts 48 --pairs 8 --maxlen 80 --rounds 3
+    python benchmarks/generation.py --memory           peak memory at 1,000, 10,000, 100,000 prompts, engine left out
 
-Reads   nothing: makes a small Mistral with random weights and prompts of mixed length.
+Reads   nothing: makes a small Mistral with random weights and prompts of mixed length. With --model: it, and the
+        prompts of scripts/make_instructions.py.
 Writes  nothing; prints medians over the rounds and their ratios.
 Exit codes: 0 done, 1 failed.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import resource
 import statistics
@@ -28,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from sppo.common import chat  # noqa: E402
 from sppo.common.journal import Journal  # noqa: E402
+from sppo.common.model_files import weight_shapes  # noqa: E402
 from sppo.common.policy import open_policy  # noqa: E402
 from sppo.common.progress import progress  # noqa: E402
 from sppo.common.shards import Slice  # noqa: E402
@@ -37,6 +41,8 @@ from sppo.generation import shards  # noqa: E402
 from sppo.generation.engines import Request, Response, vllm  # noqa: E402
 from sppo.generation.prompts import load_prompts  # noqa: E402
 from sppo.generation.shards import generate_shard  # noqa: E402
+from sppo.preflight.plan import matrix_rate  # noqa: E402
+from sppo.smollm2.instructions import make_instructions  # noqa: E402
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an".split()
 
@@ -76,20 +82,19 @@ def make_prompts(path: Path, count: int) -> Path:
     return path
 
 
-def throughput(prompts: int, pairs: int, maxlen: int, width: int, rounds: int) -> None:
+def throughput(args: argparse.Namespace) -> None:
     """Seconds and tokens per second of each way, the same LLM object and the same requests."""
+    prompts, pairs, maxlen, rounds = args.prompts, args.pairs, args.maxlen, args.rounds
     from vllm import SamplingParams, TokensPrompt
 
     with tempfile.TemporaryDirectory() as scratch:
-        model = make_model(Path(scratch) / "model", width)
-        recipe = Recipe(
-            model=str(model),
-            prompts=str(make_prompts(Path(scratch) / "p.jsonl", prompts)),
-            pairs=pairs,
-            maxlen=maxlen,
-            temperature=1.0,
-            top_p=1.0,
-        )
+        scratched = Path(scratch)
+        if args.model:
+            make_instructions(scratched, prompts, 0, 0)
+            model, asked = args.model, scratched / "train.jsonl"
+        else:
+            model, asked = make_model(scratched / "model", args.width), make_prompts(scratched / "p.jsonl", prompts)
+        recipe = Recipe(model=str(model), prompts=str(asked), pairs=pairs, maxlen=maxlen, temperature=1.0, top_p=1.0)
         policy = open_policy(str(model))
         tokenizer = policy.tokenizer()
         stops = policy.stop_ids(tokenizer)
@@ -145,11 +150,15 @@ def throughput(prompts: int, pairs: int, maxlen: int, width: int, rounds: int) -
         figures["generate.py"].pop(0)  # warm-up
         medians = {name: statistics.median(rates) for name, rates in figures.items()}
         print(f"\n{prompts} prompts of {min(len(r.token_ids) for r in requests)} to "
-              f"{max(len(r.token_ids) for r in requests)} tokens, K = {pairs}, up to {maxlen} tokens, width {width}; "
+              f"{max(len(r.token_ids) for r in requests)} tokens, K = {pairs}, up to {maxlen} tokens, {model.name}; "
               f"medians of {rounds} rounds")  # fmt: skip
+        parameters = sum(math.prod(shape) for shape in weight_shapes(policy.weights).values())
+        peak = matrix_rate()
+        print(f"the matrix rate of this machine is {peak / 1e9:.0f} GFLOP/s")
         for name, rate in medians.items():
             spread = f"{min(figures[name]):.0f} to {max(figures[name]):.0f}"
-            print(f"  {name:38s} {rate:8.0f} tok/s ({spread})")
+            share = 2 * parameters * rate / peak  # of the drawn tokens alone; reading the prompts comes on top
+            print(f"  {name:38s} {rate:8.0f} tok/s ({spread}), {share:.0%} of the matrix rate")
         mine, plain = medians["generate.py"], medians["generate.py --prompt_seeds false"]
         print(f"  seeded:   ours / one call   {mine / medians['LLM.generate, one call, n=K, seeded']:.3f}")
         print(f"  unseeded: ours / one call   {plain / medians['LLM.generate, one call, n=K']:.3f}")
@@ -198,6 +207,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=120, help="prompts for throughput (120)")
     parser.add_argument("--pairs", type=int, default=5, help="K (5)")
     parser.add_argument("--maxlen", type=int, default=96, help="longest response (96)")
+    parser.add_argument("--model", type=Path, help="a model's directory instead of the small Mistral")
     parser.add_argument("--width", type=int, default=256, help="hidden size of the model (256)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
     parser.add_argument("--memory_of", type=int, help=argparse.SUPPRESS)
@@ -208,7 +218,7 @@ def main() -> None:
     elif args.memory:
         memory([1_000, 10_000, 100_000])
     else:
-        throughput(args.prompts, args.pairs, args.maxlen, args.width, args.rounds)
+        throughput(args)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
     python benchmarks/training.py                   both models, about 20 minutes on two cores
     python benchmarks/training.py --models tiny     the small vocabulary alone
+    python benchmarks/training.py --models smollm2 --rounds 3   a real model, about 20 minutes more
+
+smollm2 is runs/SmolLM2-135M-Instruct, on prompts of scripts/make_instructions.py; it is made by
+python scripts/make_smollm2.py --output_dir runs/SmolLM2-135M-Instruct
 
 Each run is a process of its own; each round runs every contestant once, and medians over rounds are printed. Both
 train the same rows once with RMSprop in float32, the same micro-batch and accumulation, no gradient checkpointing.
 Timed is the reference's pass and the training, without loading and tokenising. Memory is the peak of resident memory
 less what was resident once the model was loaded, less the optimiser's state: what gradients and activations take;
-and the same less the gradients, which are as large as the weights for everybody.
+and the same less the gradients, which are as large as the weights for everybody. The share of the machine's matrix
+rate counts 8 FLOPs a weight and token: the policy forward and backward, and the reference forward.
 
 trl runs with its reference model beside the policy, with its reference log-probs computed first, and with that and
 batches grouped by length (transformers' train_sampling_strategy). Ours groups within a step.
@@ -27,12 +32,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 0, "hidden_size": 128, "num_hidden_layers": 4, "rows": 128, "batch": 8, "step": 64},
     "128k": {"vocab_size": 128256, "hidden_size": 256, "num_hidden_layers": 2, "rows": 24, "batch": 4, "step": 24},
+    "smollm2": {"rows": 32, "batch": 4, "step": 8},
 }
+SMOLLM2 = ROOT / "runs" / "SmolLM2-135M-Instruct"
 CONTESTANTS = {
     "sppo": {},
     "trl": {"precompute_ref_log_probs": False},
@@ -42,21 +50,51 @@ CONTESTANTS = {
 MIB = 1 << 20
 
 
-def make_world(directory: Path, name: str) -> None:
-    """A Llama-shaped model, a small tokenizer, rows of mixed length: prompts 10 to 100 words, answers of 8 to 400"""
+def make_world(directory: Path, name: str) -> int:
+    """A model, a tokenizer and rows of mixed length; the number of tokens in the rows.
+
+    Made models: prompts of 10 to 100 words, answers of 8 to 400. smollm2: instructions, answers of 8 to 60 words.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    from sppo.demo import COLOURS, OTHERS, THINGS, chat_tokenizer
+    from sppo.demo import COLOURS, OTHERS, THINGS
+    from sppo.smollm2.instructions import make_instructions
 
-    size = MODELS[name]
     words = [*COLOURS, *OTHERS, *THINGS]
     rng = random.Random(0)
 
     def text(shortest: int, longest: int) -> str:
         return " ".join(rng.choices(words, k=int(shortest * (longest / shortest) ** rng.random())))
+
+    if name == "smollm2":
+        (directory / "model").symlink_to(SMOLLM2)
+        make_instructions(directory, MODELS[name]["rows"], 0, 0)
+        asked = [json.loads(line)["prompt"] for line in (directory / "train.jsonl").read_text().splitlines()]
+    else:
+        make_model(directory / "model", MODELS[name], words)
+        asked = [text(10, 100) for _ in range(MODELS[name]["rows"])]
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    rows, tokens = [], 0
+    for prompt in asked:
+        turn = {"role": "user", "content": prompt}
+        answers = {s: text(8, 60 if name == "smollm2" else 400) for s in ("chosen", "rejected")}
+        sides = {s: [turn, {"role": "assistant", "content": answer}] for s, answer in answers.items()}
+        tokens += sum(
+            len(tokenizer.apply_chat_template(side, return_dict=True)["input_ids"]) for side in sides.values()
+        )
+        rows.append({**sides, "chosen_probs": 1.0, "chosen_probs_win": 1.0, "chosen_probs_lose": 0.0})
+    pq.write_table(pa.Table.from_pylist(rows), directory / "train.parquet")
+    return tokens
+
+
+def make_model(directory: Path, size: dict[str, int], words: list[str]) -> None:
+    """A Llama-shaped model with random weights and a small tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sppo.demo import chat_tokenizer
 
     tokenizer = chat_tokenizer([" ".join(words)] * 4)
     torch.manual_seed(0)
@@ -72,14 +110,8 @@ def make_world(directory: Path, name: str) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
-    rows = []
-    for _ in range(size["rows"]):
-        prompt = {"role": "user", "content": text(10, 100)}
-        sides = {s: [prompt, {"role": "assistant", "content": text(8, 400)}] for s in ("chosen", "rejected")}
-        rows.append({**sides, "chosen_probs": 1.0, "chosen_probs_win": 1.0, "chosen_probs_lose": 0.0})
-    pq.write_table(pa.Table.from_pylist(rows), directory / "train.parquet")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def resident(key: str) -> int:
@@ -193,13 +225,16 @@ def one_run(contestant: str, name: str, world: Path) -> None:
         before = resident("VmRSS")
         seconds = run()
         beyond = resident("VmHWM") - before - weights  # RMSprop keeps one number a weight
-    print("RESULT " + json.dumps({"seconds": seconds, "beyond": beyond, "weights": weights}))
+    parameters = sum(p.numel() for p in model.parameters())
+    print("RESULT " + json.dumps({"seconds": seconds, "beyond": beyond, "weights": weights, "parameters": parameters}))
 
 
 def compare(name: str, rounds: int) -> None:
+    from sppo.preflight.plan import matrix_rate
+
     with tempfile.TemporaryDirectory() as made:
         world = Path(made)
-        make_world(world, name)
+        tokens = make_world(world, name)
         results: dict[str, list[dict[str, float]]] = {c: [] for c in CONTESTANTS}
         for number in range(rounds):
             order = list(CONTESTANTS)
@@ -215,14 +250,17 @@ def compare(name: str, rounds: int) -> None:
     rows = MODELS[name]["rows"]
     weights = results["sppo"][0]["weights"]
     print(f"\n{name}: {rows} rows, weights {weights / MIB:.0f} MiB, medians of {rounds} rounds")
-    print(f"  {'':28} {'samples/s':>10}  {'beyond weights, optimiser':>26}  {'and gradients':>14}")
+    flops, peak = 8 * results["sppo"][0]["parameters"] * tokens, matrix_rate()
+    print(f"  {tokens} tokens; the matrix rate of this machine is {peak / 1e9:.0f} GFLOP/s")
+    print(f"  {'':28} {'samples/s':>10}  {'of the rate':>11}  {'beyond weights, optimiser':>26}  {'and gradients':>14}")
     medians = {}
     for contestant, runs in results.items():
         speeds = [rows / r["seconds"] for r in runs]
         beyond = statistics.median(r["beyond"] for r in runs)
         medians[contestant] = (statistics.median(speeds), beyond, beyond - weights)
         spread = f"{min(speeds):.2f} to {max(speeds):.2f}"
-        print(f"  {contestant:28} {medians[contestant][0]:10.2f}  {beyond / MIB:22.0f} MiB  "
+        share = flops * medians[contestant][0] / rows / peak
+        print(f"  {contestant:28} {medians[contestant][0]:10.2f}  {share:11.0%}  {beyond / MIB:22.0f} MiB  "
               f"{(beyond - weights) / MIB:10.0f} MiB  ({spread})")  # fmt: skip
     for contestant in list(CONTESTANTS)[1:]:
         speed, beyond, activations = (a / b for a, b in zip(medians["sppo"], medians[contestant], strict=True))
@@ -232,7 +270,7 @@ def compare(name: str, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which models (both)")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["tiny", "128k"], help="which models")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
     parser.add_argument("--one", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)

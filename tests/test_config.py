@@ -15,7 +15,7 @@ RECIPES = sorted((tiny.ROOT / "recipes" / "sppo").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_recipes_load(path: Path) -> None:
-    assert config.load_recipe(path).pairs == 5
+    assert config.load_recipe(path).pairs == {"smollm2": 8}.get(path.stem, 5)
 
 
 def test_released_yaml_says_what_the_defaults_are() -> None:

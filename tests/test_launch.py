@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from sppo.common import cores
 from sppo.common.errors import UsageError
 from sppo.launch.devices import devices, groups
 from sppo.launch.processes import last_lines, overall
@@ -35,6 +36,41 @@ def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> Non
     assert groups(["0", "1", "2", "3"], 2) == ["0,1", "2,3"]
     with pytest.raises(UsageError, match="does not divide"):
         groups(["0", "1", "2"], 2)
+
+
+def test_shards_on_one_cpu_share_its_cores(tmp_path: Path) -> None:
+    """Threads that wait in a loop on each other's cores made two shards ten times slower."""
+    show = "import os; print('mine:', *sorted(os.sched_getaffinity(0)), os.environ.get('OMP_NUM_THREADS'))"
+    command = [
+        sys.executable,
+        "-m",
+        "sppo.launch",
+        "shards",
+        "--gpus=none,none",
+        f"--logs={tmp_path}",
+        "--name=x",
+        "--",
+    ]
+    tiny.succeed(*command, sys.executable, "-c", show)
+    logs = [(tmp_path / f"x-{i}.1.log").read_text() for i in range(2)]
+    (one, threads), (two, _) = [line.split("mine: ")[1].rsplit(maxsplit=1) for line in logs]
+    every = sorted(os.sched_getaffinity(0))
+    if len(every) > 1:
+        assert not set(one.split()) & set(two.split())
+        assert sorted(map(int, [*one.split(), *two.split()])) == every
+    assert int(threads) == max(1, len(every) // 2)
+    assert [cores.own(i, 2 * len(every)) for i in range(3)] == [every] * 3  # more shards than cores: no better way
+
+
+def test_a_busy_machine_is_noticed() -> None:
+    """Somebody else's work on our cores is seen; what an idle moment looks like depends on the machine."""
+    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores.allowed()]
+    try:
+        assert "cores busy" in cores.busy(1)
+    finally:
+        for process in spin:
+            process.kill()
+            process.wait()
 
 
 def test_all_shards_progress_in_one_line(tmp_path: Path) -> None:

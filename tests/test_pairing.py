@@ -40,7 +40,9 @@ def responses_of(prompts: int, k: int) -> Rows:
         responses = []
         for i in range(k):
             ids = rng.integers(0, 99, 1 + int(rng.integers(9))).tolist()
-            responses.append({"text": f"é{i} " + "x" * len(ids), "token_ids": ids, "finish_reason": "stop"})
+            logps = [-0.5] * len(ids) if n % 2 else None
+            text = f"é{i} " + "x" * len(ids)
+            responses.append({"text": text, "token_ids": ids, "finish_reason": "stop", "logps": logps})
         row = {"prompt_id": f"id{n}", "prompt": prompt, "responses": responses}
         rows.append({**row, "prompt_token_ids": [n, n + 1], "tokenizer": "t"})
     return rows
@@ -193,7 +195,8 @@ def test_others_types_and_row_groups_make_the_same_training_set(tmp_path: Path) 
     (theirs / "ranking").mkdir(parents=True)
     message = pa.struct([("content", pa.large_string()), ("name", pa.string()), ("role", pa.large_string())])
     ids = pa.large_list(pa.int64())
-    response = pa.struct([("finish_reason", pa.string()), ("token_ids", ids), ("text", pa.large_string())])
+    logps = ("logps", pa.large_list(pa.float64()))
+    response = pa.struct([("finish_reason", pa.string()), ("token_ids", ids), logps, ("text", pa.large_string())])
     schema = pa.schema(
         [
             ("extra", pa.int8()),

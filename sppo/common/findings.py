@@ -6,7 +6,6 @@ yields Findings. What a check learns, it leaves in the Run for the checks behind
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,11 +153,6 @@ def main_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return min(free, int(text)) if text.isdigit() else free
-
-
-def cores() -> int:
-    """CPU cores of this machine."""
-    return os.cpu_count() or 1
 
 
 def size(count: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common import chat
+from sppo.common.cores import busy, without_gpu
 from sppo.common.errors import SPPOError
 from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
@@ -98,6 +99,8 @@ def _generate(source: Source, stage: Stage, number: int, world_size: int) -> Non
     kept = len(requests) - len(missing)
     print(f"generate: rows {start} to {stop} of {total}: {len(missing)} to do, {kept} in the journal, ", end="")
     print(f"{len(skipped)} skipped; engine {engine}", flush=True)
+    if without_gpu() and (said := busy()):
+        print(f"generate: warning: {said}", flush=True)
     with progress(len(requests), f"shard {number}", "prompt", kept) as bar:
         _draw(finished_responses(engine, policy, recipe, stops, missing, world_size), tokenizer, journal, recipe, bar)
     counts = _write_shard(path, requests, conversations, journal, chat.tokenizer_identity(tokenizer))

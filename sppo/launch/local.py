@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sppo.common.cores import own
 from sppo.common.errors import UsageError
 from sppo.config import ROOT, flags
 from sppo.launch.processes import new_log, start, stop, watch
@@ -24,7 +25,9 @@ def run_shards(names: list[str], logs: Path, name: str, command: list[str]) -> N
         for i, device in enumerate(names):
             paths.append(new_log(logs, f"{name}-{i}"))
             argv = [*command, "--data_frac", str(i), "--numgpu", str(len(names))]
-            processes.append(start(argv, device, paths[-1], shares=len(names)))
+            mine = own(i, len(names)) if len(names) > 1 else []
+            # on GPUs the cores are shared: which of them are near a GPU, the system knows better
+            processes.append(start(argv, device, paths[-1], len(mine), mine if device == "" else None))
     except BaseException:
         stop(processes)
         raise
@@ -52,5 +55,6 @@ def run_training(names: list[str], accelerate_config: str, logs: Path, arguments
         command += flags(config_file=path, num_processes=processes, main_process_port=port)
     command += [str(ROOT / "sppo" / "run_sppo.py"), *arguments]
     log = new_log(logs, "train")
-    process = start(command, ",".join(filter(None, names)), log, shares=processes if "" in names else 1)
+    threads = len(own(0, processes)) if "" in names and processes > 1 else 0
+    process = start(command, ",".join(filter(None, names)), log, threads)
     watch([process], [log], "train")

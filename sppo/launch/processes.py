@@ -20,14 +20,25 @@ _REPORT = 30  # seconds between two progress lines
 _LEAST_FREE = 64 << 10  # bytes
 
 
-def start(command: list[str], device: str | None, log: Path | None, shares: int = 1) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, on `device` (None: as the environment says), into a log."""
+def start(
+    command: list[str], device: str | None, log: Path | None, threads: int = 0, cores: list[int] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, on `device` (None: as the environment says), into a log.
+
+    threads: how many PyTorch may use, if the environment does not say; 0: one a core. cores: the only ones it may use.
+    """
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = device
-    if shares > 1:
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // shares)))
+    if threads:
+        env.setdefault("OMP_NUM_THREADS", str(threads))
+
+    def prepare() -> None:
+        die_with_parent()
+        if cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)
+
     output = open(log, "wb") if log else None  # noqa: SIM115 - closed below
     try:
         return subprocess.Popen(
@@ -37,7 +48,7 @@ def start(command: list[str], device: str | None, log: Path | None, shares: int 
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=prepare,
         )
     finally:
         if output:

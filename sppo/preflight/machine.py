@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sppo.common import cores
 from sppo.common.errors import SPPOError
-from sppo.common.findings import Finding, Findings, Run, cores, main_memory, no, note, ok, size
+from sppo.common.findings import Finding, Findings, Run, main_memory, no, note, ok, size
 from sppo.common.manifest import version_of
 from sppo.config import ROOT
 from sppo.generation.checks import data_bytes
@@ -67,7 +68,9 @@ def check_versions(run: Run) -> Findings:
 
 def check_gpus(run: Run) -> Findings:
     if run.cpu:
-        yield ok(f"none is used; the CPU has {cores()} cores and {size(main_memory())} of free memory")
+        yield ok(f"none is used; the CPU has {len(cores.allowed())} cores and {size(main_memory())} of free memory")
+        if said := cores.busy():
+            yield note(f"{said}; the hours below are an idle machine's")
         return
     listed = _nvidia_smi()
     for name in run.gpus:
