@@ -108,10 +108,13 @@ def killed_when(words: list[str], run: Path, moment: str) -> None:
     ],
 )
 def test_an_iteration_killed_once_ends_whole(
-    smollm2: Path, tmp_path: Path, engine: str, moment: str, flags: tuple[str, ...]
+    smollm2: Path, models: Path, tmp_path: Path, engine: str, moment: str, flags: tuple[str, ...]
 ) -> None:
+    """Full weights, vLLM, the rule; and an adapter, the transformers engine, a PairRM."""
     if engine == "vllm":
         pytest.importorskip("vllm")
+    else:
+        flags += (f"--ranker={models / 'PairRM'}",)
     run, words = tmp_path / "run", run_flags(smollm2, tmp_path, f"--engine={engine}", *flags)
     killed_when(words, run, moment)
     assert not (run / "iter1" / "model").exists()
@@ -123,9 +126,9 @@ def test_an_iteration_killed_once_ends_whole(
     assert manifest["agreement"]["mean_difference"] < 1e-4
     steps = [line["step"] for line in preferences.metrics(run / "iter1/model")]
     assert steps == list(range(1, len(steps) + 1)), "a step twice or missing"
-    name = "adapter_model.safetensors" if flags else "model.safetensors"
+    name = "adapter_model.safetensors" if engine == "transformers" else "model.safetensors"
     trained = load_file(run / "iter1/model" / name)
     assert all(tensor.isfinite().all() for tensor in trained.values())
-    if not flags:
+    if engine == "vllm":
         before = load_file(smollm2 / name)
         assert sum(not before[key].equal(trained[key]) for key in before) > 0.9 * len(before)
