@@ -107,4 +107,5 @@ def test_health_by_hand() -> None:
     found = health([response("Tea.", 3), response(" ", 1), response(loop, 20, "length"), response("A b c d e.", 8)])
     assert found == {"mean_tokens": 8.0, "empty": 0.25, "repeated": 0.25, "cut": 0.25}
     # four words that come back once in twelve are no repetition
+    assert repeats("1. soap\n2. soap product\n3. soap\n4. soap soap\n5. soap soap\n6. soap")  # SmolLM2's own
     assert not repeats("I like tea a lot since in winter I like tea a lot")

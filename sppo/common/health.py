@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-_GRAM = 4
-_SHARE = 0.25
+_GRAM, _SHARE = 4, 0.25
+_END, _FEWEST, _TIMES = 50, 6, 3
 
 
 def repeats(text: str) -> bool:
-    """Whether an answer repeats itself: more than a quarter of its runs of four words stood in it before."""
+    """Whether an answer repeats itself: more than a quarter of its runs of four words stood in it before, or its
+    last 50 words are so few different ones that each stands there three times on average.
+    """
     words = text.lower().split()
     grams = [tuple(words[i : i + _GRAM]) for i in range(len(words) - _GRAM + 1)]
-    return bool(grams) and 1 - len(set(grams)) / len(grams) > _SHARE
+    if grams and 1 - len(set(grams)) / len(grams) > _SHARE:
+        return True
+    end = [word for word in re.findall(r"\w+", text.lower()) if not word.isdigit()][-_END:]  # no list's numbers
+    return len(end) >= _FEWEST and len(end) >= _TIMES * len(set(end))
 
 
 def health(responses: list[dict[str, Any]]) -> dict[str, float]:
