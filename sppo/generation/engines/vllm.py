@@ -39,6 +39,7 @@ def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
             "enforce_eager": True,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(longest, 2048),
+            "block_size": 32,  # its 128 hold most prompts whole, so that K responses would read the prompt K times
         }
     if policy.adapter:
         options |= {"enable_lora": True, "max_lora_rank": read_json(policy.adapter / "adapter_config.json")["r"]}
