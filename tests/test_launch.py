@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,23 @@ def test_shards_on_one_cpu_share_its_cores(tmp_path: Path) -> None:
 def test_a_busy_machine_is_noticed() -> None:
     """Somebody else's work on our cores is seen; what an idle moment looks like depends on the machine."""
     spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores.allowed()]
+    watch = cores.Watch()
     try:
-        assert "cores busy" in cores.busy(1)
+        time.sleep(1)
+        assert "cores busy" in watch.warning()
     finally:
         for process in spin:
             process.kill()
             process.wait()
+
+
+def test_a_process_is_not_warned_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(cores, "_used", lambda: [int(time.process_time() * ticks), 0])
+    watch, until = cores.Watch(), time.monotonic() + 0.3
+    while time.monotonic() < until:
+        pass
+    assert watch.warning() == ""
 
 
 def test_all_shards_progress_in_one_line(tmp_path: Path) -> None:

@@ -27,15 +27,24 @@ def own(index: int, shards: int) -> list[int]:
     return every[index * len(every) // shards : (index + 1) * len(every) // shards] if len(every) >= shards else every
 
 
-def busy(seconds: float = 0.5) -> str:
-    """A warning where other programs keep more than a quarter of the allowed cores busy; else, or unknown, nothing."""
-    before = _used()
-    time.sleep(seconds)
-    used = sum(after - start for after, start in zip(_used(), before, strict=True))
-    count, taken = len(before), used / os.sysconf("SC_CLK_TCK") / seconds
-    if not count or taken < _BUSY * count:
-        return ""
-    return f"other programs keep {min(taken, count):.1f} of {count} cores busy, which may make this many times slower"
+class Watch:
+    """What other programs take of the allowed cores, from now on."""
+
+    def __init__(self) -> None:
+        self.began, self.used, self.own = time.monotonic(), _used(), time.process_time()
+
+    def seconds(self) -> float:
+        """How long it has watched."""
+        return time.monotonic() - self.began
+
+    def warning(self) -> str:
+        """What to say where others keep more than a quarter of the cores busy; else, or unknown, nothing."""
+        used = sum(after - before for after, before in zip(_used(), self.used, strict=True))
+        count, own = len(self.used), time.process_time() - self.own
+        taken = (used / os.sysconf("SC_CLK_TCK") - own) / max(self.seconds(), 1e-9)
+        if not count or taken < _BUSY * count:
+            return ""
+        return f"other programs keep {min(taken, count):.1f} of {count} cores busy, so this may take many times as long"
 
 
 def without_gpu() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common import chat
-from sppo.common.cores import busy, without_gpu
+from sppo.common.cores import Watch, without_gpu
 from sppo.common.errors import SPPOError
 from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
@@ -27,6 +27,7 @@ from sppo.generation.prompts import Prompt, fingerprint, load_prompts
 
 # Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
 SAMPLED = 32
+_LONG_ENOUGH = 5.0  # seconds, before which nothing is said about a busy machine
 
 
 @dataclass
@@ -99,10 +100,9 @@ def _generate(source: Source, stage: Stage, number: int, world_size: int) -> Non
     kept = len(requests) - len(missing)
     print(f"generate: rows {start} to {stop} of {total}: {len(missing)} to do, {kept} in the journal, ", end="")
     print(f"{len(skipped)} skipped; engine {engine}", flush=True)
-    if without_gpu() and (said := busy()):
-        print(f"generate: warning: {said}", flush=True)
     with progress(len(requests), f"shard {number}", "prompt", kept) as bar:
-        _draw(finished_responses(engine, policy, recipe, stops, missing, world_size), tokenizer, journal, recipe, bar)
+        finished = finished_responses(engine, policy, recipe, stops, missing, world_size)
+        _draw(_watched(finished) if without_gpu() else finished, tokenizer, journal, recipe, bar)
     counts = _write_shard(path, requests, conversations, journal, chat.tokenizer_identity(tokenizer))
     reasons = Counter(s["reason"] for s in skipped)
     summary = {"prompts": stop - start, **counts, "skipped": dict(reasons)}
@@ -112,6 +112,16 @@ def _generate(source: Source, stage: Stage, number: int, world_size: int) -> Non
     stage.finish(summary, model=recipe.model, source=origin, names=names, skipped=skipped)
     journal.remove()
     print(f"generate: {path}: {json.dumps(summary)}")
+
+
+def _watched(finished: Finished) -> Finished:
+    """The same, with a warning, once, where other programs need the cores on which the engine draws."""
+    watch, warned = Watch(), False
+    for each in finished:
+        if not warned and watch.seconds() > _LONG_ENOUGH and (said := watch.warning()):
+            print(f"\ngenerate: warning: {said}", flush=True)
+            warned = True
+        yield each
 
 
 def _draw(finished: Finished, tokenizer: Any, journal: Journal, recipe: Recipe, bar: Any) -> None:

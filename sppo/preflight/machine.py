@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from sppo.common import cores
@@ -17,6 +18,8 @@ from sppo.config import ROOT
 from sppo.generation.checks import data_bytes
 from sppo.generation.engines import pick_engine
 from sppo.training.needs import checkpoint_bytes, model_bytes
+
+_LOOK = 0.5  # seconds in which it is seen whether the cores are busy
 
 
 def requirements() -> list[str]:
@@ -69,7 +72,9 @@ def check_versions(run: Run) -> Findings:
 def check_gpus(run: Run) -> Findings:
     if run.cpu:
         yield ok(f"none is used; the CPU has {len(cores.allowed())} cores and {size(main_memory())} of free memory")
-        if said := cores.busy():
+        watch = cores.Watch()
+        time.sleep(_LOOK)
+        if said := watch.warning():
             yield note(f"{said}; the hours below are an idle machine's")
         return
     listed = _nvidia_smi()
