@@ -17,8 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.common.errors import SPPOError, run_main
+from sppo.common.errors import SPPOError, UsageError, run_main
 from sppo.common.files import read_json
+
+_MOST = 10_000  # so many different prompts are made quickly; far more there are not
 
 
 def main() -> None:
@@ -27,6 +29,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=288, help="prompts to train on, of all iterations (288)")
     parser.add_argument("--held_out", type=int, default=96, help="held-out prompts (96)")
     args, recipe = config.parse(parser)
+    if not (0 < args.train <= _MOST and 0 < args.held_out <= _MOST):
+        raise UsageError(f"--train and --held_out are numbers from 1 to {_MOST}")
     wanted = {"seed": recipe.seed, "train": args.train, "held_out": args.held_out}
     written = args.output_dir / "made.json"
     if written.exists():

@@ -24,7 +24,7 @@ from sppo.training.reference import AGREEING, agreement, describe
 def worst_difference(responses: Path, model: Path, dtype: torch.dtype = torch.float32) -> float:
     """The largest difference of a token's log-probability, the engine's against a plain forward pass of `model`."""
     network = load_causal_lm(open_policy(str(model)), dtype).eval()
-    worst, tokens = 0.0, 0
+    worst, tokens, of_responses = 0.0, 0, []
     for row in pq.read_table(responses).to_pylist():
         for r in row["responses"]:
             if r["logps"] is not None:
@@ -33,9 +33,11 @@ def worst_difference(responses: Path, model: Path, dtype: torch.dtype = torch.fl
                     logps = torch.log_softmax(network(input_ids=ids).logits[0, :-1].float(), -1)  # (T - 1, V)
                 mine = logps.gather(-1, ids[0, 1:, None])[len(row["prompt_token_ids"]) - 1 :, 0]
                 assert len(r["logps"]) == len(mine)
-                worst = max(worst, (mine - torch.tensor(r["logps"])).abs().max().item())
-                tokens += len(mine)
+                apart = mine - torch.tensor(r["logps"])
+                worst, tokens = max(worst, apart.abs().max().item()), tokens + len(mine)
+                of_responses.append(abs(apart.mean().item()))
     assert tokens
+    print(f"largest difference {worst:.2g} nats of {tokens} tokens; of responses {np.mean(of_responses):.2g} a token")
     return worst
 
 
@@ -57,6 +59,7 @@ def test_a_sample_keeps_the_engines_log_probs(models: Path, tmp_path: Path) -> N
     assert sum(row[0] for row in kept) == 32
 
 
+@pytest.mark.slow
 def test_vllm_keeps_the_same_log_probs(models: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     responses = generate(models / "llama3", tmp_path, 6, "--engine", "vllm")
@@ -86,10 +89,14 @@ def test_agreement_by_hand() -> None:
     assert agreement(torch.zeros(4), nothing) == {}  # type: ignore[arg-type]
 
 
-def dataset(models: Path, directory: Path, shift: float) -> Path:
+@pytest.fixture(scope="module")
+def responses(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate(models / "llama3", tmp_path_factory.mktemp("drawn"), 6, "--engine", "transformers")
+
+
+def dataset(responses: Path, directory: Path, shift: float) -> Path:
     """Rows whose responses carry the policy's own log-probs, each `shift` off."""
     rows: list[dict[str, Any]] = preferences.rows(6)
-    responses = generate(models / "llama3", directory, 6, "--engine", "transformers")
     drawn = pq.read_table(responses).to_pylist()
     for row, source in zip(rows, drawn, strict=True):
         for r in source["responses"]:
@@ -103,10 +110,10 @@ def dataset(models: Path, directory: Path, shift: float) -> Path:
 
 @pytest.mark.parametrize(("shift", "loss_type"), [(0.0, "sppo"), (0.0, "sppo_all"), (0.05, "sppo")])
 def test_a_training_measures_it_and_warns(
-    models: Path, tmp_path: Path, shift: float, loss_type: str, capsys: pytest.CaptureFixture[str]
+    models: Path, responses: Path, tmp_path: Path, shift: float, loss_type: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every reason for a mismatch looks the same: the engine's log-probs are not the trainer's."""
-    data = dataset(models, tmp_path, shift)
+    data = dataset(responses, tmp_path, shift)
     out = tmp_path / "model"
     flags = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={out}", f"--loss_type={loss_type}"]
     run_sppo.main([*preferences.SMALL, *flags])

@@ -167,6 +167,10 @@ FLAGS: list[Case] = [
     ("push without a name", lambda w: w.pair(w.ranking(), "--org=o"), 2, "--org needs --name"),
     ("an organisation with a slash", lambda w: ["scripts/push_to_hub.py", f"--output_dir={w.d}", "--org=a/b", "--name=n"], 2, "Repo id must"),
     ("report on no prompts", lambda w: ["scripts/report.py", f"--run_dir={w.d}", "--iteration=1", "--base=b"], 2, "--eval_prompts is missing"),
+    ("a measure that is not there", lambda w: _report(w, "--measure=json:no_such"), 2, "--measure"),
+    ("no prompts to make", lambda w: ["scripts/make_instructions.py", f"--output_dir={w.d}/p", "--train=0"], 2, "from 1 to 10000"),
+    ("prompts where others are", lambda w: ["scripts/make_instructions.py", f"--output_dir={w.d}"], 1, "did not make it"),
+    ("SmolLM2 where another model is", lambda w: ["scripts/make_smollm2.py", f"--output_dir={w.model()}"], 1, "did not make it"),
     ("half a character", lambda w: w.generate(w.good(), "--system_prompt=\udcff"), 2, "UTF-8"),
 ]  # fmt: skip
 
@@ -316,6 +320,10 @@ def _hide(w: World, module: str, value: Any) -> Any:
         w.patch.delitem(sys.modules, module)
         w.patch.setattr("importlib.util.find_spec", lambda name, *_: None)
     return value
+
+
+def _report(w: World, *flags: str) -> list[str]:
+    return ["scripts/report.py", f"--run_dir={w.d}", "--iteration=1", "--base=b", f"--eval_prompts={w.good()}", *flags]
 
 
 def _launch(w: World, *flags: str, **environment: str) -> list[str]:
