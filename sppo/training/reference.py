@@ -58,7 +58,7 @@ class ReferenceTable:
         raise AssertionError("no home")
 
 
-AGREEING = 0.02  # nats a token: twice what vLLM in bfloat16 and a trainer in float32 differ by (docs/benchmarks.md)
+AGREEING = 0.02  # nats a token: some three times what bfloat16 and float32 differ by (docs/benchmarks.md)
 
 
 def agreement(table: torch.Tensor, data: TrainingSet) -> dict[str, float]:
