@@ -23,4 +23,5 @@ done
 [ -z "$model" ] || "$PYTHON" "$root/scripts/make_smollm2.py" --output_dir "$model"
 "$PYTHON" "$root/scripts/make_instructions.py" --output_dir "$run/prompts" --seed "$seed"
 exec "$PYTHON" "$root/scripts/run.py" --recipe "$root/recipes/sppo/smollm2.yaml" --name smollm2 --model "$model" \
-  --prompts "$run/prompts/train.jsonl" --eval_prompts "$run/prompts/heldout.jsonl" --split_prompts --run_dir "$run" "$@"
+  --prompts "$run/prompts/train.jsonl" --split_prompts --eval_prompts "$run/prompts/heldout.jsonl" --evaluate \
+  --run_dir "$run" "$@"

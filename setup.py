@@ -21,6 +21,7 @@ CORE = [
     "huggingface_hub>=2.4,<3",  # a new major version may change the errors that sppo/hub answers to
     "tokenizers>=0.23",
     "numpy>=2.2",
+    "scipy>=1.15",
     "pyarrow>=21",
     "safetensors>=0.6.2",
     "sentencepiece>=0.2",

@@ -57,6 +57,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
     made.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over in generation")
     made.add_argument("--accelerate_config", default="", help="YAML, or a name in recipes/accelerate_configs")
+    made.add_argument("--evaluate", action="store_true", help="at the end, all iterations' models against each other")
     made.add_argument("--dry_run", action="store_true", help="preflight, print what would be run, and stop")
     made.add_argument("--skip_preflight", action="store_true", help="start without scripts/doctor.py's checks")
     return made
@@ -69,6 +70,8 @@ def place(recipe: Recipe, args: argparse.Namespace) -> tuple[str, Path, list[str
     groups(names, args.world_size)
     if recipe.split_prompts and "{iter}" in recipe.prompts:
         raise UsageError("--split_prompts splits one prompt set; these prompts already differ by {iter}")
+    if args.evaluate and not recipe.eval_prompts:
+        raise UsageError("--evaluate needs --eval_prompts, the held-out prompts on which the models are compared")
     if (recipe.public or recipe.push_model) and not recipe.org:
         raise UsageError(f"--{'public' if recipe.public else 'push_model'} needs --org, where to push to")
     if recipe.org:
@@ -86,6 +89,8 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     if recipe.iterations > 1 and not recipe.split_prompts and "{iter}" not in recipe.prompts:
         print(f"loop: {recipe.prompts} is used whole in each of {recipe.iterations} iterations (see --split_prompts)")
     steps = [step for i in range(1, recipe.iterations + 1) for step in _iteration(recipe, args, name, run_dir, i)]
+    if args.evaluate:
+        steps.append(_matrix_step(recipe, run_dir))
     code = 0 if args.skip_preflight else _preflight(run_dir, argv)
     if args.dry_run:
         for step in steps:
@@ -98,6 +103,10 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
         from sppo.evaluation.report import print_table
 
         print_table(read_json(run_dir / "summary.json"))
+    if args.evaluate:
+        from sppo.evaluation.matrix import print_matrix
+
+        print_matrix(read_json(run_dir / "matrix.json"))
     print(f"done: {recipe.iterations} iterations; the last model is {run_dir / f'iter{recipe.iterations}' / 'model'}")
     if unpushed:
         raise SPPOError(
@@ -168,6 +177,21 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
         stages = lambda: _report_stages(recipe, mine, args, run_dir, i)  # noqa: E731 - as for the other steps
         steps.append(Step(f"iteration {i}: report", report, None, stages))
     return steps
+
+
+def _matrix_step(recipe: Recipe, run_dir: Path) -> Step:
+    """The step behind the last iteration: all models against each other."""
+    written = run_dir / "iter1" / "recipe.yaml"
+    command = [sys.executable, str(ROOT / "scripts/win_matrix.py"), *flags(recipe=written, run_dir=run_dir)]
+
+    def stages() -> list[Stage]:
+        from sppo.evaluation.matrix import matrix_stage
+
+        if not (run_dir / "matrix.json").exists():
+            raise SPPOError(f"{run_dir} has no matrix.json")
+        return [matrix_stage(recipe, run_dir)]
+
+    return Step("win matrix", command, None, stages)
 
 
 def _drawing_stages(recipe: Recipe, args: argparse.Namespace, data: Path, part: tuple[int, int]) -> list[Stage]:

@@ -42,6 +42,7 @@ STAGES = [
     ("iter2", "rank", "data/ranking/*.journal", "data/ranking/*.manifest.json"),
     ("iter2", "train", "model.partial/metrics.jsonl", "model"),
     ("iter2", "report", "eval/responses/*.journal", "eval/report.json"),
+    ("iter2", "matrix", "eval/against-iter1-*.journal", "eval/against-iter1-*.manifest.json"),
 ]
 
 
@@ -58,12 +59,13 @@ def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world
 
 
-def command(world: Path, run: Path) -> list[str]:
+def command(world: Path, run: Path, report: bool = True) -> list[str]:
     words = ["bash", "run_sppo_mistral.sh", "--model", world / "policy", "--prompts", world / "prompts.jsonl"]
     words += ["--ranker", world / "PairRM", "--recipe", "recipes/sppo/demo.yaml", "--engine=transformers", "--pairs=3"]
     words += ["--iterations=2", "--maxlen=24", "--test_size=2", "--gpus=none"]
     words += ["--num_train_epochs=5", "--global_batch_size=8", "--batch_size=4", "--save_steps=1"]
-    words += ["--learning_rate=1e-3", "--eval_prompts", world / "held-out.jsonl", "--run_dir", run]
+    words += ["--learning_rate=1e-3", "--run_dir", run]
+    words += ["--eval_prompts", world / "held-out.jsonl", "--evaluate"] if report else []
     words += ["--skip_preflight"]  # which would refuse some of these, and takes its time
     return [str(w) for w in words]
 
@@ -122,7 +124,7 @@ def assert_same(one: Path, other: Path, but: str = "nothing") -> None:
         elif path.name == "metrics.jsonl":
             steps = [line["step"] for line in preferences.metrics((other / name).parent)]
             assert steps == [line["step"] for line in preferences.metrics(path.parent)]
-        elif path.name in ("summary.json", "report.json"):
+        elif path.name in ("summary.json", "report.json", "matrix.json"):
             assert read_json(path) == read_json(other / name)
     assert expected.keys() == files(other).keys()
 
@@ -203,7 +205,7 @@ def test_a_shard_that_dies_ends_the_run_and_costs_nothing_and_nobody_else_may_wo
     run = tmp_path / "run"
     log, env = function_ranker(tmp_path)
     (tmp_path / "hold").write_text("8")
-    words = [*command(world, run), "--iterations=1", "--eval_prompts=", "--gpus=none,none", "--accelerate_config=cpu"]
+    words = [*command(world, run, False), "--iterations=1", "--gpus=none,none", "--accelerate_config=cpu"]
     words += ["--ranker=asked:logit"]
     process = tiny.start(*words, slow=run, log=Path(f"{run}.log"), **env)
     tiny.wait_for(process, lambda: log.exists() and sum(asked(log).values()) == 2 * 8)
@@ -259,7 +261,7 @@ def test_a_disk_that_is_full_in_every_stage_costs_nothing(world: Path, tmp_path:
         pytest.skip("no tmpfs can be mounted here")
     failures = []
     try:
-        words = [*command(world, disk / "run"), "--iterations=1", "--eval_prompts="]
+        words = [*command(world, disk / "run", False), "--iterations=1"]
         for size in larger:
             done = tiny.run(*words)
             shown = done.stdout + done.stderr

@@ -6,6 +6,7 @@ judge: a PairRM can be fooled by length, so lengths stand beside it, and what me
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,14 +19,14 @@ import numpy as np
 from sppo.common.errors import SPPOError
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.manifest import Stage
-from sppo.common.parquet import read_rows
-from sppo.common.preference import sigmoid
 from sppo.config import ROOT, Recipe, flags
+from sppo.evaluation.match import judges, match
+from sppo.evaluation.matrix import interval
 from sppo.evaluation.measures import measure
-from sppo.formats import Pair
-from sppo.rankers import Ranker, backend, pinned
-from sppo.rankers.function import FunctionRanker, load_function
+from sppo.rankers import backend, pinned
+from sppo.rankers.function import load_function
 
+_LENGTHS = ("mean_tokens", "base_mean_tokens")
 _NO_SHARES = ("mean_tokens", "base_perplexity")  # measures whose values are no shares, however small
 
 
@@ -45,7 +46,6 @@ def report_stage(recipe: Recipe, run_dir: Path, iteration: int) -> Stage:
 
 def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, world_size: int) -> None:
     """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json."""
-    judge_name = recipe.judge.partition(":")[2]
     if recipe.judge:
         load_function(recipe.judge, "--judge")  # so that a wrong name is an error now, and not after the work
     if recipe.measure:
@@ -56,8 +56,9 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, 
     stage = report_stage(recipe, run_dir, iteration)
     if not stage.is_done():
         stage.begin()
-        compared = _compare(pinned(recipe, here / "data"), before, after, judge_name)
-        row = {"iteration": iteration, **compared}
+        # whatever the iteration's policy is, the ranker reads prompts in the first model's template
+        comparing = dataclasses.replace(pinned(recipe, here / "data"), model=base)
+        row = {"iteration": iteration, **_compare(comparing, run_dir, iteration)}
         trained = read_json(here / "model" / "sppo_manifest.json")
         row.update(loss=trained["loss"], beta2_loss=trained["beta2_loss"])
         write_json(stage.outputs[0], row)
@@ -104,39 +105,17 @@ def _run(command: list[str]) -> None:
         raise SPPOError(f"the report's answers failed:\n{done.stdout}")
 
 
-def _compare(recipe: Recipe, before: Path, after: Path, judge_name: str) -> dict[str, Any]:
-    columns = ["prompt_id", "prompt", "responses"]
-    old = {row["prompt_id"]: row for row in read_rows(before, columns)}
-    new = {row["prompt_id"]: row for row in read_rows(after, columns)}
-    if set(old) != set(new):
-        raise SPPOError(f"{before} and {after} answer different prompts; delete the eval directories and report again")
-    pairs = [
-        (row["prompt"], ours["text"], theirs["text"])
-        for prompt_id, row in new.items()
-        for ours in row["responses"]
-        for theirs in old[prompt_id]["responses"]
-    ]
-    result = {"prompts": len(new), **_win_rate("ranker", backend(recipe).load(recipe), pairs)}
-    if recipe.judge:
-        result |= _win_rate(judge_name, FunctionRanker(load_function(recipe.judge, "--judge")), pairs)
-    for name, side in (("mean_tokens", new), ("base_mean_tokens", old)):
-        lengths = [len(r["token_ids"]) for row in side.values() for r in row["responses"]]
-        result[name] = round(sum(lengths) / len(lengths), 2)
-    return result
-
-
-def _win_rate(name: str, ranker: Ranker, pairs: list[Pair]) -> dict[str, Any]:
-    """Mean of P(first > second), each pair asked both ways round; pairs without an answer are left out and counted."""
-    both = [side for prompt, a, b in pairs for side in ((prompt, a, b), (prompt, b, a))]
-    logits = np.empty(len(both))
-    for index, logit in ranker.logits(both):
-        logits[index] = logit
-    differences = logits[0::2] - logits[1::2]
-    answered = np.isfinite(differences)
-    if not answered.any():
-        raise SPPOError(f"the {name} answered none of {len(pairs)} pairs")
-    unanswered = {} if answered.all() else {f"{name}_unanswered": int((~answered).sum())}
-    return {f"{name}_win_rate": round(float(sigmoid(differences[answered] / 2).mean()), 4), **unanswered}
+def _compare(recipe: Recipe, run_dir: Path, iteration: int) -> dict[str, Any]:
+    """Win rates of iteration's answers over the first model's, with 95% intervals, and the mean lengths of both."""
+    result: dict[str, Any] = {}
+    for name, by in judges(recipe).items():
+        played = match(by, name, run_dir, 0, iteration)
+        rate, low, high = interval(played.probability)
+        unanswered = int(np.isnan(played.probability).sum())
+        result |= {f"{name}_win_rate": round(rate, 4), f"{name}_interval": [round(low, 4), round(high, 4)]}
+        result |= {f"{name}_unanswered": unanswered} if unanswered else {}
+    lengths = [round(float(each.mean()), 2) for each in played.lengths]
+    return {"prompts": len(played.probability), **result, **dict(zip(_LENGTHS, lengths, strict=True))}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

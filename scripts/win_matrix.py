@@ -1,0 +1,35 @@
+"""The first model and every iteration's against each other, on the answers to the held-out prompts.
+
+    python scripts/win_matrix.py --run_dir runs/x
+
+Reads   <run_dir>/iter<i>/eval/responses.parquet of all iterations, which a run with --eval_prompts has drawn, and the
+        ranker. Settings are those of <run_dir>/iter1/recipe.yaml, unless --recipe or flags say otherwise.
+Writes  <run_dir>/matrix.json, and <run_dir>/iter<i>/eval/against-iter<j>-*.parquet, each comparison once.
+Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sppo import config
+from sppo.common.errors import SPPOError, run_main
+
+
+def main() -> None:
+    parser = config.make_parser(__doc__, config.KEYS["win_matrix"])
+    parser.add_argument("--run_dir", type=Path, required=True, help="the run's directory")
+    parser.add_argument("--overwrite", action="store_true", help="compare again although another ranker did")
+    args = parser.parse_args()
+    if not args.run_dir.is_dir():
+        raise SPPOError(f"--run_dir {args.run_dir}: no such directory")
+    written = args.run_dir / "iter1" / "recipe.yaml"
+    recipe = config.load_recipe(args.recipe or (str(written) if written.exists() else None), config.given(parser, args))
+    from sppo.evaluation.matrix import print_matrix, win_matrix
+
+    print_matrix(win_matrix(recipe, args.run_dir, args.overwrite))
+
+
+if __name__ == "__main__":
+    run_main(main)

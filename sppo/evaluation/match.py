@@ -1,0 +1,140 @@
+"""Two models' answers to the same held-out prompts, compared pair by pair. The report and the win matrix read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import digest
+from sppo.common.journal import Journal
+from sppo.common.manifest import Stage
+from sppo.common.parquet import read_rows, write_parquet
+from sppo.common.preference import Array, sigmoid
+from sppo.common.progress import progress
+from sppo.config import Recipe
+from sppo.rankers import Ranker, backend
+
+Row = tuple[str, Any, list[Any], list[Any]]  # prompt_id, prompt, first's responses, second's
+_CHUNK = 64  # prompts whose comparisons a ranker gets at once
+
+
+@dataclass
+class Match:
+    """P(`second` beats `first`), (N, n, m): N prompts, n responses of second, m of first; NaN where nobody answered.
+
+    `lengths`: tokens of second's responses, (N, n), and of first's, (N, m).
+    """
+
+    probability: Array
+    lengths: tuple[Array, Array]
+
+
+def judges(recipe: Recipe) -> dict[str, Recipe]:
+    """Who compares, by name: the ranker, and the second judge as a recipe whose ranker it is."""
+    found = {"ranker": recipe}
+    if recipe.judge:
+        name = recipe.judge.partition(":")[2]
+        found[name] = dataclasses.replace(recipe, ranker=recipe.judge, ranker_backend="function")
+    return found
+
+
+def answers_of(run_dir: Path, iteration: int) -> Path:
+    """The held-out prompts' answers of an iteration's model; iteration 0 is the first model."""
+    return run_dir / f"iter{iteration}" / "eval" / "responses.parquet"
+
+
+def match_stage(by: Recipe, name: str, run_dir: Path, first: int, second: int) -> Stage:
+    """The comparison of iteration second's answers with iteration first's by the ranker of `by`, called `name`."""
+    paths = answers_of(run_dir, first), answers_of(run_dir, second)
+    here = paths[1].parent / f"against-iter{first}-{name}"
+    inputs = {"first": digest(paths[0]), "second": digest(paths[1]), "ranker": backend(by).identity(by)}
+    output = here.with_suffix(".parquet")
+    return Stage("match", here.with_suffix(".manifest.json"), [output], inputs, {}, here.with_suffix(".journal"))
+
+
+def match(by: Recipe, name: str, run_dir: Path, first: int, second: int, overwrite: bool = False) -> Match:
+    """Compare every response of one with every response of the other, both ways round; keep it, and return it.
+
+    What a killed try had compared is in the journal. Raises SPPOError where the two answer different prompts.
+    """
+    stage = match_stage(by, name, run_dir, first, second)
+    rows = _joined(answers_of(run_dir, first), answers_of(run_dir, second))
+    if not stage.is_done(overwrite):
+        stage.begin()
+        journal = Journal(stage.journal, stage.identity)
+        label = f"{name}: iteration {second} against {first}"
+        with progress(len(rows), label, "prompt", len(journal.done)) as bar:
+            _ask(by, rows, journal, bar)
+        made = ({"prompt_id": row[0], **journal.read(row[0])} for row in rows)
+        stage.finish({"prompts": write_parquet(stage.outputs[0], _schema(), made)}, ranker=by.ranker)
+        journal.remove()
+    table = {row["prompt_id"]: row["probability"] for row in read_rows(stage.outputs[0], ["prompt_id", "probability"])}
+    probability = np.array([table[row[0]] for row in rows], dtype=np.float64)
+    return Match(probability, (_lengths([row[3] for row in rows]), _lengths([row[2] for row in rows])))
+
+
+def _lengths(responses: list[list[Any]]) -> Array:
+    """Tokens of each response, (N, n)."""
+    return np.array([[len(r["token_ids"]) for r in row] for row in responses], dtype=np.float64)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema([("prompt_id", pa.string()), ("probability", pa.list_(pa.list_(pa.float64())))])
+
+
+def _joined(first: Path, second: Path) -> list[Row]:
+    """The row of every prompt, in first's order."""
+    columns = ["prompt_id", "prompt", "responses"]
+    old = {row["prompt_id"]: row for row in read_rows(first, columns)}
+    new = {row["prompt_id"]: row for row in read_rows(second, columns)}
+    if set(old) != set(new):
+        raise SPPOError(f"{first} and {second} answer different prompts; delete the eval directories and report again")
+    return [(key, row["prompt"], row["responses"], new[key]["responses"]) for key, row in old.items()]
+
+
+def _ask(by: Recipe, rows: list[Row], journal: Journal, bar: Any) -> None:
+    """Put P(second's i beats first's j) of each row into the journal, chunk by chunk.
+
+    Where the ranker answers in batches, a chunk that was cut short is asked again as a whole: the other pairs of a
+    batch decide a logit's last bits, and a killed comparison shall end like any other.
+    """
+    ranker = None
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        missing = [row for row in chunk if row[0] not in journal.done]
+        if not missing:
+            continue
+        ranker = ranker or backend(by).load(by)
+        asked = chunk if ranker.batched else missing
+        for row, block in zip(asked, _blocks(ranker, asked), strict=True):
+            if row[0] not in journal.done:
+                journal.add(row[0], {"probability": block.tolist()})
+                bar.update()
+
+
+def _blocks(ranker: Ranker, rows: list[Row]) -> Iterator[Array]:
+    """P(second's i beats first's j), (n, m), of each row, from both orders of each pair."""
+    pairs = [
+        side
+        for _, prompt, old, new in rows
+        for a in new
+        for b in old
+        for side in ((prompt, a["text"], b["text"]), (prompt, b["text"], a["text"]))
+    ]
+    logits = np.full(len(pairs), np.nan)
+    for index, logit in ranker.logits(pairs):
+        logits[index] = logit
+    apart = (logits[0::2] - logits[1::2]) / 2
+    found, start = np.where(np.isfinite(apart), sigmoid(np.nan_to_num(apart)), np.nan), 0
+    for _, _, old, new in rows:
+        stop = start + len(new) * len(old)
+        yield found[start:stop].reshape(len(new), len(old))
+        start = stop

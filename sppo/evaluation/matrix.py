@@ -1,0 +1,179 @@
+"""The win matrix: the first model and every iteration's against each other, on the held-out prompts' answers.
+
+P(row beats column) is the mean over prompts and pairs of responses. Each pair is asked both ways round, and P is
+sigmoid of half the difference of the two logits, so the matrix and its transpose add up to 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import digest, read_json, write_json
+from sppo.common.manifest import Stage
+from sppo.common.preference import Array, sigmoid
+from sppo.config import Recipe
+from sppo.evaluation.match import Match, answers_of, judges, match, match_stage
+from sppo.rankers import pinned
+
+DRAWS = 2000  # of the bootstrap
+_SEED = 0
+
+
+def models_of(run_dir: Path) -> list[int]:
+    """The iterations whose answers to the held-out prompts are there. Raises SPPOError where fewer than two are."""
+    found = sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal())
+    found = [i for i in found if (answers_of(run_dir, i).parent / "responses.manifest.json").exists()]
+    if len(found) < 2:
+        raise SPPOError(
+            f"{run_dir} holds held-out answers of {len(found)} models, and two can be compared; a run with "
+            "--eval_prompts draws them, or scripts/report.py"
+        )
+    return found
+
+
+def matrix_stage(recipe: Recipe, run_dir: Path) -> Stage:
+    """The stage that puts the matches together, which are there."""
+    recipe = pinned(recipe, run_dir / "iter1" / "data")
+    inputs = {
+        f"{name}: {second} against {first}": digest(match_stage(by, name, run_dir, first, second).outputs[0])
+        for name, by in judges(recipe).items()
+        for first, second in itertools.combinations(models_of(run_dir), 2)
+    }
+    settings = {"draws": DRAWS, "seed": _SEED}
+    return Stage("matrix", run_dir / "matrix.manifest.json", [run_dir / "matrix.json"], inputs, settings)
+
+
+def win_matrix(recipe: Recipe, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Compare what is not yet compared, write <run_dir>/matrix.json, and return what is in it."""
+    recipe = pinned(recipe, run_dir / "iter1" / "data")
+    models = models_of(run_dir)
+    found: dict[str, Any] = {"models": [f"iter{i}" for i in models]}
+    for name, by in judges(recipe).items():
+        matches = {
+            (a, b): match(by, name, run_dir, models[a], models[b], overwrite)
+            for a, b in itertools.combinations(range(len(models)), 2)
+        }
+        made = compare(len(models), matches)
+        if name == "ranker":
+            some = matches[0, 1]
+            lengths = [some.lengths[1], *(matches[0, b].lengths[0] for b in range(1, len(models)))]
+            found |= {"ranker": by.ranker, "prompts": len(some.probability), **made}
+            found |= {"mean_tokens": [round(float(x.mean()), 2) for x in lengths], "judge": None}
+            mixture, value = von_neumann_winner(np.array(made["win_rates"]))
+            found["von_neumann"] = {"mixture": mixture.round(4).tolist(), "value": round(value, 4)}
+        else:
+            found["judge"] = {"name": by.ranker, **made}
+    stage = matrix_stage(recipe, run_dir)
+    if not stage.stands():  # made of the matches in a moment, so one that differs is made again
+        stage.is_done(overwrite=True)
+        stage.begin()
+        write_json(stage.outputs[0], found)
+        stage.finish({"prompts": found["prompts"]})
+    return read_json(stage.outputs[0])
+
+
+def compare(count: int, matches: dict[tuple[int, int], Match]) -> dict[str, list[list[float]]]:
+    """win_rates, low, high, length_controlled, each (count, count), from matches[a, b] of all a < b."""
+    tables = {name: np.full((count, count), 0.5) for name in ("win_rates", "low", "high", "length_controlled")}
+    for (a, b), played in matches.items():
+        rate, low, high = interval(played.probability)
+        controlled = length_controlled(played)
+        for name, value in zip(tables, (rate, low, high, controlled), strict=True):
+            tables[name][b, a] = value
+        for name, value in zip(tables, (rate, high, low, controlled), strict=True):
+            tables[name][a, b] = 1 - value
+    return {name: [[round(float(x), 4) for x in row] for row in table] for name, table in tables.items()}
+
+
+def interval(probability: Array) -> tuple[float, float, float]:
+    """Mean of P, (N, n, m), and its 95% interval: percentiles of a bootstrap that draws whole prompts.
+
+    Answers to one prompt are alike, so they are drawn together; resampling single pairs would make it too narrow.
+    """
+    sums, counts = np.nansum(probability, (1, 2)), np.isfinite(probability).sum((1, 2))  # (N,)
+    if not counts.sum():
+        raise SPPOError("no pair has been answered, so there is no win rate")
+    n = len(sums)
+    drawn = np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), DRAWS)  # (draws, N)
+    rates = (drawn @ sums) / np.maximum(drawn @ counts, 1)
+    low, high = np.quantile(rates, (0.025, 0.975))
+    return float(sums.sum() / counts.sum()), float(low), float(high)
+
+
+def length_controlled(played: Match) -> float:
+    """The win rate at equal length: sigmoid(theta) of the fit P = sigmoid(theta + phi * tanh(d / std(d))).
+
+    d is the difference of the two responses' lengths in tokens. It is AlpacaEval 2's model (arXiv 2404.04475, equation
+    2) without the term for an instruction's difficulty, which needs many models. Fitted by cross-entropy.
+    """
+    from scipy.optimize import minimize
+
+    mine, theirs = played.lengths
+    apart = mine[:, :, None] - theirs[:, None, :]  # (N, n, m)
+    answered = np.isfinite(played.probability)
+    p, d = played.probability[answered], apart[answered]
+    x = np.tanh(d / spread) if (spread := d.std()) > 0 else np.zeros_like(d)
+
+    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        z = weights[0] + weights[1] * x
+        error = sigmoid(z) - p
+        # 1e-4: where every pair is won, the fit would run to infinity
+        value = (np.logaddexp(0, z) - p * z).mean() + 1e-4 * (weights**2).sum() / 2
+        return value, np.array([error.mean(), (error * x).mean()]) + 1e-4 * weights
+
+    return float(sigmoid(minimize(loss, np.zeros(2), jac=True).x[0]))
+
+
+def von_neumann_winner(win_rates: Array) -> tuple[Array, float]:
+    """The mixture of models q that no mixture beats, max over q of min over j of sum_i q_i M_ij, and that value.
+
+    By linear programming. With M + M^T = 1 the value is 1/2; where several mixtures reach it, this is one of them.
+    """
+    from scipy.optimize import linprog
+
+    k = len(win_rates)
+    cost = np.append(np.zeros(k), -1.0)  # of (q, v): maximise v
+    at_least = np.hstack([-win_rates.T, np.ones((k, 1))])  # v - sum_i q_i M_ij <= 0 for every j
+    shares, bounds = np.append(np.ones(k), 0.0)[None], [(0, 1)] * k + [(None, None)]
+    solved = linprog(cost, at_least, np.zeros(k), shares, [1.0], bounds)
+    if solved.status:
+        raise SPPOError(f"no mixture was found for {win_rates.tolist()}: {solved.message}")
+    return solved.x[:k], float(solved.x[k])
+
+
+def print_matrix(found: dict[str, Any]) -> None:
+    """matrix.json, for a person."""
+    models, tokens = found["models"], found["mean_tokens"]
+    mixture = found["von_neumann"]["mixture"]
+    print(
+        f"\nHow often the row's answers beat the column's on {found['prompts']} held-out prompts, with 95% intervals:"
+    )
+    for name, table in [("ranker", found), *([(found["judge"]["name"], found["judge"])] if found["judge"] else [])]:
+        lines = [[name, *models, "mean_tokens"]]
+        for i, model in enumerate(models):
+            cells = [
+                "" if i == j else f"{_percent(table['win_rates'][i][j])} ({_percent(low)} to {_percent(high)})"
+                for j, (low, high) in enumerate(zip(table["low"][i], table["high"][i], strict=True))
+            ]
+            lines.append([model, *cells, f"{tokens[i]:g}"])
+        _print_columns(lines)
+        last = table["length_controlled"][-1][0]
+        print(f"At equal length {models[-1]} beats {models[0]} in {_percent(last)}% ({name}).")
+    drawn = ", ".join(f"{m} {_percent(q)}%" for m, q in zip(models, mixture, strict=True) if q > 0)
+    print(f"The mixture that none beats (ranker): {drawn}.")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _print_columns(lines: list[list[str]]) -> None:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
