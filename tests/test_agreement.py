@@ -16,9 +16,10 @@ import torch
 
 from sppo import run_sppo
 from sppo.common.files import read_json
+from sppo.common.health import AGREEING
 from sppo.common.loading import load_causal_lm
 from sppo.common.policy import open_policy
-from sppo.training.reference import AGREEING, agreement, describe
+from sppo.training.reference import agreement, describe
 
 
 def worst_difference(responses: Path, model: Path, dtype: torch.dtype = torch.float32) -> float:

@@ -66,7 +66,7 @@ def win_matrix(recipe: Recipe, run_dir: Path, overwrite: bool = False) -> dict[s
             found |= {"ranker": by.ranker, "prompts": len(some.probability), **made}
             found |= {"mean_tokens": [round(float(x.mean()), 2) for x in lengths], "judge": None}
             mixture, value = von_neumann_winner(np.array(made["win_rates"]))
-            found["von_neumann"] = {"mixture": mixture.round(4).tolist(), "value": round(value, 4)}
+            found["von_neumann"] = {"mixture": np.maximum(mixture, 0).round(4).tolist(), "value": round(value, 4)}
         else:
             found["judge"] = {"name": by.ranker, **made}
     stage = matrix_stage(recipe, run_dir)

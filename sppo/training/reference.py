@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sppo.common.files import atomic
+from sppo.common.health import AGREEING
 from sppo.training.data import TrainingSet
 
 
@@ -56,9 +57,6 @@ class ReferenceTable:
                 continue
             return path
         raise AssertionError("no home")
-
-
-AGREEING = 0.02  # nats a token: some three times what bfloat16 and float32 differ by (docs/benchmarks.md)
 
 
 def agreement(table: torch.Tensor, data: TrainingSet) -> dict[str, float]:

@@ -1,0 +1,205 @@
+"""report.html: whatever a run has written is on it, a model's text is never run, and a real browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from sppo.common.errors import SPPOError
+from sppo.evaluation.page.gather import gather
+from sppo.evaluation.page.page import warnings, write_comparison, write_page
+from sppo.formats import responses_schema, training_schema
+
+EVIL = [
+    "<script>document.title = 'pwned'</script>",
+    '<img src="x" onerror="document.title = \'pwned\'">',
+    "</div></section><h1>out</h1>",
+    "\"'><svg onload=\"document.title = 'pwned'\">",
+    "{{ 7 * 7 }} {% raw %} $E=mc^2$ \x00 half a character",
+]
+ALL = ("Win rates", "Win matrix", "Measures", "Training", "Log-ratios", "Win rates of pairs", "Lengths", "Data",
+       "Agreement of engine and trainer", "Time")  # fmt: skip
+
+
+def dump(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def answers(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "prompt_id": f"p{n}",
+            "prompt": [{"role": "user", "content": f"Question {n} about {text}"}],
+            "responses": [{"text": t, "token_ids": [1, 2], "finish_reason": "stop"} for t in (text, f"second {text}")],
+        }
+        for n, text in enumerate(texts)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=responses_schema()), path)
+
+
+def make_run(run: Path, iterations: int = 2, apart: float = 1e-6) -> Path:
+    """A run's files as its stages write them, of two prompts and three steps an iteration."""
+    base = {"mean_tokens": 20.0, "empty": 0.0, "repeated": 0.1, "cut": 0.0, "followed": 0.3, "base_perplexity": 4.0}
+    answers(run / "iter0/eval/responses.parquet", EVIL)
+    dump(run / "iter0/eval/measures.json", base)
+    rows = []
+    for i in range(1, iterations + 1):
+        here = run / f"iter{i}"
+        dump(here / "recipe.yaml", {"model": "org/model", "beta": 0.1, "iterations": iterations, "seed": i})
+        counts = {"written": 2, "skipped": {}, "responses": 4, "response_tokens": 80, "cut_at_maxlen": 0}
+        dump(here / "data/responses.manifest.json", {"counts": counts, "versions": {"torch": "2"}, "seconds": 0.1})
+        dump(here / "data/responses/shard-00000.manifest.json", {"counts": counts, "seconds": 60.0})
+        paired = {"train": 2, "prompts": 2, "pairs": 4, "dropped": {"same text": 0}, "tied_pairs": 1}
+        paired |= {"intransitive_triples": 0.0, "position_bias": 0.01, "score_length_correlation": 0.2}
+        dump(here / "data/train.manifest.json", {"counts": paired, "seconds": 1.0})
+        row: dict[str, Any] = {"chosen_probs": 0.9, "chosen_probs_win": 0.7, "chosen_probs_lose": 0.2}
+        responses = [{"text": "a", "token_ids": [1] * 9}, {"text": "b", "token_ids": [1] * 4}]
+        row |= {"responses": responses, "chosen_index": 0, "rejected_index": 1}
+        pq.write_table(pa.Table.from_pylist([row, row], schema=training_schema()), here / "data/train.parquet")
+        targets = {"rewards/chosen_target": 0.2, "rewards/rejected_target": -0.2}
+        moved = ("rewards/margins", "rewards/chosen", "rewards/rejected")
+        steps = [
+            {"step": s, "loss": 9.0 / s, "beta2_loss": 0.09 / s, **dict.fromkeys(moved, 0.01 * s), **targets}
+            for s in (1, 2, 3)
+        ]
+        dump(here / "model/sppo_manifest.json", {
+            "loss": 3.0, "seconds": 90.0, "counts": {"responses_cut": 0},
+            "agreement": {"mean_difference": apart, "largest_difference": 2 * apart},
+        })  # fmt: skip
+        (here / "model/metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+        answers(here / "eval/responses.parquet", [t + f" in {i}" for t in EVIL])
+        row = {"iteration": i, "prompts": 5, "ranker_win_rate": 0.5 + 0.1 * i, "base_mean_tokens": 20.0}
+        rows.append({**row, "ranker_interval": [0.5, 0.8], **base, "mean_tokens": 20.0 - i, "base": base})
+    dump(run / "summary.json", rows)
+    table = [[0.5] * (iterations + 1)] * (iterations + 1)
+    tables = dict.fromkeys(("win_rates", "low", "high", "length_controlled"), table)
+    models = [f"iter{i}" for i in range(iterations + 1)]
+    mixture = [1.0, *[0.0] * iterations]
+    dump(run / "matrix.json", {"models": models, "prompts": 5, **tables, "mean_tokens": [20.0] * (iterations + 1),
+                               "judge": None, "von_neumann": {"mixture": mixture, "value": 0.5}})  # fmt: skip
+    (run / "logs").mkdir()
+    (run / "logs/commands.log").write_text("2026-01-01 00:00:00 python scripts/run.py --model '<b>'\n")
+    return run
+
+
+def test_all_that_a_run_wrote_is_on_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    text = write_page(run).read_text()
+    for title in ALL:
+        assert f"<h2>{title}</h2>" in text
+    assert text.count("<figure") == len(ALL) - 1  # Data is a table
+    assert "Iteration 2 wins 70.0% of comparisons with the first model (95% interval 50.0 to 80.0%)" in text
+    assert "2 of 2 iterations are trained" in text
+    assert 'class="warning"' not in text
+    assert "torch 2" in text
+    assert "&lt;b&gt;" in text  # the command
+
+
+def test_a_models_text_is_data(tmp_path: Path) -> None:
+    text = write_page(make_run(tmp_path / "run")).read_text()
+    assert len(re.findall("<script", text)) == 1
+    for evil in ("<img", 'onload="', "<h1>out"):
+        assert evil not in text.replace("<h1>SPPO run", ""), evil
+    assert "&lt;script&gt;document.title" in text
+    assert "{{ 7 * 7 }} {% raw %}" in text
+    assert "default-src 'none'" in text
+    assert not re.search(r'(src|href)="(?!#)', text), "something would be fetched"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "missing", ["summary.json", "iter2/model", "iter1/data", "iter0", "matrix.json", "iter2", "logs"]
+)
+def test_a_run_that_broke_off_has_a_page(tmp_path: Path, missing: str) -> None:
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / missing) if (run / missing).is_dir() else (run / missing).unlink()
+    assert "<h2>" in write_page(run).read_text()
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    dump(run / "iter1/recipe.yaml", {"model": "m"})
+    work = run / "iter1/model.partial"
+    work.mkdir()
+    (work / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    found = gather(run)
+    assert [s["step"] for s in found.iterations[0].steps] == [1]
+    assert "No iteration has been compared" in write_page(run).read_text()
+    with pytest.raises(SPPOError, match="is no run"):
+        write_page(tmp_path)
+
+
+def test_what_is_wrong_is_said_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", apart=0.1)
+    manifest = run / "iter1/data/responses.manifest.json"
+    content = json.loads(manifest.read_text())
+    content["counts"]["cut_at_maxlen"] = 3
+    dump(manifest, content)
+    said = "\n".join(warnings(gather(run)))
+    assert "Iteration 1: engine and trainer differ by 0.1 nats" in said
+    assert "Iteration 1: 75% of the responses are cut at maxlen" in said
+    assert said.count("\n") == 2  # and iteration 2's engine
+
+
+def test_runs_beside_each_other(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", 3)
+    out = tmp_path / "c.html"
+    command = [tiny.sys.executable, "scripts/report.py"]
+    assert str(out) in tiny.succeed(*command, "--compare", one, two, "--output", out)
+    text = out.read_text()
+    assert "one, ranker" in text
+    assert "two, ranker" in text
+    assert "<td>iterations</td>" in text  # the setting in which they differ
+    assert "<td>beta</td>" not in text
+    assert write_comparison([one, two], out).read_text() == text
+    assert "report.html" in tiny.succeed(*command, "--run_dir", one)
+    for flags, message in ((["--run_dir", tmp_path], "is no run"), ([], "--run_dir is missing"),
+                           (["--compare", one, "--run_dir", two], "leave --run_dir"),
+                           (["--run_dir", one, "--iteration", "1"], "--base is missing")):  # fmt: skip
+        assert message in tiny.run(*command, *flags).stderr
+
+
+@pytest.mark.slow
+def test_a_real_browser_shows_it(tmp_path: Path) -> None:
+    """No error in the console, every picture, searching, nothing beside the screen at three widths, no text is run."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium and chromium-driver are not installed")
+    page = write_page(make_run(tmp_path / "run"))
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    try:
+        for width in (400, 1000, 1700):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.get(page.as_uri())
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        time.sleep(0.5)  # for an onerror that should not be
+        assert browser.get_log("browser") == []
+        assert browser.title == "SPPO: run"
+        drawn = "return [...document.querySelectorAll('figure svg')].filter(s => s.getBoundingClientRect().height > 50)"
+        assert browser.execute_script(f"{drawn}.length") == len(ALL) - 1
+        shown = "return [...document.querySelectorAll('.prompt')].filter(p => p.offsetHeight > 0).length"
+        assert browser.execute_script(shown) == len(EVIL)
+        browser.find_element("id", "search").send_keys("question half")
+        assert browser.execute_script(shown) == 1
+        assert browser.find_element("id", "count").text == "1 prompts"
+        text = browser.execute_script("return document.querySelector('.asked').textContent")
+        assert text == f"Question 0 about {EVIL[0]}"
+    finally:
+        browser.quit()
