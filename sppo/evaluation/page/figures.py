@@ -83,7 +83,10 @@ def matrix(run: Run) -> str | None:
 
     def draw(axes: list[Axes]) -> None:
         (axis,) = axes
-        axis.imshow(rates, cmap="RdBu", vmin=0, vmax=100, alpha=0.75)
+        edges = np.arange(len(rates) + 1) - 0.5
+        axis.pcolormesh(edges, edges, rates, cmap="RdBu", vmin=0, vmax=100, alpha=0.75)
+        axis.invert_yaxis()
+        axis.set_aspect("equal")
         axis.grid(False)
         for i in range(len(rates)):
             for j in range(len(rates)):
