@@ -19,3 +19,11 @@ def mean_scores(logits: Array) -> Array:
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)) without overflow."""
     return np.exp(-np.logaddexp(0.0, -x))
+
+
+def paper_probability(logits: Array) -> Array:
+    """P_ij = sigmoid((C_ij - C_ji) / 2), (N, K, K) -> (N, K, K): from the pair alone, as in the paper, section 4.
+
+    Keeps preferences that go round in a circle.
+    """
+    return sigmoid((logits - logits.swapaxes(-1, -2)) / 2)

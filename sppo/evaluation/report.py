@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sppo.common.errors import SPPOError
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.manifest import Stage
-from sppo.config import ROOT, Recipe, flags
+from sppo.config import Recipe
+from sppo.evaluation.answers import draw
 from sppo.evaluation.match import judges, match
 from sppo.evaluation.matrix import interval
 from sppo.evaluation.measures import measure
@@ -82,27 +79,10 @@ def _rows(run_dir: Path, iterations: int) -> list[dict[str, Any]]:
 
 
 def _answers(recipe: Recipe, directory: Path, model: str, gpus: str, world_size: int, revision: str = "") -> Path:
-    """directory/eval/responses.parquet: eval_pairs responses to each held-out prompt, drawn as in training."""
-    out = directory / "eval"
-    common = flags(output_dir=out, pairs=recipe.eval_pairs)
-    keys = "trust_remote_code prompt_column prompt_split temperature top_p maxlen engine seed prompt_seeds".split()
-    keys += ["system_prompt", "gpu_memory_utilization"]
-    settings = flags(**{k: getattr(recipe, k) for k in keys}, world_size=world_size, model_revision=revision)
-    settings += flags(chat_template_kwargs=json.dumps(recipe.chat_template_kwargs))
-    launch = [sys.executable, "-m", "sppo.launch", "shards", "--name=eval"]
-    launch += flags(gpus=gpus, logs=directory / "logs", world_size=world_size)
-    generate = [sys.executable, str(ROOT / "scripts/generate.py"), *flags(model=model, prompts=recipe.eval_prompts)]
-    _run([*launch, "--", *generate, *common, *settings])
-    shards = len(list((out / "responses").glob("shard-*.manifest.json")))
-    _run([sys.executable, str(ROOT / "scripts/combine_generate.py"), *common, *flags(numgpu=shards)])
-    return out / "responses.parquet"
-
-
-def _run(command: list[str]) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SPPOError(f"the report's answers failed:\n{done.stdout}")
+    """directory/eval/responses.parquet: eval_pairs responses of a model to each held-out prompt."""
+    asked = {"prompts": recipe.eval_prompts, "prompts_revision": "", "pairs": recipe.eval_pairs}
+    drawing = dataclasses.replace(recipe, model=model, model_revision=revision, **asked)
+    return draw(drawing, directory / "eval", directory / "logs", gpus, world_size, "eval")
 
 
 def _compare(recipe: Recipe, run_dir: Path, iteration: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppo.common.preference import Array, mean_scores, sigmoid
+from sppo.common.preference import Array, mean_scores, paper_probability, sigmoid
 
 _STEPS = 10_000  # of the histograms of p, p_win and p_lose
 _QUANTILES = (0, 0.25, 0.5, 0.75, 1)
@@ -20,14 +20,6 @@ _QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 def released_probability(scores: Array) -> Array:
     """P_ij = sigmoid(s_i - s_j), (N, K) -> (N, K, K): the released scripts' estimator, transitive by construction."""
     return sigmoid(scores[..., :, None] - scores[..., None, :])
-
-
-def paper_probability(logits: Array) -> Array:
-    """P_ij = sigmoid((C_ij - C_ji) / 2), (N, K, K) -> (N, K, K): from the pair alone, as in the paper, section 4.
-
-    Keeps preferences that go round in a circle.
-    """
-    return sigmoid((logits - logits.swapaxes(-1, -2)) / 2)
 
 
 def probability(logits: Array, estimator: str) -> Array:

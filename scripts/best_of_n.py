@@ -1,0 +1,40 @@
+"""n responses to every prompt, and of each n the one that the ranker prefers.
+
+    python scripts/best_of_n.py --model M --prompts P --n 16 --ranker llm-blender/PairRM --output_dir runs/best
+
+Reads   the model, the prompts, the ranker.
+Writes  <output_dir>: best.parquet, best.jsonl (prompt_id, prompt, response, its index and win rate), best.alpaca.json
+        (what AlpacaEval takes), best.manifest.json; and what they were made from: responses.parquet, ranking/, logs/.
+The best is the one with the highest mean P against the others, of n(n-1)/2 comparisons. --knockout asks n-1: winners of
+rounds meet. It finds a good response, not always the best; how often, a full comparison on 32 prompts tells.
+Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sppo import config
+from sppo.common.errors import UsageError, run_main
+
+
+def main() -> None:
+    parser = config.make_parser(__doc__, config.KEYS["best_of_n"])
+    parser.add_argument("--n", type=int, default=16, help="responses a prompt (%(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where all of it is written")
+    parser.add_argument("--knockout", action="store_true", help="n-1 comparisons a prompt, not n(n-1)/2")
+    parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
+    parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
+    args, recipe = config.parse(parser)
+    if args.n < 2:
+        raise UsageError(f"--n {args.n}: at least 2 responses can be compared")
+    recipe = dataclasses.replace(recipe, pairs=args.n)
+    from sppo.evaluation.best import best_of_n
+
+    best_of_n(recipe, args.output_dir, args.gpus, args.world_size, args.knockout)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,140 @@
+"""Best of n: the right one wins, by both ways of comparing, and a kill or another setting costs nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from sppo.common.files import read_json
+from sppo.evaluation.best import knockout_winners
+from sppo.formats import Pair
+
+RANKER = """
+import pathlib, time
+slow, asked = pathlib.Path(__file__).with_name("slow"), pathlib.Path(__file__).with_name("asked")
+
+def longer(prompt, a, b):
+    if slow.exists():
+        time.sleep(0.005)
+    with asked.open("a") as out:
+        out.write("x\\n")
+    return 0.1 * (len(a) - len(b)) + 0.3  # the 0.3 is for what is shown first, and cancels
+"""
+
+
+class Longest:
+    """Prefers longer texts; has no answer where one holds a question mark."""
+
+    batched = False
+
+    def __init__(self) -> None:
+        self.asked: list[Pair] = []
+
+    def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
+        for i, (prompt, a, b) in enumerate(pairs):
+            self.asked.append((prompt, a, b))
+            yield i, float("nan") if "?" in a + b else float(len(a) - len(b))
+
+
+def test_a_knockout_takes_n_minus_one_comparisons_and_finds_what_beats_all() -> None:
+    for n in (2, 3, 7, 16):
+        texts, ranker = ["x" * (1 + (5 * i) % n) for i in range(n)], Longest()
+        orders = [list(np.random.default_rng(seed).permutation(n)) for seed in range(3)]
+        items = [([{"role": "user", "content": "q"}], texts)] * 3
+        best = max(range(n), key=lambda i: len(texts[i]))
+        lengths = {len(t) for t in texts}
+        won = knockout_winners(ranker, items, orders)
+        assert [len(texts[c.index]) for c in won] == [len(texts[best])] * 3
+        if len(lengths) == n:  # no two alike: every comparison is asked, both ways round
+            assert len(ranker.asked) == 3 * (n - 1) * 2
+
+
+def test_without_an_answer_the_first_in_the_draw_goes_on_and_it_is_counted() -> None:
+    ranker = Longest()
+    (won,) = knockout_winners(ranker, [([], ["a?", "bbb", "bbb", "c"])], [[0, 1, 2, 3]])
+    # 0 meets 1 without an answer, 2 beats 3; then 0 meets 2, again without an answer
+    assert (won.index, won.unanswered) == (0, 2)
+    (won,) = knockout_winners(Longest(), [([], ["bbb", "bbb"])], [[1, 0]])
+    assert won.index == 1
+
+
+@pytest.fixture
+def world(models: Path, tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(RANKER)
+    tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Why is {i} None?"} for i in range(12)])
+    (tmp_path / "model").symlink_to(models / "llama3")
+    return tmp_path
+
+
+def command(world: Path, out: str, *flags: str) -> list[str]:
+    words = [
+        tiny.sys.executable,
+        "scripts/best_of_n.py",
+        f"--model={world / 'model'}",
+        f"--prompts={world / 'p.jsonl'}",
+    ]
+    words += [f"--output_dir={world / out}", "--n=5", "--maxlen=12", "--engine=transformers", "--gpus=none"]
+    return [*words, "--ranker=mine:longer", *flags]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--knockout",)])
+def test_the_best_is_the_best_and_alpaca_eval_can_read_it(world: Path, flags: tuple[str, ...]) -> None:
+    shown = tiny.succeed(*command(world, "out", *flags), PYTHONPATH=str(world))
+    rows = {row["prompt_id"]: row for row in pq.read_table(world / "out/responses.parquet").to_pylist()}
+    best = pq.read_table(world / "out/best.parquet").to_pylist()
+    assert len(best) == 12
+    for row in best:
+        texts = [r["text"] for r in rows[row["prompt_id"]]["responses"]]
+        assert row["response"] == texts[row["index"]]
+        assert len(row["response"]) == max(map(len, texts))
+    assert [json.loads(x)["response"] for x in (world / "out/best.jsonl").read_text().splitlines()] == [
+        row["response"] for row in best
+    ]
+    alpaca = read_json(world / "out/best.alpaca.json")
+    assert alpaca[3]["instruction"] == "Why is 3 None?"
+    assert alpaca[3]["output"] == best[3]["response"]
+    assert alpaca[3]["generator"].endswith("best-of-5")
+    counts = read_json(world / "out/best.manifest.json")["counts"]
+    if flags:  # what prefers length does not go round, so a knock-out misses nothing
+        assert counts["agreement"]["the same best"] == 1.0
+        assert counts["comparisons"] == 12 * 4
+    else:
+        assert all(0.5 < row["win_rate"] < 1 for row in best)
+    assert "written" in shown
+    before = len((world / "asked").read_text().splitlines())
+    assert "done" in tiny.succeed(*command(world, "out", *flags), PYTHONPATH=str(world))
+    assert len((world / "asked").read_text().splitlines()) == before
+    refused = tiny.run(*command(world, "out", *flags), "--n=6", PYTHONPATH=str(world))
+    assert refused.returncode == 1
+    assert "pairs" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_knockout_goes_on(world: Path) -> None:
+    (world / "slow").touch()
+    words = command(world, "out", "--knockout")
+    process = tiny.start(*words, slow=world / "out", log=world / "log", PYTHONPATH=str(world))
+    journal = world / "out/knockout.journal"
+    tiny.wait_for(process, lambda: journal.exists() and len(journal.read_bytes().splitlines()) > 3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (world / "out/best.parquet").exists()
+    (world / "slow").unlink()
+    tiny.succeed(*words, PYTHONPATH=str(world))
+    tiny.succeed(*command(world, "undisturbed", "--knockout"), PYTHONPATH=str(world))
+    for name in ("best.jsonl", "best.alpaca.json"):
+        assert (world / "out" / name).read_bytes() == (world / "undisturbed" / name).read_bytes()
+
+
+def test_one_response_cannot_be_compared(world: Path) -> None:
+    refused = tiny.run(*command(world, "out"), "--n=1")
+    assert refused.returncode == 2
+    assert "at least 2 responses" in refused.stderr
