@@ -99,17 +99,22 @@ def _compare(recipe: Recipe, run_dir: Path, iteration: int) -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows of summary.json, for a person; iteration 0 is the first model."""
+    """The rows of summary.json, for a person."""
+    lines = table(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    print("\nWin rates are against iteration 0, the first model; all is on held-out prompts.")
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The rows of summary.json as cells, under a line of names; iteration 0 is the first model."""
     base = {"iteration": 0, **rows[0].get("base", {})}
     wins = [k for k in rows[0] if k.endswith("_win_rate")]
     measured = [k for k in rows[0].get("base", {}) if all(k in row for row in rows)]
     names = ["iteration", *wins, *measured, "loss", "beta2_loss"]
     shares = {*wins, *(k for k in measured if k not in _NO_SHARES and all(0 <= row[k] <= 1 for row in [base, *rows]))}
-    lines = [names, *[[_cell(row.get(name), name in shares) for name in names] for row in [base, *rows]]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    print("\nWin rates are against iteration 0, the first model; all is on held-out prompts.")
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    return [names, *[[_cell(row.get(name), name in shares) for name in names] for row in [base, *rows]]]
 
 
 def _cell(value: Any, is_share: bool) -> str:

@@ -38,7 +38,10 @@ def picture(draw: Callable[[list[Axes]], None], axes: int = 1, height: float = 3
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img" preserveAspectRatio="xMinYMid meet"', svg, count=1)
+    # narrower than that nobody can read it: the page lets it be scrolled
+    least = f"min-width: {22 if axes == 1 else 15 * axes}rem"
+    attributes = f'role="img" preserveAspectRatio="xMinYMid meet" style="{least}"'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', attributes, svg, count=1)
 
 
 def _iterations(axis: Axes, numbers: Sequence[int], label: str) -> None:

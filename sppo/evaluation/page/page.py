@@ -8,8 +8,10 @@ from typing import Any
 
 from sppo.common.files import atomic
 from sppo.common.health import AGREEING
+from sppo.common.model_files import public_name
 from sppo.evaluation.page import figures
 from sppo.evaluation.page.gather import Iteration, Run, gather
+from sppo.evaluation.report import table
 
 _MANY_CUT, _MANY_DROPPED, _MANY_REPEATED, _FAR = 0.2, 0.1, 0.1, 2.0  # above these a reader is warned
 
@@ -112,11 +114,8 @@ def _sections(run: Run) -> list[Section]:
 
 
 def _summary_table(run: Run) -> list[list[str]]:
-    rows = [{"iteration": 0, **run.base}] + [i.compared for i in run.iterations if i.compared]
-    if len(rows) < 2:
-        return []
-    names = [n for n, v in rows[-1].items() if isinstance(v, int | float) and n not in ("prompts", "base_mean_tokens")]
-    return [names, *[[_number(row.get(name)) for name in names] for row in rows]]
+    rows = [i.compared for i in run.iterations if i.compared]
+    return table(rows) if rows else []
 
 
 def _mixture(run: Run) -> list[list[str]]:
@@ -168,7 +167,8 @@ def _summary(run: Run) -> list[str]:
     """What a reader should know first, in sentences."""
     done = [i.number for i in run.iterations if i.trained]
     wanted = run.settings.get("iterations", len(run.iterations))
-    said = [f"{run.settings.get('model', 'The first model')}: {len(done)} of {wanted} iterations are trained."]
+    name = public_name(str(run.settings.get("model", "the first model")))
+    said = [f"{name}: {len(done)} of {wanted} iterations are trained."]
     rows = [i.compared for i in run.iterations if i.compared]
     if rows:
         last = rows[-1]
