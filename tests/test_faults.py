@@ -226,10 +226,11 @@ def test_a_shard_that_dies_ends_the_run_and_costs_nothing_and_nobody_else_may_wo
         assert read_json(other / "ranking" / f"shard-0000{i}.manifest.json")["counts"]["written"] == 7
 
 
-# 1.5 GB more than this process has with everything imported, then the script
+# 1.5 GB more than this process has with everything imported and its threads started, then the script
 LIMITED = """
 import re, resource, runpy, sys
-import torch, transformers
+import torch, transformers, scipy.optimize, sppo.rankers._pairrm_network
+(torch.ones(999, 999) @ torch.ones(999, 999)).exp().sum()
 held = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 resource.setrlimit(resource.RLIMIT_AS, (held + 1_500_000_000,) * 2)
 sys.argv = sys.argv[1:]

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import tiny
 
 from sppo.common.errors import SPPOError
 from sppo.common.files import atomic, exclusive
@@ -32,14 +33,19 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
-    child = subprocess.Popen(["sleep", "60"])
-    stale, alive = (tmp_path / f".x.tmp-{pid}" for pid in (2**22 + 1, child.pid))  # beyond the largest process id
-    for path in (stale, alive):
+    child, killed = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    killed.kill()
+    state = Path(f"/proc/{killed.pid}/stat")
+    tiny.wait_until(lambda: not state.exists() or ") Z " in state.read_text())  # dead, but nobody has taken note
+    # the first is beyond the largest process id
+    gone, listed, alive = (tmp_path / f".x.tmp-{pid}" for pid in (2**22 + 1, killed.pid, child.pid))
+    for path in (gone, listed, alive):
         path.write_text("half")
     with atomic(tmp_path / "x") as temporary:
         temporary.write_text("whole")
     child.kill()
     child.wait()
+    killed.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == [alive.name, "x"]
 
 

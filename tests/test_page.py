@@ -140,6 +140,16 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
         write_page(tmp_path)
 
 
+def test_a_damaged_file_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
+    """A loop that mends a damaged run makes pages on the way."""
+    run = make_run(tmp_path / "run")
+    (run / "iter1/data/train.parquet").unlink()
+    (run / "iter2/eval/responses.parquet").write_bytes(b"PAR1")
+    text = write_page(run).read_text()
+    assert text.count("Not on this page: ") == 2
+    assert "<h2>Training</h2>" in text
+
+
 def test_what_is_wrong_is_said_first(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", apart=0.1)
     manifest = run / "iter1/data/responses.manifest.json"

@@ -54,12 +54,24 @@ def follow_umask(path: Path) -> None:
 def _remove_stale(path: Path) -> None:
     """Remove the temporary files of earlier writers of `path` that were killed."""
     for left in path.parent.glob(f".{path.name}.tmp-*"):
+        writer = left.name.rpartition("-")[2]
         try:
-            os.kill(int(left.name.rpartition("-")[2]), 0)
+            os.kill(int(writer), 0)
         except ProcessLookupError:
             left.unlink(missing_ok=True)
         except (PermissionError, ValueError):  # another user's process, or a name that is not ours
             continue
+        else:
+            if _is_zombie(writer):
+                left.unlink(missing_ok=True)
+
+
+def _is_zombie(pid: str) -> bool:
+    """Whether a process is dead, and is only listed until its parent takes note; false where /proc does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
 
 
 def sync_directory(path: Path) -> None:

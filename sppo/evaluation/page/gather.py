@@ -54,6 +54,7 @@ class Run:
     prompts: list[Prompt]
     versions: dict[str, str]
     commands: list[str]
+    unreadable: list[str] = field(default_factory=list)  # what is missing or damaged of it, in sentences
 
 
 def gather(run_dir: Path) -> Run:
@@ -62,7 +63,8 @@ def gather(run_dir: Path) -> Run:
     if not numbers:
         raise SPPOError(f"{run_dir} is no run: it has no iter1; a run's directory is what --run_dir names")
     rows = {row["iteration"]: row for row in _json(run_dir / "summary.json") or []}
-    iterations = [_iteration(run_dir / f"iter{i}", i, rows.get(i)) for i in numbers]
+    unreadable: list[str] = []
+    iterations = [_iteration(run_dir / f"iter{i}", i, rows.get(i), unreadable) for i in numbers]
     recipe = run_dir / f"iter{numbers[0]}" / "recipe.yaml"
     written = [_json(p) or {} for p in sorted(run_dir.rglob("*manifest.json"))]
     commands = run_dir / "logs" / "commands.log"
@@ -73,9 +75,10 @@ def gather(run_dir: Path) -> Run:
         iterations,
         (_json(run_dir / "iter0" / "eval" / "measures.json") or {}),
         _json(run_dir / "matrix.json"),
-        _prompts(run_dir, [0, *numbers]),
+        _prompts(run_dir, [0, *numbers], unreadable),
         next((m["versions"] for m in written if "versions" in m), {}),
         commands.read_text(encoding="utf-8").splitlines() if commands.exists() else [],
+        unreadable,
     )
 
 
@@ -83,14 +86,14 @@ def _json(path: Path) -> Any:
     return read_json(path) if path.exists() else None
 
 
-def _iteration(here: Path, number: int, row: dict[str, Any] | None) -> Iteration:
+def _iteration(here: Path, number: int, row: dict[str, Any] | None, unreadable: list[str]) -> Iteration:
     data, model = here / "data", here / "model"
     found = Iteration(number, compared=row)
     found.drawn = (_json(data / "responses.manifest.json") or {}).get("counts")
     found.paired = (_json(data / "train.manifest.json") or {}).get("counts")
     found.trained = _json(model / "sppo_manifest.json")
     if found.paired:
-        found.rates, found.lengths = _pairs(data / "train.parquet")
+        found.rates, found.lengths = _pairs(data / "train.parquet", unreadable)
     metrics = model / "metrics.jsonl"
     if not metrics.exists():
         metrics = here / "model.partial" / "metrics.jsonl"  # a training that is going on
@@ -107,6 +110,15 @@ def _iteration(here: Path, number: int, row: dict[str, Any] | None) -> Iteration
     return found
 
 
+def _rows(path: Path, columns: list[str], unreadable: list[str]) -> list[dict[str, Any]]:
+    """All rows; none of a file that is missing or damaged, which the page says: the run makes it again."""
+    try:
+        return list(read_rows(path, columns))
+    except SPPOError as error:
+        unreadable.append(f"Not on this page: {error}.")
+        return []
+
+
 def _line(text: str) -> dict[str, Any]:
     """A line of metrics.jsonl; nothing for the last one while it is being written."""
     try:
@@ -115,12 +127,12 @@ def _line(text: str) -> dict[str, Any]:
         return {}
 
 
-def _pairs(train: Path) -> tuple[dict[str, Array], dict[str, Array]]:
+def _pairs(train: Path, unreadable: list[str]) -> tuple[dict[str, Array], dict[str, Array]]:
     """(p, p_win, p_lose of each pair, tokens of all, chosen and rejected responses)."""
     columns = [*_RATES.values(), "responses", "chosen_index", "rejected_index"]
     rates: dict[str, list[float]] = {name: [] for name in _RATES}
     lengths: dict[str, list[int]] = {"all": [], "chosen": [], "rejected": []}
-    for row in read_rows(train, columns):
+    for row in _rows(train, columns, unreadable):
         for name, column in _RATES.items():
             rates[name].append(row[column])
         tokens = [len(r["token_ids"] or []) for r in row["responses"] or []]
@@ -133,14 +145,14 @@ def _pairs(train: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     }
 
 
-def _prompts(run_dir: Path, numbers: list[int]) -> list[Prompt]:
+def _prompts(run_dir: Path, numbers: list[int], unreadable: list[str]) -> list[Prompt]:
     """The held-out prompts with each iteration's answers, in the first model's order."""
     found: dict[str, Prompt] = {}
     for number in numbers:
         path = run_dir / f"iter{number}" / "eval" / "responses.parquet"
         if not path.exists():
             continue
-        for row in read_rows(path, ["prompt_id", "prompt", "responses"]):
+        for row in _rows(path, ["prompt_id", "prompt", "responses"], unreadable):
             text = "\n\n".join(f"{m['role']}: {m['content']}" for m in row["prompt"])
             if len(row["prompt"]) == 1:
                 text = row["prompt"][0]["content"]

@@ -186,7 +186,7 @@ def _summary(run: Run) -> list[str]:
 
 def warnings(run: Run) -> list[str]:
     """What a reader should look at, in sentences."""
-    said = []
+    said = [*run.unreadable]
     for i in run.iterations:
         row, where = i.compared or {}, f"Iteration {i.number}"
         apart = ((i.trained or {}).get("agreement") or {}).get("mean_difference", 0)
