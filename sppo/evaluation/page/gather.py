@@ -54,6 +54,7 @@ class Run:
     prompts: list[Prompt]
     versions: dict[str, str]
     commands: list[str]
+    suites: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by iteration: a suite's figures.json each
 
 
 def gather(run_dir: Path) -> Run:
@@ -76,6 +77,7 @@ def gather(run_dir: Path) -> Run:
         _prompts(run_dir, [0, *numbers]),
         next((m["versions"] for m in written if "versions" in m), {}),
         commands.read_text(encoding="utf-8").splitlines() if commands.exists() else [],
+        {i: [read_json(p) for p in sorted(run_dir.glob(f"iter{i}/suites/*/figures.json"))] for i in [0, *numbers]},
     )
 
 
