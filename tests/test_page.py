@@ -146,6 +146,27 @@ def test_a_run_that_broke_off_has_a_page(tmp_path: Path, missing: str) -> None:
     assert "<h2>" in write_page(run).read_text()
 
 
+def test_what_is_damaged_or_deleted_is_left_out_and_said(tmp_path: Path) -> None:
+    """The loop makes the page while a later stage's files may be damaged; it mends them, if the page lets it."""
+    run = make_run(tmp_path / "run")
+    (run / "iter2/data/train.parquet").unlink()  # its manifest is there
+    (run / "iter1/data/train.parquet").write_bytes(b"PAR1")
+    answered = run / "iter1/eval/responses.parquet"
+    answered.write_bytes(answered.read_bytes()[:200])
+    for name in ("summary.json", "matrix.json", "iter2/model/sppo_manifest.json", "iter1/data/train.manifest.json"):
+        (run / name).write_text('{"iter')
+    (run / "iter1/recipe.yaml").write_bytes(b"\xff: [")
+    (run / "iter0/suites/mt_bench/figures.json").write_bytes(b"")
+    said = warnings(gather(run))
+    text = write_page(run).read_text()
+    assert "<h2>Training</h2>" in text
+    for name in ("summary.json", "matrix.json", "sppo_manifest.json", "train.manifest.json", "eval/responses.parquet",
+                 "recipe.yaml", "figures.json"):  # fmt: skip
+        assert sum(name in line for line in said if line.startswith("Left out")) == 1, name
+        assert name in text
+    assert all("\n" not in line for line in said)
+
+
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
     dump(run / "iter1/recipe.yaml", {"model": "m"})

@@ -104,7 +104,8 @@ _HEALTHY = {
     "what is shown first; a correlation of score and length far from 0, that it rewards length.",
     "Agreement of engine and trainer": f"The engine that draws and the trainer mean the same policy: the mean is below "
     f"the line at {AGREEING} nats a token. In float32 it is about 1e-6.",
-    "Time and tokens": "No stage takes much longer from one iteration to the next.",
+    "Time and tokens": "No stage takes much longer from one iteration to the next. Of a stopped stage it is "
+    "the last try.",
 }
 
 
@@ -251,7 +252,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def warnings(run: Run) -> list[str]:
     """What a reader should look at, in sentences."""
-    said = []
+    said = [f"Left out, since it cannot be read: {message}" for message in run.unread]
     for i in run.iterations:
         row, where = i.compared or {}, f"Iteration {i.number}"
         apart = ((i.trained or {}).get("agreement") or {}).get("mean_difference", 0)
