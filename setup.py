@@ -56,7 +56,7 @@ setup(
     version="0.1.0",
     description="Self-Play Preference Optimization (arXiv 2405.00675): generate, rank, train, repeat",
     license="Apache-2.0",
-    package_data={"sppo.evaluation.page": ["page.html"]},
+    package_data={"sppo.evaluation.page": ["page.html", "page.js"]},
     packages=find_packages(include=["sppo", "sppo.*"]),
     python_requires=">=3.11",
     install_requires=CORE,

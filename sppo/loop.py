@@ -135,13 +135,20 @@ def _run_steps(steps: list[Step], run_dir: Path) -> list[str]:
         if code:
             print(f"=== {step.label}: failed; going on without", file=sys.stderr, flush=True)
             unpushed.append(shlex.join(step.command))
+        if step.label.endswith(": train") and _make_page(run_dir):
+            print("=== report: no page yet; the run goes on", file=sys.stderr, flush=True)
+    if code := _make_page(run_dir):
+        raise SystemExit(code)
+    return unpushed
+
+
+def _make_page(run_dir: Path) -> int:
+    """Make report.html where something is newer than it; the exit code."""
     page = run_dir / "report.html"
     made = page.stat().st_mtime if page.exists() else 0.0
-    if any(manifest.stat().st_mtime > made for manifest in run_dir.rglob("*manifest.json")):
-        code = _call("report", [sys.executable, str(ROOT / "scripts/report.py"), *flags(run_dir=run_dir)])
-        if code:
-            raise SystemExit(code)
-    return unpushed
+    if all(manifest.stat().st_mtime <= made for manifest in run_dir.rglob("*manifest.json")):
+        return 0
+    return _call("report", [sys.executable, str(ROOT / "scripts/report.py"), *flags(run_dir=run_dir)])
 
 
 def _note_command(run_dir: Path, argv: list[str]) -> None:

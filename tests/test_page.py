@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 import re
 import shutil
@@ -26,8 +28,11 @@ EVIL = [
     "\"'><svg onload=\"document.title = 'pwned'\">",
     "{{ 7 * 7 }} {% raw %} $E=mc^2$ \x00 half a character",
 ]
-ALL = ("Win rates", "Win matrix", "Measures", "Training", "Log-ratios", "Win rates of pairs", "Lengths", "Data",
-       "Agreement of engine and trainer", "Time")  # fmt: skip
+ALL = ("Win rates", "Win matrix", "Measures", "Training", "Log-ratios", "Win rates of pairs", "Lengths",
+       "Benchmark suites", "Data", "Agreement of engine and trainer", "Time and tokens")  # fmt: skip
+# one of the win rates, two matrices (ranker's, judge's), four kinds of measures, loss twice and margin, log-ratios,
+# rates and lengths of two iterations, agreement, time
+PICTURES = 1 + 2 + 4 + 3 + 1 + 2 * 2 + 1 + 1
 
 
 def dump(path: Path, content: Any) -> None:
@@ -86,8 +91,14 @@ def make_run(run: Path, iterations: int = 2, apart: float = 1e-6) -> Path:
     tables = dict.fromkeys(("win_rates", "low", "high", "length_controlled"), table)
     models = [f"iter{i}" for i in range(iterations + 1)]
     mixture = [1.0, *[0.0] * iterations]
-    dump(run / "matrix.json", {"models": models, "prompts": 5, **tables, "mean_tokens": [20.0] * (iterations + 1),
-                               "judge": None, "von_neumann": {"mixture": mixture, "value": 0.5}})  # fmt: skip
+    judge = {"name": "<i>j</i>", **tables}
+    dump(run / "matrix.json", {
+        "models": models, "prompts": 5, **tables, "mean_tokens": [20.0] * (iterations + 1), "judge": judge,
+        "von_neumann": {"mixture": mixture, "value": 0.5},
+    })  # fmt: skip
+    suite = {"suite": "mt_bench", "model": "m", "judge": "<b>judge</b>", "questions": 80}
+    for i in range(iterations):  # the last iteration has not been asked
+        dump(run / f"iter{i}/suites/mt_bench/figures.json", {**suite, "figures": {"turn 1": 5.25 + i}})
     (run / "logs").mkdir()
     (run / "logs/commands.log").write_text("2026-01-01 00:00:00 python scripts/run.py --model '<b>'\n")
     return run
@@ -98,7 +109,11 @@ def test_all_that_a_run_wrote_is_on_the_page(tmp_path: Path) -> None:
     text = write_page(run).read_text()
     for title in ALL:
         assert f"<h2>{title}</h2>" in text
-    assert text.count("<figure") == len(ALL) - 1  # Data is a table
+    assert text.count("<figure") == len(ALL) - 2  # suites and Data are tables
+    assert text.count("<svg") == PICTURES
+    assert "<dt>mean_tokens</dt><dd>20 → 18</dd>" in text
+    asked = "mt_bench, judged by &lt;b&gt;judge&lt;/b&gt;"
+    assert re.search(f"<td>{asked}</td>\\s*<td>turn 1</td>\\s*<td>5.25</td>\\s*<td>6.25</td>", text)
     assert "Iteration 2 wins 70.0% of comparisons with the first model (95% interval 50.0 to 80.0%)" in text
     assert "2 of 2 iterations are trained" in text
     assert 'class="warning"' not in text
@@ -107,10 +122,14 @@ def test_all_that_a_run_wrote_is_on_the_page(tmp_path: Path) -> None:
 
 
 def test_a_models_text_is_data(tmp_path: Path) -> None:
-    text = write_page(make_run(tmp_path / "run")).read_text()
+    """Neither is a run's name, a judge's or a measure's markup, which stand in pictures too."""
+    run = make_run(tmp_path / "<img src=x onerror=alert(1)>")
+    for path in (run / "iter0/eval/measures.json", run / "summary.json"):
+        path.write_text(path.read_text().replace('"followed"', '"</text><img src=x>-->"'))
+    text = write_page(run).read_text()
     assert len(re.findall("<script", text)) == 1
-    for evil in ("<img", 'onload="', "<h1>out"):
-        assert evil not in text.replace("<h1>SPPO run", ""), evil
+    for evil in ("<img", "<i>j", '<svg onload="', "<h1>out"):
+        assert evil not in text, evil
     assert "&lt;script&gt;document.title" in text
     assert "{{ 7 * 7 }} {% raw %}" in text
     assert "default-src 'none'" in text
@@ -127,6 +146,27 @@ def test_a_run_that_broke_off_has_a_page(tmp_path: Path, missing: str) -> None:
     assert "<h2>" in write_page(run).read_text()
 
 
+def test_what_is_damaged_or_deleted_is_left_out_and_said(tmp_path: Path) -> None:
+    """The loop makes the page while a later stage's files may be damaged; it mends them, if the page lets it."""
+    run = make_run(tmp_path / "run")
+    (run / "iter2/data/train.parquet").unlink()  # its manifest is there
+    (run / "iter1/data/train.parquet").write_bytes(b"PAR1")
+    answered = run / "iter1/eval/responses.parquet"
+    answered.write_bytes(answered.read_bytes()[:200])
+    for name in ("summary.json", "matrix.json", "iter2/model/sppo_manifest.json", "iter1/data/train.manifest.json"):
+        (run / name).write_text('{"iter')
+    (run / "iter1/recipe.yaml").write_bytes(b"\xff: [")
+    (run / "iter0/suites/mt_bench/figures.json").write_bytes(b"")
+    said = warnings(gather(run))
+    text = write_page(run).read_text()
+    assert "<h2>Training</h2>" in text
+    for name in ("summary.json", "matrix.json", "sppo_manifest.json", "train.manifest.json", "eval/responses.parquet",
+                 "recipe.yaml", "figures.json"):  # fmt: skip
+        assert sum(name in line for line in said if line.startswith("Left out")) == 1, name
+        assert name in text
+    assert all("\n" not in line for line in said)
+
+
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
     dump(run / "iter1/recipe.yaml", {"model": "m"})
@@ -138,16 +178,6 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     assert "No iteration has been compared" in write_page(run).read_text()
     with pytest.raises(SPPOError, match="is no run"):
         write_page(tmp_path)
-
-
-def test_a_damaged_file_is_said_and_the_rest_is_shown(tmp_path: Path) -> None:
-    """A loop that mends a damaged run makes pages on the way."""
-    run = make_run(tmp_path / "run")
-    (run / "iter1/data/train.parquet").unlink()
-    (run / "iter2/eval/responses.parquet").write_bytes(b"PAR1")
-    text = write_page(run).read_text()
-    assert text.count("Not on this page: ") == 2
-    assert "<h2>Training</h2>" in text
 
 
 def test_what_is_wrong_is_said_first(tmp_path: Path) -> None:
@@ -162,6 +192,7 @@ def test_what_is_wrong_is_said_first(tmp_path: Path) -> None:
     assert said.count("\n") == 2  # and iteration 2's engine
 
 
+@pytest.mark.slow
 def test_runs_beside_each_other(tmp_path: Path) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", 3)
     out = tmp_path / "c.html"
@@ -194,21 +225,34 @@ def test_a_real_browser_shows_it(tmp_path: Path) -> None:
         options.add_argument(flag)
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
-        for width in (400, 1000, 1700):
+        inks = set()
+        for width, scheme in itertools.product((400, 1000, 1700), ("light", "dark")):
+            theme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", theme)
             size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             browser.get(page.as_uri())
             assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            label = "getComputedStyle(document.querySelector('figure svg text')).fill"
+            inks.add((scheme, browser.execute_script(f"return {label}")))
+        assert inks == {("light", "rgb(28, 32, 36)"), ("dark", "rgb(230, 232, 234)")}
+        printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
+        assert printed.startswith(b"%PDF")
         time.sleep(0.5)  # for an onerror that should not be
         assert browser.get_log("browser") == []
         assert browser.title == "SPPO: run"
         drawn = "return [...document.querySelectorAll('figure svg')].filter(s => s.getBoundingClientRect().height > 50)"
-        assert browser.execute_script(f"{drawn}.length") == len(ALL) - 1
+        assert browser.execute_script(f"{drawn}.length") == PICTURES
         shown = "return [...document.querySelectorAll('.prompt')].filter(p => p.offsetHeight > 0).length"
         assert browser.execute_script(shown) == len(EVIL)
         browser.find_element("id", "search").send_keys("question half")
         assert browser.execute_script(shown) == 1
-        assert browser.find_element("id", "count").text == "1 prompts"
+        assert browser.find_element("id", "count").text == f"1 of {len(EVIL)} prompts"
+        # what came through all the same would not run: only the page's own script does
+        run_it = "const s = document.createElement('script'); s.text = 'document.title = 1'; document.body.append(s)"
+        browser.execute_script(run_it)
+        assert browser.title == "SPPO: run"
+        assert "Content Security Policy" in str(browser.get_log("browser"))
         text = browser.execute_script("return document.querySelector('.asked').textContent")
         assert text == f"Question 0 about {EVIL[0]}"
     finally:

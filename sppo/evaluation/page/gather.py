@@ -1,8 +1,13 @@
-"""What a run has written, as plain records. A run may be going on or have broken off: what is missing is None."""
+"""What a run has written, as plain records. A run may be going on or have broken off: what is missing is None.
+
+A file that is damaged, or that goes while it is read, is left out and named in Run.unread: a run that could mend the
+file must not end because its page cannot be drawn.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +59,8 @@ class Run:
     prompts: list[Prompt]
     versions: dict[str, str]
     commands: list[str]
-    unreadable: list[str] = field(default_factory=list)  # what is missing or damaged of it, in sentences
+    suites: dict[int, list[dict[str, Any]]]  # by iteration: a suite's figures.json each
+    unread: list[str]  # what could not be read, and why
 
 
 def gather(run_dir: Path) -> Run:
@@ -62,61 +68,75 @@ def gather(run_dir: Path) -> Run:
     numbers = sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal() and p.name != "iter0")
     if not numbers:
         raise SPPOError(f"{run_dir} is no run: it has no iter1; a run's directory is what --run_dir names")
-    rows = {row["iteration"]: row for row in _json(run_dir / "summary.json") or []}
-    unreadable: list[str] = []
-    iterations = [_iteration(run_dir / f"iter{i}", i, rows.get(i), unreadable) for i in numbers]
+    reader = _Reader()
+    rows = {row["iteration"]: row for row in reader.json(run_dir / "summary.json") or []}
+    iterations = [_iteration(run_dir / f"iter{i}", i, rows.get(i), reader) for i in numbers]
     recipe = run_dir / f"iter{numbers[0]}" / "recipe.yaml"
-    written = [_json(p) or {} for p in sorted(run_dir.rglob("*manifest.json"))]
-    commands = run_dir / "logs" / "commands.log"
+    written = [reader.json(p) or {} for p in sorted(run_dir.rglob("*manifest.json"))]
+    commands = reader.text(run_dir / "logs" / "commands.log")
+    answered = ((i, run_dir / f"iter{i}") for i in [0, *numbers])
+    suites = {i: [reader.json(p) for p in sorted(here.glob("suites/*/figures.json"))] for i, here in answered}
     return Run(
         run_dir,
         run_dir.resolve().name,
-        read_yaml(recipe.read_text(encoding="utf-8")) if recipe.exists() else {},
+        reader.read(recipe, lambda: read_yaml(recipe.read_text(encoding="utf-8"))) or {},
         iterations,
-        (_json(run_dir / "iter0" / "eval" / "measures.json") or {}),
-        _json(run_dir / "matrix.json"),
-        _prompts(run_dir, [0, *numbers], unreadable),
+        (reader.json(run_dir / "iter0" / "eval" / "measures.json") or {}),
+        reader.json(run_dir / "matrix.json"),
+        _prompts(run_dir, [0, *numbers], reader),
         next((m["versions"] for m in written if "versions" in m), {}),
-        commands.read_text(encoding="utf-8").splitlines() if commands.exists() else [],
-        unreadable,
+        (commands or "").splitlines(),
+        {i: [found for found in of if found] for i, of in suites.items()},
+        sorted(set(reader.unread)),
     )
 
 
-def _json(path: Path) -> Any:
-    return read_json(path) if path.exists() else None
+class _Reader:
+    """Reads files that may be missing (None), and notes those that cannot be read (None too)."""
+
+    def __init__(self) -> None:
+        self.unread: list[str] = []
+
+    def read(self, path: Path, how: Callable[[], Any]) -> Any:
+        if not path.exists():
+            return None
+        try:
+            return how()
+        # pyarrow's errors are OSError and ValueError
+        except (SPPOError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            message = str(error).splitlines()[0] if isinstance(error, SPPOError) else f"{path}: {error}"
+            self.unread.append(message)
+            return None
+
+    def json(self, path: Path) -> Any:
+        return self.read(path, lambda: read_json(path))
+
+    def text(self, path: Path) -> str | None:
+        return self.read(path, lambda: path.read_text(encoding="utf-8", errors="replace"))
 
 
-def _iteration(here: Path, number: int, row: dict[str, Any] | None, unreadable: list[str]) -> Iteration:
+def _iteration(here: Path, number: int, row: dict[str, Any] | None, reader: _Reader) -> Iteration:
     data, model = here / "data", here / "model"
     found = Iteration(number, compared=row)
-    found.drawn = (_json(data / "responses.manifest.json") or {}).get("counts")
-    found.paired = (_json(data / "train.manifest.json") or {}).get("counts")
-    found.trained = _json(model / "sppo_manifest.json")
-    if found.paired:
-        found.rates, found.lengths = _pairs(data / "train.parquet", unreadable)
+    found.drawn = (reader.json(data / "responses.manifest.json") or {}).get("counts")
+    found.paired = (reader.json(data / "train.manifest.json") or {}).get("counts")
+    found.trained = reader.json(model / "sppo_manifest.json")
+    pairs = data / "train.parquet"
+    if found.paired and (known := reader.read(pairs, lambda: _pairs(pairs))):
+        found.rates, found.lengths = known
     metrics = model / "metrics.jsonl"
     if not metrics.exists():
         metrics = here / "model.partial" / "metrics.jsonl"  # a training that is going on
-    if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        steps = {line["step"]: line for line in map(_line, lines) if "step" in line}  # a repeated step: the last
-        found.steps = [steps[i] for i in sorted(steps)]
+    lines = (reader.text(metrics) or "").splitlines()
+    steps = {line["step"]: line for line in map(_line, lines) if "step" in line}  # a repeated step: the last
+    found.steps = [steps[i] for i in sorted(steps)]
     for stage, pattern in (("generate", "data/responses/*.manifest.json"), ("rank", "data/ranking/*.manifest.json"),
                            ("pair", "data/train.manifest.json"), ("train", "model/sppo_manifest.json"),
                            ("held-out answers", "eval/responses/*.manifest.json")):  # fmt: skip
-        took = [m["seconds"] for p in here.glob(pattern) if "seconds" in (m := _json(p) or {})]
+        took = [m["seconds"] for p in here.glob(pattern) if "seconds" in (m := reader.json(p) or {})]
         if took:
             found.seconds[stage] = max(took)
     return found
-
-
-def _rows(path: Path, columns: list[str], unreadable: list[str]) -> list[dict[str, Any]]:
-    """All rows; none of a file that is missing or damaged, which the page says: the run makes it again."""
-    try:
-        return list(read_rows(path, columns))
-    except SPPOError as error:
-        unreadable.append(f"Not on this page: {error}.")
-        return []
 
 
 def _line(text: str) -> dict[str, Any]:
@@ -127,12 +147,12 @@ def _line(text: str) -> dict[str, Any]:
         return {}
 
 
-def _pairs(train: Path, unreadable: list[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+def _pairs(train: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     """(p, p_win, p_lose of each pair, tokens of all, chosen and rejected responses)."""
     columns = [*_RATES.values(), "responses", "chosen_index", "rejected_index"]
     rates: dict[str, list[float]] = {name: [] for name in _RATES}
     lengths: dict[str, list[int]] = {"all": [], "chosen": [], "rejected": []}
-    for row in _rows(train, columns, unreadable):
+    for row in read_rows(train, columns):
         for name, column in _RATES.items():
             rates[name].append(row[column])
         tokens = [len(r["token_ids"] or []) for r in row["responses"] or []]
@@ -145,14 +165,14 @@ def _pairs(train: Path, unreadable: list[str]) -> tuple[dict[str, Array], dict[s
     }
 
 
-def _prompts(run_dir: Path, numbers: list[int], unreadable: list[str]) -> list[Prompt]:
+def _prompts(run_dir: Path, numbers: list[int], reader: _Reader) -> list[Prompt]:
     """The held-out prompts with each iteration's answers, in the first model's order."""
     found: dict[str, Prompt] = {}
     for number in numbers:
         path = run_dir / f"iter{number}" / "eval" / "responses.parquet"
-        if not path.exists():
-            continue
-        for row in _rows(path, ["prompt_id", "prompt", "responses"], unreadable):
+        for row in (
+            reader.read(path, lambda path=path: list(read_rows(path, ["prompt_id", "prompt", "responses"]))) or []
+        ):
             text = "\n\n".join(f"{m['role']}: {m['content']}" for m in row["prompt"])
             if len(row["prompt"]) == 1:
                 text = row["prompt"][0]["content"]
