@@ -34,7 +34,8 @@ from sppo.launch.processes import start, stop
 class Step:
     """One step of an iteration: its command, the settings that it reads, and the stages that it consists of.
 
-    `stages` may raise SPPOError where what they stand on is not there; a step without them decides for itself.
+    `stages` may raise SPPOError or FileNotFoundError where what they stand on is not there; a step without them decides
+    for itself.
     """
 
     label: str
@@ -45,7 +46,7 @@ class Step:
     def is_done(self) -> bool:
         try:
             return self.stages is not None and all(stage.stands() for stage in self.stages())
-        except SPPOError:
+        except (SPPOError, FileNotFoundError):
             return False
 
 

@@ -198,6 +198,15 @@ def test_outputs_damaged_or_deleted_are_made_again(world: Path, tmp_path: Path) 
     assert_same(world / "whole", run)
 
 
+def test_lost_held_out_answers_and_comparisons_are_made_again(world: Path, tmp_path: Path) -> None:
+    """The driver asks what is done before it runs a step: a file that is gone must not end it there."""
+    run = shutil.copytree(world / "whole", tmp_path / "run")
+    (run / "iter1" / "eval" / "responses.parquet").unlink()
+    (run / "iter2" / "eval" / "against-iter0-ranker.parquet").unlink()
+    tiny.succeed(*command(world, run))
+    assert_same(world / "whole", run)
+
+
 def test_a_shard_that_dies_ends_the_run_and_costs_nothing_and_nobody_else_may_work_there(
     world: Path, tmp_path: Path
 ) -> None:

@@ -14,9 +14,11 @@ import tiny
 
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
+from sppo.config import load_recipe
 from sppo.evaluation.match import Match
-from sppo.evaluation.matrix import compare, interval, length_controlled, von_neumann_winner
+from sppo.evaluation.matrix import compare, interval, length_controlled, matrix_stage, von_neumann_winner
 from sppo.formats import responses_schema
+from sppo.loop import Step
 
 RANKER = """
 import pathlib, time
@@ -190,6 +192,34 @@ def test_what_changed_is_refused_by_name(run: Path, change: Any, flags: list[str
     assert refused.returncode == 1
     assert message in refused.stderr
     assert (run / "matrix.json").read_bytes() == before
+
+
+def test_a_lost_comparison_is_made_again_and_lost_answers_are_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver asks whether the matrix is done before it calls the script: what is lost must not end it there."""
+    tiny.succeed(*command(run), PYTHONPATH=str(run.parent))
+    before, count = (run / "matrix.json").read_bytes(), len(asked(run))
+    (run / "iter2/eval/against-iter0-ranker.parquet").unlink()
+    monkeypatch.syspath_prepend(str(run.parent))
+    recipe = load_recipe(None, {"ranker": "mine:longer"})
+    assert not Step("win matrix", [], None, lambda: [matrix_stage(recipe, run)]).is_done()
+    tiny.succeed(*command(run), PYTHONPATH=str(run.parent))
+    assert len(asked(run)) == count + 6 * 4 * 2
+    assert Step("win matrix", [], None, lambda: [matrix_stage(recipe, run)]).is_done()
+    assert (run / "matrix.json").read_bytes() == before
+    (run / "iter1/eval/responses.parquet").unlink()
+    refused = tiny.run(*command(run), PYTHONPATH=str(run.parent))
+    assert refused.returncode == 1
+    assert "iter1/eval/responses.parquet: gone" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_judge_called_ranker_does_not_take_the_rankers_place(run: Path) -> None:
+    with open(run.parent / "mine.py", "a", encoding="utf-8") as out:
+        out.write("\ndef ranker(prompt, a, b):\n    return len(b) - len(a)\n")
+    refused = tiny.run(*command(run, "--judge=mine:ranker"), PYTHONPATH=str(run.parent))
+    assert refused.returncode == 2
+    assert "the name ranker is the ranker's" in refused.stderr
+    assert not (run / "matrix.json").exists()
 
 
 def test_too_few_models_and_no_run_are_one_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sppo.common.errors import SPPOError
+from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import digest
 from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
@@ -36,10 +36,15 @@ class Match:
 
 
 def judges(recipe: Recipe) -> dict[str, Recipe]:
-    """Who compares, by name: the ranker, and the second judge as a recipe whose ranker it is."""
+    """Who compares, by name: the ranker, and the second judge as a recipe whose ranker it is.
+
+    Raises UsageError for a judge that is called as the ranker is: one's figures would take the other's place.
+    """
     found = {"ranker": recipe}
     if recipe.judge:
         name = recipe.judge.partition(":")[2]
+        if name in found:
+            raise UsageError(f"--judge {recipe.judge}: the name {name} is the ranker's; give the function another name")
         found[name] = dataclasses.replace(recipe, ranker=recipe.judge, ranker_backend="function")
     return found
 

@@ -26,9 +26,14 @@ _SEED = 0
 
 
 def models_of(run_dir: Path) -> list[int]:
-    """The iterations whose answers to the held-out prompts are there. Raises SPPOError where fewer than two are."""
+    """The iterations whose answers to the held-out prompts are there.
+
+    Raises SPPOError where fewer than two are, or where answers that a manifest tells of are gone.
+    """
     found = sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal())
     found = [i for i in found if (answers_of(run_dir, i).parent / "responses.manifest.json").exists()]
+    if lost := [str(answers_of(run_dir, i)) for i in found if not answers_of(run_dir, i).exists()]:
+        raise SPPOError(f"{', '.join(lost)}: gone, though made; run the driver's command again, which draws them again")
     if len(found) < 2:
         raise SPPOError(
             f"{run_dir} holds held-out answers of {len(found)} models, and two can be compared; a run with "
@@ -38,13 +43,16 @@ def models_of(run_dir: Path) -> list[int]:
 
 
 def matrix_stage(recipe: Recipe, run_dir: Path) -> Stage:
-    """The stage that puts the matches together, which are there."""
+    """The stage that puts the matches together. Raises SPPOError where one is not there."""
     recipe = pinned(recipe, run_dir / "iter1" / "data")
-    inputs = {
-        f"{name}: {second} against {first}": digest(match_stage(by, name, run_dir, first, second).outputs[0])
+    matches = {
+        f"{name}: {second} against {first}": match_stage(by, name, run_dir, first, second).outputs[0]
         for name, by in judges(recipe).items()
         for first, second in itertools.combinations(models_of(run_dir), 2)
     }
+    if lost := [str(path) for path in matches.values() if not path.exists()]:
+        raise SPPOError(f"not yet compared: {', '.join(lost)}; run scripts/win_matrix.py")
+    inputs = {label: digest(path) for label, path in matches.items()}
     settings = {"draws": DRAWS, "seed": _SEED}
     return Stage("matrix", run_dir / "matrix.manifest.json", [run_dir / "matrix.json"], inputs, settings)
 

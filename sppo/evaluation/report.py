@@ -44,6 +44,7 @@ def report_stage(recipe: Recipe, run_dir: Path, iteration: int) -> Stage:
 def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, world_size: int) -> None:
     """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json."""
     if recipe.judge:
+        judges(recipe)
         load_function(recipe.judge, "--judge")  # so that a wrong name is an error now, and not after the work
     if recipe.measure:
         load_function(recipe.measure, "--measure")
@@ -62,16 +63,19 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, 
         stage.finish({"prompts": row["prompts"]})
     measure(recipe, before.parent, base)
     measure(recipe, after.parent, base)
-    rows = _rows(run_dir, iteration)
+    rows = _rows(run_dir)
     write_json(run_dir / "summary.json", rows)
     print_table(rows)
 
 
-def _rows(run_dir: Path, iterations: int) -> list[dict[str, Any]]:
-    """A row for each iteration that has a report; `base` holds what was measured of the first model's answers."""
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
+    """A row for each iteration that has a report; `base` holds what was measured of the first model's answers.
+
+    Later ones too: a report that is made again must not take their rows out of summary.json.
+    """
     base, rows = read_json(run_dir / "iter0/eval/measures.json"), []
-    for i in range(1, iterations + 1):
-        here = run_dir / f"iter{i}/eval"
+    numbers = sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal())
+    for here in (run_dir / f"iter{i}/eval" for i in numbers):
         if (here / "report.json").exists():
             measured = read_json(here / "measures.json") if (here / "measures.json").exists() else {}
             rows.append({**read_json(here / "report.json"), **measured, "base": base})
