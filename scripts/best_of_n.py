@@ -5,8 +5,9 @@
 Reads   the model, the prompts, the ranker.
 Writes  <output_dir>: best.parquet, best.jsonl (prompt_id, prompt, response, its index and win rate), best.alpaca.json
         (what AlpacaEval takes), best.manifest.json; and what they were made from: responses.parquet, ranking/, logs/.
-The best is the one with the highest mean P against the others, of n(n-1)/2 comparisons. --knockout asks n-1: winners of
-rounds meet. It finds a good response, not always the best; how often, a full comparison on 32 prompts tells.
+The best is the one with the highest mean P against the others, of n(n-1)/2 comparisons; P is --estimator's, as for the
+chosen response of the training set. --knockout makes n-1 comparisons: winners of rounds meet, by the pair's own P. It
+finds a good response, not always the best; how often, a full comparison of 16 responses to each of 32 prompts tells.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16, help="responses a prompt (%(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="where all of it is written")
     parser.add_argument("--knockout", action="store_true", help="n-1 comparisons a prompt, not n(n-1)/2")
+    parser.add_argument("--overwrite", action="store_true", help="rank and choose again; the responses stay")
     parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
     args, recipe = config.parse(parser)
@@ -33,7 +35,7 @@ def main() -> None:
     recipe = dataclasses.replace(recipe, pairs=args.n)
     from sppo.evaluation.best import best_of_n
 
-    best_of_n(recipe, args.output_dir, args.gpus, args.world_size, args.knockout)
+    best_of_n(recipe, args.output_dir, args.gpus, args.world_size, args.knockout, args.overwrite)
 
 
 if __name__ == "__main__":

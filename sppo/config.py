@@ -151,7 +151,7 @@ KEYS: dict[str, list[str]] = {
         "max_prompt_length max_length attn_implementation chat_template_kwargs use_peft lora_r lora_alpha "
         "lora_target_modules load_in_4bit merge_adapter"
     ).split(),
-    "best_of_n": list(dict.fromkeys(["prompts", "prompts_revision", *_DRAWING, *_ASKING, *_RANKING])),
+    "best_of_n": list(dict.fromkeys(["prompts", "prompts_revision", "estimator", *_DRAWING, *_ASKING, *_RANKING])),
     "win_matrix": ["judge", *dict.fromkeys([*_ASKING, *_RANKING])],
     "report": [
         *("eval_prompts", "eval_pairs", "judge", "measure", "base_perplexity"),

@@ -13,7 +13,8 @@ import pytest
 import tiny
 
 from sppo.common.files import read_json
-from sppo.evaluation.best import knockout_winners
+from sppo.config import Recipe
+from sppo.evaluation.best import draw_order, knockout_and_full, knockout_winners
 from sppo.formats import Pair
 
 RANKER = """
@@ -62,7 +63,44 @@ def test_without_an_answer_the_first_in_the_draw_goes_on_and_it_is_counted() -> 
     # 0 meets 1 without an answer, 2 beats 3; then 0 meets 2, again without an answer
     assert (won.index, won.unanswered) == (0, 2)
     (won,) = knockout_winners(Longest(), [([], ["bbb", "bbb"])], [[1, 0]])
-    assert won.index == 1
+    assert (won.index, won.same, won.tied) == (1, 1, 0)
+    (won,) = knockout_winners(Longest(), [([], ["bbb", "ccc", "d"])], [[1, 0, 2]])
+    assert (won.index, won.same, won.tied) == (1, 0, 1)
+
+
+def test_a_knockout_of_many_does_not_cost_what_it_saves() -> None:
+    """The sample's full comparison is of 16 responses, and each pair of them is asked twice, once in each order."""
+    ranker, texts = Longest(), ["x" * (1 + (7 * i) % 41) for i in range(41)]
+    row = {"prompt_id": "p", "prompt": [], "responses": [{"text": text} for text in texts]}
+    rates = knockout_and_full(Recipe(), ranker, row)
+    assert len(ranker.asked) == len(set(map(str, ranker.asked))) == 16 * 15
+    assert rates["knock-out"] == rates["full comparison"] > 0.5  # what prefers length does not go round
+    assert knockout_and_full(Recipe(), Longest(), {**row, "responses": [{"text": "a?"}, {"text": "b"}]}) == {}
+
+
+def test_a_knockout_may_miss_the_best_and_the_agreement_says_so() -> None:
+    """By hand: 0 beats 2 and 3 clearly and loses to 1 by a hair; 1 loses to 2 and 3; 2 beats 3.
+
+    Where 0 meets 1 first, 0 is out and 2 wins, with a lower mean P than 0's.
+    """
+    beats = {(0, 2): 2.0, (0, 3): 2.0, (1, 0): 0.2, (2, 1): 2.0, (3, 1): 2.0, (2, 3): 2.0}
+    logit = {**beats, **{(b, a): -x for (a, b), x in beats.items()}}
+
+    class Stakes:
+        batched = False
+
+        def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
+            for i, (_, a, b) in enumerate(pairs):
+                yield i, logit[int(a), int(b)]
+
+    unlucky = next(name for name in map(str, range(999)) if {0, 1} == set(draw_order(42, name, 4)[:2]))
+    row = {"prompt_id": unlucky, "prompt": [], "responses": [{"text": str(i)} for i in range(4)]}
+    rates = knockout_and_full(Recipe(estimator="paper"), Stakes(), row)
+    p = {x: 1 / (1 + np.exp(-x)) for x in (2.0, -2.0, -0.2)}
+    assert rates["full comparison"] == pytest.approx((2 * p[2.0] + p[-0.2]) / 3)
+    assert rates["knock-out"] == pytest.approx((2 * p[2.0] + p[-2.0]) / 3)
+    (won,) = knockout_winners(Stakes(), [([], list("0123"))], [draw_order(42, unlucky, 4)])
+    assert won.index == 2
 
 
 @pytest.fixture
@@ -106,7 +144,9 @@ def test_the_best_is_the_best_and_alpaca_eval_can_read_it(world: Path, flags: tu
     if flags:  # what prefers length does not go round, so a knock-out misses nothing
         assert counts["agreement"]["the same best"] == 1.0
         assert counts["comparisons"] == 12 * 4
+        assert counts["agreement"]["responses"] == 5
     else:
+        assert counts["comparisons"] == 12 * 10
         assert all(0.5 < row["win_rate"] < 1 for row in best)
     assert "written" in shown
     before = len((world / "asked").read_text().splitlines())
@@ -115,6 +155,16 @@ def test_the_best_is_the_best_and_alpaca_eval_can_read_it(world: Path, flags: tu
     refused = tiny.run(*command(world, "out", *flags), "--n=6", PYTHONPATH=str(world))
     assert refused.returncode == 1
     assert "pairs" in refused.stderr
+    other = command(world, "out", *(() if flags else ("--knockout",)))
+    refused = tiny.run(*other, PYTHONPATH=str(world))
+    assert refused.returncode == 1
+    assert "settings.method" in refused.stderr
+    assert len((world / "asked").read_text().splitlines()) == before  # the ranker is not asked in vain
+    drawn = (world / "out/responses.parquet").read_bytes()
+    tiny.succeed(*other, "--overwrite", PYTHONPATH=str(world))
+    again = pq.read_table(world / "out/best.parquet").to_pylist()
+    assert [len(row["response"]) for row in again] == [len(row["response"]) for row in best]  # some are as long
+    assert (world / "out/responses.parquet").read_bytes() == drawn
 
 
 @pytest.mark.slow
@@ -127,8 +177,15 @@ def test_a_killed_knockout_goes_on(world: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (world / "out/best.parquet").exists()
+    process = tiny.start(*words, slow=world / "out", log=world / "log2", PYTHONPATH=str(world))
+    tiny.wait_for(process, lambda: journal.read_bytes().count(b"sample/") > 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept, asked = journal.read_bytes().count(b"sample/"), len((world / "asked").read_text().splitlines())
     (world / "slow").unlink()
     tiny.succeed(*words, PYTHONPATH=str(world))
+    # a sampled prompt takes 5 * 4 questions; the first ones' are paid for, and so are all knock-outs
+    assert len((world / "asked").read_text().splitlines()) - asked <= (12 - kept) * 5 * 4
     tiny.succeed(*command(world, "undisturbed", "--knockout"), PYTHONPATH=str(world))
     for name in ("best.jsonl", "best.alpaca.json"):
         assert (world / "out" / name).read_bytes() == (world / "undisturbed" / name).read_bytes()

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sppo import config
+from sppo.common import preference
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.journal import Journal
 from sppo.common.shards import Slice
@@ -250,15 +251,15 @@ def slowly(logits: list[list[float]], estimator: str) -> list[list[float]]:
 @given(made=matrices())
 def test_estimators(estimator: str, made: tuple[np.ndarray, np.ndarray]) -> None:
     logits, order = made
-    p = winrates.probability(logits, estimator)
+    p = preference.probability(logits, estimator)
     assert ((p >= 0) & (p <= 1)).all()
     np.testing.assert_allclose(p + p.swapaxes(1, 2), 1, rtol=1e-12)
     assert (p[:, range(len(order)), range(len(order))] == 0.5).all()
     for n, matrix in enumerate(logits):
         np.testing.assert_allclose(p[n], slowly(matrix.tolist(), estimator), rtol=1e-9)
-        np.testing.assert_array_equal(p[n], winrates.probability(matrix[None], estimator)[0])  # alone as in a batch
+        np.testing.assert_array_equal(p[n], preference.probability(matrix[None], estimator)[0])  # alone as in a batch
     np.testing.assert_allclose(
-        winrates.probability(logits[:, order][:, :, order], estimator), p[:, order][:, :, order], rtol=1e-9, atol=1e-300
+        preference.probability(logits[:, order][:, :, order], estimator), p[:, order][:, :, order], 1e-9, 1e-300
     )
     rates = p.mean(-1)
     best, worst = winrates.best_and_worst(rates)

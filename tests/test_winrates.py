@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
+from sppo.common import preference
 from sppo.pairing import winrates
 
 
 def test_released_estimator_is_the_released_scripts() -> None:
     rows = json.loads((tiny.GOLDEN / "compute_prob.json").read_text())["rows"]
     scores = np.array([r["scores"] for r in rows])
-    p = winrates.released_probability(scores)
+    p = preference.released_probability(scores)
     w, lose = winrates.best_and_worst(scores)
     n = np.arange(len(rows))
     np.testing.assert_allclose(p, [r["probability"] for r in rows], atol=1e-6)
@@ -34,7 +35,7 @@ def test_released_estimator_is_the_released_scripts() -> None:
 def test_a_probability_matrix_whatever_k(estimator: str, k: int) -> None:
     logits = np.random.default_rng(k).normal(size=(20, k, k)) * 3
     logits[:, range(k), range(k)] = 0
-    p = winrates.probability(logits, estimator)
+    p = preference.probability(logits, estimator)
     np.testing.assert_allclose(p + p.swapaxes(1, 2), 1)
     np.testing.assert_allclose(p[:, range(k), range(k)], 0.5)
 
@@ -44,7 +45,7 @@ STONE = np.array([[0, 4, -4], [-4, 0, 4], [4, -4, 0.0]])  # stone, paper, scisso
 
 def test_a_circle_survives_the_paper_estimator_only() -> None:
     """Each beats the next by a logit of 4. Scores are all 0, so released sees ties."""
-    paper, released = winrates.paper_probability(STONE[None]), winrates.probability(STONE[None], "released")
+    paper, released = preference.paper_probability(STONE[None]), preference.probability(STONE[None], "released")
     assert paper[0, 0, 1] == pytest.approx(1 / (1 + math.exp(-4)))
     np.testing.assert_allclose(released, 0.5)
 
@@ -81,8 +82,8 @@ def statistics(estimator: str) -> winrates.Statistics:
     gathered = winrates.Statistics()
     for n, lengths in enumerate(([5.0, 3.0, 1.0], [10.0, 40.0, 10.0])):
         c = logits[n : n + 1]
-        p = winrates.probability(c, estimator)
-        gathered.add_ranked(c, p, winrates.mean_scores(c), np.array([lengths]))
+        p = preference.probability(c, estimator)
+        gathered.add_ranked(c, p, preference.mean_scores(c), np.array([lengths]))
     return gathered
 
 
@@ -105,10 +106,10 @@ def test_score_and_length_are_correlated_within_prompts() -> None:
     """
     c = np.array([[0, 0.5, 1.0], [-0.5, 0, 0.5], [-1.0, -0.5, 0]])
     logits, lengths = np.stack([c, c]), np.array([[5.0, 3.0, 1.0], [108.0, 84.0, 108.0]])
-    scores = winrates.mean_scores(logits)
+    scores = preference.mean_scores(logits)
     np.testing.assert_allclose(scores, [[1, 0, -1], [1, 0, -1]])
     gathered = winrates.Statistics()
-    gathered.add_ranked(logits, winrates.paper_probability(logits), scores, lengths)
+    gathered.add_ranked(logits, preference.paper_probability(logits), scores, lengths)
     assert gathered.summary()["score_length_correlation"] == round(4 / math.sqrt(4 * 392), 4) == 0.101
 
 

@@ -27,3 +27,22 @@ def paper_probability(logits: Array) -> Array:
     Keeps preferences that go round in a circle.
     """
     return sigmoid((logits - logits.swapaxes(-1, -2)) / 2)
+
+
+def released_probability(scores: Array) -> Array:
+    """P_ij = sigmoid(s_i - s_j), (N, K) -> (N, K, K): the released scripts' estimator, transitive by construction."""
+    return sigmoid(scores[..., :, None] - scores[..., None, :])
+
+
+def probability(logits: Array, estimator: str) -> Array:
+    """P of the named estimator: `released` or `paper`. The diagonal is 1/2 and P + P^T = 1."""
+    return released_probability(mean_scores(logits)) if estimator == "released" else paper_probability(logits)
+
+
+def strength(logits: Array, estimator: str) -> Array:
+    """What the best response has most of, and the worst least, (N, K, K) -> (N, K).
+
+    Win rates; with the released estimator its scores, which put responses into the same order: sigmoids saturate,
+    scores do not.
+    """
+    return mean_scores(logits) if estimator == "released" else paper_probability(logits).mean(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.parquet import read_rows, write_parquet
-from sppo.common.preference import paper_probability
+from sppo.common.preference import Array, probability, strength
 from sppo.common.progress import progress
 from sppo.config import KEYS, ROOT, Recipe, flags
 from sppo.evaluation.answers import call, draw, launch
@@ -28,51 +29,64 @@ from sppo.rankers import Ranker, backend, pinned
 
 _CHUNK = 64  # prompts whose knock-outs are played beside each other
 _SAMPLE = 32  # prompts of a knock-out that are compared in full too, for the agreement
+_FULL = 16  # of their responses, at most: the agreement must not cost what the knock-out saves
 
 
 @dataclass
 class Choice:
-    """The response that won, and its mean P against the others (full comparison; NaN for a knock-out)."""
+    """The response that won, and its mean P against the others (full comparison; NaN for a knock-out).
+
+    Of its prompt's comparisons: those without a finite answer, those that say 1/2, those of two equal texts.
+    """
 
     index: int
     win_rate: float
     unanswered: int = 0
+    tied: int = 0
+    same: int = 0
 
 
-def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: bool) -> None:
+def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: bool, overwrite: bool) -> None:
     """Draw recipe.pairs responses a prompt, choose, and write best.parquet, best.jsonl and best.alpaca.json into `out`.
 
     Every step keeps what it has finished; started again it goes on. Raises SPPOError where `out` holds work made under
-    other settings.
+    other settings, before the ranker is asked; `overwrite` ranks and chooses again, and keeps the responses.
     """
     logs = out / "logs"
     responses = draw(recipe, out, logs, gpus, world_size, "generate")
     asking = {k: _flag(getattr(recipe, k)) for k in KEYS["rank"]}
-    if not knockout:
-        call([sys.executable, str(ROOT / "scripts/preload.py"), *_preload_flags(recipe, out)], "preload")
-        rank = [sys.executable, str(ROOT / "scripts/rank.py"), *flags(**asking, output_dir=out)]
-        launch(gpus, 1, logs, "rank", rank)
+    call([sys.executable, str(ROOT / "scripts/preload.py"), *_preload_flags(recipe, out)], "preload")
     recipe = pinned(recipe, out)
     stage = Stage(
         "best_of_n",
         out / "best.manifest.json",
         [out / name for name in ("best.parquet", "best.jsonl", "best.alpaca.json")],
         {"responses": digest(responses), "ranker": backend(recipe).identity(recipe)},
-        {"n": recipe.pairs, "method": "knock-out" if knockout else "full comparison", "seed": recipe.seed},
+        {
+            "n": recipe.pairs,
+            "method": "knock-out" if knockout else "full comparison",
+            "seed": recipe.seed,
+            "estimator": recipe.estimator,
+        },
         out / "knockout.journal",
     )
-    if stage.is_done():
+    if stage.is_done(overwrite):
         print(f"best_of_n: done: {stage.outputs[0]}")
         return
+    if not knockout:
+        rank = [sys.executable, str(ROOT / "scripts/rank.py"), *flags(**asking, output_dir=out)]
+        launch(gpus, 1, logs, "rank", rank + ["--overwrite"] * overwrite)
     stage.begin()
     rows = list(read_rows(responses, ["prompt_id", "prompt", "responses"]))
-    choices, more = _play(recipe, stage, rows) if knockout else (_ranked(out), {})
+    choices, more = _play(recipe, stage, rows) if knockout else (_ranked(recipe, out, rows), {})
     chosen = [(row, choices[row["prompt_id"]]) for row in rows if row["prompt_id"] in choices]
     if not chosen:
         raise SPPOError(f"{out}: the ranker answered for no prompt, so there is no best response")
     _write(stage.outputs, chosen, f"{public_name(recipe.model)}-best-of-{recipe.pairs}")
     counts = {"prompts": len(rows), "written": len(chosen), "without an answer of the ranker": len(rows) - len(chosen)}
-    counts |= {"responses": sum(len(row["responses"]) for row in rows), **more}
+    counts |= {"responses": sum(len(row["responses"]) for row in rows)}
+    counts |= {"equal to an earlier one": sum(len(row["responses"]) - len(set(_texts(row))) for row in rows)}
+    counts |= _comparisons(recipe.pairs, knockout, [choice for _, choice in chosen]) | more
     stage.finish(counts, ranker=recipe.ranker)
     (out / "knockout.journal").unlink(missing_ok=True)
     print(f"best_of_n: {stage.outputs[0]}: {json.dumps(counts)}")
@@ -86,40 +100,71 @@ def _preload_flags(recipe: Recipe, out: Path) -> list[str]:
     return flags(**{k: _flag(getattr(recipe, k)) for k in KEYS["preload"]}, output_dir=out)
 
 
-def _ranked(out: Path) -> dict[str, Choice]:
-    """By prompt_id: the response of the highest mean P against the others, from the ranking's shards."""
-    found = {}
+def _texts(row: dict[str, Any]) -> list[str]:
+    return [(response or {}).get("text") or "" for response in row["responses"]]
+
+
+def _comparisons(n: int, knockout: bool, choices: list[Choice]) -> dict[str, int]:
+    """How many pairs of responses were compared, and what came of them."""
+    return {
+        "comparisons": len(choices) * (n - 1 if knockout else n * (n - 1) // 2),
+        "comparisons without an answer": sum(c.unanswered for c in choices),
+        "tied comparisons": sum(c.tied for c in choices),
+        "comparisons of equal texts": sum(c.same for c in choices),
+    }
+
+
+def _means(logits: Array, estimator: str) -> Array:
+    """Each response's mean P against the others, from the logits of one prompt: (n, n) -> (n,)."""
+    return (probability(logits[None], estimator)[0].sum(-1) - 0.5) / (len(logits) - 1)
+
+
+def _ranked(recipe: Recipe, out: Path, rows: list[dict[str, Any]]) -> dict[str, Choice]:
+    """By prompt_id: the response of the highest mean P against the others, from the ranking's shards.
+
+    By the same rule and estimator as `chosen` in the training set; of equal ones the first. A prompt for which the
+    ranker gave no finite answer is in no shard.
+    """
+    texts, found = {row["prompt_id"]: _texts(row) for row in rows}, {}
     for path in sorted((out / "ranking").glob("shard-*.parquet")):
         for row in read_rows(path, ["prompt_id", "logits"]):
-            p = paper_probability(np.array(row["logits"], dtype=np.float64)[None])[0]  # (n, n)
-            means = (p.sum(-1) - 0.5) / (len(p) - 1)
-            found[row["prompt_id"]] = Choice(int(means.argmax()), float(means.max()))
+            logits = np.array(row["logits"], dtype=np.float64)
+            best = int(strength(logits[None], recipe.estimator)[0].argmax())
+            means = _means(logits, recipe.estimator)
+            same = sum(a == b for a, b in itertools.combinations(texts[row["prompt_id"]], 2))
+            tied = int(np.triu(logits == logits.T, 1).sum()) - same
+            found[row["prompt_id"]] = Choice(best, float(means[best]), 0, tied, same)
     return found
 
 
 def _play(recipe: Recipe, stage: Stage, rows: list[dict[str, Any]]) -> tuple[dict[str, Choice], dict[str, Any]]:
     """The knock-outs' winners by prompt_id, and how they agree with full comparisons on a sample."""
     ranker, journal = backend(recipe).load(recipe), Journal(stage.journal, stage.identity)
-    with progress(len(rows), "knock-out", "prompt", len(journal.done)) as bar:
+    missing = {row["prompt_id"] for row in rows if _game(row) not in journal.done}
+    with progress(len(rows), "knock-out", "prompt", len(rows) - len(missing)) as bar:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
-            missing = [row for row in chunk if row["prompt_id"] not in journal.done]
-            asked = chunk if missing and ranker.batched else missing
-            items = [(row["prompt"], [r["text"] or "" for r in row["responses"]]) for row in asked]
-            orders = [_order(recipe.seed, row["prompt_id"], len(row["responses"])) for row in asked]
+            left = [row for row in chunk if row["prompt_id"] in missing]
+            asked = chunk if left and ranker.batched else left
+            items = [(row["prompt"], _texts(row)) for row in asked]
+            orders = [draw_order(recipe.seed, row["prompt_id"], len(row["responses"])) for row in asked]
             for row, choice in zip(asked, knockout_winners(ranker, items, orders), strict=True):
-                if row["prompt_id"] not in journal.done:
-                    journal.add(row["prompt_id"], dataclasses.asdict(choice))
+                if row["prompt_id"] in missing:
+                    journal.add(_game(row), dataclasses.asdict(choice))
                     bar.update()
-    choices = {row["prompt_id"]: Choice(**journal.read(row["prompt_id"])) for row in rows}
-    journal.close()
+    choices = {row["prompt_id"]: Choice(**journal.read(_game(row))) for row in rows}
     sample = sorted(rows, key=lambda row: hashlib.sha256(row["prompt_id"].encode()).digest())[:_SAMPLE]
-    comparisons = {"comparisons": len(rows) * (recipe.pairs - 1)}
-    unanswered = {"comparisons without an answer": sum(c.unanswered for c in choices.values())}
-    return choices, {**comparisons, **unanswered, "agreement": _agreement(ranker, sample, choices)}
+    agreement = _agreement(recipe, ranker, journal, sample)
+    journal.close()
+    return choices, {"agreement": agreement}
 
 
-def _order(seed: int, prompt_id: str, n: int) -> list[int]:
+def _game(row: dict[str, Any]) -> str:
+    """The journal's key of a prompt's knock-out."""
+    return f"knock-out/{row['prompt_id']}"
+
+
+def draw_order(seed: int, prompt_id: str, n: int) -> list[int]:
     """The draw of a knock-out: the responses in an order that the seed and the prompt decide."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()[:8], "big")
     return np.random.default_rng(key).permutation(n).tolist()
@@ -133,48 +178,82 @@ def knockout_winners(
     In each round neighbours meet, all prompts' beside each other, and an odd last one goes on. Of equal responses, and
     where the ranker has no answer, the first in the order goes on.
     """
-    left, unanswered = [list(order) for order in orders], [0] * len(orders)
+    left, found = [list(order) for order in orders], [Choice(0, float("nan")) for _ in orders]
     while any(len(order) > 1 for order in left):
-        games = [(k, a, b) for k, order in enumerate(left) for a, b in zip(order[0::2], order[1::2], strict=False)]
-        wins = _first_wins(ranker, [(items[k][0], items[k][1][a], items[k][1][b]) for k, a, b in games])
-        winners: list[list[int]] = [[] for _ in left]
-        for (k, a, b), p in zip(games, wins, strict=True):
-            unanswered[k] += not np.isfinite(p)
-            winners[k].append(b if p < 0.5 else a)
-        for k, order in enumerate(left):
-            left[k] = winners[k] + (order[-1:] if len(order) % 2 else [])
-    return [Choice(order[0], float("nan"), lost) for order, lost in zip(left, unanswered, strict=True)]
+        games = [(k, a, b) for k, order in enumerate(left) for a, b in _games(order)]
+        apart = _apart(ranker, [(items[k][0], items[k][1][a], items[k][1][b]) for k, a, b in games]).tolist()
+        for (k, a, b), x in zip(games, apart, strict=True):
+            same = items[k][1][a] == items[k][1][b]
+            found[k].same += same
+            found[k].tied += x == 0 and not same
+            found[k].unanswered += x != x
+        results = iter(apart)
+        left = [_through(order, list(itertools.islice(results, len(order) // 2))) for order in left]
+    for choice, order in zip(found, left, strict=True):
+        choice.index = order[0]
+    return found
 
 
-def _first_wins(ranker: Ranker, pairs: list[tuple[list[Message], str, str]]) -> np.ndarray:
-    """P(first beats second) of each pair, from both orders; 1/2 without asking where the two are the same text."""
+def _games(order: list[int]) -> list[tuple[int, int]]:
+    """The neighbours that meet in a round."""
+    return list(zip(order[0::2], order[1::2], strict=False))
+
+
+def _through(order: list[int], apart: list[float]) -> list[int]:
+    """Who is in the next round, from the log-odds that each game's first beats its second."""
+    winners = [b if x < 0 else a for (a, b), x in zip(_games(order), apart, strict=True)]
+    return winners + order[-1:] * (len(order) % 2)
+
+
+def _apart(ranker: Ranker, pairs: list[tuple[list[Message], str, str]]) -> Array:
+    """Log-odds that the first of each pair beats the second: half the difference of the logits of both orders.
+
+    0 without asking where the two are the same text, NaN where an answer is not finite.
+    """
     asked = [i for i, (_, a, b) in enumerate(pairs) if a != b]
     both = [side for i in asked for side in (pairs[i], (pairs[i][0], pairs[i][2], pairs[i][1]))]
     logits = np.full(len(both), np.nan)
     for index, logit in ranker.logits(both):
-        logits[index] = logit
-    found = np.full(len(pairs), 0.5)
-    found[asked] = 1 / (1 + np.exp(-np.clip((logits[0::2] - logits[1::2]) / 2, -500, 500)))
+        logits[index] = logit if np.isfinite(logit) else np.nan
+    found = np.zeros(len(pairs))
+    found[asked] = (logits[0::2] - logits[1::2]) / 2
     return found
 
 
-def _agreement(ranker: Ranker, rows: list[dict[str, Any]], choices: dict[str, Choice]) -> dict[str, Any]:
-    """The knock-out against the full comparison: how often it finds the best, and the winners' mean P against all."""
-    same, mine, theirs, count = 0, 0.0, 0.0, 0
-    for row in rows:
-        texts = [r["text"] or "" for r in row["responses"]]
-        n = len(texts)
-        pairs = [(row["prompt"], texts[i], texts[j]) for i in range(n) for j in range(n) if i != j]
-        p = np.full((n, n), 0.5)
-        p[~np.eye(n, dtype=bool)] = _first_wins(ranker, pairs)
-        if np.isfinite(p).all():
-            means, index = (p.sum(-1) - 0.5) / (n - 1), choices[row["prompt_id"]].index
-            same, count = same + (means[index] == means.max()), count + 1
-            mine, theirs = mine + means[index], theirs + means.max()
-    if not count:
+def _agreement(recipe: Recipe, ranker: Ranker, journal: Journal, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Knock-out against full comparison, of the same first responses: how often it finds the best, and the mean P.
+
+    A prompt with a comparison that the ranker has no answer for is left out.
+    """
+    keys = {f"sample/{row['prompt_id']}": row for row in rows}
+    with progress(len(rows), "agreement", "prompt", sum(key in journal.done for key in keys)) as bar:
+        for key, row in keys.items():
+            if key not in journal.done:
+                journal.add(key, knockout_and_full(recipe, ranker, row))
+                bar.update()
+    found = [value for key in keys if (value := journal.read(key))]
+    if not found:
         return {"prompts": 0}
-    found = {"the same best": same / count, "win rate": mine / count, "win rate of the best": theirs / count}
-    return {"prompts": count, **{k: round(float(v), 4) for k, v in found.items()}}
+    mine, best = (np.array([value[name] for value in found]) for name in ("knock-out", "full comparison"))
+    measured = {"the same best": (mine == best).mean(), "win rate": mine.mean(), "win rate of the best": best.mean()}
+    sizes = {"prompts": len(found), "responses": min(_FULL, recipe.pairs)}
+    return sizes | {name: round(float(value), 4) for name, value in measured.items()}
+
+
+def knockout_and_full(recipe: Recipe, ranker: Ranker, row: dict[str, Any]) -> dict[str, float]:
+    """Mean P of the knock-out's winner and of the full comparison's, of one prompt; empty without all answers."""
+    texts = _texts(row)[:_FULL]
+    pairs = list(itertools.combinations(range(len(texts)), 2))
+    apart = np.zeros((len(texts), len(texts)))
+    for (i, j), x in zip(pairs, _apart(ranker, [(row["prompt"], texts[i], texts[j]) for i, j in pairs]), strict=True):
+        apart[i, j], apart[j, i] = x, -x
+    if not np.isfinite(apart).all():
+        return {}
+    order = [i for i in draw_order(recipe.seed, row["prompt_id"], len(row["responses"])) if i < len(texts)]
+    while len(order) > 1:
+        order = _through(order, [float(apart[a, b]) for a, b in _games(order)])
+    means = _means(apart, recipe.estimator)  # half differences are logits whose own half differences they are
+    return {"knock-out": float(means[order[0]]), "full comparison": float(means.max())}
 
 
 def _write(paths: list[Path], chosen: list[tuple[dict[str, Any], Choice]], generator: str) -> None:
@@ -187,7 +266,7 @@ def _write(paths: list[Path], chosen: list[tuple[dict[str, Any], Choice]], gener
     def rows() -> Iterator[dict[str, Any]]:
         for row, choice in chosen:
             rate = None if np.isnan(choice.win_rate) else choice.win_rate
-            text = row["responses"][choice.index]["text"]
+            text = _texts(row)[choice.index]
             yield {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "response": text, "index": choice.index,
                    "win_rate": rate}  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sppo.common import preference
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import atomic_together, digest
 from sppo.common.manifest import Stage
@@ -173,7 +174,7 @@ def _pairs(
 
 
 def _pair(
-    batch: pa.RecordBatch, logits: winrates.Array, recipe: Recipe, statistics: winrates.Statistics
+    batch: pa.RecordBatch, logits: preference.Array, recipe: Recipe, statistics: winrates.Statistics
 ) -> tuple[pa.RecordBatch, NDArray[np.bool_]]:
     """Rows of the training set for N ranked prompts, logits (N, K, K), and which of them are kept, (N,)."""
     import pyarrow as pa
@@ -181,11 +182,10 @@ def _pair(
 
     n, k, _ = logits.shape
     row = np.arange(n)
-    scores = winrates.mean_scores(logits)  # (N, K)
-    probability = winrates.probability(logits, recipe.estimator)
+    scores = preference.mean_scores(logits)  # (N, K)
+    probability = preference.probability(logits, recipe.estimator)
     win_rates = probability.mean(-1)  # (N, K)
-    # sigmoids saturate, scores do not: the released estimator orders by its scores
-    w, l = winrates.best_and_worst(scores if recipe.estimator == "released" else win_rates)  # noqa: E741 - the paper's
+    w, l = winrates.best_and_worst(preference.strength(logits, recipe.estimator))  # noqa: E741 - the paper's
     rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])
     texts = pc.fill_null(pc.struct_field(batch.column("responses").flatten(), "text"), "")  # (N * K,)
     lengths = pc.utf8_length(texts).to_numpy().reshape(n, k).astype(np.float64)

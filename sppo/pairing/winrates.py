@@ -11,20 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppo.common.preference import Array, mean_scores, paper_probability, sigmoid
+from sppo.common.preference import Array, paper_probability, sigmoid
 
 _STEPS = 10_000  # of the histograms of p, p_win and p_lose
 _QUANTILES = (0, 0.25, 0.5, 0.75, 1)
-
-
-def released_probability(scores: Array) -> Array:
-    """P_ij = sigmoid(s_i - s_j), (N, K) -> (N, K, K): the released scripts' estimator, transitive by construction."""
-    return sigmoid(scores[..., :, None] - scores[..., None, :])
-
-
-def probability(logits: Array, estimator: str) -> Array:
-    """P of the named estimator: `released` or `paper`. The diagonal is 1/2 and P + P^T = 1."""
-    return released_probability(mean_scores(logits)) if estimator == "released" else paper_probability(logits)
 
 
 def best_and_worst(win_rates: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
