@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import math
 import os
@@ -408,6 +410,24 @@ def test_whoever_wants_no_more_answers_waits_for_none(stub: tuple[type[Stub], st
     tiny.wait_until(lambda: len(server.asked) == 3)
     answers.close()
     tiny.wait_until(lambda: server.left == 2)
+
+
+def test_a_ctrl_c_in_the_middle_of_an_answer_is_all_that_is_said(
+    stub: tuple[type[Stub], str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A signal may come while a request's own code runs; asyncio then keeps it, and prints what nobody reads."""
+
+    async def interrupted(_: Any, __: Any, index: int, ___: Any) -> tuple[int, float]:
+        if index == 1:
+            raise KeyboardInterrupt
+        await asyncio.sleep(60)
+        return index, 0.0
+
+    monkeypatch.setattr(Judge, "_answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(Judge(Recipe(ranker="tiny-judge", ranker_url=stub[1])).logits([PAIR] * 3))
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_the_identity_is_the_judges_not_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,9 @@ class Judge:
                 for task in sorted(done, key=lambda task: task.exception() is not None):  # answers before errors
                     yield task.result()
         finally:
+            for task in running:
+                if task.done() and not task.cancelled():
+                    task.exception()  # a Ctrl-C that came while it was at work: read, so that asyncio does not print it
             loop.run_until_complete(_drop(asyncio.all_tasks(loop), client))
             loop.close()
 
