@@ -30,11 +30,11 @@ def main() -> None:
     parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
     args, recipe = config.parse(parser)
-    from sppo.evaluation.page.page import write_comparison, write_page
-
     if args.compare:
         if args.run_dir or args.iteration is not None:
             raise UsageError("--compare takes runs; leave --run_dir and --iteration out")
+        from sppo.evaluation.page.page import write_comparison
+
         print(f"report: {write_comparison(args.compare, args.output)}")
         return
     if not args.run_dir:
@@ -47,6 +47,8 @@ def main() -> None:
         from sppo.evaluation.report import report
 
         report(recipe, args.run_dir, args.iteration, args.base, args.gpus, args.world_size)
+    from sppo.evaluation.page.page import write_page
+
     print(f"report: {write_page(args.run_dir)}")
 
 

@@ -281,8 +281,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def flags(**values: object) -> list[str]:
-    """["--key=value", ...] for a command of this project."""
-    return [f"--{key}={value}" for key, value in values.items()]
+    """["--key=value", ...] for a command of this project; a dictionary as the JSON that such a flag takes."""
+    shown = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return [f"--{key}={value}" for key, value in shown.items()]
 
 
 def make_parser(doc: str | None, keys: typing.Iterable[str] = ()) -> _Parser:

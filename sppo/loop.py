@@ -42,6 +42,7 @@ class Step:
     command: list[str]
     recipe: tuple[Path, Recipe] | None = None  # written before the step
     stages: Callable[[], list[Stage]] | None = None
+    is_shown: bool = False  # report.html is made anew behind it
 
     def is_done(self) -> bool:
         try:
@@ -136,7 +137,7 @@ def _run_steps(steps: list[Step], run_dir: Path) -> list[str]:
         if code:
             print(f"=== {step.label}: failed; going on without", file=sys.stderr, flush=True)
             unpushed.append(shlex.join(step.command))
-        if step.label.endswith(": train") and _make_page(run_dir):
+        if step.is_shown and _make_page(run_dir):
             print("=== report: no page yet; the run goes on", file=sys.stderr, flush=True)
     if code := _make_page(run_dir):
         raise SystemExit(code)
@@ -183,7 +184,7 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
     steps = [
         Step(f"iteration {i}: generate", generate, (written, mine), lambda: _data_stages(mine, args, here, part)),
         Step(f"iteration {i}: push the data", push_command(*on_hub, output_dir=here / "data")),
-        Step(f"iteration {i}: train", train, None, lambda: _training_stages(args, training, here)),
+        Step(f"iteration {i}: train", train, None, lambda: _training_stages(args, training, here), is_shown=True),
         Step(f"iteration {i}: push the model", push_command(*on_hub, model_dir=here / "model")),
     ]
     wanted = (True, bool(recipe.org), True, recipe.push_model)

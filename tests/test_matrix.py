@@ -150,7 +150,8 @@ def test_each_pair_of_models_is_compared_once(run: Path) -> None:
     assert len(asked(run)) == before
     answers(run, 3, 5)
     tiny.succeed(*command(run, "--judge=mine:shorter"), PYTHONPATH=str(run.parent))
-    assert len(asked(run)) == before + 3 * 6 * 4 * 2
+    # 5 and 6 letters are also iter0's second and iter1's first: equal texts are not asked
+    assert len(asked(run)) == before + (3 * 4 - 2) * 6 * 2
     with_judge = read_json(run / "matrix.json")
     assert with_judge["judge"]["name"] == "mine:shorter"
     rates = np.array(with_judge["win_rates"])

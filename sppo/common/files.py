@@ -54,24 +54,22 @@ def follow_umask(path: Path) -> None:
 def _remove_stale(path: Path) -> None:
     """Remove the temporary files of earlier writers of `path` that were killed."""
     for left in path.parent.glob(f".{path.name}.tmp-*"):
-        writer = left.name.rpartition("-")[2]
-        try:
-            os.kill(int(writer), 0)
-        except ProcessLookupError:
+        if not _may_write(left.name.rpartition("-")[2]):
             left.unlink(missing_ok=True)
-        except (PermissionError, ValueError):  # another user's process, or a name that is not ours
-            continue
-        else:
-            if _is_zombie(writer):
-                left.unlink(missing_ok=True)
 
 
-def _is_zombie(pid: str) -> bool:
-    """Whether a process is dead, and is only listed until its parent takes note; false where /proc does not say."""
+def _may_write(pid: str) -> bool:
+    """Whether a process is at work, or may be: another user's, or a name that is none of ours, is left alone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
         return False
+    except (PermissionError, ValueError):
+        return True
+    try:  # a dead process is listed until its parent takes note of it
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True
 
 
 def sync_directory(path: Path) -> None:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from sppo.common.errors import SPPOError
-from sppo.config import ROOT, Recipe, flags
-
-_KEYS = (
-    "trust_remote_code prompt_column prompt_split temperature top_p maxlen engine seed prompt_seeds system_prompt "
-    "gpu_memory_utilization"
-).split()
+from sppo.config import KEYS, ROOT, Recipe, flags
 
 
 def draw(recipe: Recipe, out: Path, logs: Path, gpus: str, world_size: int, name: str) -> Path:
     """out/responses.parquet: recipe.pairs responses of recipe.model to each of recipe.prompts. `name`: of the logs."""
-    common = flags(output_dir=out, pairs=recipe.pairs)
-    settings = flags(**{k: getattr(recipe, k) for k in _KEYS}, world_size=world_size)
-    settings += flags(model_revision=recipe.model_revision, prompts_revision=recipe.prompts_revision)
-    settings += flags(chat_template_kwargs=json.dumps(recipe.chat_template_kwargs))
-    generate = [sys.executable, str(ROOT / "scripts/generate.py"), *flags(model=recipe.model, prompts=recipe.prompts)]
-    launch(gpus, world_size, logs, name, [*generate, *common, *settings])
+    generate = [sys.executable, str(ROOT / "scripts/generate.py"), *settings(recipe, "generate")]
+    launch(gpus, world_size, logs, name, [*generate, *flags(output_dir=out, world_size=world_size)])
     shards = len(list((out / "responses").glob("shard-*.manifest.json")))
-    call([sys.executable, str(ROOT / "scripts/combine_generate.py"), *common, *flags(numgpu=shards)], name)
+    combine = [sys.executable, str(ROOT / "scripts/combine_generate.py"), *settings(recipe, "combine_generate")]
+    call([*combine, *flags(output_dir=out, numgpu=shards)], name)
     return out / "responses.parquet"
+
+
+def settings(recipe: Recipe, script: str) -> list[str]:
+    """The flags of all settings that a script reads."""
+    return flags(**{key: getattr(recipe, key) for key in KEYS[script]})
 
 
 def launch(gpus: str, world_size: int, logs: Path, name: str, command: list[str]) -> None:

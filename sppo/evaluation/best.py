@@ -22,10 +22,10 @@ from sppo.common.model_files import public_name
 from sppo.common.parquet import read_rows, write_parquet
 from sppo.common.preference import Array, probability, strength
 from sppo.common.progress import progress
-from sppo.config import KEYS, ROOT, Recipe, flags
-from sppo.evaluation.answers import call, draw, launch
+from sppo.config import ROOT, Recipe, flags
+from sppo.evaluation.answers import call, draw, launch, settings
 from sppo.formats import Message, prompt_text
-from sppo.rankers import Ranker, backend, pinned
+from sppo.rankers import Ranker, backend, log_odds, pinned, unfinished
 
 _CHUNK = 64  # prompts whose knock-outs are played beside each other
 _SAMPLE = 32  # prompts of a knock-out that are compared in full too, for the agreement
@@ -54,8 +54,9 @@ def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: b
     """
     logs = out / "logs"
     responses = draw(recipe, out, logs, gpus, world_size, "generate")
-    asking = {k: _flag(getattr(recipe, k)) for k in KEYS["rank"]}
-    call([sys.executable, str(ROOT / "scripts/preload.py"), *_preload_flags(recipe, out)], "preload")
+    ranking = [*settings(recipe, "rank"), *flags(output_dir=out)]
+    preload = [sys.executable, str(ROOT / "scripts/preload.py"), *settings(recipe, "preload"), *flags(output_dir=out)]
+    call(preload, "preload")
     recipe = pinned(recipe, out)
     stage = Stage(
         "best_of_n",
@@ -74,8 +75,8 @@ def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: b
         print(f"best_of_n: done: {stage.outputs[0]}")
         return
     if not knockout:
-        rank = [sys.executable, str(ROOT / "scripts/rank.py"), *flags(**asking, output_dir=out)]
-        launch(gpus, 1, logs, "rank", rank + ["--overwrite"] * overwrite)
+        rank = [sys.executable, str(ROOT / "scripts/rank.py"), *ranking, *["--overwrite"] * overwrite]
+        launch(gpus, 1, logs, "rank", rank)
     stage.begin()
     rows = list(read_rows(responses, ["prompt_id", "prompt", "responses"]))
     choices, more = _play(recipe, stage, rows) if knockout else (_ranked(recipe, out, rows), {})
@@ -90,14 +91,6 @@ def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: b
     stage.finish(counts, ranker=recipe.ranker)
     (out / "knockout.journal").unlink(missing_ok=True)
     print(f"best_of_n: {stage.outputs[0]}: {json.dumps(counts)}")
-
-
-def _flag(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, dict) else value
-
-
-def _preload_flags(recipe: Recipe, out: Path) -> list[str]:
-    return flags(**{k: _flag(getattr(recipe, k)) for k in KEYS["preload"]}, output_dir=out)
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
@@ -140,16 +133,13 @@ def _ranked(recipe: Recipe, out: Path, rows: list[dict[str, Any]]) -> dict[str, 
 def _play(recipe: Recipe, stage: Stage, rows: list[dict[str, Any]]) -> tuple[dict[str, Choice], dict[str, Any]]:
     """The knock-outs' winners by prompt_id, and how they agree with full comparisons on a sample."""
     ranker, journal = backend(recipe).load(recipe), Journal(stage.journal, stage.identity)
-    missing = {row["prompt_id"] for row in rows if _game(row) not in journal.done}
-    with progress(len(rows), "knock-out", "prompt", len(rows) - len(missing)) as bar:
-        for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            left = [row for row in chunk if row["prompt_id"] in missing]
-            asked = chunk if left and ranker.batched else left
+    is_done = lambda row: _game(row) in journal.done  # noqa: E731 - short, and for two places
+    with progress(len(rows), "knock-out", "prompt", sum(map(is_done, rows))) as bar:
+        for _, asked in unfinished(rows, is_done, _CHUNK, lambda: ranker):
             items = [(row["prompt"], _texts(row)) for row in asked]
             orders = [draw_order(recipe.seed, row["prompt_id"], len(row["responses"])) for row in asked]
             for row, choice in zip(asked, knockout_winners(ranker, items, orders), strict=True):
-                if row["prompt_id"] in missing:
+                if not is_done(row):
                     journal.add(_game(row), dataclasses.asdict(choice))
                     bar.update()
     choices = {row["prompt_id"]: Choice(**journal.read(_game(row))) for row in rows}
@@ -181,7 +171,7 @@ def knockout_winners(
     left, found = [list(order) for order in orders], [Choice(0, float("nan")) for _ in orders]
     while any(len(order) > 1 for order in left):
         games = [(k, a, b) for k, order in enumerate(left) for a, b in _games(order)]
-        apart = _apart(ranker, [(items[k][0], items[k][1][a], items[k][1][b]) for k, a, b in games]).tolist()
+        apart = log_odds(ranker, [(items[k][0], items[k][1][a], items[k][1][b]) for k, a, b in games]).tolist()
         for (k, a, b), x in zip(games, apart, strict=True):
             same = items[k][1][a] == items[k][1][b]
             found[k].same += same
@@ -203,21 +193,6 @@ def _through(order: list[int], apart: list[float]) -> list[int]:
     """Who is in the next round, from the log-odds that each game's first beats its second."""
     winners = [b if x < 0 else a for (a, b), x in zip(_games(order), apart, strict=True)]
     return winners + order[-1:] * (len(order) % 2)
-
-
-def _apart(ranker: Ranker, pairs: list[tuple[list[Message], str, str]]) -> Array:
-    """Log-odds that the first of each pair beats the second: half the difference of the logits of both orders.
-
-    0 without asking where the two are the same text, NaN where an answer is not finite.
-    """
-    asked = [i for i, (_, a, b) in enumerate(pairs) if a != b]
-    both = [side for i in asked for side in (pairs[i], (pairs[i][0], pairs[i][2], pairs[i][1]))]
-    logits = np.full(len(both), np.nan)
-    for index, logit in ranker.logits(both):
-        logits[index] = logit if np.isfinite(logit) else np.nan
-    found = np.zeros(len(pairs))
-    found[asked] = (logits[0::2] - logits[1::2]) / 2
-    return found
 
 
 def _agreement(recipe: Recipe, ranker: Ranker, journal: Journal, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -245,7 +220,7 @@ def knockout_and_full(recipe: Recipe, ranker: Ranker, row: dict[str, Any]) -> di
     texts = _texts(row)[:_FULL]
     pairs = list(itertools.combinations(range(len(texts)), 2))
     apart = np.zeros((len(texts), len(texts)))
-    for (i, j), x in zip(pairs, _apart(ranker, [(row["prompt"], texts[i], texts[j]) for i, j in pairs]), strict=True):
+    for (i, j), x in zip(pairs, log_odds(ranker, [(row["prompt"], texts[i], texts[j]) for i, j in pairs]), strict=True):
         apart[i, j], apart[j, i] = x, -x
     if not np.isfinite(apart).all():
         return {}

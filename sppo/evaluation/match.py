@@ -18,7 +18,7 @@ from sppo.common.parquet import read_rows, write_parquet
 from sppo.common.preference import Array, sigmoid
 from sppo.common.progress import progress
 from sppo.config import Recipe
-from sppo.rankers import Ranker, backend
+from sppo.rankers import Ranker, backend, log_odds, unfinished
 
 Row = tuple[str, Any, list[Any], list[Any]]  # prompt_id, prompt, first's responses, second's
 _CHUNK = 64  # prompts whose comparisons a ranker gets at once
@@ -49,6 +49,11 @@ def judges(recipe: Recipe) -> dict[str, Recipe]:
     return found
 
 
+def iterations_of(run_dir: Path) -> list[int]:
+    """The numbers of a run's iter<i> directories, in order; 0, the first model's, is there where its answers are."""
+    return sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal())
+
+
 def answers_of(run_dir: Path, iteration: int) -> Path:
     """The held-out prompts' answers of an iteration's model; iteration 0 is the first model."""
     return run_dir / f"iter{iteration}" / "eval" / "responses.parquet"
@@ -75,7 +80,12 @@ def match(by: Recipe, name: str, run_dir: Path, first: int, second: int, overwri
         journal = Journal(stage.journal, stage.identity)
         label = f"{name}: iteration {second} against {first}"
         with progress(len(rows), label, "prompt", len(journal.done)) as bar:
-            _ask(by, rows, journal, bar)
+            is_done, load = lambda row: row[0] in journal.done, lambda: backend(by).load(by)
+            for ranker, asked in unfinished(rows, is_done, _CHUNK, load):
+                for row, block in zip(asked, _blocks(ranker, asked), strict=True):
+                    if not is_done(row):
+                        journal.add(row[0], {"probability": block.tolist()})
+                        bar.update()
         made = ({"prompt_id": row[0], **journal.read(row[0])} for row in rows)
         stage.finish({"prompts": write_parquet(stage.outputs[0], _schema(), made)}, ranker=by.ranker)
         journal.remove()
@@ -105,40 +115,10 @@ def _joined(first: Path, second: Path) -> list[Row]:
     return [(key, row["prompt"], row["responses"], new[key]["responses"]) for key, row in old.items()]
 
 
-def _ask(by: Recipe, rows: list[Row], journal: Journal, bar: Any) -> None:
-    """Put P(second's i beats first's j) of each row into the journal, chunk by chunk.
-
-    Where the ranker answers in batches, a chunk that was cut short is asked again as a whole: the other pairs of a
-    batch decide a logit's last bits, and a killed comparison shall end like any other.
-    """
-    ranker = None
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        missing = [row for row in chunk if row[0] not in journal.done]
-        if not missing:
-            continue
-        ranker = ranker or backend(by).load(by)
-        asked = chunk if ranker.batched else missing
-        for row, block in zip(asked, _blocks(ranker, asked), strict=True):
-            if row[0] not in journal.done:
-                journal.add(row[0], {"probability": block.tolist()})
-                bar.update()
-
-
 def _blocks(ranker: Ranker, rows: list[Row]) -> Iterator[Array]:
     """P(second's i beats first's j), (n, m), of each row, from both orders of each pair."""
-    pairs = [
-        side
-        for _, prompt, old, new in rows
-        for a in new
-        for b in old
-        for side in ((prompt, a["text"], b["text"]), (prompt, b["text"], a["text"]))
-    ]
-    logits = np.full(len(pairs), np.nan)
-    for index, logit in ranker.logits(pairs):
-        logits[index] = logit
-    apart = (logits[0::2] - logits[1::2]) / 2
-    found, start = np.where(np.isfinite(apart), sigmoid(np.nan_to_num(apart)), np.nan), 0
+    pairs = [(prompt, a["text"], b["text"]) for _, prompt, old, new in rows for a in new for b in old]
+    found, start = sigmoid(log_odds(ranker, pairs)), 0
     for _, _, old, new in rows:
         stop = start + len(new) * len(old)
         yield found[start:stop].reshape(len(new), len(old))

@@ -17,8 +17,9 @@ from sppo.common.errors import SPPOError
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.manifest import Stage
 from sppo.common.preference import Array, sigmoid
+from sppo.common.progress import columns
 from sppo.config import Recipe
-from sppo.evaluation.match import Match, answers_of, judges, match, match_stage
+from sppo.evaluation.match import Match, answers_of, iterations_of, judges, match, match_stage
 from sppo.rankers import pinned
 
 DRAWS = 2000  # of the bootstrap
@@ -30,8 +31,7 @@ def models_of(run_dir: Path) -> list[int]:
 
     Raises SPPOError where fewer than two are, or where answers that a manifest tells of are gone.
     """
-    found = sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal())
-    found = [i for i in found if (answers_of(run_dir, i).parent / "responses.manifest.json").exists()]
+    found = [i for i in iterations_of(run_dir) if (answers_of(run_dir, i).parent / "responses.manifest.json").exists()]
     if lost := [str(answers_of(run_dir, i)) for i in found if not answers_of(run_dir, i).exists()]:
         raise SPPOError(f"{', '.join(lost)}: gone, though made; run the driver's command again, which draws them again")
     if len(found) < 2:
@@ -60,30 +60,41 @@ def matrix_stage(recipe: Recipe, run_dir: Path) -> Stage:
 def win_matrix(recipe: Recipe, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:
     """Compare what is not yet compared, write <run_dir>/matrix.json, and return what is in it."""
     recipe = pinned(recipe, run_dir / "iter1" / "data")
-    models = models_of(run_dir)
-    found: dict[str, Any] = {"models": [f"iter{i}" for i in models]}
-    for name, by in judges(recipe).items():
-        matches = {
+    models, by_name = models_of(run_dir), judges(recipe)
+    played = {
+        name: {
             (a, b): match(by, name, run_dir, models[a], models[b], overwrite)
             for a, b in itertools.combinations(range(len(models)), 2)
         }
-        made = compare(len(models), matches)
-        if name == "ranker":
-            some = matches[0, 1]
-            lengths = [some.lengths[1], *(matches[0, b].lengths[0] for b in range(1, len(models)))]
-            found |= {"ranker": by.ranker, "prompts": len(some.probability), **made}
-            found |= {"mean_tokens": [round(float(x.mean()), 2) for x in lengths], "judge": None}
-            mixture, value = von_neumann_winner(np.array(made["win_rates"]))
-            found["von_neumann"] = {"mixture": np.maximum(mixture, 0).round(4).tolist(), "value": round(value, 4)}
-        else:
-            found["judge"] = {"name": by.ranker, **made}
+        for name, by in by_name.items()
+    }
     stage = matrix_stage(recipe, run_dir)
     if not stage.stands():  # made of the matches in a moment, so one that differs is made again
         stage.is_done(overwrite=True)
         stage.begin()
-        write_json(stage.outputs[0], found)
-        stage.finish({"prompts": found["prompts"]})
+        write_json(stage.outputs[0], _tables(models, by_name, played))
+        stage.finish({"prompts": len(played["ranker"][0, 1].probability)})
     return read_json(stage.outputs[0])
+
+
+def _tables(
+    models: list[int], by_name: dict[str, Recipe], played: dict[str, dict[tuple[int, int], Match]]
+) -> dict[str, Any]:
+    """What matrix.json holds: the ranker's tables, the second judge's, mean lengths and the mixture."""
+    made = {name: compare(len(models), matches) for name, matches in played.items()}
+    first = [played["ranker"][0, b] for b in range(1, len(models))]
+    lengths = [first[0].lengths[1], *(each.lengths[0] for each in first)]
+    mixture, value = von_neumann_winner(np.array(made["ranker"]["win_rates"]))
+    second = [name for name in by_name if name != "ranker"]
+    return {
+        "models": [f"iter{i}" for i in models],
+        "ranker": by_name["ranker"].ranker,
+        "prompts": len(first[0].probability),
+        **made["ranker"],
+        "mean_tokens": [round(float(x.mean()), 2) for x in lengths],
+        "judge": {"name": by_name[second[0]].ranker, **made[second[0]]} if second else None,
+        "von_neumann": {"mixture": np.maximum(mixture, 0).round(4).tolist(), "value": round(value, 4)},
+    }
 
 
 def compare(count: int, matches: dict[tuple[int, int], Match]) -> dict[str, list[list[float]]]:
@@ -170,7 +181,7 @@ def print_matrix(found: dict[str, Any]) -> None:
                 for j, (low, high) in enumerate(zip(table["low"][i], table["high"][i], strict=True))
             ]
             lines.append([model, *cells, f"{tokens[i]:g}"])
-        _print_columns(lines)
+        print("\n".join(columns(lines)))
         last = table["length_controlled"][-1][0]
         print(f"At equal length {models[-1]} beats {models[0]} in {_percent(last)}% ({name}).")
     drawn = ", ".join(f"{m} {_percent(q)}%" for m, q in zip(models, mixture, strict=True) if q > 0)
@@ -179,9 +190,3 @@ def print_matrix(found: dict[str, Any]) -> None:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _print_columns(lines: list[list[str]]) -> None:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

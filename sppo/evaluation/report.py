@@ -15,9 +15,10 @@ import numpy as np
 
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.manifest import Stage
+from sppo.common.progress import columns
 from sppo.config import Recipe
 from sppo.evaluation.answers import draw
-from sppo.evaluation.match import judges, match
+from sppo.evaluation.match import iterations_of, judges, match
 from sppo.evaluation.matrix import interval
 from sppo.evaluation.measures import measure
 from sppo.rankers import backend, pinned
@@ -74,8 +75,7 @@ def _rows(run_dir: Path) -> list[dict[str, Any]]:
     Later ones too: a report that is made again must not take their rows out of summary.json.
     """
     base, rows = read_json(run_dir / "iter0/eval/measures.json"), []
-    numbers = sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal())
-    for here in (run_dir / f"iter{i}/eval" for i in numbers):
+    for here in (run_dir / f"iter{i}/eval" for i in iterations_of(run_dir)):
         if (here / "report.json").exists():
             measured = read_json(here / "measures.json") if (here / "measures.json").exists() else {}
             rows.append({**read_json(here / "report.json"), **measured, "base": base})
@@ -104,11 +104,8 @@ def _compare(recipe: Recipe, run_dir: Path, iteration: int) -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The rows of summary.json, for a person."""
-    lines = table(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     print("\nWin rates are against iteration 0, the first model; all is on held-out prompts.")
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print("\n".join(columns(table(rows))))
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:

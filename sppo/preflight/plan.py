@@ -10,6 +10,7 @@ import time
 
 from sppo.common.files import read_json
 from sppo.common.findings import TYPICAL_RESPONSE, Findings, Iteration, Load, Run
+from sppo.common.progress import columns
 from sppo.config import Recipe
 from sppo.generation import checks as generation
 from sppo.ranking import checks as ranking
@@ -103,8 +104,7 @@ def table(loads: list[Load], recipe: Recipe, spent: dict[int, list[float]]) -> l
         time_spent = [_hours(sum(parts)), f"({' + '.join(map(_hours, parts))})"] if parts else []
         unknown = counts[-2] and not counts[-1]  # the batches do not come out even
         lines.append([name, *(f"{n:,}" for n in counts[:-1]), "?" if unknown else f"{counts[-1]:,}", *time_spent])
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(header))]
-    return ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=False)) for line in lines]
+    return columns(lines)
 
 
 def _hours(value: float) -> str:

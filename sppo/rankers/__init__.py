@@ -11,23 +11,29 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
 
 from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json, write_json
 from sppo.common.model_files import commit_of
 from sppo.common.policy import policy_of
+from sppo.common.preference import Array
 from sppo.config import Recipe
 from sppo.formats import Message, Pair, prompt_text
 
 if TYPE_CHECKING:
     import torch
+
+Row = TypeVar("Row")
 
 # what a ranker is asked to see whether it answers
 TRIAL: Pair = ([{"role": "user", "content": "What is two plus two?"}], "Four.", "I do not like questions.")
@@ -98,6 +104,37 @@ def ask_trial(ranker: Ranker, pairs: list[Pair], which: str) -> list[float]:
     if not all(map(math.isfinite, answers.values())):
         raise SPPOError(f"{which} gives {list(answers.values())} for a trial pair, not finite numbers")
     return [answers[i] for i in range(len(pairs))]
+
+
+def unfinished(
+    rows: Iterable[Row], is_done: Callable[[Row], bool], size: int, load: Callable[[], Ranker]
+) -> Iterator[tuple[Ranker, list[Row]]]:
+    """(the ranker, rows to ask it about), chunk by chunk of `size` rows; it is loaded when the first is needed.
+
+    Only what is not done is asked. But where the ranker answers in batches, the other pairs of a batch decide a
+    logit's last bits: then a chunk that was cut short comes as a whole, so that the end is the same as without a kill.
+    """
+    ranker, left = None, iter(rows)
+    while chunk := list(itertools.islice(left, size)):
+        missing = [row for row in chunk if not is_done(row)]
+        if missing:
+            ranker = ranker or load()
+            yield ranker, chunk if ranker.batched else missing
+
+
+def log_odds(ranker: Ranker, pairs: Sequence[Pair]) -> Array:
+    """Log-odds that the first of each pair beats the second, (n,): half the difference of the logits of both orders.
+
+    0 without asking where the two are the same text, NaN where an answer is not finite.
+    """
+    asked = [i for i, (_, a, b) in enumerate(pairs) if a != b]
+    both = [side for i in asked for side in (pairs[i], (pairs[i][0], pairs[i][2], pairs[i][1]))]
+    logits = np.full(len(both), np.nan)
+    for index, logit in ranker.logits(both):
+        logits[index] = logit if math.isfinite(logit) else math.nan
+    found = np.zeros(len(pairs))
+    found[asked] = (logits[0::2] - logits[1::2]) / 2
+    return found
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, batch_scores: int = 1 << 62) -> Iterator[list[int]]:

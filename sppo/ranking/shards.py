@@ -91,9 +91,7 @@ def _with_model(recipe: Recipe, output_dir: Path) -> Recipe:
 def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, overwrite: bool) -> None:
     """Write $DATA/ranking/shard-<data_frac>.parquet for its slice of $DATA/responses.parquet.
 
-    Prompts that a killed try had finished are in the journal and are not asked again. Where the ranker answers in
-    batches, the other pairs of a batch change a logit's last bits: then a chunk that was cut short is asked again as a
-    whole, so that the ranking is the same as without the kill.
+    Prompts that a killed try had finished are in the journal and are not asked again (see rankers.unfinished).
     """
     responses = require_responses(output_dir)
     responses_columns(responses)
@@ -109,13 +107,8 @@ def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, overwrite: bool) -
     rows = _slice(responses, start, stop, recipe.pairs)
     print(f"rank: rows {start} to {stop} of {total}: {len(journal.done)} in the journal", flush=True)
     with progress(stop - start, f"shard {shard}", "prompt", len(journal.done)) as bar:
-        ranker = None
-        while chunk := list(itertools.islice(rows, _CHUNK)):
-            missing = [row for row in chunk if row["prompt_id"] not in journal.done]
-            if not missing:
-                continue
-            ranker = ranker or backend.load(recipe)
-            asked = chunk if ranker.batched else missing
+        is_done, load = lambda row: row["prompt_id"] in journal.done, lambda: backend.load(recipe)
+        for ranker, asked in rankers.unfinished(rows, is_done, _CHUNK, load):
             items = [(row["prompt"], [(r or {}).get("text") or "" for r in row["responses"]]) for row in asked]
             for index, logits in prompt_logits(ranker, items):
                 name = asked[index]["prompt_id"]

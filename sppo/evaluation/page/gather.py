@@ -19,6 +19,7 @@ from sppo.common.files import read_json
 from sppo.common.parquet import read_rows
 from sppo.common.preference import Array
 from sppo.config import read_yaml
+from sppo.evaluation.match import iterations_of
 
 _RATES = {"p": "chosen_probs", "p_win": "chosen_probs_win", "p_lose": "chosen_probs_lose"}
 
@@ -50,7 +51,6 @@ class Prompt:
 class Run:
     """All of a run that the page shows."""
 
-    path: Path
     name: str
     settings: dict[str, Any]
     iterations: list[Iteration]
@@ -65,7 +65,7 @@ class Run:
 
 def gather(run_dir: Path) -> Run:
     """Read a run's directory. Raises SPPOError where it is none."""
-    numbers = sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal() and p.name != "iter0")
+    numbers = [i for i in iterations_of(run_dir) if i]
     if not numbers:
         raise SPPOError(f"{run_dir} is no run: it has no iter1; a run's directory is what --run_dir names")
     reader = _Reader()
@@ -77,7 +77,6 @@ def gather(run_dir: Path) -> Run:
     answered = ((i, run_dir / f"iter{i}") for i in [0, *numbers])
     suites = {i: [reader.json(p) for p in sorted(here.glob("suites/*/figures.json"))] for i, here in answered}
     return Run(
-        run_dir,
         run_dir.resolve().name,
         reader.read(recipe, lambda: read_yaml(recipe.read_text(encoding="utf-8"))) or {},
         iterations,

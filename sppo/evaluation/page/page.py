@@ -54,7 +54,7 @@ def write_comparison(run_dirs: list[Path], path: Path) -> Path:
         Section("Training", _HEALTHY["Training"], figures.training(runs)),
         Section("Settings that differ", "", [], settings if differing else []),
     ]
-    summary = [line for run in runs for line in [f"{run.name}: {' '.join(_summary(run))}"]]
+    summary = [f"{run.name}: {' '.join(_summary(run))}" for run in runs]
     warned = [f"{run.name}: {line}" for run in runs for line in warnings(run)]
     title = " and ".join(run.name for run in runs)
     return _write(path, title, runs, [s for s in sections if s.pictures or s.table], summary, warned, None)
