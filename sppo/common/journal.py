@@ -6,8 +6,9 @@ import fcntl
 import hashlib
 import json
 import os
+from io import BufferedRandom
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sppo.common.errors import SPPOError
 
@@ -26,7 +27,7 @@ class Journal:
         self.dropped = 0
         self._salt = json.dumps(identity, sort_keys=True).encode()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115 - held until close() or remove()
+        self._file: BufferedRandom = open(path, "a+b")  # noqa: SIM115 - held until close() or remove()
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -58,8 +59,13 @@ class Journal:
         body = json.dumps(item, ensure_ascii=True, separators=(",", ":")).encode()
         self._file.seek(0, os.SEEK_END)
         offset = self._file.tell()
-        self._file.write(_checksum(body, salt) + b" " + body + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(_checksum(body, salt) + b" " + body + b"\n")
+            self._file.flush()
+        except OSError:
+            # a full disk: what is still in the buffer would be written, and fail, once more when Python ends
+            self._file.raw.close()
+            raise
         return offset
 
     def add(self, key: str, value: dict[str, Any]) -> None:
