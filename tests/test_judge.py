@@ -32,6 +32,7 @@ from test_data import data_directory
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import read_json
 from sppo.config import Recipe
+from sppo.formats import Pair
 from sppo.rankers import judge
 from sppo.rankers.judge import Judge, judge_prompt, read_answer
 
@@ -305,7 +306,7 @@ def test_a_server_that_stays_down_ends_in_one_line_that_says_how_to_go_on(
         url = "http://127.0.0.1:9/v1"
     recipe = Recipe(ranker="tiny-judge", ranker_url=url, ranker_retries=1, ranker_timeout=0.5)
     ranker = Judge(recipe)
-    ranker.key = KEY
+    ranker.server.key = KEY
     started = time.monotonic()
     with pytest.raises(SPPOError, match="asked 2 times.*run the same command to go on") as failure:
         list(ranker.logits([PAIR]))
@@ -417,15 +418,15 @@ def test_a_ctrl_c_in_the_middle_of_an_answer_is_all_that_is_said(
 ) -> None:
     """A signal may come while a request's own code runs; asyncio then keeps it, and prints what nobody reads."""
 
-    async def interrupted(_: Any, __: Any, index: int, ___: Any) -> tuple[int, float]:
-        if index == 1:
+    async def interrupted(_: Any, __: Any, pair: Pair) -> float:
+        if pair[1] == "interrupt":
             raise KeyboardInterrupt
         await asyncio.sleep(60)
-        return index, 0.0
+        return 0.0
 
     monkeypatch.setattr(Judge, "_answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        list(Judge(Recipe(ranker="tiny-judge", ranker_url=stub[1])).logits([PAIR] * 3))
+        list(Judge(Recipe(ranker="tiny-judge", ranker_url=stub[1])).logits([PAIR, (USER, "interrupt", ""), PAIR]))
     gc.collect()
     assert "never retrieved" not in caplog.text
 

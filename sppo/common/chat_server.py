@@ -1,0 +1,142 @@
+"""An OpenAI-compatible chat server, asked many questions at once: what is tried again, and what its errors mean."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from sppo.common.errors import SPPOError, UsageError
+
+if TYPE_CHECKING:
+    from openai import APIError, AsyncOpenAI
+
+Item, Answer = TypeVar("Item"), TypeVar("Answer")
+
+TOO_MUCH = (400, 413, 422)  # this request is not taken: too long for the model, or filtered
+
+
+@dataclass
+class ChatServer:
+    """The server at `url`, which gets `concurrency` requests at once. The key is OPENAI_API_KEY in the environment.
+
+    `url_flag` and `model_flag` are what messages tell the user to look at.
+    """
+
+    url: str
+    url_flag: str
+    model_flag: str
+    concurrency: int = 32
+    timeout: float = 120  # seconds
+    retries: int = 5
+    noted: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if "@" in urlsplit(self.url).netloc:
+            raise UsageError(f"{self.url_flag} holds a password, which recipes and logs would show; set OPENAI_API_KEY")
+        try:
+            import openai
+        except ImportError:
+            raise SPPOError("asking a chat server needs a package: pip install 'openai>=2.25'") from None
+        self.openai = openai
+        self.failures = (openai.APIError, AttributeError, KeyError, TypeError, ValueError)  # or an answer that is none
+        self.key = os.environ.get("OPENAI_API_KEY", "")
+
+    def client(self) -> AsyncOpenAI:
+        """A client of this event loop, which itself retries 408, 409, 429, 5xx, no connection, no answer in time."""
+        key = self.key or "none"
+        return self.openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
+
+    def ask_all(
+        self, items: Iterable[Item], ask: Callable[[AsyncOpenAI, Item], Awaitable[Answer]]
+    ) -> Iterator[tuple[int, Answer]]:
+        """(index, what `ask` gives of the item), as answers come.
+
+        Raises what `ask` raises. Requests under way are dropped then, as they are at a Ctrl-C.
+        """
+        loop = asyncio.new_event_loop()
+        client, waiting, running = self.client(), iter(enumerate(items)), set()
+
+        async def answer(index: int, item: Item) -> tuple[int, Answer]:
+            return index, await ask(client, item)
+
+        try:
+            while True:
+                for index, item in islice(waiting, self.concurrency - len(running)):
+                    running.add(loop.create_task(answer(index, item)))
+                if not running:
+                    return
+                some = asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                done, running = loop.run_until_complete(some)
+                for task in sorted(done, key=lambda task: task.exception() is not None):  # answers before errors
+                    yield task.result()
+        finally:
+            for task in running:
+                if task.done() and not task.cancelled():
+                    task.exception()  # a Ctrl-C that came while it was at work: read, so that asyncio does not print it
+            loop.run_until_complete(_drop(asyncio.all_tasks(loop), client))
+            loop.close()
+
+    async def complete(self, client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+        """The chat completion of a request, as JSON."""
+        return json.loads((await client.chat.completions.with_raw_response.create(**request)).text)
+
+    def models(self) -> list[str]:
+        """The names that the server gives its models. Raises SPPOError."""
+
+        async def listed() -> list[str]:
+            async with self.client() as client:
+                return [model.id async for model in client.models.list()]
+
+        try:
+            return asyncio.run(listed())
+        except self.failures as error:
+            raise self.failure(error) from None
+
+    def check_serves(self, model: str) -> None:
+        """Raises SPPOError where the server gives no answer, or has no such model."""
+        served = self.models()
+        if model not in served:
+            raise SPPOError(f"{self.url} serves {', '.join(served) or 'no model'}, not {self.model_flag} {model}")
+
+    def failure(self, error: Exception) -> SPPOError:
+        """What a failed request means for the user."""
+        status, where = getattr(error, "status_code", None), f"the judge at {self.url}"
+        if not isinstance(error, self.openai.APIError):
+            return SPPOError(f"{where} is no OpenAI-compatible server; {self.url_flag} usually ends in /v1")
+        if status in (401, 403):
+            return SPPOError(f"{where} answers HTTP {status}; check OPENAI_API_KEY in the environment")
+        if status == 404:
+            return SPPOError(
+                f"{where} answers HTTP 404; check {self.model_flag}, and {self.url_flag}, which usually ends in /v1"
+            )
+        if status and status < 500 and status not in (408, 409, 429):
+            return SPPOError(f"{where} does not take the request: {self.words(error)}")
+        return SPPOError(
+            f"{where} gives no answer, asked {self.retries + 1} times ({self.words(error)}); "
+            "see to the server and run the same command to go on"
+        )
+
+    def words(self, error: APIError) -> str:
+        """The error in a line, without the key, should the server repeat it."""
+        text = " ".join(error.message.split())
+        return (text.replace(self.key, "***") if self.key else text)[:300]
+
+    def note(self, text: str) -> None:
+        """Say once what holds for one answer and maybe for all."""
+        if text.split(":")[0] not in self.noted:
+            self.noted.add(text.split(":")[0])
+            print(f"judge: {text}", file=sys.stderr, flush=True)
+
+
+async def _drop(tasks: set[asyncio.Task[Any]], client: AsyncOpenAI) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.close()
