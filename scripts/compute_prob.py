@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--name", help="with --org: name of the data sets on the Hub")
     config.add_prompts_check(parser)
     args, recipe = config.parse(parser)
+    config.require_pairs(recipe)
     if args.org and not args.name:
         raise UsageError("--org needs --name, the data sets' name on the Hub")
     from sppo.generation.combine import check_prompts

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--gpu", help="the GPU to use, as CUDA_VISIBLE_DEVICES names it (default: as it is set)")
     config.add_prompts_check(parser)
     args, recipe = config.parse(parser)
+    config.require_pairs(recipe)
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
     from sppo.common.shards import Slice

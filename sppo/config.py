@@ -47,11 +47,11 @@ class Recipe:
     prompt_split: str = _key("train", "split of the prompts to read, where they have splits")
     split_prompts: bool = _key(False, "give each iteration its own disjoint part of one prompt set")
     iterations: int = _key(3, "iterations of generate, rank, train", 1)
-    pairs: int = _key(5, "K, the responses drawn for each prompt", 2)
+    pairs: int = _key(5, "K, the responses drawn for each prompt; at least 2 can be ranked", 1)
     seed: int = _key(42, "seed of sampling, hold-out and training order", 0, 2**31)
     # generation
     engine: Literal["auto", "vllm", "transformers"] = _key("auto", "auto takes vllm where it is installed")
-    temperature: float = _key(0.7, "sampling temperature; not 0, which would draw K times the same", 0.01)
+    temperature: float = _key(0.7, "sampling temperature; 0, the likeliest token each time, with --pairs 1 alone", 0)
     top_p: float = _key(0.9, "nucleus sampling: the smallest set of tokens with this much probability", 1e-6, 1)
     maxlen: int = _key(2048, "longest response, in tokens", 1)
     prompt_seeds: bool = _key(
@@ -256,7 +256,16 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
             if name not in _FIELDS:
                 raise UsageError(f"{where}: unknown key {ascii(name)}{nearest(str(name), _FIELDS)}")
             values[name] = _convert(name, value, where)
-    return Recipe(**values)
+    recipe = Recipe(**values)
+    if recipe.temperature < 0.01 and recipe.pairs > 1:
+        raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
+    return recipe
+
+
+def require_pairs(recipe: Recipe) -> None:
+    """Raises UsageError for K = 1: one response a prompt is enough for a benchmark, not for a comparison."""
+    if recipe.pairs < 2:
+        raise UsageError(f"pairs: {recipe.pairs}: at least 2 responses can be compared")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -67,6 +67,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 def place(recipe: Recipe, args: argparse.Namespace) -> tuple[str, Path, list[str]]:
     """(the run's name, its directory, its devices). Raises UsageError for flags that contradict each other."""
+    config.require_pairs(recipe)
     name = args.name or Path(recipe.model).name
     names = devices(args.gpus)
     groups(names, args.world_size)

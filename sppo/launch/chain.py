@@ -144,7 +144,9 @@ def main() -> None:
     if {"--help", "-h"} & set(argv):
         print(f"printf %s {shlex.quote(parser.format_help())}; exit 0")
         return
-    args, _ = config.parse(parser, argv)  # also: a wrong value ends here
+    args, recipe = config.parse(parser, argv)  # also: a wrong value ends here
+    if what == "generate":
+        config.require_pairs(recipe)
     words = share(args, config.given(parser, args))
     print("\n".join(f"{name}=({shlex.join(array)})" for name, array in words.items()))
 

@@ -99,7 +99,8 @@ class _Sampler:
         import torch
 
         u = self.uniform[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device)  # (B, 1)
-        probs, order = torch.softmax(scores.double() / self.temperature, -1).sort(dim=-1, descending=True, stable=True)
+        temperature = self.temperature or 1e-9  # 0: all of the mass on the likeliest token
+        probs, order = torch.softmax(scores.double() / temperature, -1).sort(dim=-1, descending=True, stable=True)
         cumulative = probs.cumsum(-1)  # (B, V)
         if not cumulative[:, -1].isfinite().all():
             raise SPPOError("the model's logits are not finite; its weights or its precision are broken")
