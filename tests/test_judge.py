@@ -10,12 +10,10 @@ import os
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -93,31 +91,9 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     """(URL, the judge's directory) of vLLM's server."""
     pytest.importorskip("vllm")
     pytest.importorskip("openai")
-    root = tmp_path_factory.mktemp("judge")
-    directory = make_judge(root / "tiny-judge")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
-    command += ["--served-model-name=tiny-judge", "--host=127.0.0.1", f"--port={port}", "--dtype=float32"]
-    command += ["--enforce-eager", "--max-model-len=4096", "--max-num-batched-tokens=4096", "--api-key", KEY]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    with open(root / "log", "w") as log:
-        server = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tiny.ROOT
-        )
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()  # noqa: S310
-                break
-            except OSError:
-                assert server.poll() is None, (root / "log").read_text()[-3000:]
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", directory
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+    directory = make_judge(tmp_path_factory.mktemp("judge") / "tiny-judge")
+    with tiny.chat_server(directory, "tiny-judge", KEY) as url:
+        yield url, directory
 
 
 @pytest.mark.slow

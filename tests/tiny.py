@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +223,33 @@ def processes(directory: Path, name: bytes = b"") -> list[Path]:
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@contextlib.contextmanager
+def chat_server(directory: Path, name: str, key: str, longest: int = 4096) -> Iterator[str]:
+    """The URL of vLLM's OpenAI-compatible server over the model in `directory`; `name`: its name there, or several."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    command += ["--served-model-name", *name.split(), "--host=127.0.0.1", f"--port={port}", "--dtype=float32"]
+    command += ["--enforce-eager", f"--max-model-len={longest}", f"--max-num-batched-tokens={longest}"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    log = directory.parent / "server.log"
+    with open(log, "w") as out:
+        server = subprocess.Popen(
+            [*command, "--api-key", key], env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=ROOT,
+        )  # fmt: skip
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()  # noqa: S310
+                break
+            except OSError:
+                assert server.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)

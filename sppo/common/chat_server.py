@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Item, Answer = TypeVar("Item"), TypeVar("Answer")
 
+_GRACE = 5  # seconds for the answers that are under way when one fails
 TOO_MUCH = (400, 413, 422)  # this request is not taken: too long for the model, or filtered
 
 
@@ -58,9 +59,10 @@ class ChatServer:
     ) -> Iterator[tuple[int, Answer]]:
         """(index, what `ask` gives of the item), as answers come.
 
-        Raises what `ask` raises. Requests under way are dropped then, as they are at a Ctrl-C.
+        Raises what `ask` raises, once those under way have had some seconds: their answers are paid for. At a Ctrl-C
+        they are dropped.
         """
-        loop = asyncio.new_event_loop()
+        loop, failed = asyncio.new_event_loop(), None
         client, waiting, running = self.client(), iter(enumerate(items)), set()
 
         async def answer(index: int, item: Item) -> tuple[int, Answer]:
@@ -68,14 +70,21 @@ class ChatServer:
 
         try:
             while True:
-                for index, item in islice(waiting, self.concurrency - len(running)):
+                for index, item in islice(waiting, 0 if failed else self.concurrency - len(running)):
                     running.add(loop.create_task(answer(index, item)))
                 if not running:
-                    return
-                some = asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    break
+                grace = _GRACE if failed else None
+                some = asyncio.wait(running, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
                 done, running = loop.run_until_complete(some)
-                for task in sorted(done, key=lambda task: task.exception() is not None):  # answers before errors
-                    yield task.result()
+                if not done:
+                    break
+                for task in done:
+                    failed = failed or task.exception()
+                    if not task.exception():
+                        yield task.result()
+            if failed:
+                raise failed
         finally:
             for task in running:
                 if task.done() and not task.cancelled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,3 +92,22 @@ def add_adapter(network: Any, policy: Policy, new: Any) -> Any:
         return get_peft_model(network, new)
     except ValueError as error:
         raise SPPOError(f"--lora_target_modules {modules}: {' '.join(str(error).split())}") from None
+
+
+def prepare_vllm(world_size: int) -> None:
+    """What vLLM reads from the environment when it is imported; what the user has set there stays.
+
+    In this process where one device is enough: nothing is left behind when it is killed.
+    """
+    if world_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build only
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def vllm_dtype(policy: Policy, cpu: bool) -> str:
+    """float32 checkpoints (trained without DeepSpeed) run in bfloat16 on a GPU: vLLM's own choice would be float16."""
+    stored = str(getattr(load_config(policy), "dtype", None)).removeprefix("torch.")
+    if stored == "float32":
+        return "float32" if cpu else "bfloat16"
+    return "auto"

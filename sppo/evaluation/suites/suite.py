@@ -1,0 +1,189 @@
+"""What the suites share: what was asked for, the answers, a judge whose judgements are kept, the figures' file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppo.common.chat_server import TOO_MUCH, ChatServer
+from sppo.common.errors import SPPOError, first_line
+from sppo.common.files import atomic, digest, write_json
+from sppo.common.journal import Journal
+from sppo.common.manifest import Stage
+from sppo.common.model_files import public_name
+from sppo.common.parquet import read_rows
+from sppo.common.progress import progress
+from sppo.config import Recipe
+from sppo.evaluation.answers import draw
+from sppo.formats import Message
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+Figures = dict[str, float]
+
+
+@dataclass
+class Order:
+    """What evaluate.sh was asked for. `out`: <output_dir>/suites/<suite>. `judge_model`: empty without a judge."""
+
+    suite: str
+    recipe: Recipe
+    out: Path
+    gpus: str
+    world_size: int
+    questions: str
+    judge_url: str
+    judge_model: str
+    overwrite: bool
+    leaderboard: int = 1
+
+    @property
+    def name(self) -> str:
+        """The model's name in the suite's files: of runs/x/iter3/model it is x-iter3."""
+        here = Path(self.recipe.model)
+        return f"{here.parts[-3]}-{here.parts[-2]}" if is_iteration(here) else public_name(self.recipe.model)
+
+
+def is_iteration(model: Path) -> bool:
+    """Whether a model is one of a run: <run>/iter<i>/model."""
+    parts = model.parts[-3:]
+    return len(parts) == 3 and parts[2] == "model" and parts[1][:4] == "iter" and parts[1][4:].isdecimal()
+
+
+def answers(order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any) -> dict[str, str]:
+    """The model's answer to each conversation, by its id, drawn into <out>/answers/<name>; "" where there is none.
+
+    `settings` win over the recipe's. What was drawn before is kept.
+    """
+    out = order.out / "answers" / name
+    prompts = out / "prompts.jsonl"
+    lines = [json.dumps({"prompt_id": key, "prompt": value}) + "\n" for key, value in conversations.items()]
+    with atomic(prompts) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    asked = {"prompts": str(prompts), "prompts_revision": "", "prompt_column": "prompt", "pairs": 1, **settings}
+    recipe = dataclasses.replace(order.recipe, **asked)
+    drawn = draw(recipe, out, order.out / "logs", order.gpus, order.world_size, name, order.overwrite)
+    found = {row["prompt_id"]: row["responses"][0]["text"] for row in read_rows(drawn, ["prompt_id", "responses"])}
+    if missing := len(conversations) - len(found):
+        print(f"evaluate: {missing} questions are too long for the model; their answers count as empty")
+    return {key: found.get(key, "") for key in conversations}
+
+
+class Judge:
+    """The judge of a suite. Every judgement is in a journal as soon as it is there, and is not paid for twice."""
+
+    def __init__(self, order: Order) -> None:
+        self.model = order.judge_model
+        self.server = ChatServer(order.judge_url, "--judge_url", "--judge_model", concurrency=8, timeout=300)
+        self._path = order.out / "judgements.journal"
+        self._identity = {"suite": order.suite, "judge": order.judge_model}
+
+    def choices(
+        self, requests: Sequence[dict[str, Any]], is_answer: Callable[[dict[str, Any]], bool], wanted: str
+    ) -> list[dict[str, Any]]:
+        """The first choice of each request's completion, {} where the server refuses it.
+
+        Raises SPPOError where the server fails, and where none of the first three is an answer (`wanted` says of what
+        kind): the rest need not be paid for then. What is no answer is not kept, and asked again the next time.
+        """
+        keys = [hashlib.sha256(json.dumps(r, sort_keys=True).encode()).hexdigest() for r in requests]
+        journal = Journal(self._path, self._identity)
+        found = {key: journal.read(key) for key in dict.fromkeys(keys) if key in journal.done}
+        left = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
+        first = 0 if found else 3
+        try:
+            with progress(len(set(keys)), "judge", "answer", len(found)) as bar:
+                for some in filter(None, (list(left)[:first], list(left)[first:])):
+                    for index, choice in self.server.ask_all([left[key] for key in some], self._ask):
+                        found[some[index]] = choice
+                        if is_answer(choice):
+                            journal.add(some[index], choice)
+                        bar.update()
+                    if not journal.done:
+                        raise self._no_answer(found[some[0]], wanted)
+        finally:
+            journal.close()
+        return [found[key] for key in keys]
+
+    async def _ask(self, client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return dict((await self.server.complete(client, {"model": self.model, **request}))["choices"][0])
+        except (*self.server.failures, IndexError) as error:
+            if getattr(error, "status_code", None) not in TOO_MUCH:
+                raise self.server.failure(error) from None
+            self.server.note(f"a question was refused and is left out: {self.server.words(error)}")
+            return {}
+
+    def _no_answer(self, choice: dict[str, Any], wanted: str) -> SPPOError:
+        said = ((choice.get("message") or {}).get("content") or "") if choice else "an error, see above"
+        return SPPOError(f"the judge {self.model} answers no question with {wanted}, but: {said[:200]!r}")
+
+    def forget(self) -> None:
+        """Remove the journal: all that was in it is in the suite's own files."""
+        self._path.unlink(missing_ok=True)
+
+
+def fetch(repo: str, kind: str, names: list[str]) -> list[Path]:
+    """Files of a repository of the Hub, from its cache or the network. Raises SPPOError that says how to fetch them."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return [Path(hf_hub_download(repo, name, repo_type=kind)) for name in names]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SPPOError(
+            f"the {kind} {repo} is not here, and the Hub does not give it ({first_line(error)}). Where there is a "
+            f"network: hf download {repo} {' '.join(names)} --repo-type {kind}; then copy HF_HOME. Or pass --questions."
+        ) from None
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """The rows of a questions file: a JSON list, JSONL, or Parquet. Raises SPPOError for any other."""
+    if not path.is_file():
+        raise SPPOError(f"--questions {path}: no such file")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return list(read_rows(path, pq.read_schema(path).names))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else list(map(json.loads, filter(str.strip, text.splitlines())))
+        )
+    except ValueError as error:
+        raise SPPOError(f"--questions {path}: not JSON ({error})") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise SPPOError(f"--questions {path}: it holds no questions, an object each")
+    return rows
+
+
+def figures_stage(order: Order, inputs: dict[str, Any], settings: dict[str, Any], files: Sequence[str] = ()) -> Stage:
+    """The stage that makes <out>/figures.json, and the suite's own `files` beside it."""
+    return Stage(
+        order.suite,
+        order.out / "figures.manifest.json",
+        [order.out / name for name in ("figures.json", *files)],
+        {"questions": order.questions and digest(Path(order.questions)), **inputs},
+        {"judge": order.judge_model, **settings},
+    )
+
+
+def finish(order: Order, stage: Stage, figures: Figures, questions: int) -> None:
+    """Write figures.json, what the report and summary.json show, and the manifest."""
+    made = {
+        "suite": order.suite,
+        "model": order.name,
+        "judge": order.judge_model or None,
+        "questions": Path(order.questions).name or None,
+        "figures": {k: v if isinstance(v, int) else round(v, 4) for k, v in figures.items()},
+    }
+    write_json(stage.outputs[0], made)
+    stage.finish({"questions": questions}, judge=order.judge_model)
