@@ -170,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _sha(f)} for f in files])
 
     def resolve(self, _: bytes, name: str, commit: str, path: str) -> None:
+        commit = [*self.hub.models[name]][-1] if commit == "main" else commit
         file = self.hub.models[name][commit] / path
         if file.is_file():
             return self.send(file.read_bytes(), 200, {"ETag": f'"{_sha(file)}"', "X-Repo-Commit": commit})
@@ -269,7 +270,7 @@ _ROUTES = {
     "POST /api/validate-yaml": _Handler.validate,
     rf"GET {_REPO}(?:/revision/(\w+))?": _Handler.info,
     rf"GET {_REPO}/tree/(\w+)": _Handler.tree,
-    rf"(?:GET|HEAD) /{_NAME}/resolve/(\w+)/(.+)": _Handler.resolve,
+    rf"(?:GET|HEAD) /(?:datasets/|spaces/)?{_NAME}/resolve/(\w+)/(.+)": _Handler.resolve,
     f"POST {_REPO}/preupload/main": _Handler.preupload,
     rf"POST (?:/datasets)?/{_NAME}\.git/info/lfs/objects/batch": _Handler.batch,
     "POST /verify": _Handler.verify,

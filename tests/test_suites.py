@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import numpy as np
 import pytest
 import tiny
@@ -321,6 +322,63 @@ def test_what_is_paid_for_is_kept(iteration: Path, tmp_path: Path, stub: tuple[t
     assert len(server.asked) == count + 2
     assert figures(here, "mt_bench")["score"] == 6
     assert not journal.exists()
+
+
+@pytest.mark.slow
+def test_the_suites_own_questions_come_from_the_hub(
+    iteration: Path, tmp_path: Path, stub: tuple[type[Stub], str]
+) -> None:
+    """What most people run: no --questions. alpaca-eval's own length-controlled win rate, by its gamed baselines."""
+    server, url = stub
+    files = {name: tmp_path / "hub" / name for name in (alpaca_eval.DATASET, mt_bench.SPACE)}
+    alpaca, space = files.values()
+    alpaca.mkdir(parents=True)
+    (alpaca / alpaca_eval.REFERENCE).write_text(json.dumps(ALPACA))
+    rng = np.random.default_rng(0)
+    lines = ["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
+    for model in ("concise", "verbose"):
+        for n in range(12):
+            length = rng.normal(-1 if model == "concise" else 1)
+            lines.append(f"{model},{n},{rng.uniform(0.2, 0.8):.3f},{length:.3f},{(n - 6) / 3:.3f},False")
+    (alpaca / alpaca_eval.GAMED).write_text("\n".join(lines) + "\n")
+    data = space / mt_bench.DATA
+    (data / "reference_answer").mkdir(parents=True)
+    tiny.write_jsonl(data / "question.jsonl", [{k: v for k, v in row.items() if k != "reference"} for row in MT_BENCH])
+    said = [{"question_id": 111, "choices": [{"index": 0, "turns": ["It is 2.", "It is 4."]}]}]
+    tiny.write_jsonl(data / "reference_answer" / "gpt-4.jsonl", said)
+    # its probability of m is 0.3 for odd questions, 0.6 for even ones
+    first = [np.log(0.3), np.log(0.6)]
+    server.behave = lambda n: with_logprobs(first[n % 2])
+    here = tmp_path / "mine" / "iter1"
+    shutil.copytree(iteration / "model", here / "model")
+    with hub_server.running() as hub:
+        hub.models = {name: {"c" * 40: path} for name, path in files.items()}
+        environment = {**hub.env, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        asked = ["scripts/evaluate.sh", f"--model={here / 'model'}", f"--judge_url={url}", "--judge_model=tiny-judge"]
+        tiny.succeed(*asked, *DRAW, "--suite=alpaca_eval", **environment)
+        server.behave = lambda n: says("Rating: [[5]]")
+        tiny.succeed(*asked, *DRAW, "--suite=mt_bench", **environment)
+    found = figures(here, "alpaca_eval")
+    annotations = here / "suites/alpaca_eval/annotations.json"
+    code = (
+        "import json, sys; from alpaca_eval.metrics import get_length_controlled_winrate as lc; import pandas as pd\n"
+    )
+    code += "made = lc(pd.read_json(sys.argv[1]), save_weights_dir=None); print(json.dumps(made, default=float))"
+    offline = {**os.environ, "HF_HOME": environment["HF_HOME"], "HF_HUB_OFFLINE": "1"}
+    own = subprocess.run([sys.executable, "-c", code, annotations], env=offline, capture_output=True, check=True)
+    theirs = json.loads(own.stdout.splitlines()[-1])
+    assert found["win_rate_percent"] == pytest.approx(theirs["win_rate"], abs=1e-3)
+    assert found["length_controlled_win_rate_percent"] == pytest.approx(theirs["length_controlled_winrate"], abs=1e-3)
+    prompts = [json.loads(line)["prompt"] for line in open(here / "suites/mt_bench/judgements.jsonl")]  # noqa: SIM115
+    assert "[The Start of Reference Answer]\nIt is 2.\n[The End" in prompts[2]
+
+
+def with_logprobs(of_m: float) -> tuple[int, Any]:
+    """A completion whose first token is m or M, with the log-prob of each."""
+    status, body = says("m")
+    top = [{"token": "m", "logprob": of_m}, {"token": "M", "logprob": float(np.log1p(-np.exp(of_m)))}]
+    body["choices"][0]["logprobs"] = {"content": [{"token": "m", "logprob": of_m, "top_logprobs": top}]}
+    return status, body
 
 
 @pytest.mark.slow
