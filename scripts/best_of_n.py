@@ -29,12 +29,20 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="rank and choose again; the responses stay")
     parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
+    parser.add_argument("--data_frac", type=int, help="play only this shard of the knock-outs (the launcher's flag)")
+    parser.add_argument("--numgpu", type=int, default=1, help="with --data_frac: how many shards there are")
     args, recipe = config.parse(parser)
     if args.n < 2:
         raise UsageError(f"--n {args.n}: at least 2 responses can be compared")
     recipe = dataclasses.replace(recipe, pairs=args.n)
-    from sppo.evaluation.best import best_of_n
+    if args.data_frac is not None and not args.knockout:
+        raise UsageError("--data_frac is for a shard of --knockout")
+    from sppo.common.shards import Slice
+    from sppo.evaluation.best import best_of_n, play_shard
 
+    if args.data_frac is not None:
+        play_shard(recipe, args.output_dir, Slice(0, args.data_frac, args.numgpu))
+        return
     best_of_n(recipe, args.output_dir, args.gpus, args.world_size, args.knockout, args.overwrite)
 
 

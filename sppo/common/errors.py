@@ -22,7 +22,7 @@ _ADVICE = {
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 ROOT = Path(__file__).resolve().parent.parent.parent
 OLDEST_PYTHON = (3, 11)
-CHILD = "SPPO_CHILD"  # set by generate.sh for what it starts
+CHILD = "SPPO_CHILD"  # set by generate.sh, pipeline.sh and evaluation/answers.py for what they start
 
 
 class SPPOError(Exception):

@@ -35,7 +35,12 @@ def launch(gpus: str, world_size: int, logs: Path, name: str, command: list[str]
 
 def call(command: list[str], name: str) -> None:
     """Run a command to its end. Raises SPPOError, with what it said, where it fails."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # SPPO_CHILD: killed, this command leaves nothing running
+    environment = {
+        **os.environ,
+        "SPPO_CHILD": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         raise SPPOError(f"{name} failed:\n{done.stdout}")

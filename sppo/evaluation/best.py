@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from sppo.common.model_files import public_name
 from sppo.common.parquet import read_rows, write_parquet
 from sppo.common.preference import Array, probability, strength
 from sppo.common.progress import progress
+from sppo.common.shards import Slice
 from sppo.config import ROOT, Recipe, flags
 from sppo.evaluation.answers import call, draw, launch, settings
 from sppo.formats import Message, prompt_text
@@ -58,7 +60,38 @@ def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: b
     preload = [sys.executable, str(ROOT / "scripts/preload.py"), *settings(recipe, "preload"), *flags(output_dir=out)]
     call(preload, "preload")
     recipe = pinned(recipe, out)
-    stage = Stage(
+    stage = _stage(recipe, out, responses, knockout)
+    if stage.is_done(overwrite):
+        print(f"best_of_n: done: {stage.outputs[0]}")
+        return
+    if overwrite:
+        shutil.rmtree(out / "knockout", ignore_errors=True)
+    if knockout:
+        own = flags(n=recipe.pairs, output_dir=out)
+        play = [sys.executable, str(ROOT / "scripts/best_of_n.py"), *settings(recipe, "best_of_n"), *own, "--knockout"]
+        launch(gpus, 1, logs, "knock-out", play)
+    else:
+        rank = [sys.executable, str(ROOT / "scripts/rank.py"), *ranking, *["--overwrite"] * overwrite]
+        launch(gpus, 1, logs, "rank", rank)
+    stage.begin()
+    rows = list(read_rows(responses, ["prompt_id", "prompt", "responses"]))
+    choices, more = _played(recipe, stage, rows) if knockout else (_ranked(recipe, out, rows), {})
+    chosen = [(row, choices[row["prompt_id"]]) for row in rows if row["prompt_id"] in choices]
+    if not chosen:
+        raise SPPOError(f"{out}: the ranker answered for no prompt, so there is no best response")
+    _write(stage.outputs, chosen, f"{public_name(recipe.model)}-best-of-{recipe.pairs}")
+    counts = {"prompts": len(rows), "written": len(chosen), "without an answer of the ranker": len(rows) - len(chosen)}
+    counts |= {"responses": sum(len(row["responses"]) for row in rows)}
+    counts |= {"equal to an earlier one": sum(len(row["responses"]) - len(set(_texts(row))) for row in rows)}
+    counts |= _comparisons(recipe.pairs, knockout, [choice for _, choice in chosen]) | more
+    stage.finish(counts, ranker=recipe.ranker)
+    shutil.rmtree(out / "knockout", ignore_errors=True)
+    print(f"best_of_n: {stage.outputs[0]}: {json.dumps(counts)}")
+
+
+def _stage(recipe: Recipe, out: Path, responses: Path, knockout: bool) -> Stage:
+    """The stage that chooses; a knock-out's shards keep their winners under its identity."""
+    return Stage(
         "best_of_n",
         out / "best.manifest.json",
         [out / name for name in ("best.parquet", "best.jsonl", "best.alpaca.json")],
@@ -69,28 +102,8 @@ def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: b
             "seed": recipe.seed,
             "estimator": recipe.estimator,
         },
-        out / "knockout.journal",
+        out / "knockout" / "agreement.journal",
     )
-    if stage.is_done(overwrite):
-        print(f"best_of_n: done: {stage.outputs[0]}")
-        return
-    if not knockout:
-        rank = [sys.executable, str(ROOT / "scripts/rank.py"), *ranking, *["--overwrite"] * overwrite]
-        launch(gpus, 1, logs, "rank", rank)
-    stage.begin()
-    rows = list(read_rows(responses, ["prompt_id", "prompt", "responses"]))
-    choices, more = _play(recipe, stage, rows) if knockout else (_ranked(recipe, out, rows), {})
-    chosen = [(row, choices[row["prompt_id"]]) for row in rows if row["prompt_id"] in choices]
-    if not chosen:
-        raise SPPOError(f"{out}: the ranker answered for no prompt, so there is no best response")
-    _write(stage.outputs, chosen, f"{public_name(recipe.model)}-best-of-{recipe.pairs}")
-    counts = {"prompts": len(rows), "written": len(chosen), "without an answer of the ranker": len(rows) - len(chosen)}
-    counts |= {"responses": sum(len(row["responses"]) for row in rows)}
-    counts |= {"equal to an earlier one": sum(len(row["responses"]) - len(set(_texts(row))) for row in rows)}
-    counts |= _comparisons(recipe.pairs, knockout, [choice for _, choice in chosen]) | more
-    stage.finish(counts, ranker=recipe.ranker)
-    (out / "knockout.journal").unlink(missing_ok=True)
-    print(f"best_of_n: {stage.outputs[0]}: {json.dumps(counts)}")
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
@@ -130,28 +143,40 @@ def _ranked(recipe: Recipe, out: Path, rows: list[dict[str, Any]]) -> dict[str, 
     return found
 
 
-def _play(recipe: Recipe, stage: Stage, rows: list[dict[str, Any]]) -> tuple[dict[str, Choice], dict[str, Any]]:
-    """The knock-outs' winners by prompt_id, and how they agree with full comparisons on a sample."""
-    ranker, journal = backend(recipe).load(recipe), Journal(stage.journal, stage.identity)
-    is_done = lambda row: _game(row) in journal.done  # noqa: E731 - short, and for two places
+def play_shard(recipe: Recipe, out: Path, part: Slice) -> None:
+    """Play the knock-outs of a shard's prompts; the winners are in <out>/knockout/shard-<n>.journal."""
+    recipe, responses = pinned(recipe, out), out / "responses.parquet"
+    stage = _stage(recipe, out, responses, knockout=True)
+    rows = list(read_rows(responses, ["prompt_id", "prompt", "responses"]))
+    rows = rows[slice(*part.bounds(len(rows)))]
+    journal = Journal(out / "knockout" / f"shard-{part.data_frac:05d}.journal", stage.identity)
+    is_done = lambda row: row["prompt_id"] in journal.done  # noqa: E731 - short, and for two places
     with progress(len(rows), "knock-out", "prompt", sum(map(is_done, rows))) as bar:
-        for _, asked in unfinished(rows, is_done, _CHUNK, lambda: ranker):
+        for ranker, asked in unfinished(rows, is_done, _CHUNK, lambda: backend(recipe).load(recipe)):
             items = [(row["prompt"], _texts(row)) for row in asked]
             orders = [draw_order(recipe.seed, row["prompt_id"], len(row["responses"])) for row in asked]
             for row, choice in zip(asked, knockout_winners(ranker, items, orders), strict=True):
                 if not is_done(row):
-                    journal.add(_game(row), dataclasses.asdict(choice))
+                    journal.add(row["prompt_id"], dataclasses.asdict(choice))
                     bar.update()
-    choices = {row["prompt_id"]: Choice(**journal.read(_game(row))) for row in rows}
+    journal.close()
+
+
+def _played(recipe: Recipe, stage: Stage, rows: list[dict[str, Any]]) -> tuple[dict[str, Choice], dict[str, Any]]:
+    """The knock-outs' winners by prompt_id, from the shards' journals, and their agreement with full comparisons.
+
+    Shards of an earlier start, with other GPUs, may have played a prompt too: then the first of them counts.
+    """
+    choices: dict[str, Choice] = {}
+    for path in sorted(stage.journal.parent.glob("shard-*.journal")):
+        journal = Journal(path, stage.identity)
+        choices = {key: Choice(**journal.read(key)) for key in journal.done} | choices
+        journal.close()
+    journal = Journal(stage.journal, stage.identity)
     sample = sorted(rows, key=lambda row: hashlib.sha256(row["prompt_id"].encode()).digest())[:_SAMPLE]
-    agreement = _agreement(recipe, ranker, journal, sample)
+    agreement = _agreement(recipe, backend(recipe).load(recipe), journal, sample)
     journal.close()
     return choices, {"agreement": agreement}
-
-
-def _game(row: dict[str, Any]) -> str:
-    """The journal's key of a prompt's knock-out."""
-    return f"knock-out/{row['prompt_id']}"
 
 
 def draw_order(seed: int, prompt_id: str, n: int) -> list[int]:
@@ -200,7 +225,7 @@ def _agreement(recipe: Recipe, ranker: Ranker, journal: Journal, rows: list[dict
 
     A prompt with a comparison that the ranker has no answer for is left out.
     """
-    keys = {f"sample/{row['prompt_id']}": row for row in rows}
+    keys = {row["prompt_id"]: row for row in rows}
     with progress(len(rows), "agreement", "prompt", sum(key in journal.done for key in keys)) as bar:
         for key, row in keys.items():
             if key not in journal.done:
