@@ -1,0 +1,228 @@
+"""A preference that goes round in circles: which method reaches the von Neumann winner, and with which policy.
+
+    python benchmarks/game.py --output_dir docs
+
+One prompt, N answers, a softmax policy over them, and a table of preferences without a best answer: rock, paper,
+scissors with unequal stakes, or a random table. Each method's own update is done exactly, without sampling or a
+network, so what is seen is the method and nothing else. The gap of a policy is 2 (max_i P(i > policy) - 1/2): 0 for
+the von Neumann winner, which nothing beats more often than it is beaten.
+Writes  <output_dir>/game.md (a table, medians over the seeds) and <output_dir>/game.png. Some seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from sppo.common.preference import Array, sigmoid
+
+ETA = 1.0  # 1/beta: the step
+ANCHOR = 0.1
+K = 5  # responses a prompt of the method that trains on the best and the worst of them
+STEPS = 400
+SEEDS = range(42, 47)
+
+# (P, log pi, log pi_0, rng) -> the next log pi, without its normaliser: (N, N), (N,), (N,) -> (N,)
+Step = Callable[[Array, Array, Array, np.random.Generator], Array]
+
+
+def wins(preference: Array, policy: Array) -> Array:
+    """P(i > policy) of each answer, (N, N), (N,) -> (N,)."""
+    return preference @ policy
+
+
+def renormed(logps: Array) -> Array:
+    """The policy of log-probabilities without their normaliser."""
+    shifted = np.exp(logps - logps.max())
+    return shifted / shifted.sum()
+
+
+def sppo(preference: Array, logps: Array, _: Array, __: np.random.Generator) -> Array:
+    """log pi' = log pi + eta P(y > pi) - log Z, the paper's equation 4.4; all K responses (sppo_all) reach it.
+
+    Online IPO's exact step is the same: the pairs' least squares over h_i - h_j = (P_ij - P_ji) / (2 tau), weighted by
+    the policy, has h_i = (P(i > pi) - 1/2) / tau, so tau = beta.
+    """
+    return logps + ETA * wins(preference, renormed(logps))
+
+
+def sppo_released(preference: Array, logps: Array, _: Array, __: np.random.Generator) -> Array:
+    """The same with the released scripts' estimator: P_ij = sigmoid(s_i - s_j), which cannot go round in circles."""
+    policy = renormed(logps)
+    logits = np.log(preference / preference.T)  # (C_ij - C_ji) / 2 of the ranker
+    scores = 2 * logits @ policy
+    return logps + ETA * (sigmoid(scores[:, None] - scores[None, :]) @ policy)
+
+
+def sppo_pairs(preference: Array, logps: Array, _: Array, rng: np.random.Generator, draws: int = 4000) -> Array:
+    """What SPPO trains on: of K responses the best and the worst, each to eta (its win rate among the K - 1/2).
+
+    The least squares over log pi'(y) / pi(y): each answer's mean target, over how often it is in a pair; answers in no
+    pair keep their odds. The expectation is over `draws` drawn sets.
+    """
+    drawn = rng.choice(len(logps), (draws, K), p=renormed(logps))
+    rate = preference[drawn[:, :, None], drawn[:, None, :]].mean(-1)  # (draws, K)
+    total, count = np.zeros(len(logps)), np.zeros(len(logps))
+    rows = np.arange(draws)
+    for best in (rate.argmax(1), rate.argmin(1)):
+        np.add.at(total, drawn[rows, best], rate[rows, best] - 0.5)
+        np.add.at(count, drawn[rows, best], 1)
+    return logps + ETA * total / np.maximum(count, 1)
+
+
+def dpo(preference: Array, logps: Array, _: Array, __: np.random.Generator) -> Array:
+    """Iterated DPO: beta log pi'/pi are the Bradley-Terry scores that fit the preferences of pairs drawn from pi best.
+
+    Newton's method on sum_j pi_j (P_ij - sigmoid(h_i - h_j)) = 0 for each i, which is the gradient over pi_i, so that
+    an answer that is hardly ever drawn has its exact score too. The likeliest answer's score is 0; beta is 1 / eta.
+    """
+    policy, likeliest = renormed(logps), int(logps.argmax())
+    free = np.arange(len(logps)) != likeliest
+    scores = np.zeros(len(logps))
+    for _step in range(100):
+        fitted = sigmoid(scores[:, None] - scores[None, :])
+        slope = policy[None, :] * fitted * (1 - fitted)
+        missing = ((preference - fitted) @ policy)[free]
+        step = np.linalg.solve((np.diag(slope.sum(1)) - slope)[np.ix_(free, free)], missing)
+        scores[free] += np.clip(step, -2, 2)
+        if np.abs(step).max() < 1e-10:
+            return logps + ETA * scores
+    raise RuntimeError("Newton's method did not come to an end")
+
+
+def anchored(preference: Array, logps: Array, first: Array, _: np.random.Generator) -> Array:
+    """SPPO with an anchor: (1 - A) log pi + A log pi_0 + eta P(y > pi) - log Z (arXiv 2206.05825)."""
+    return (1 - ANCHOR) * logps + ANCHOR * first + ETA * wins(preference, renormed(logps))
+
+
+METHODS: dict[str, Step] = {
+    "SPPO (and IPO), exact step": sppo,
+    "SPPO, released estimator": sppo_released,
+    f"SPPO, best and worst of {K}": sppo_pairs,
+    "iterated DPO": dpo,
+    f"SPPO, anchored ({ANCHOR:g})": anchored,
+}
+
+
+def scissors(rng: np.random.Generator) -> Array:
+    """Rock, paper, scissors: each beats the next, by a stake of its own."""
+    logits = np.zeros((3, 3))
+    for i, stake in enumerate(rng.uniform(0.5, 3, 3)):
+        logits[i, (i + 1) % 3], logits[(i + 1) % 3, i] = stake, -stake
+    return sigmoid(logits)
+
+
+def random_table(rng: np.random.Generator, count: int = 10) -> Array:
+    """Preferences of `count` answers without any order: each pair's log-odds are drawn by themselves."""
+    logits = np.triu(rng.normal(0, 2, (count, count)), 1)
+    return sigmoid(logits - logits.T)
+
+
+GAMES = {"rock, paper, scissors": scissors, "random, 10 answers": random_table}
+
+
+def gap(preference: Array, policy: Array) -> float:
+    """The duality gap of the symmetric game at a policy played by both sides."""
+    return float(2 * (wins(preference, policy).max() - 0.5))
+
+
+def play(step: Step, preference: Array, seed: int) -> dict[str, Array]:
+    """Gap of the last iterate and of the mean of all so far, and the entropy, after each step: (STEPS + 1,) each."""
+    rng = np.random.default_rng(seed)
+    logps = first = np.log(renormed(rng.normal(0, 1, len(preference))))
+    total = np.zeros(len(preference))
+    found: dict[str, list[float]] = {"last": [], "mean": [], "entropy": []}
+    for count in range(1, STEPS + 2):
+        policy = renormed(logps)
+        total += policy
+        found["last"].append(gap(preference, policy))
+        found["mean"].append(gap(preference, total / count))
+        found["entropy"].append(float(-(policy * np.log(np.maximum(policy, 1e-300))).sum()))
+        logps = step(preference, logps, first, rng)
+        logps = logps - logps.max()
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def played() -> dict[str, dict[str, dict[str, Array]]]:
+    """By game and method: the medians over the seeds, (STEPS + 1,) each."""
+    found: dict[str, dict[str, dict[str, Array]]] = {}
+    for game, make in GAMES.items():
+        tables = [make(np.random.default_rng(seed)) for seed in SEEDS]
+        found[game] = {}
+        for name, step in METHODS.items():
+            runs = [play(step, table, seed) for table, seed in zip(tables, SEEDS, strict=True)]
+            found[game][name] = {key: np.median([run[key] for run in runs], axis=0) for key in runs[0]}
+    return found
+
+
+def table(found: dict[str, dict[str, dict[str, Array]]]) -> str:
+    """game.md."""
+    lines = [
+        "# A preference that goes round in circles",
+        "",
+        f"`python benchmarks/game.py --output_dir docs`. Medians over {len(SEEDS)} seeds (tables and first policies). "
+        "The gap is 0 where nothing beats the policy more often than it is beaten; *mean* is the mixture so far. "
+        f"One step is an exact update with eta = {ETA:g}; a run has three, and {STEPS} show where the method goes.",
+        "",
+        "![gaps over the steps](game.png)",
+        "",
+        "| game | method | gap at the start | last, 3 steps | last, 50 | last, 400 | mean, 50 | mean, 400 "
+        "| entropy, 400 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for game, methods in found.items():
+        for name, run in methods.items():
+            cells = [
+                run["last"][0],
+                run["last"][3],
+                run["last"][50],
+                run["last"][400],
+                run["mean"][50],
+                run["mean"][400],
+            ]
+            shown = " | ".join(f"{x:.3f}" for x in [*cells, run["entropy"][400]])
+            lines.append(f"| {game} | {name} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: dict[str, dict[str, dict[str, Array]]], path: Path) -> None:
+    """The gaps over the steps: a row a game, last iterate on the left, mean of all on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(11, 3.6 * len(found)), sharex=True, sharey="row")
+    for row, (game, methods) in zip(axes, found.items(), strict=True):
+        for place, key in zip(row, ("last", "mean"), strict=True):
+            for name, run in methods.items():
+                place.plot(np.maximum(run[key], 1e-6), label=name)
+            place.set(title=f"{game}: {'last iterate' if key == 'last' else 'mean of all iterates'}", yscale="log")
+            place.grid(alpha=0.3)
+        row[0].set_ylabel("gap (0: nothing beats it)")
+    for place in axes[-1]:
+        place.set_xlabel("step")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="%(default)s")
+    args = parser.parse_args()
+    found = played()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "game.md").write_text(table(found), encoding="utf-8")
+    picture(found, args.output_dir / "game.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
