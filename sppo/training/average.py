@@ -1,0 +1,95 @@
+"""The mean of several models' weights as a model: a network's stand-in for the average policy of the iterates."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sppo.common import chat
+from sppo.common.errors import SPPOError
+from sppo.common.files import follow_umask, read_json, sync_directory
+from sppo.common.manifest import Stage
+from sppo.common.model_files import weight_shapes
+from sppo.common.policy import Policy, open_policy
+
+
+def average(models: list[str], output_dir: Path, overwrite: bool = False) -> None:
+    """Write the model whose every weight is the mean of the models', in the first one's precision, files and tokenizer.
+
+    Means are taken in float64, one tensor in memory at a time. The directory appears when it is whole. Raises SPPOError
+    for adapters, and for models that differ in their weights' names and shapes, their tokenizer or chat template.
+    """
+    policies = [open_policy(model) for model in models]
+    if adapters := [model for model, policy in zip(models, policies, strict=True) if policy.adapter]:
+        raise SPPOError(
+            f"{adapters[0]} is an adapter, and the mean of adapters is no mean of models; pass merged copies"
+        )
+    first, *others = policies
+    shapes = weight_shapes(first.weights)
+    for policy in others:
+        _refuse_different(first, policy, shapes)
+    work = output_dir.with_name(output_dir.name + ".partial")
+    stage = Stage(
+        "average",
+        output_dir / "sppo_manifest.json",
+        [output_dir / file.name for file in sorted(first.weights.glob("*.safetensors"))],
+        {"models": [policy.identity() for policy in policies]},
+        {},
+    )
+    if stage.is_done(overwrite):
+        print(f"average: done: {output_dir}")
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    for pattern in ("config.json", "generation_config.json", "*.index.json"):
+        for file in first.weights.glob(pattern):
+            shutil.copyfile(file, work / file.name)
+    for name in chat.TOKENIZER_FILES:
+        if (first.tokenizer_dir / name).exists():
+            shutil.copyfile(first.tokenizer_dir / name, work / name)
+    for path in stage.outputs:
+        _mean_file(path.name, policies, work / path.name)
+    stage.manifest, stage.outputs = work / "sppo_manifest.json", [work / path.name for path in stage.outputs]
+    stage.finish({"models": len(models), "weights": len(shapes)}, models=models)
+    for path in work.iterdir():
+        follow_umask(path)
+    if output_dir.exists():
+        shutil.rmtree(output_dir)
+    os.rename(work, output_dir)
+    sync_directory(output_dir.parent)
+    print(f"average: {output_dir}: the mean of {len(models)} models")
+
+
+def _refuse_different(first: Policy, policy: Policy, shapes: dict[str, list[int]]) -> None:
+    if (found := weight_shapes(policy.weights)) != shapes:
+        differs = sorted(k for k in {*shapes, *found} if shapes.get(k) != found.get(k))
+        raise SPPOError(f"{policy.weights} and {first.weights} have other weights: {', '.join(differs[:3])}")
+    here, there = policy.tokenizer(), first.tokenizer()
+    if here.get_vocab() != there.get_vocab() or here.chat_template != there.chat_template:
+        raise SPPOError(f"{policy.weights} and {first.weights} have another tokenizer or chat template")
+
+
+def _mean_file(name: str, policies: list[Policy], target: Path) -> None:
+    """The mean of all tensors of the first model's file `name`."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    made: dict[str, Any] = {}
+    with safe_open(policies[0].weights / name, "pt") as own:
+        for key in own.keys():  # noqa: SIM118 - it is no dictionary
+            tensor = own.get_tensor(key)
+            total = tensor.to(torch.float64)
+            for policy in policies[1:]:
+                with safe_open(policy.weights / _file_of(policy.weights, key), "pt") as other:
+                    total += other.get_tensor(key).to(torch.float64)
+            made[key] = (total / len(policies)).to(tensor.dtype)
+        save_file(made, target, metadata=own.metadata())
+
+
+def _file_of(directory: Path, key: str) -> str:
+    """The file of a model that holds a tensor."""
+    index = directory / "model.safetensors.index.json"
+    return read_json(index)["weight_map"][key] if index.exists() else "model.safetensors"
