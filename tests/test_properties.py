@@ -87,7 +87,9 @@ def values(name: str) -> st.SearchStrategy[Any]:
     return TEXT
 
 
-RECIPES = st.fixed_dictionaries({}, optional={f.name: values(f.name) for f in dataclasses.fields(Recipe)})
+RECIPES = st.fixed_dictionaries({}, optional={f.name: values(f.name) for f in dataclasses.fields(Recipe)}).filter(
+    lambda made: made.get("temperature", 1) >= 0.01 or made.get("pairs") == 1  # K times the likeliest token is refused
+)
 
 
 @given(RECIPES)

@@ -56,7 +56,9 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of vLLM's server over the tiny judge."""
     pytest.importorskip("vllm")
     directory = tiny_judge.make(tmp_path_factory.mktemp("judge") / "tiny-judge")
-    with tiny.chat_server(directory, "tiny-judge", KEY, longest=6144) as url:
+    # it also plays the models of models_configs/
+    names = " ".join(["tiny-judge", *(path.parent.name for path in tiny.ROOT.glob("models_configs/*/configs.yaml"))])
+    with tiny.chat_server(directory, names, KEY, longest=6144) as url:
         yield url
 
 
@@ -116,30 +118,26 @@ def test_mt_bench_marks_both_turns(judge: str, iteration: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_three_configurations_draw_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_three_configurations_draw_answers(judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As made by the script from a checkpoint of that name; alpaca-eval's openai_completions against vLLM's server."""
-    pytest.importorskip("vllm")
     from alpaca_eval import decoders, utils
     from alpaca_eval.constants import MODELS_CONFIG_DIR
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     makers = {"llama-3-8b-instruct-sppo": tiny.llama3, "gemma-2-9b-it-sppo": tiny.gemma2}
     makers["mistral-7b-instruct-sppo"] = tiny.mistral
-    configs: dict[str, Any] = {}
     for name, make in makers.items():
-        model = make(tmp_path / "runs" / name / "iter3" / "model")
+        make(tmp_path / "runs" / name / "iter3" / "model")
         script = [sys.executable, tiny.ROOT / "scripts/make_models_configs.py", f"--run_dir=runs/{name}"]
         subprocess.run(script, cwd=tmp_path, check=True, capture_output=True)
         own = Path("models_configs", f"{name}-iter3", "configs.yaml")
         assert (tmp_path / own).read_text() == (tiny.ROOT / own).read_text()
-        configs |= utils.load_configs(tiny.ROOT / own)
-    with tiny.chat_server(model, " ".join(configs), KEY, longest=512) as url:  # one model under three names
-        for name, config in configs.items():
-            settings = config["completions_kwargs"] | {"client_kwargs": {"base_url": url}, "max_tokens": 6}
-            prompt = (MODELS_CONFIG_DIR / config["prompt_template"]).read_text()
-            asked = prompt.replace("{instruction}", "Name a river.")
-            drawn = decoders.get_fn_completions(config["fn_completions"])(prompts=[asked], **settings)
-            assert drawn["completions"][0].strip(), name
+        config = utils.load_configs(tiny.ROOT / own)[f"{name}-iter3"]
+        settings = config["completions_kwargs"] | {"client_kwargs": {"base_url": judge}, "max_tokens": 6}
+        prompt = (MODELS_CONFIG_DIR / config["prompt_template"]).read_text()
+        asked = prompt.replace("{instruction}", "Name a river.")
+        drawn = decoders.get_fn_completions(config["fn_completions"])(prompts=[asked], **settings)
+        assert drawn["completions"][0].strip(), name
 
 
 @pytest.mark.slow
