@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.common.errors import SPPOError, UsageError, run_main
+from sppo.common.errors import UsageError, run_main
 
 
 def main() -> None:
@@ -31,10 +31,9 @@ def main() -> None:
         raise UsageError("pass --run_dir, with or without --base, or --models")
     models = args.models
     if args.run_dir:
-        found = {int(p.parent.name[4:]): str(p) for p in args.run_dir.glob("iter[0-9]*/model")}
-        if not found:
-            raise SPPOError(f"--run_dir {args.run_dir}: no iter<i>/model in it")
-        models = [*[args.base] * bool(args.base), *(found[i] for i in sorted(found))]
+        from sppo.evaluation.match import iteration_models
+
+        models = [*[args.base] * bool(args.base), *map(str, iteration_models(args.run_dir).values())]
     if len(models) < 2:
         raise UsageError(f"{', '.join(models)}: the mean of one model is that model")
     from sppo.training.average import average

@@ -11,6 +11,7 @@ Stopped, the same command goes on: answers and judgements that are there are kep
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def main() -> None:
         raise UsageError("open_llm has no judge; --judge_url and --judge_model are for alpaca_eval and mt_bench")
     if args.suite != "open_llm" and args.leaderboard != 1:
         raise UsageError("--leaderboard is for --suite open_llm")
+    if args.suite == "open_llm":  # it answers in this process, on the first GPUs; the others start one for each
+        from sppo.launch.devices import devices, groups, refuse_absent
+
+        names = devices(args.gpus)
+        refuse_absent(names)
+        # -1 for the CPU: of an empty value vLLM thinks that a GPU will come
+        os.environ["CUDA_VISIBLE_DEVICES"] = groups(names, args.world_size)[0] or "-1"
     from sppo.evaluation.suites.evaluate import evaluate, fetch
 
     args.judge_url = args.judge_url or OPENAI

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.common.errors import SPPOError, UsageError, run_main
+from sppo.common.errors import UsageError, run_main
 
 
 def main() -> None:
@@ -28,16 +28,13 @@ def main() -> None:
     args, recipe = config.parse(parser)
     if bool(args.run_dir) == bool(args.model) or bool(args.model) != bool(args.name):
         raise UsageError("pass --run_dir, or --model and --name")
-    from sppo.evaluation.match import iterations_of
+    from sppo.evaluation.match import iteration_models
     from sppo.evaluation.suites.models_configs import URL, write
 
     wanted = [(args.model, args.name)]
     if args.run_dir:
-        found = [i for i in iterations_of(args.run_dir) if (args.run_dir / f"iter{i}" / "model").is_dir()]
-        if not found:
-            raise SPPOError(f"--run_dir {args.run_dir}: no iter<i>/model in it")
         name = args.run_dir.resolve().name
-        wanted = [(str(args.run_dir / f"iter{i}" / "model"), f"{name}-iter{i}") for i in found]
+        wanted = [(str(model), f"{name}-iter{i}") for i, model in iteration_models(args.run_dir).items()]
     for model, name in wanted:
         print(f"make_models_configs: {write(model, name, recipe, args.url or URL, args.output_dir)}")
 

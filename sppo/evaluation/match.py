@@ -54,6 +54,14 @@ def iterations_of(run_dir: Path) -> list[int]:
     return sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal())
 
 
+def iteration_models(run_dir: Path) -> dict[int, Path]:
+    """The trained model of each iteration of a run that has one, in order. Raises SPPOError where none has."""
+    found = {i: model for i in iterations_of(run_dir) if (model := run_dir / f"iter{i}" / "model").is_dir()}
+    if not found:
+        raise SPPOError(f"--run_dir {run_dir}: no iter<i>/model in it")
+    return found
+
+
 def answers_of(run_dir: Path, iteration: int) -> Path:
     """The held-out prompts' answers of an iteration's model; iteration 0 is the first model."""
     return run_dir / f"iter{iteration}" / "eval" / "responses.parquet"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from sppo.common import chat
 from sppo.common.errors import SPPOError
-from sppo.common.files import follow_umask, read_json, sync_directory
+from sppo.common.files import read_json
 from sppo.common.manifest import Stage
 from sppo.common.model_files import weight_shapes
 from sppo.common.policy import Policy, open_policy
+from sppo.training.save import copy_files, put_in_place
 
 
 def average(models: list[str], output_dir: Path, overwrite: bool = False) -> None:
@@ -43,22 +43,13 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
         return
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    for pattern in ("config.json", "generation_config.json", "*.index.json"):
-        for file in first.weights.glob(pattern):
-            shutil.copyfile(file, work / file.name)
-    for name in chat.TOKENIZER_FILES:
-        if (first.tokenizer_dir / name).exists():
-            shutil.copyfile(first.tokenizer_dir / name, work / name)
+    copy_files(first.weights, work, ("config.json", "generation_config.json", "model.safetensors.index.json"))
+    copy_files(first.tokenizer_dir, work, chat.TOKENIZER_FILES)
     for path in stage.outputs:
         _mean_file(path.name, policies, work / path.name)
     stage.manifest, stage.outputs = work / "sppo_manifest.json", [work / path.name for path in stage.outputs]
     stage.finish({"models": len(models), "weights": len(shapes)}, models=models)
-    for path in work.iterdir():
-        follow_umask(path)
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    os.rename(work, output_dir)
-    sync_directory(output_dir.parent)
+    put_in_place(work, output_dir)
     print(f"average: {output_dir}: the mean of {len(models)} models")
 
 

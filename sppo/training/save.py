@@ -30,26 +30,31 @@ def finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> No
         if training.recipe.merge_adapter:
             _merge(source, final)
     else:
-        _copy(source.weights, final, ("generation_config.json",))
-    _copy(source.tokenizer_dir, final, chat.TOKENIZER_FILES)
+        copy_files(source.weights, final, ("generation_config.json",))
+    copy_files(source.tokenizer_dir, final, chat.TOKENIZER_FILES)
     if source.remote_code:
-        _copy(source.weights, final, tuple(p.name for p in source.weights.glob("*.py")))
+        copy_files(source.weights, final, tuple(p.name for p in source.weights.glob("*.py")))
     shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
     write_card(final, training.recipe, training.data_name, stage.inputs["dataset"], metrics, data.counts, IDENTITY)
     stage.manifest = final / "sppo_manifest.json"
     stage.outputs = sorted(p for p in final.iterdir() if p.suffix in (".safetensors", ".json") and p != stage.manifest)
     stage.finish(data.counts, model=model, model_name=public_name(model), **metrics)
-    for path in final.rglob("*"):
-        if path.is_file():
-            follow_umask(path)
-    if training.output_dir.exists():
-        shutil.rmtree(training.output_dir)
-    os.rename(final, training.output_dir)
-    sync_directory(training.output_dir.parent)
+    put_in_place(final, training.output_dir)
     shutil.rmtree(work)
 
 
-def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+def put_in_place(final: Path, output_dir: Path) -> None:
+    """Rename a whole model's directory to its final name, in place of what is there."""
+    for path in final.rglob("*"):
+        if path.is_file():
+            follow_umask(path)
+    if output_dir.exists():
+        shutil.rmtree(output_dir)
+    os.rename(final, output_dir)
+    sync_directory(output_dir.parent)
+
+
+def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
     """Copy the files of these names; delete those in `target` that `source` does not have."""
     for name in names:
         (target / name).unlink(missing_ok=True)
@@ -78,5 +83,5 @@ def _merge(source: Policy, final: Path) -> None:
 
     merged = load_causal_lm(dataclasses.replace(source, adapter=final), torch.float32)
     merged.to(load_config(source).dtype or torch.float32).save_pretrained(final / "merged")
-    _copy(source.weights, final / "merged", ("generation_config.json",))
-    _copy(source.tokenizer_dir, final / "merged", chat.TOKENIZER_FILES)
+    copy_files(source.weights, final / "merged", ("generation_config.json",))
+    copy_files(source.tokenizer_dir, final / "merged", chat.TOKENIZER_FILES)

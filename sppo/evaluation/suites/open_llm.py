@@ -7,13 +7,13 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError, first_line
+from sppo.common.files import atomic
 from sppo.common.journal import Journal
 from sppo.common.loading import prepare_vllm, vllm_dtype
 from sppo.common.manifest import version_of
@@ -126,7 +126,8 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
             figures[f"{task.name}_{metric.split(',')[0]}_percent"] = 100 * value
     if not order.questions:
         figures = {"mean_percent": sum(figures.values()) / len(figures), **figures}
-    stage.outputs[1].write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
+    with atomic(stage.outputs[1]) as temporary:
+        temporary.write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
     finish(order, stage, figures, len(tasks))
     journal.remove()
 
@@ -189,7 +190,6 @@ def _engine(order: Order, policy: Policy) -> Any:
     place: dict[str, Any] = {"tensor_parallel_size": order.world_size}
     place |= {"gpu_memory_utilization": recipe.gpu_memory_utilization}
     if not has_gpu:  # as in generation/engines/vllm.py
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # of an empty one vLLM thinks that a GPU will come, and takes Triton
         longest = policy.context() or 2048
         place = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 2048)}
     prepare_vllm(order.world_size)
