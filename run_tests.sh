@@ -20,4 +20,6 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh .ci/run
+# two tests share the cores, each with several processes: a thread that waits must not spin on a core that another needs
+export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
 exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"
