@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import subprocess
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import tiny
 from sppo.common.errors import SPPOError
 from sppo.common.files import atomic, exclusive
 from sppo.common.journal import Journal
+from sppo.common.locks import machine
 from sppo.common.manifest import Stage
 from sppo.common.model_files import model_identity
 
@@ -38,15 +42,41 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> N
     state = Path(f"/proc/{killed.pid}/stat")
     tiny.wait_until(lambda: not state.exists() or ") Z " in state.read_text())  # dead, but nobody has taken note
     # the first is beyond the largest process id
-    gone, listed, alive = (tmp_path / f".x.tmp-{pid}" for pid in (2**22 + 1, killed.pid, child.pid))
-    for path in (gone, listed, alive):
+    gone, listed, alive = (tmp_path / f".x.tmp-{machine()}-{pid}" for pid in (2**22 + 1, killed.pid, child.pid))
+    elsewhere = tmp_path / f".x.tmp-other-{2**22 + 1}"  # of a process of another machine, which may be at work
+    for path in (gone, listed, alive, elsewhere):
         path.write_text("half")
     with atomic(tmp_path / "x") as temporary:
         temporary.write_text("whole")
     child.kill()
     child.wait()
     killed.wait()
-    assert sorted(p.name for p in tmp_path.iterdir()) == [alive.name, "x"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, elsewhere.name, "x"])
+
+
+def test_a_disk_without_locks_has_an_owner_file_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS without a lock server, Lustre without flock: it said "another process is writing" of nobody."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    journal, owner = Journal(tmp_path / "j", IDENTITY), tmp_path / "j.owner"
+    with pytest.raises(SPPOError, match="another process is writing"):
+        Journal(tmp_path / "j", IDENTITY)
+    journal.close()
+    assert not owner.exists()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    owner.write_text(json.dumps({"machine": machine(), "pid": dead.pid}))  # killed: it gives way
+    Journal(tmp_path / "j", IDENTITY).close()
+    owner.write_text(json.dumps({"machine": "another", "pid": 1}))
+    with pytest.raises(SPPOError, match=r"j\.owner: another machine's process.*delete that file"):
+        Journal(tmp_path / "j", IDENTITY)
+    owner.unlink()
+    with exclusive(tmp_path), pytest.raises(SPPOError, match="another run is at work"), exclusive(tmp_path):
+        pass
+    assert not (tmp_path / ".lock.owner").exists()
 
 
 @pytest.mark.parametrize("cut", range(0, 60, 7))

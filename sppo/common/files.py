@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError
+from sppo.common.locks import is_alive, lock, machine
 
 _WHOLE = 64 << 20  # bytes up to which a file is hashed whole
 
@@ -29,7 +29,7 @@ def atomic_together(paths: list[Path]) -> Iterator[list[Path]]:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
-    temporaries = [path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in paths]
+    temporaries = [path.with_name(f".{path.name}.tmp-{machine()}-{os.getpid()}") for path in paths]
     try:
         yield temporaries
         for temporary in temporaries:
@@ -52,24 +52,14 @@ def follow_umask(path: Path) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the temporary files of earlier writers of `path` that were killed."""
-    for left in path.parent.glob(f".{path.name}.tmp-*"):
-        if not _may_write(left.name.rpartition("-")[2]):
+    """Remove the temporary files of earlier writers of `path` on this machine that were killed.
+
+    Another machine's, or a name that is none of ours, is left alone.
+    """
+    for left in path.parent.glob(f".{path.name}.tmp-{machine()}-*"):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdecimal() and not is_alive(int(pid)):
             left.unlink(missing_ok=True)
-
-
-def _may_write(pid: str) -> bool:
-    """Whether a process is at work, or may be: another user's, or a name that is none of ours, is left alone."""
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError):
-        return True
-    try:  # a dead process is listed until its parent takes note of it
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return True
 
 
 def sync_directory(path: Path) -> None:
@@ -123,7 +113,11 @@ def exclusive(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            owner = lock(handle, directory / ".lock")
+        except BlockingIOError:
             raise SPPOError(f"another run is at work in {directory}; wait for it, or use another --run_dir") from None
-        yield
+        try:
+            yield
+        finally:
+            if owner:
+                owner.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError
+from sppo.common.locks import lock
 
 
 class Journal:
@@ -29,8 +29,8 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BufferedRandom = open(path, "a+b")  # noqa: SIM115 - held until close() or remove()
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._owner = lock(self._file, path)
+        except BlockingIOError:
             raise SPPOError(f"another process is writing {path}; wait for it or stop it") from None
         self._scan(identity)
 
@@ -81,12 +81,17 @@ class Journal:
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+        self._release()
 
     def remove(self) -> None:
         """Delete the journal: the shard exists under its final name, so nobody needs it."""
-        self._file.close()
+        self._release()
         self.path.unlink(missing_ok=True)
+
+    def _release(self) -> None:
+        self._file.close()
+        if self._owner:
+            self._owner.unlink(missing_ok=True)
 
 
 def journal_identity(path: Path) -> dict[str, Any] | None:
