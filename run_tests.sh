@@ -7,19 +7,22 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/install.sh tests
 unset VIRTUAL_ENV PYTHON
-which=(-m "not slow")
+which=(-m "not slow" --numprocesses 2)
 if [ "${1:-}" = --all ]; then
-  which=()
+  which=(--numprocesses 3) # some tests wait for others to notice that something has died
   shift
-  # the report is shown to a real browser; where it cannot be had, that test says so
-  if ! command -v chromedriver > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; } > .venv/apt.log 2>&1 \
-      || echo "run_tests: no chromium by apt-get (.venv/apt.log)"
+  # the report is shown to a real browser, and jobs run under a real Slurm; where they cannot be had, those tests say so
+  need=()
+  PATH=$PATH:/usr/sbin command -v slurmctld > /dev/null || need+=(slurm-wlm munge)
+  command -v chromedriver > /dev/null || need+=(chromium chromium-driver)
+  if [ ${#need[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    { apt-get update && apt-get install -y --no-install-recommends "${need[@]}"; } > .venv/apt.log 2>&1 \
+      || echo "run_tests: not by apt-get: ${need[*]} (.venv/apt.log)"
   fi
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh .ci/run
+.venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh recipes/*.slurm .ci/run
 # two tests share the cores, each with several processes: a thread that waits must not spin on a core that another needs
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"
+exec .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"

@@ -33,6 +33,7 @@ CORE = [
     "tqdm>=4.66",
 ]
 
+RAY = ["ray>=2.60,<3"]  # --launcher ray
 LLM_BLENDER = ["llm-blender==0.0.2", "dataclasses-json>=0.6.7"]  # --ranker_backend llm-blender; 0.0.2 is its last
 # scripts/evaluate.py: alpaca_eval is its last version; another lm_eval may score a task otherwise
 EVAL = ["alpaca_eval==0.6.6", "lm_eval[ifeval,math]==0.4.13", "openai>=2.25"]
@@ -71,10 +72,12 @@ setup(
         "llm-blender": LLM_BLENDER,
         "fused": FUSED,
         "eval": EVAL,
+        "ray": RAY,
         "tests": [
             *LLM_BLENDER,
             *FUSED,
             *EVAL,
+            *RAY,
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "hypothesis>=6.170",

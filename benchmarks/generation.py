@@ -40,7 +40,7 @@ from sppo.demo import chat_tokenizer  # noqa: E402
 from sppo.generation import shards  # noqa: E402
 from sppo.generation.engines import Request, Response, vllm  # noqa: E402
 from sppo.generation.prompts import load_prompts  # noqa: E402
-from sppo.generation.shards import generate_shard  # noqa: E402
+from sppo.generation.shards import generate_shards  # noqa: E402
 from sppo.preflight.plan import matrix_rate  # noqa: E402
 from sppo.smollm2.instructions import make_instructions  # noqa: E402
 
@@ -183,7 +183,7 @@ def memory_of(count: int, stage: str) -> None:
         if stage == "prompts":
             load_prompts(recipe.prompts, recipe)
         elif stage == "shard":
-            generate_shard(recipe, Path(scratch) / "out", Slice(0, 0), (0, 1), 1, False)
+            generate_shards(recipe, Path(scratch) / "out", [Slice(0, 0)], (0, 1), 1, False)
         print(f"PEAK {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
 
 

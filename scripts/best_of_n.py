@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
 from sppo.common.errors import UsageError, run_main
+from sppo.common.place import Place, add_place_flags
 
 
 def main() -> None:
@@ -27,9 +28,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="where all of it is written")
     parser.add_argument("--knockout", action="store_true", help="n-1 comparisons a prompt, not n(n-1)/2")
     parser.add_argument("--overwrite", action="store_true", help="rank and choose again; the responses stay")
-    parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
-    parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
-    parser.add_argument("--data_frac", type=int, help="play only this shard of the knock-outs (the launcher's flag)")
+    add_place_flags(parser)
+    parser.add_argument("--data_frac", help="play only these shards of the knock-outs (the launcher's flag)")
     parser.add_argument("--numgpu", type=int, default=1, help="with --data_frac: how many shards there are")
     args, recipe = config.parse(parser)
     if args.n < 2:
@@ -37,13 +37,14 @@ def main() -> None:
     recipe = dataclasses.replace(recipe, pairs=args.n)
     if args.data_frac is not None and not args.knockout:
         raise UsageError("--data_frac is for a shard of --knockout")
-    from sppo.common.shards import Slice
+    from sppo.common.shards import Slice, parse_shards
     from sppo.evaluation.best import best_of_n, play_shard
 
     if args.data_frac is not None:
-        play_shard(recipe, args.output_dir, Slice(0, args.data_frac, args.numgpu))
+        for number in parse_shards(args.data_frac):
+            play_shard(recipe, args.output_dir, Slice(0, number, args.numgpu))
         return
-    best_of_n(recipe, args.output_dir, args.gpus, args.world_size, args.knockout, args.overwrite)
+    best_of_n(recipe, args.output_dir, Place.of(args), args.knockout, args.overwrite)
 
 
 if __name__ == "__main__":

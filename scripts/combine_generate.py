@@ -19,16 +19,19 @@ from sppo.common.errors import run_main
 def main() -> None:
     parser = config.make_parser(__doc__, config.KEYS["combine_generate"])
     config.add_data_flags(parser)
-    parser.add_argument("--numgpu", type=int, default=1, help="how many shards there are")
+    parser.add_argument("--numgpu", type=int, help="how many shards there are (default: as many as were laid out)")
     parser.add_argument(
         "--gpu_ids", metavar="LIST", help="instead of --numgpu: as many shards as there are names in it"
     )
     parser.add_argument("--frac_len", type=int, default=0, help="fail unless the shards have this many rows; 0: any")
     config.add_prompts_check(parser)
     args, recipe = config.parse(parser)
+    from sppo.common.shards import known_count
     from sppo.generation.combine import check_prompts, combine
 
     shards = len(args.gpu_ids.split(",")) if args.gpu_ids else args.numgpu
+    if shards is None:
+        shards = known_count(args.output_dir / "responses") or 1
     combine(args.output_dir, shards, recipe.pairs, args.overwrite, args.frac_len)
     check_prompts(args.output_dir, args.prompts)
 

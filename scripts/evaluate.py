@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
 from sppo.common.errors import UsageError, run_main
+from sppo.common.place import add_place_flags
 
 SUITES = ("alpaca_eval", "mt_bench", "open_llm")
 OPENAI = "https://api.openai.com/v1"
@@ -40,8 +41,7 @@ def main() -> None:
     parser.add_argument("--leaderboard", type=int, choices=(1, 2), default=1, help="open_llm: the first or the second")
     parser.add_argument("--output_dir", type=Path, help="where suites/ goes (default: beside the model of a run)")
     parser.add_argument("--fetch", action="store_true", help="only fetch the questions, for a machine without network")
-    parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
-    parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over")
+    add_place_flags(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="answer and judge again although it was done otherwise"
     )

@@ -5,7 +5,8 @@
 Reads   the model (Hub id or directory) and the prompts (Hub id, directory, .parquet, .jsonl or .csv).
 Writes  <output_dir>/responses/shard-<data_frac>.parquet and its manifest; while it works, a journal beside them,
         from which a killed run goes on. A shard that holds all prompts needs no combine_generate.py: then
-        <output_dir>/responses.parquet is written too.
+        <output_dir>/responses.parquet is written too. Of 20,000 prompts or more in a file, <output_dir>/prompts.parquet
+        keeps them, so that each shard reads its own alone.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
@@ -25,13 +26,18 @@ def main() -> None:
         "--prompts_part", default="0/1", metavar="I/N", help="every N-th prompt from the I-th on (0/1: all)"
     )
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
+    parser.add_argument("--only_prompts", action="store_true", help="only read the prompts, before shards want them")
     args, recipe = config.parse(parser)
-    from sppo.common.shards import Slice
-    from sppo.generation.shards import generate_shard
+    from sppo.common.shards import Slice, parse_shards
+    from sppo.generation.shards import generate_shards
+    from sppo.generation.source import Source
 
     part = config.parse_part(args.prompts_part)
-    shard = Slice(args.frac_len, args.data_frac, args.numgpu)
-    generate_shard(recipe, args.output_dir, shard, part, args.world_size, args.overwrite)
+    if args.only_prompts:
+        print(f"generate: {Source.of(recipe, part, args.output_dir).total} prompts")
+        return
+    shards = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]
+    generate_shards(recipe, args.output_dir, shards, part, args.world_size, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ declare -a generate_shards generate combine_generate preload rank_shards rank co
 words=$("$PYTHON" -m sppo.launch.chain generate "$@") # reads the flags, and gives each command below its words
 eval "$words"
 
+"$PYTHON" "$root/scripts/generate.py" "${generate[@]}" --only_prompts
 "$PYTHON" -m sppo.launch shards "${generate_shards[@]}" -- "$PYTHON" "$root/scripts/generate.py" "${generate[@]}"
 "$PYTHON" "$root/scripts/combine_generate.py" "${combine_generate[@]}"
 "$PYTHON" "$root/scripts/preload.py" "${preload[@]}"

@@ -32,13 +32,13 @@ def main() -> None:
     config.require_pairs(recipe)
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
-    from sppo.common.shards import Slice
+    from sppo.common.shards import Slice, parse_shards
     from sppo.generation.combine import check_prompts
-    from sppo.ranking.shards import rank_shard
+    from sppo.ranking.shards import rank_shards
 
     check_prompts(args.output_dir, args.prompts)
-    shard = Slice(args.frac_len, args.data_frac, args.numgpu)
-    rank_shard(recipe, args.output_dir, shard, args.overwrite)
+    parts = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]
+    rank_shards(recipe, args.output_dir, parts, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
 from sppo.common.errors import UsageError, run_main
+from sppo.common.place import Place, add_place_flags
 
 
 def main() -> None:
@@ -27,8 +28,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="--compare's page (%(default)s)")
     parser.add_argument("--iteration", type=int, help="compare this iteration's model with the base")
     parser.add_argument("--base", help="the model to compare with: the run's first")
-    parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
-    parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
+    add_place_flags(parser)
     args, recipe = config.parse(parser)
     if args.compare:
         if args.run_dir or args.iteration is not None:
@@ -46,7 +46,7 @@ def main() -> None:
             raise UsageError("--eval_prompts is missing: the held-out prompts to answer")
         from sppo.evaluation.report import report
 
-        report(recipe, args.run_dir, args.iteration, args.base, args.gpus, args.world_size)
+        report(recipe, args.run_dir, args.iteration, args.base, Place.of(args))
     from sppo.evaluation.page.page import write_page
 
     print(f"report: {write_page(args.run_dir)}")

@@ -353,7 +353,9 @@ def add_shard_flags(parser: argparse.ArgumentParser) -> None:
         "--frac_len", type=int, default=0, help="rows in a shard; 0: all, shared evenly by --numgpu shards"
     )
     parser.add_argument(
-        "--data_frac", type=int, default=0, help="which shard: rows [data_frac*frac_len, (data_frac+1)*frac_len)"
+        "--data_frac",
+        default="0",
+        help="which shard: rows [data_frac*frac_len, (data_frac+1)*frac_len); or 0,1,2",
     )
     parser.add_argument("--numgpu", type=int, default=1, help="how many shards there are")
 

@@ -19,15 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sppo import config
+from sppo.common import stopping
 from sppo.common.errors import INTERRUPTED, WRONG_USE, SPPOError, UsageError
 from sppo.common.files import atomic, exclusive, read_json
 from sppo.common.manifest import Stage
-from sppo.common.shards import Slice
+from sppo.common.place import Place, add_place_flags
+from sppo.common.shards import Slice, known_count
 from sppo.config import ROOT, Recipe, flags
 from sppo.hub.push import SCRIPT, check_name
 from sppo.hub.push import command as push_command
 from sppo.launch.devices import devices, groups
 from sppo.launch.processes import start, stop
+from sppo.launch.slurm import in_allocation
+from sppo.launch.submit import submit
 
 
 @dataclass
@@ -56,8 +60,11 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made = config.make_parser(doc, [f.name for f in dataclasses.fields(Recipe)])
     made.add_argument("--name", help="name of the run and of its data sets on the Hub (default: the model's)")
     made.add_argument("--run_dir", type=Path, help="the run's directory (default: runs/<name>)")
-    made.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
-    made.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over in generation")
+    add_place_flags(made)
+    made.add_argument(
+        "--gpus_per_node", type=int, default=0, help="slurm: GPUs that the submitted job asks for on a node"
+    )
+    made.add_argument("--sbatch", default="", help='slurm: more of sbatch\'s flags: "--partition=gpu --time=12:00:00"')
     made.add_argument("--accelerate_config", default="", help="YAML, or a name in recipes/accelerate_configs")
     made.add_argument("--evaluate", action="store_true", help="at the end, all iterations' models against each other")
     made.add_argument("--dry_run", action="store_true", help="preflight, print what would be run, and stop")
@@ -65,12 +72,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def place(recipe: Recipe, args: argparse.Namespace) -> tuple[str, Path, list[str]]:
-    """(the run's name, its directory, its devices). Raises UsageError for flags that contradict each other."""
+def place(recipe: Recipe, args: argparse.Namespace) -> tuple[str, Path, Place]:
+    """(the run's name, its directory, where its processes go). Raises UsageError for flags that clash."""
     config.require_pairs(recipe)
     name = args.name or Path(recipe.model).name
-    names = devices(args.gpus)
-    groups(names, args.world_size)
+    where = Place.of(args)
+    if where.launcher == "local":
+        groups(devices(where.gpus), where.world_size)
+    if where.launcher != "slurm" and (args.gpus_per_node or args.sbatch):
+        raise UsageError("--gpus_per_node and --sbatch are for --launcher slurm")
     if recipe.split_prompts and "{iter}" in recipe.prompts:
         raise UsageError("--split_prompts splits one prompt set; these prompts already differ by {iter}")
     if args.evaluate and not recipe.eval_prompts:
@@ -79,7 +89,7 @@ def place(recipe: Recipe, args: argparse.Namespace) -> tuple[str, Path, list[str
         raise UsageError(f"--{'public' if recipe.public else 'push_model'} needs --org, where to push to")
     if recipe.org:
         check_name(recipe.org, f"{name}-iter{recipe.iterations}")
-    return name, args.run_dir or Path("runs") / name, names
+    return name, args.run_dir or Path("runs") / name, where
 
 
 def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
@@ -88,7 +98,10 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     A preflight that says no, or a stage that fails, ends the run with its exit code. A push that fails does not:
     SPPOError at the end names the commands that push what is missing.
     """
-    name, run_dir, _ = place(recipe, args)
+    name, run_dir, where = place(recipe, args)
+    if where.launcher == "slurm" and not in_allocation():
+        submit(args, name, run_dir, argv)
+        return
     if recipe.iterations > 1 and not recipe.split_prompts and "{iter}" not in recipe.prompts:
         print(f"loop: {recipe.prompts} is used whole in each of {recipe.iterations} iterations (see --split_prompts)")
     steps = [step for i in range(1, recipe.iterations + 1) for step in _iteration(recipe, args, name, run_dir, i)]
@@ -100,7 +113,10 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
             print(f"{step.label}: {shlex.join(step.command)}")
     if code or args.dry_run:
         raise SystemExit(code)
+    stop_file = Path(os.environ.get(stopping.VARIABLE) or run_dir.absolute() / "stop")
+    os.environ.setdefault(stopping.VARIABLE, str(stop_file))
     with exclusive(run_dir):
+        stop_file.unlink(missing_ok=True)
         _note_command(run_dir, argv)
         unpushed = _run_steps(steps, run_dir)
     if recipe.eval_prompts:
@@ -131,7 +147,12 @@ def _run_steps(steps: list[Step], run_dir: Path) -> list[str]:
         if step.is_done():
             print(f"=== {step.label}: done", flush=True)
             continue
+        if stopping.stop_asked():
+            raise KeyboardInterrupt
         code = _call(step.label, step.command)
+        if code == INTERRUPTED and stopping.stop_asked():
+            print(f"=== {step.label}: stopped, as asked; run the same command to go on from here", flush=True)
+            raise SystemExit(code)
         if code and (str(SCRIPT) not in step.command or code in (WRONG_USE, INTERRUPTED)):
             print(f"=== {step.label}: failed; run the same command again to go on from here", file=sys.stderr)
             raise SystemExit(code)
@@ -173,13 +194,13 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
     mine = dataclasses.replace(recipe, **changes)
     part = (i - 1, recipe.iterations) if recipe.split_prompts else (0, 1)
     written = here / "recipe.yaml"
-    common = flags(recipe=written, model=model, gpus=args.gpus)
-    generate = ["bash", str(ROOT / "scripts/generate.sh"), *common]
-    generate += flags(prompt=prompts, out_path=here / "data", world_size=args.world_size)
+    where = Place.of(args)
+    generate = ["bash", str(ROOT / "scripts/generate.sh"), *flags(recipe=written, model=model), *where.flags()]
+    generate += flags(prompt=prompts, out_path=here / "data")
     if recipe.split_prompts:
         generate += flags(part=f"{part[0]}/{part[1]}")
     training = flags(recipe=written, model=model, iter=i, dataset=here / "data", output_dir=here / "model")
-    train = ["bash", str(ROOT / "scripts/pipeline.sh"), *training, *flags(gpus=args.gpus)]
+    train = ["bash", str(ROOT / "scripts/pipeline.sh"), *training, *where.flags(world_size=False)]
     train += flags(accelerate_config=args.accelerate_config)
     on_hub = (recipe.org, f"{name}-iter{i}", recipe.public)
     steps = [
@@ -192,14 +213,8 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
     steps = [step for step, is_wanted in zip(steps, wanted, strict=True) if is_wanted]
     if recipe.eval_prompts:
         report = [sys.executable, str(ROOT / "scripts/report.py"), *flags(recipe=written, run_dir=run_dir)]
-        report += flags(
-            base=recipe.model,
-            model_revision=recipe.model_revision,
-            iteration=i,
-            seed=recipe.seed,
-            gpus=args.gpus,
-            world_size=args.world_size,
-        )
+        report += flags(base=recipe.model, model_revision=recipe.model_revision, iteration=i, seed=recipe.seed)
+        report += where.flags()
         stages = lambda: _report_stages(recipe, mine, args, run_dir, i)  # noqa: E731 - as for the other steps
         steps.append(Step(f"iteration {i}: report", report, None, stages))
     return steps
@@ -223,11 +238,12 @@ def _matrix_step(recipe: Recipe, run_dir: Path) -> Step:
 def _drawing_stages(recipe: Recipe, args: argparse.Namespace, data: Path, part: tuple[int, int]) -> list[Stage]:
     """The stages of generation: each shard, and the shards put together."""
     from sppo.generation.combine import combine_stage
-    from sppo.generation.shards import Source
+    from sppo.generation.source import Source
 
     if not (data / "responses.manifest.json").exists():
         raise SPPOError(f"{data} is not whole")
-    source, count = Source.of(recipe, part), len(groups(devices(args.gpus), args.world_size))
+    source, count = Source.of(recipe, part, data), known_count(data / "responses")
+    count = count or len(groups(devices(args.gpus), args.world_size))  # a version that kept no count had one a device
     shards = [source.stage(data, Slice(0, i, count)) for i in range(count)]
     return [*shards, combine_stage(data, count, recipe.pairs)]
 
@@ -241,7 +257,8 @@ def _data_stages(recipe: Recipe, args: argparse.Namespace, here: Path, part: tup
     data = here / "data"
     if not (data / "train.manifest.json").exists():
         raise SPPOError(f"{data} is not whole")
-    recipe, count = pinned(recipe, here.parent / "iter1" / "data"), len(devices(args.gpus))
+    recipe = pinned(recipe, here.parent / "iter1" / "data")
+    count = known_count(data / "ranking") or len(devices(args.gpus))
     ranking = [rank_stage(recipe, data, Slice(0, i, count)) for i in range(count)]
     return [*_drawing_stages(recipe, args, data, part), *ranking, pairing_stage(recipe, data)]
 
@@ -253,8 +270,13 @@ def _training_stages(args: argparse.Namespace, training: list[str], here: Path) 
 
     if not (here / "model" / "sppo_manifest.json").exists() or (here / "model.partial").exists():
         raise SPPOError(f"{here / 'model'} is not whole")
-    processes = training_config(devices(args.gpus), args.accelerate_config)[2]
-    return [prepare(training, processes).stage]
+    if args.launcher == "local":
+        processes = training_config(devices(args.gpus), args.accelerate_config)[2]
+        return [prepare(training, processes).stage]
+    made = prepare(training, 1)
+    if made.recipe.accumulate:
+        raise SPPOError("how many rows a step has depends on the cluster's devices")
+    return [made.stage]
 
 
 def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, run_dir: Path, i: int) -> list[Stage]:

@@ -309,7 +309,7 @@ def test_gpus_that_do_not_exist_or_that_pytorch_cannot_use(
     wrong = [text for level, text in found if level == "no"]
     assert "GPU 5 does not exist; nvidia-smi shows 0, 1. Change --gpus" in wrong[0]
     if "+cpu" in version_of("torch"):
-        assert "PyTorch cannot use GPU GPU-1111" in wrong[1]
+        assert re.search(r"PyTorch cannot use GPU GPU-1111: torch \S+ finds no CUDA\.", wrong[1])
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
     with pytest.raises(SPPOError, match="NVIDIA-SMI has failed.*--gpus none"):
         list(machine.check_gpus(opened(models, tmp_path, "--gpus=0")))

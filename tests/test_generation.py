@@ -30,7 +30,7 @@ from sppo.generation.combine import check_prompts, combine
 from sppo.generation.engines import Request, prompt_seed, vllm
 from sppo.generation.engines.transformers import _Sampler
 from sppo.generation.prompts import load_prompts
-from sppo.generation.shards import generate_shard
+from sppo.generation.shards import generate_shards
 
 PROMPTS = [f"Why is {n} None{'?' * (n % 5)}" + " and why" * (n % 7) for n in range(21)] + ["Why is 3 None???"]
 
@@ -45,7 +45,7 @@ def recipe(models: Path, tmp_path: Path) -> Recipe:
 
 def generate(recipe: Recipe, out: Path, shards: int) -> list[dict[str, Any]]:
     for i in reversed(range(shards)):  # order decides nothing
-        generate_shard(recipe, out, Slice(0, i, shards), (0, 1), 1, False)
+        generate_shards(recipe, out, [Slice(0, i, shards)], (0, 1), 1, False)
     combine(out, shards, recipe.pairs, False)
     return pq.read_table(out / "responses.parquet").to_pylist()
 
@@ -92,7 +92,7 @@ def test_more_shards_than_prompts_and_wrong_slices(recipe: Recipe, tmp_path: Pat
 def test_a_missing_a_foreign_or_a_stale_shard_is_never_combined(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for i in range(2):
-        generate_shard(recipe, out, Slice(0, i, 3), (0, 1), 1, False)
+        generate_shards(recipe, out, [Slice(0, i, 3)], (0, 1), 1, False)
     with pytest.raises(SPPOError, match="not finished.*shard-00002"):
         combine(out, 3, 3, False)
     with pytest.raises(SPPOError, match="end at row 16 of 24"):
@@ -100,11 +100,11 @@ def test_a_missing_a_foreign_or_a_stale_shard_is_never_combined(recipe: Recipe, 
     with pytest.raises(SPPOError, match="beyond --numgpu 1"):
         combine(out, 1, 3, False)
     recipe.temperature = 0.9
-    generate_shard(recipe, out, Slice(0, 2, 3), (0, 1), 1, False)
+    generate_shards(recipe, out, [Slice(0, 2, 3)], (0, 1), 1, False)
     with pytest.raises(SPPOError, match="differ in temperature"):
         combine(out, 3, 3, False)
     with pytest.raises(SPPOError, match=r"settings\.temperature: 1\.0 there, 0\.9 now"):
-        generate_shard(recipe, out, Slice(0, 0, 3), (0, 1), 1, False)
+        generate_shards(recipe, out, [Slice(0, 0, 3)], (0, 1), 1, False)
     assert not (out / "responses.parquet").exists()
 
 

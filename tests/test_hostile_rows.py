@@ -18,10 +18,10 @@ from sppo.common.shards import Slice
 from sppo.config import Recipe
 from sppo.formats import responses_schema
 from sppo.generation.combine import combine
-from sppo.generation.shards import generate_shard
+from sppo.generation.shards import generate_shards
 from sppo.pairing.training_set import compute_prob
 from sppo.rankers._pairrm_network import CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRM
-from sppo.ranking.shards import prompt_logits, rank_shard
+from sppo.ranking.shards import prompt_logits, rank_shards
 from sppo.training.data import load_training_set
 
 ORDINARY = [f"Why is {n} None" + " and why" * (n % 4) for n in range(6)] + ["Name three rivers.", "A red ball?"]
@@ -50,7 +50,7 @@ def generated(models: Path, directory: Path, prompts: list[str]) -> tuple[dict[s
     source = tiny.write_jsonl(directory / "p.jsonl", [{"prompt": p, "prompt_id": p[:50]} for p in prompts])
     recipe = Recipe(model=str(models / "llama3"), prompts=str(source), pairs=2, maxlen=6, engine="transformers")
     for i in range(3):
-        generate_shard(recipe, directory, Slice(0, i, 3), (0, 1), 1, False)
+        generate_shards(recipe, directory, [Slice(0, i, 3)], (0, 1), 1, False)
     combine(directory, 3, 2, False)
     rows = pq.read_table(directory / "responses.parquet").to_pylist()
     for response in (r for row in rows for r in row["responses"]):
@@ -135,7 +135,7 @@ def stages(models: Path, directory: Path, rows: list[tuple[list[dict[str, str]],
     ]
     write_parquet(directory / "responses.parquet", responses_schema(), made)
     recipe = Recipe(ranker=str(models / "PairRM"), ranker_prompt="text", pairs=3, batch_tokens=8192)
-    rank_shard(recipe, directory, Slice(0, 0, 1), False)
+    rank_shards(recipe, directory, [Slice(0, 0, 1)], False)
     compute_prob(recipe, directory, False)
     tokenizer = chat.load_tokenizer(models / "llama3")
     stops = chat.stop_token_ids(models / "llama3", tokenizer)

@@ -16,7 +16,7 @@ import tiny
 from sppo.common import cores
 from sppo.common.errors import UsageError
 from sppo.launch.devices import devices, groups
-from sppo.launch.processes import last_lines, overall
+from sppo.launch.logs import last_lines, overall
 
 
 def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_a_flag_of_the_chain_goes_to_every_stage_that_reads_it_and_to_no_other(t
         "compute_prob",
     }
     assert {name for name in stages if f"--model={awkward}" in words[name]} == {"generate", "rank"}
-    assert "--numgpu=2" in words["combine_generate"]
+    assert not [word for word in words["combine_generate"] if "numgpu" in word]  # the launcher notes how many there are
     assert not any(words["push_to_hub"])
     assert not list(tiny.ROOT.rglob("pwned"))
 
@@ -209,6 +209,70 @@ def test_all_shards_run_and_tries_keep_their_logs(tmp_path: Path) -> None:
         assert "shard 2 of 3 done" in tiny.succeed(*command(tmp_path, "succeed"))
     assert len(list((tmp_path / "logs").iterdir())) == 6
     assert last_lines(tmp_path / "logs" / "s-0.1.log", 5) == ["shard 0 of 3 done"]
+
+
+# a stage that writes a manifest a shard, and says which shards each of its processes got
+PARTS = """
+import sys
+where = {flag: sys.argv[sys.argv.index(flag) + 1] for flag in ("--data_frac", "--numgpu")}
+for number in where["--data_frac"].split(","):
+    open(f"{sys.argv[1]}/shard-{int(number):05d}.manifest.json", "x").write("{}")
+print("mine:", where["--data_frac"], "of", where["--numgpu"])
+"""
+
+
+def parts(tmp_path: Path, *flags: str) -> list[str]:
+    (tmp_path / "parts.py").write_text(PARTS)
+    where = [f"--logs={tmp_path / 'logs'}", "--name=p", f"--shards_dir={tmp_path / 'parts'}", *flags]
+    own = [sys.executable, str(tmp_path / "parts.py"), str(tmp_path / "parts")]
+    return [sys.executable, "-m", "sppo.launch", "shards", *where, "--", *own]
+
+
+def test_more_shards_than_devices_go_to_few_processes_first_many_then_few(tmp_path: Path) -> None:
+    """An engine's start is paid for each process and not for each shard, and at the end no device waits for long."""
+    tiny.succeed(*parts(tmp_path, "--gpus=none,none", "--shards=40"))
+    said = [line.split() for log in (tmp_path / "logs").iterdir() for line in log.read_text().splitlines()]
+    taken = sorted(([int(n) for n in words[1].split(",")] for words in said), key=lambda each: each[0])
+    assert [n for each in taken for n in each] == list(range(40))
+    assert [len(each) for each in taken] == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert {words[3] for words in said} == {"40"}
+
+
+def test_a_stage_keeps_its_number_of_shards_when_the_devices_change(tmp_path: Path) -> None:
+    """Begun on 3 GPUs, gone on with 1: the shards are those that were begun. Before it was refused."""
+    tiny.succeed(*parts(tmp_path, "--gpus=none,none,none"))
+    for manifest in (tmp_path / "parts").glob("*.manifest.json"):
+        manifest.unlink()
+    shown = tiny.succeed(*parts(tmp_path, "--gpus=none"))
+    assert "of 3" in shown
+    refused = tiny.run(*parts(tmp_path, "--gpus=none", "--shards=5"))
+    assert refused.returncode == 1
+    assert "is made in 3 shards; leave --shards out, or pass --overwrite" in refused.stderr
+
+
+def test_asked_to_stop_shards_end_and_nothing_is_left(tmp_path: Path) -> None:
+    """touch <run_dir>/stop: what a cluster's job does shortly before its time is over."""
+    stop = tmp_path / "stop"
+    process = subprocess.Popen(command(tmp_path, "sleep"), cwd=tiny.ROOT, env={**os.environ, "SPPO_STOP": str(stop)})
+    tiny.wait_until(lambda: len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 3)
+    stop.touch()
+    assert process.wait(30) == 130
+    assert_all_gone(tmp_path, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--launcher=slurm"], "works inside an allocation"),
+        (["--nodes=2"], "--launcher local is one machine"),
+        (["--launcher=ray", "--gpus=0,1"], "auto, or none"),
+        (["--ray_address=auto"], "--ray_address is for --launcher ray"),
+    ],
+)
+def test_flags_of_a_cluster_that_do_not_fit_are_wrong_use(tmp_path: Path, flags: list[str], said: str) -> None:
+    done = tiny.run(*parts(tmp_path, *flags), SLURM_JOB_ID="")
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
 
 
 def test_the_first_failure_stops_the_rest_and_gives_its_code(tmp_path: Path) -> None:

@@ -79,7 +79,10 @@ def test_one_process_killed_at_any_moment(models: Path, tmp_path: Path, flags: t
 
 
 def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None:
-    """SIGKILL of the launcher: its ranks go with it, and the next start goes on from the last whole checkpoint."""
+    """SIGKILL of the launcher: its ranks go with it, and the next start goes on from the last whole checkpoint.
+
+    Before that it is asked to stop, as a cluster does: it saves at the step that it is in, whatever --save_steps says.
+    """
     data = preferences.write(tmp_path / "data", preferences.rows(21))
 
     def command(name: str) -> list[str]:
@@ -89,6 +92,18 @@ def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None
 
     tiny.succeed(*command("whole"))
     work = tmp_path / "killed" / "model.partial"
+    stop = tmp_path / "stop"
+    process = tiny.start(*command("killed"), "--save_steps=100", slow=work, SPPO_STOP=str(stop))
+    tiny.wait_for(process, lambda: lines(work) >= 2)
+    stop.touch()
+    assert process.wait(120) == 130
+    (saved,) = work.glob("checkpoint-*")
+    assert int(saved.name.partition("-")[2]) == lines(work)
+    alone = tmp_path / "alone.yaml"
+    alone.write_text((tiny.ROOT / "recipes/accelerate_configs/cpu_zero3.yaml").read_text().replace("es: 2", "es: 1"))
+    refused = tiny.run(*command("killed"), f"--accelerate_config={alone}")
+    assert refused.returncode == 1
+    assert "is in 2 parts, one for each process that trained, and now there are 1; go on with 2" in refused.stderr
     process = tiny.start(*command("killed"), slow=work)
     kill_when(process, lambda: lines(work) >= 5)
     tiny.wait_until(lambda: not tiny.processes(work.parent), 60)

@@ -38,11 +38,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, so that none is left holding a GPU (on Linux only)."""
+def die_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Let the kernel end this process when its parent dies, so that none is left holding a GPU (on Linux only)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signum)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -62,6 +62,7 @@ class PromptSet:
     lengths: list[int]  # tokens of each prompt that can be answered; empty where there is no tokenizer
     rooms: list[int]  # tokens that each response may have
     conversations: list[list[Message]]
+    every: int = 1  # of a large set only every so-manieth prompt is looked at, and counts are multiplied
 
     @property
     def longest(self) -> int:
@@ -105,6 +106,9 @@ class Run:
     world_size: int
     accelerate_config: str
     left: list[Iteration]
+    machines: int = 1  # that train together, each with `gpus`
+    cluster: Any = None  # the launcher of a cluster; None: this machine
+    memory: int = 0  # free bytes of main memory of the smallest machine; 0: look at this one
     cards: dict[str, tuple[int, int]] = field(default_factory=dict)  # (all, free) bytes of each GPU
     policy: Policy | None = None
     shape: Shape | None = None
@@ -121,6 +125,10 @@ class Run:
     @property
     def cpu(self) -> bool:
         return "" in self.gpus
+
+    @property
+    def main_memory(self) -> int:
+        return self.memory or main_memory()
 
     @property
     def makes_data(self) -> bool:

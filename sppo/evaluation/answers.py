@@ -8,17 +8,18 @@ import sys
 from pathlib import Path
 
 from sppo.common.errors import SPPOError
+from sppo.common.place import Place
 from sppo.config import KEYS, ROOT, Recipe, flags
 
 
-def draw(recipe: Recipe, out: Path, logs: Path, gpus: str, world_size: int, name: str, overwrite: bool = False) -> Path:
+def draw(recipe: Recipe, out: Path, logs: Path, place: Place, name: str, overwrite: bool = False) -> Path:
     """out/responses.parquet: recipe.pairs responses of recipe.model to each of recipe.prompts. `name`: of the logs."""
     generate = [sys.executable, str(ROOT / "scripts/generate.py"), *settings(recipe, "generate")]
     again = ["--overwrite"] * overwrite
-    launch(gpus, world_size, logs, name, [*generate, *flags(output_dir=out, world_size=world_size), *again])
-    shards = len(list((out / "responses").glob("shard-*.manifest.json")))
+    shard = [*generate, *flags(output_dir=out, world_size=place.world_size), *again]
+    launch([*place.flags(), *flags(shards_dir=out / "responses")], logs, name, shard)
     combine = [sys.executable, str(ROOT / "scripts/combine_generate.py"), *settings(recipe, "combine_generate")]
-    call([*combine, *flags(output_dir=out, numgpu=shards), *again], name)
+    call([*combine, *flags(output_dir=out), *again], name)
     return out / "responses.parquet"
 
 
@@ -27,10 +28,10 @@ def settings(recipe: Recipe, script: str) -> list[str]:
     return flags(**{key: getattr(recipe, key) for key in KEYS[script]})
 
 
-def launch(gpus: str, world_size: int, logs: Path, name: str, command: list[str]) -> None:
-    """Run a shard of `command` on each device. Raises SPPOError where one fails."""
-    where = flags(name=name, gpus=gpus, logs=logs, world_size=world_size)
-    call([sys.executable, "-m", "sppo.launch", "shards", *where, "--", *command], name)
+def launch(where: list[str], logs: Path, name: str, command: list[str]) -> None:
+    """Run the shards of `command`; `where`: the launcher's flags. Raises SPPOError where one fails."""
+    words = [sys.executable, "-m", "sppo.launch", "shards", *where, *flags(name=name, logs=logs)]
+    call([*words, "--", *command], name)
 
 
 def call(command: list[str], name: str) -> None:

@@ -21,6 +21,7 @@ from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.parquet import read_rows, write_parquet
+from sppo.common.place import Place
 from sppo.common.preference import Array, probability, strength
 from sppo.common.progress import progress
 from sppo.common.shards import Slice
@@ -48,14 +49,14 @@ class Choice:
     same: int = 0
 
 
-def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: bool, overwrite: bool) -> None:
+def best_of_n(recipe: Recipe, out: Path, place: Place, knockout: bool, overwrite: bool) -> None:
     """Draw recipe.pairs responses a prompt, choose, and write best.parquet, best.jsonl and best.alpaca.json into `out`.
 
     Every step keeps what it has finished; started again it goes on. Raises SPPOError where `out` holds work made under
     other settings, before the ranker is asked; `overwrite` ranks and chooses again, and keeps the responses.
     """
     logs = out / "logs"
-    responses = draw(recipe, out, logs, gpus, world_size, "generate")
+    responses = draw(recipe, out, logs, place, "generate")
     ranking = [*settings(recipe, "rank"), *flags(output_dir=out)]
     preload = [sys.executable, str(ROOT / "scripts/preload.py"), *settings(recipe, "preload"), *flags(output_dir=out)]
     call(preload, "preload")
@@ -69,10 +70,11 @@ def best_of_n(recipe: Recipe, out: Path, gpus: str, world_size: int, knockout: b
     if knockout:
         own = flags(n=recipe.pairs, output_dir=out)
         play = [sys.executable, str(ROOT / "scripts/best_of_n.py"), *settings(recipe, "best_of_n"), *own, "--knockout"]
-        launch(gpus, 1, logs, "knock-out", play)
+        launch(place.flags(world_size=False), logs, "knock-out", play)
     else:
         rank = [sys.executable, str(ROOT / "scripts/rank.py"), *ranking, *["--overwrite"] * overwrite]
-        launch(gpus, 1, logs, "rank", rank)
+        where = [*place.flags(world_size=False), *flags(shards_dir=out / "ranking")]
+        launch(where, logs, "rank", rank)
     stage.begin()
     rows = list(read_rows(responses, ["prompt_id", "prompt", "responses"]))
     choices, more = _played(recipe, stage, rows) if knockout else (_ranked(recipe, out, rows), {})

@@ -15,6 +15,7 @@ import numpy as np
 
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.manifest import Stage
+from sppo.common.place import Place
 from sppo.common.progress import columns
 from sppo.config import Recipe
 from sppo.evaluation.answers import draw
@@ -42,16 +43,16 @@ def report_stage(recipe: Recipe, run_dir: Path, iteration: int) -> Stage:
     )
 
 
-def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, gpus: str, world_size: int) -> None:
+def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, place: Place) -> None:
     """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json."""
     if recipe.judge:
         judges(recipe)
         load_function(recipe.judge, "--judge")  # so that a wrong name is an error now, and not after the work
     if recipe.measure:
         load_function(recipe.measure, "--measure")
-    before = _answers(recipe, run_dir / "iter0", base, gpus, world_size, recipe.model_revision)
+    before = _answers(recipe, run_dir / "iter0", base, place, recipe.model_revision)
     here = run_dir / f"iter{iteration}"
-    after = _answers(recipe, here, str(here / "model"), gpus, world_size)
+    after = _answers(recipe, here, str(here / "model"), place)
     stage = report_stage(recipe, run_dir, iteration)
     if not stage.is_done():
         stage.begin()
@@ -92,11 +93,11 @@ def _rows(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _answers(recipe: Recipe, directory: Path, model: str, gpus: str, world_size: int, revision: str = "") -> Path:
+def _answers(recipe: Recipe, directory: Path, model: str, place: Place, revision: str = "") -> Path:
     """directory/eval/responses.parquet: eval_pairs responses of a model to each held-out prompt."""
     asked = {"prompts": recipe.eval_prompts, "prompts_revision": "", "pairs": recipe.eval_pairs}
     drawing = dataclasses.replace(recipe, model=model, model_revision=revision, **asked)
-    return draw(drawing, directory / "eval", directory / "logs", gpus, world_size, "eval")
+    return draw(drawing, directory / "eval", directory / "logs", place, "eval")
 
 
 def _compare(recipe: Recipe, run_dir: Path, iteration: int) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from sppo.common.findings import (
     PromptSet,
     Run,
     fits,
-    main_memory,
     many,
     no,
     note,
@@ -35,6 +34,7 @@ from sppo.generation.engines.transformers import BATCH, DOUBLE
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import prepare
 
+_LOOKED_AT = 20_000  # prompts of a set that are tokenised here
 _ANSWER = "sppo-answer-probe"
 # The share of the device's matrix rate that drawing reaches. CPU: measured (docs/benchmarks.md); GPU: a guess.
 _SHARE = {("vllm", "cpu"): 0.29, ("transformers", "cpu"): 0.08, ("vllm", "gpu"): 0.10, ("transformers", "gpu"): 0.02}
@@ -195,10 +195,12 @@ def _prepared(run: Run, source: str, recipe: Recipe, part: tuple[int, int]) -> t
     if run.tokenizer is None:  # at least whether they can be read
         skipped = [p.skip for p in prompts if p.skip]
         return PromptSet(len(prompts), len(prompts) - len(skipped), [], [], []), skipped
-    requests, conversations, left_out = prepare(recipe, run.policy, run.tokenizer, prompts)
+    every = -(-len(prompts) // _LOOKED_AT)
+    requests, conversations, left_out = prepare(recipe, run.policy, run.tokenizer, prompts[::every])
     lengths, rooms = [len(r.token_ids) for r in requests], [r.max_new_tokens for r in requests]
-    made = PromptSet(len(prompts), len(requests), lengths, rooms, list(conversations.values()))
-    return made, [s["reason"] for s in left_out]
+    usable = min(every * len(requests), len(prompts) - len(left_out))
+    made = PromptSet(len(prompts), usable, lengths, rooms, list(conversations.values()), every)
+    return made, [s["reason"] for s in left_out for _ in range(every)]
 
 
 def _reasons(skipped: list[str]) -> str:
@@ -210,17 +212,19 @@ def _cuts(run: Run, which: str, made: PromptSet) -> Findings:
     recipe, limit = run.recipe, run.recipe.max_prompt_length
     if not made.lengths:
         return
-    long = sum(length > limit for length in made.lengths)
+    if made.every > 1:
+        yield note(f"{which}: one prompt in {made.every} is looked at; counts and the longest are estimates")
+    long = made.every * sum(length > limit for length in made.lengths)
     if long:
         yield note(f"{which}: {long} prompts are longer than --max_prompt_length {limit}; training cuts their left")
     rooms = [recipe.max_length - min(length, limit) for length in made.lengths]
-    cut = sum(most > room for most, room in zip(made.rooms, rooms, strict=True))
+    cut = made.every * sum(most > room for most, room in zip(made.rooms, rooms, strict=True))
     if cut:
         yield note(
             f"{which}: responses to {cut} prompts may be longer than training reads: up to {max(made.rooms)} tokens "
             f"are drawn, {min(rooms)} to {max(rooms)} fit --max_length {recipe.max_length} beside the prompt"
         )
-    short = sum(room < recipe.maxlen for room in made.rooms)
+    short = made.every * sum(room < recipe.maxlen for room in made.rooms)
     if short:
         yield note(f"{which}: {short} prompts leave less than --maxlen {recipe.maxlen} tokens of the model's context")
 
@@ -262,7 +266,7 @@ def _generation_fits(run: Run, shape: Shape) -> Finding:
         certain = number * shape.parameters * shards
         more = (1 << 30) * shards if vllm else shape.cache(BATCH * longest, number) * shards
         parts = f"weights in {many(shards, 'process')} and up to {{}} of keys and values"
-        return fits("generation", certain, more, main_memory(), parts, "Take a smaller model, --maxlen or machine")
+        return fits("generation", certain, more, run.main_memory, parts, "Take a smaller model, --maxlen or machine")
     if shape.heads % run.world_size:
         return no(f"--world_size {run.world_size} does not divide the model's {shape.heads} attention heads")
     certain = 2 * shape.parameters / run.world_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,102 +17,104 @@ from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.parquet import write_parquet
-from sppo.common.policy import Policy, policy_of
+from sppo.common.policy import Policy
 from sppo.common.progress import progress
-from sppo.common.shards import Slice, shard_paths
+from sppo.common.shards import Slice
 from sppo.config import Recipe
 from sppo.formats import Message, responses_schema
 from sppo.generation.combine import combine
-from sppo.generation.engines import Finished, Request, finished_responses, pick_engine, prompt_seed
-from sppo.generation.prompts import Prompt, fingerprint, load_prompts
+from sppo.generation.engines import Finished, Request, finished_responses, prompt_seed
+from sppo.generation.prompts import Prompt
+from sppo.generation.source import Source
 
-# Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
-SAMPLED = 32
 _LONG_ENOUGH = 5.0  # seconds, before which nothing is said about a busy machine
 
 
 @dataclass
-class Source:
-    """What the shards of one generation share: the policy, the prompts, and the fingerprints of both."""
+class _Work:
+    """A shard that is not done: its requests, the conversations as they were templated, what is skipped and why."""
 
-    recipe: Recipe
-    part: tuple[int, int]
-    policy: Policy
-    prompts: list[Prompt]
-    inputs: dict[str, Any]
-
-    @classmethod
-    def of(cls, recipe: Recipe, part: tuple[int, int]) -> Source:
-        """The recipe's policy and prompts; of the prompts every n-th from the i-th on, part = (i, n)."""
-        policy, prompts = policy_of(recipe), load_prompts(recipe.prompts, recipe, part)
-        inputs = {"model": policy.identity(), "prompts": fingerprint(prompts), "prompts_total": len(prompts)}
-        return cls(recipe, part, policy, prompts, inputs)
-
-    def stage(self, output_dir: Path, shard: Slice) -> Stage:
-        """The stage that makes a shard."""
-        keys = "pairs temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs".split()
-        path, manifest, journal = shard_paths(output_dir / "responses", shard.data_frac)
-        rows, engine = list(shard.bounds(len(self.prompts))), pick_engine(self.recipe.engine)
-        settings = {"rows": rows, "engine": engine, **{k: getattr(self.recipe, k) for k in keys}}
-        return Stage("generate", manifest, [path], self.inputs, settings, journal)
-
-    def sampled(self) -> set[str]:
-        """The prompts whose responses keep the engine's log-probs: the same, however the shards are cut."""
-        ids = sorted((p.prompt_id for p in self.prompts), key=lambda i: prompt_seed(self.recipe.seed, i))
-        return set(ids[:SAMPLED])
+    stage: Stage
+    requests: list[Request]
+    conversations: dict[str, list[Message]]
+    skipped: list[dict[str, str]]
+    journal: Journal
+    missing: int = 0  # requests that the journal does not hold
 
 
-def generate_shard(
-    recipe: Recipe, output_dir: Path, shard: Slice, part: tuple[int, int], world_size: int, overwrite: bool
+def generate_shards(
+    recipe: Recipe, output_dir: Path, shards: list[Slice], part: tuple[int, int], world_size: int, overwrite: bool
 ) -> None:
-    """Write $DATA/responses/shard-<data_frac>.parquet. Finished prompts of an earlier, killed try are kept.
+    """Write $DATA/responses/shard-<data_frac>.parquet for each of `shards`, with one engine.
 
-    A shard that holds all prompts is the only one: $DATA/responses.parquet is made of it at once.
+    Finished prompts of an earlier, killed try are kept. A shard that holds all prompts is the only one:
+    $DATA/responses.parquet is made of it at once.
     """
-    source = Source.of(recipe, part)
-    stage = source.stage(output_dir, shard)
-    start, stop = stage.settings["rows"]
-    path = stage.outputs[0]
-    if stage.is_done(overwrite):
-        print(f"generate: shard {shard.data_frac} is done: {path}")
-    else:
-        stage.begin()
-        _generate(source, stage, shard.data_frac, world_size)
-    if shard.numgpu == 1 and shard.data_frac == 0 and stop - start == len(source.prompts):
+    source = Source.of(recipe, part, output_dir)
+    missing = []
+    for shard in shards:
+        stage = source.stage(output_dir, shard)
+        if stage.is_done(overwrite):
+            print(f"generate: shard {shard.data_frac} is done: {stage.outputs[0]}")
+        else:
+            missing.append(stage)
+    if missing:
+        first, last = shards[0].data_frac, shards[-1].data_frac
+        _generate(source, missing, f"shard {first}" if first == last else f"shards {first} to {last}", world_size)
+    rows = source.stage(output_dir, shards[0]).settings["rows"]
+    if shards == [Slice(shards[0].frac_len, 0)] and rows == [0, source.total]:
         combine(output_dir, 1, recipe.pairs, overwrite)
 
 
-def _generate(source: Source, stage: Stage, number: int, world_size: int) -> None:
-    """Draw what the journal does not hold, and write the shard."""
-    recipe, policy, engine = source.recipe, source.policy, stage.settings["engine"]
-    (start, stop), total, path = stage.settings["rows"], len(source.prompts), stage.outputs[0]
+def _generate(source: Source, stages: list[Stage], label: str, world_size: int) -> None:
+    """Draw what the shards' journals do not hold, and write each shard as soon as it is whole."""
+    recipe, policy, engine = source.recipe, source.policy, stages[0].settings["engine"]
     tokenizer = policy.tokenizer()
-    stops = policy.stop_ids(tokenizer)
-    requests, conversations, skipped = prepare(recipe, policy, tokenizer, source.prompts[start:stop])
-    policy.check_tokens(max((max(r.token_ids) for r in requests), default=0))
-    sample = source.sampled()
-    for request in requests:
-        request.logps = request.prompt_id in sample
-    if not requests and stop - start == total:  # a shard among others may have none
-        raise SPPOError(f"no prompt can be answered; skipped: {dict(Counter(s['reason'] for s in skipped))}")
-    journal = Journal(stage.journal, stage.identity)
-    # the sample first: only while it is drawn does the engine work out log-probs
-    missing = sorted((r for r in requests if r.prompt_id not in journal.done), key=lambda r: not r.logps)
-    kept = len(requests) - len(missing)
-    print(f"generate: rows {start} to {stop} of {total}: {len(missing)} to do, {kept} in the journal, ", end="")
-    print(f"{len(skipped)} skipped; engine {engine}", flush=True)
-    with progress(len(requests), f"shard {number}", "prompt", kept) as bar:
-        finished = finished_responses(engine, policy, recipe, stops, missing, world_size)
-        _draw(_watched(finished) if without_gpu() else finished, tokenizer, journal, recipe, bar)
-    counts = _write_shard(path, requests, conversations, journal, chat.tokenizer_identity(tokenizer))
-    reasons = Counter(s["reason"] for s in skipped)
+    stops, identity = policy.stop_ids(tokenizer), chat.tokenizer_identity(tokenizer)
+    total = source.total
+    works: list[_Work] = []
+    for stage in stages:
+        start, stop = stage.settings["rows"]
+        requests, conversations, skipped = prepare(recipe, policy, tokenizer, source.rows(start, stop))
+        policy.check_tokens(max((max(r.token_ids) for r in requests), default=0))
+        if not requests and stop - start == total:  # a shard among others may have none
+            raise SPPOError(f"no prompt can be answered; skipped: {dict(Counter(s['reason'] for s in skipped))}")
+        for request in requests:
+            request.logps = request.prompt_id in source.sampled
+        stage.begin()
+        journal = Journal(stage.journal, stage.identity)
+        left = sum(r.prompt_id not in journal.done for r in requests)
+        works.append(_Work(stage, requests, conversations, skipped, journal, left))
+        counts = f"{left} to do, {len(requests) - left} in the journal, {len(skipped)} skipped"
+        print(f"generate: rows {start} to {stop} of {total}: {counts}; engine {engine}", flush=True)
+    owners = {r.prompt_id: work for work in works for r in work.requests}
+    asked = [r for work in works for r in work.requests if r.prompt_id not in work.journal.done]
+    asked.sort(key=lambda r: not r.logps)  # the sample first: only while it is drawn does the engine work out log-probs
+    for work in works:
+        if not work.missing:
+            _finish_shard(source, work, identity)
+    with progress(len(owners), label, "prompt", len(owners) - len(asked)) as bar:
+        finished = finished_responses(engine, policy, recipe, stops, asked, world_size)
+        for request in _drawn(_watched(finished) if without_gpu() else finished, tokenizer, owners, recipe, bar):
+            work = owners[request.prompt_id]
+            work.missing -= 1
+            if not work.missing:
+                _finish_shard(source, work, identity)
+
+
+def _finish_shard(source: Source, work: _Work, identity: str) -> None:
+    """Write a shard that is whole, and its manifest."""
+    recipe, stage = source.recipe, work.stage
+    start, stop = stage.settings["rows"]
+    counts = _write_shard(stage.outputs[0], work.requests, work.conversations, work.journal, identity)
+    reasons = Counter(s["reason"] for s in work.skipped)
     summary = {"prompts": stop - start, **counts, "skipped": dict(reasons)}
     read = ("prompts", "prompts_revision", "prompt_column", "prompt_split")
     origin = {**{k: getattr(recipe, k) for k in read}, "part": list(source.part)}
     names = {"model": public_name(recipe.model), "prompts": public_name(recipe.prompts)}  # for the Hub
-    stage.finish(summary, model=recipe.model, source=origin, names=names, skipped=skipped)
-    journal.remove()
-    print(f"generate: {path}: {json.dumps(summary)}")
+    stage.finish(summary, model=recipe.model, source=origin, names=names, skipped=work.skipped)
+    work.journal.remove()
+    print(f"generate: {stage.outputs[0]}: {json.dumps(summary)}")
 
 
 def _watched(finished: Finished) -> Finished:
@@ -124,8 +127,8 @@ def _watched(finished: Finished) -> Finished:
         yield each
 
 
-def _draw(finished: Finished, tokenizer: Any, journal: Journal, recipe: Recipe, bar: Any) -> None:
-    """Put each prompt's responses into the journal as it finishes."""
+def _drawn(finished: Finished, tokenizer: Any, owners: dict[str, _Work], recipe: Recipe, bar: Any) -> Iterator[Request]:
+    """Put each prompt's responses into its shard's journal as it finishes, and name it."""
     tokens = 0
     for request, responses in finished:
         if len(responses) != recipe.pairs:
@@ -137,10 +140,11 @@ def _draw(finished: Finished, tokenizer: Any, journal: Journal, recipe: Recipe, 
             item = {"text": text, "token_ids": r.token_ids, "finish_reason": r.finish_reason}
             # rounded, so that the batch, which decides the last bits, decides nothing here
             answer.append(item if r.logps is None else {**item, "logps": [round(x, 5) for x in r.logps]})
-        journal.add(request.prompt_id, {"responses": answer})
+        owners[request.prompt_id].journal.add(request.prompt_id, {"responses": answer})
         tokens += sum(len(r.token_ids) for r in responses)
         bar.update()
         bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s", refresh=False)
+        yield request
 
 
 def _write_shard(

@@ -3,21 +3,28 @@
     python -m sppo.launch shards --gpus 0,1 --logs LOGS --name generate -- python scripts/generate.py ...
     python -m sppo.launch train --gpus auto --logs LOGS -- recipe.yaml --model=... --dataset=... --output_dir=...
 
-`shards` adds --data_frac <i> --numgpu <G> to the command for each of G processes, waits for each, stops the rest when
+`shards` adds --data_frac <i> --numgpu <N> to the command for each of N processes, waits for each, stops the rest when
 one fails, shows the end of its log and ends with its code. --gpus: a list (as CUDA_VISIBLE_DEVICES takes it: numbers,
 UUIDs, MIG ids), auto (CUDA_VISIBLE_DEVICES as it stands, else every GPU, else none), or none (one process on the CPU;
-none,none for two).
+none,none for two). --launcher slurm and ray do the same over the machines of a cluster.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
-from sppo.common.errors import run_main
-from sppo.launch.devices import devices, groups, refuse_absent
-from sppo.launch.local import run_shards, run_training
+from sppo.common.errors import UsageError, run_main
+from sppo.common.place import Place, add_place_flags
+from sppo.launch.nodes import check_machines
+from sppo.launch.watch import Launcher, run_shards, run_training
+
+
+def open_launcher(place: Place, name: str) -> Launcher:
+    """The launcher that a place names. Raises UsageError, or SPPOError where its cluster is not there."""
+    return importlib.import_module(f"sppo.launch.{place.launcher}").Launcher(place, name)
 
 
 def main() -> None:
@@ -28,21 +35,24 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("what", choices=["shards", "train"])
-    parser.add_argument("--gpus", default="auto", help="a list, auto, or none")
-    parser.add_argument("--world_size", type=int, default=1, help="GPUs for one process")
+    add_place_flags(parser)
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="directory of the logs")
     parser.add_argument("--name", default="shard", help="name of the stage in messages and logs")
+    parser.add_argument("--shards_dir", type=Path, help="where the shards appear: keeps how many there are")
     parser.add_argument("--accelerate_config", default="", help="a YAML, or a name in recipes/accelerate_configs")
     argv = sys.argv[1:]
     split = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:split])
-    gpus = devices(args.gpus)
-    names = groups(gpus, args.world_size)
-    refuse_absent(gpus)
+    args, command = parser.parse_args(argv[:split]), argv[split + 1 :]
+    place = Place.of(args)
+    launcher = open_launcher(place, "train" if args.what == "train" else args.name)
+    if not command:
+        raise UsageError("no command after --")
+    if place.launcher != "local":
+        check_machines(launcher, args.logs)
     if args.what == "shards":
-        run_shards(names, args.logs, args.name, argv[split + 1 :])
+        run_shards(launcher, place.shards, args.shards_dir, args.logs, args.name, command)
     else:
-        run_training(gpus, args.accelerate_config, args.logs, argv[split + 1 :])
+        run_training(launcher, args.accelerate_config, args.logs, command)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 from sppo import config
 from sppo.common.errors import UsageError, run_main
+from sppo.common.place import Place, add_place_flags
 from sppo.config import KEYS, flags
 
 Words = dict[str, list[str]]  # by the array's name
@@ -44,7 +45,7 @@ to run), 2 wrong use, 130 interrupted.
 def _parser(doc: str, script: str, keys: list[str]) -> argparse.ArgumentParser:
     parser = config.make_parser(doc, dict.fromkeys(keys))
     parser.prog = f"bash scripts/{script}"
-    parser.add_argument("--gpus", default="auto", help="0,2,5 or auto (default) or none")
+    add_place_flags(parser)
     parser.add_argument("--logs", type=Path, help="where logs go (default: logs beside what is written)")
     parser.add_argument("--name", default="", help="name on the Hub; one that ends in -iter2 gives the tag iter2")
     parser.add_argument("--overwrite", action="store_true", help="make it again although other settings made it")
@@ -58,7 +59,6 @@ def generate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out_path", type=Path, required=True, help="the iteration's data directory")
     parser.add_argument("--frac", type=int, default=0, help="prompts in a shard (default: shared evenly)")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th prompt from the I-th on")
-    parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over")
     return parser
 
 
@@ -70,30 +70,24 @@ def generate(args: argparse.Namespace, given: dict[str, Any]) -> Words:
         raise UsageError("--public needs --org, where to push to")
     config.parse_part(args.part)
     data = flags(output_dir=args.out_path) + ["--overwrite"] * args.overwrite
-    place = flags(gpus=args.gpus, logs=args.logs or args.out_path.parent / "logs")
-    count = _shard_count(args.gpus, args.world_size)
+    place, logs = Place.of(args), flags(logs=args.logs or args.out_path.parent / "logs")
 
     def words(stage: str) -> list[str]:
         return [*_settings(args, given, stage), *data]
 
     own = flags(frac_len=args.frac, prompts_part=args.part, world_size=args.world_size)
+    shards, ranking = args.out_path / "responses", args.out_path / "ranking"
     push = [*_settings(args, given, "push_to_hub"), *flags(output_dir=args.out_path, name=args.name)]
     return {
-        "generate_shards": [*place, *flags(world_size=args.world_size, name="generate")],
+        "generate_shards": [*place.flags(), *logs, *flags(name="generate", shards_dir=shards)],
         "generate": [*words("generate"), *own],
-        "combine_generate": [*words("combine_generate"), *flags(numgpu=count)],
+        "combine_generate": words("combine_generate"),
         "preload": [*_settings(args, given, "preload"), *flags(output_dir=args.out_path)],
-        "rank_shards": [*place, *flags(name="rank")],
+        "rank_shards": [*place.flags(world_size=False), *logs, *flags(name="rank", shards_dir=ranking)],
         "rank": words("rank"),
         "compute_prob": words("compute_prob"),
         "push_to_hub": push if given.get("org") else [],
     }
-
-
-def _shard_count(gpus: str, world_size: int) -> int:
-    from sppo.launch.devices import devices, groups
-
-    return len(groups(devices(gpus), world_size))
 
 
 def pipeline_parser() -> argparse.ArgumentParser:
@@ -119,7 +113,7 @@ def pipeline(args: argparse.Namespace, given: dict[str, Any]) -> Words:
     if push and not (given.get("org") and args.name):
         raise UsageError("--push_model needs --org and --name, where to push to")
     own = flags(dataset=args.dataset, output_dir=args.output_dir, iter=args.iter)
-    launch = flags(gpus=args.gpus, logs=args.logs or args.output_dir.parent / "logs")
+    launch = [*Place.of(args).flags(), *flags(logs=args.logs or args.output_dir.parent / "logs")]
     where = flags(model_dir=args.output_dir, name=args.name)
     return {
         "train_launch": [*launch, *flags(accelerate_config=args.accelerate_config)],

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from sppo.common.errors import SPPOError
 from sppo.common.findings import Finding, Findings, Iteration, Run, no
 from sppo.config import Recipe
+from sppo.launch.__main__ import open_launcher
+from sppo.launch.devices import devices
 from sppo.loop import place
 from sppo.preflight import plan
 
 
 def open_run(recipe: Recipe, args: argparse.Namespace) -> Run:
     """The run that the drivers' flags ask for, and what of it is left. Raises UsageError for flags that clash."""
-    name, run_dir, gpus = place(recipe, args)
+    name, run_dir, where = place(recipe, args)
     left = []
     for i in range(1, recipe.iterations + 1):
         here = run_dir / f"iter{i}"
@@ -28,7 +30,11 @@ def open_run(recipe: Recipe, args: argparse.Namespace) -> Run:
         report = bool(recipe.eval_prompts) and not (here / "eval" / "report.manifest.json").exists()
         if data or training or report:
             left.append(Iteration(i, data, training, report))
-    return Run(recipe, name, run_dir, gpus, args.world_size, args.accelerate_config, left)
+    if where.launcher == "local":
+        return Run(recipe, name, run_dir, devices(where.gpus), where.world_size, args.accelerate_config, left)
+    cluster = open_launcher(where, "look") if left else None
+    machines, gpus = cluster.machines() if cluster else (1, [""])
+    return Run(recipe, name, run_dir, gpus, where.world_size, args.accelerate_config, left, machines, cluster)
 
 
 def examine(run: Run) -> dict[str, list[Finding]]:
@@ -42,6 +48,7 @@ def examine(run: Run) -> dict[str, list[Finding]]:
 
     groups: list[tuple[str, Callable[[Run], Findings]]] = [
         ("versions", machine.check_versions),
+        ("machines", machine.check_machines),
         ("GPUs", machine.check_gpus),
         ("model", generation.check_model),
         ("chat template", generation.check_template),

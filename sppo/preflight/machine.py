@@ -8,15 +8,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from sppo.common import cores
 from sppo.common.errors import SPPOError
-from sppo.common.findings import Finding, Findings, Run, main_memory, no, note, ok, size
+from sppo.common.findings import Finding, Findings, Run, main_memory, many, no, note, ok, size
 from sppo.common.manifest import version_of
 from sppo.config import ROOT
 from sppo.generation.checks import data_bytes
 from sppo.generation.engines import pick_engine
+from sppo.launch.nodes import look
 from sppo.training.needs import checkpoint_bytes, model_bytes
 
 _LOOK = 0.5  # seconds in which it is seen whether the cores are busy
@@ -69,7 +71,32 @@ def check_versions(run: Run) -> Findings:
         yield note("generation by transformers is many times slower than by vLLM; pip install '.[vllm]'")
 
 
+def check_machines(run: Run) -> Findings:
+    """The machines of a cluster: the same packages and code on each, the run's directory, ports, GPUs, memory."""
+    if run.cluster is None:
+        return
+    found, wrong = look(run.cluster, existing(run.run_dir), measure=True)
+    for trouble in wrong:
+        yield no(trouble)
+    if not found:
+        return
+    run.memory = min(one["memory"] for one in found)
+    run.rate = min(one["rate"] for one in found) * run.machines * len(run.gpus)
+    for one in found:
+        cards = Counter(name for name, _, _ in one["gpus"])
+        shown = ", ".join(f"{count} x {name}" for name, count in cards.items()) or "no GPU"
+        yield ok(f"{one['node']}: {shown}, {size(one['memory'])} of free main memory")
+        if not run.cpu:
+            run.cards |= {f"{one['node']} GPU {i}": (total, free) for i, (_, total, free) in enumerate(one["gpus"])}
+    if not wrong:
+        yield ok(
+            f"{many(len(found), 'machine')} with the same packages and code see {existing(run.run_dir)} and each other"
+        )
+
+
 def check_gpus(run: Run) -> Findings:
+    if run.cluster is not None:
+        return
     if run.cpu:
         yield ok(f"none is used; the CPU has {len(cores.allowed())} cores and {size(main_memory())} of free memory")
         watch = cores.Watch()
@@ -107,9 +134,7 @@ def _nvidia_smi() -> list[tuple[str, str, str, int, int]]:
 
 def _rate_of_gpu(run: Run, name: str) -> Finding:
     """Ask PyTorch, in a process of its own, whether it can use the GPU, and measure its matrix rate."""
-    code = (
-        "from sppo.preflight.plan import matrix_rate; import torch; print(torch.cuda.is_main_memory(), matrix_rate())"
-    )
+    code = "from sppo.preflight.plan import matrix_rate; import torch; print(torch.cuda.is_available(), matrix_rate())"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=600

@@ -30,8 +30,8 @@ def _load(run: Run, i: Iteration) -> Load:
     recipe = run.recipe
     if i.data:
         made = run.sets[i.number]
-        prompts, tokens, longest = made.usable, sum(made.lengths), made.longest
-        rows, most = training.training_rows(prompts, recipe.test_size), recipe.pairs * sum(made.rooms)
+        prompts, tokens, longest = made.usable, made.every * sum(made.lengths), made.longest
+        rows, most = training.training_rows(prompts, recipe.test_size), recipe.pairs * made.every * sum(made.rooms)
     else:
         data = run.run_dir / f"iter{i.number}" / "data"
         rows = prompts = read_json(data / "train.manifest.json")["counts"]["train"]
@@ -50,7 +50,7 @@ def hours(run: Run) -> dict[int, list[float]]:
     """Rough hours of generating, ranking and training of each iteration; none where model or devices are not known."""
     if run.shape is None or not any(load.prompts for load in run.loads):
         return {}
-    if run.cpu:
+    if run.cpu and not run.rate:
         run.rate = matrix_rate()
     if not run.rate:
         return {}

@@ -72,7 +72,7 @@ def _ranker_cuts(run: Run, ranker: Any) -> Findings:
     limit = f", and at least {inputs.candidate_maxlength - 3} tokens of a response" if inputs is not None else ""
     for made in {id(s): s for s in run.sets.values()}.values():
         which = ", ".join(str(n) for n, s in run.sets.items() if s is made)
-        cut = sum(ranker.count_cut(messages, [""]) > 0 for messages in made.conversations)
+        cut = made.every * sum(ranker.count_cut(messages, [""]) > 0 for messages in made.conversations)
         if cut:
             yield note(f"iteration {which}: the ranker reads {cut} of {made.usable} prompts in part{limit}")
         elif limit:

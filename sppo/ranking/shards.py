@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,21 @@ def _with_model(recipe: Recipe, output_dir: Path) -> Recipe:
     return dataclasses.replace(recipe, model=generated.get("model_name", ""))
 
 
-def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, overwrite: bool) -> None:
-    """Write $DATA/ranking/shard-<data_frac>.parquet for its slice of $DATA/responses.parquet.
+def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite: bool) -> None:
+    """Write $DATA/ranking/shard-<data_frac>.parquet for each slice of $DATA/responses.parquet, with one ranker.
 
     Prompts that a killed try had finished are in the journal and are not asked again (see rankers.unfinished).
     """
-    responses = require_responses(output_dir)
-    responses_columns(responses)
-    stage = rank_stage(recipe, output_dir, part)
-    recipe = _with_model(pinned(recipe, output_dir), output_dir)
-    backend, path, shard = rankers.backend(recipe), stage.outputs[0], part.data_frac
+    responses_columns(require_responses(output_dir))
+    named = _with_model(pinned(recipe, output_dir), output_dir)
+    load = functools.cache(lambda: rankers.backend(named).load(named))
+    for part in parts:
+        _rank_shard(named, rank_stage(recipe, output_dir, part), part.data_frac, load, overwrite)
+
+
+def _rank_shard(recipe: Recipe, stage: Stage, shard: int, load: Callable[[], Ranker], overwrite: bool) -> None:
+    path = stage.outputs[0]
+    responses = path.parent.parent / "responses.parquet"
     (start, stop), total = stage.settings["rows"], open_parquet(responses, []).metadata.num_rows
     if stage.is_done(overwrite):
         print(f"rank: shard {shard} is done: {path}")
@@ -107,7 +113,7 @@ def rank_shard(recipe: Recipe, output_dir: Path, part: Slice, overwrite: bool) -
     rows = _slice(responses, start, stop, recipe.pairs)
     print(f"rank: rows {start} to {stop} of {total}: {len(journal.done)} in the journal", flush=True)
     with progress(stop - start, f"shard {shard}", "prompt", len(journal.done)) as bar:
-        is_done, load = lambda row: row["prompt_id"] in journal.done, lambda: backend.load(recipe)
+        is_done = lambda row: row["prompt_id"] in journal.done  # noqa: E731 - short
         for ranker, asked in rankers.unfinished(rows, is_done, _CHUNK, load):
             items = [(row["prompt"], [(r or {}).get("text") or "" for r in row["responses"]]) for row in asked]
             for index, logits in prompt_logits(ranker, items):

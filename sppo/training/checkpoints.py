@@ -67,6 +67,19 @@ def resume_point(work: Path) -> Path | None:
     return None
 
 
+def check_parts(checkpoint: Path, processes: int) -> None:
+    """Raise SPPOError for a checkpoint whose optimiser DeepSpeed has written in parts, for another number of processes.
+
+    Where each process has the whole optimiser, any number of processes goes on from it.
+    """
+    parts = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    if parts not in (0, processes):
+        raise SPPOError(
+            f"{checkpoint} is in {parts} parts, one for each process that trained, and now there are {processes}; "
+            f"go on with {parts} (--gpus, --nodes), or delete {checkpoint.parent} to train this iteration again"
+        )
+
+
 def tidy(work: Path, checkpoint: Path | None) -> None:
     """Remove what an earlier try left half done, and the metrics of steps that will be made again."""
     shutil.rmtree(work / "final", ignore_errors=True)

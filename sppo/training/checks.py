@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-from sppo.common.findings import RUNTIME, Finding, Findings, Run, fits, main_memory, many, no, note, ok, size
+from sppo.common.findings import RUNTIME, Finding, Findings, Run, fits, many, no, note, ok, size
 from sppo.common.shape import Shape
 from sppo.training.launching import training_config
 from sppo.training.needs import training_memory
@@ -26,7 +26,7 @@ def check_batches(run: Run) -> Findings:
     """The processes that would train, and whether the global batch comes out even."""
     if not run.trains:
         return
-    path, config, processes = training_config(run.gpus, run.accelerate_config)
+    path, config, processes = training_config(run.gpus, run.accelerate_config, run.machines)
     if not run.cpu and config.get("use_cpu"):
         yield note(f"{path.stem} trains on the CPU although there are GPUs; leave --accelerate_config out")
     run.training = config, processes, 0
@@ -47,8 +47,9 @@ def _training_fits(run: Run, shape: Shape) -> Finding:
     fixed, activations = training_memory(run.recipe, shape, config, processes)
     parts = "weights, gradients and optimiser in each process and about {} of activations"
     if run.cpu or config.get("use_cpu"):
-        parts = f"weights, gradients and optimiser in {many(processes, 'process')} and about {{}} of activations"
-        room, fixed, activations = main_memory(), fixed * processes, activations * processes
+        here = processes // run.machines
+        parts = f"weights, gradients and optimiser in {many(here, 'process')} and about {{}} of activations"
+        room, fixed, activations = run.main_memory, fixed * here, activations * here
         return fits("training", fixed, activations, room, parts, "Take a smaller model or --use_peft")
     room = min(free for _, free in run.cards.values())
     advice = "Lower --batch_size, or --use_peft"

@@ -9,10 +9,14 @@ from sppo.common.errors import UsageError
 from sppo.config import ROOT, read_yaml
 
 
-def training_config(names: list[str], accelerate_config: str) -> tuple[Path, dict[str, Any], int]:
-    """(accelerate config, what it says, how many processes train). Raises UsageError for one that does not fit."""
-    cpu = "" in names
-    chosen = accelerate_config or ("cpu" if cpu else "one_gpu" if len(names) == 1 else "zero3")
+def training_config(names: list[str], accelerate_config: str, machines: int = 1) -> tuple[Path, dict[str, Any], int]:
+    """(accelerate config, what it says, how many processes train). `names`: the devices of each of the machines.
+
+    Raises UsageError for a config that does not fit.
+    """
+    cpu, devices = "" in names, machines * len(names)
+    alone = ("cpu" if machines == 1 else "multi_cpu") if cpu else "one_gpu"
+    chosen = accelerate_config or (alone if cpu or devices == 1 else "zero3")
     path = Path(chosen) if chosen.endswith(".yaml") else ROOT / "recipes" / "accelerate_configs" / f"{chosen}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")))
@@ -24,6 +28,14 @@ def training_config(names: list[str], accelerate_config: str) -> tuple[Path, dic
         raise UsageError(f"{path} is no accelerate config ({type(error).__name__}: {error})") from None
     if cpu and not config.get("use_cpu"):
         raise UsageError(f"{path} is for GPUs, and there is none; take cpu, multi_cpu, cpu_zero2 or cpu_zero3")
-    # without GPUs to count, the config says how many processes there are
-    count = stated if cpu and len(names) == 1 else len(names)
-    return path, config, 1 if kind == "NO" else count
+    if kind == "NO":
+        if machines > 1:
+            raise UsageError(
+                f"{path} is for one process, and {machines} machines shall train; leave it out, or --nodes 1"
+            )
+        return path, config, 1
+    # without GPUs to count, the config says how many processes there are, but at least one a machine
+    count = max(stated, machines) if cpu and len(names) == 1 else devices
+    if count % machines:
+        raise UsageError(f"{path}: {count} processes cannot be shared evenly by {machines} machines; change --nodes")
+    return path, config, count

@@ -7,11 +7,11 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.errors import SPPOError
+from sppo.common.errors import INTERRUPTED, SPPOError, leave
 from sppo.common.files import write_json
 from sppo.common.loading import add_adapter, load_causal_lm, load_config
 from sppo.config import Recipe
-from sppo.training.checkpoints import only_plain_values, resume_point, tidy, told_when_full
+from sppo.training.checkpoints import check_parts, only_plain_values, resume_point, tidy, told_when_full
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine
 
@@ -34,6 +34,8 @@ def train(training: Training) -> None:
     if training.overwrite and first:
         shutil.rmtree(work, ignore_errors=True)
     checkpoint = None if training.overwrite else resume_point(work)
+    if checkpoint:
+        check_parts(checkpoint, training.processes)
     if first:
         tidy(work, checkpoint)
     trainer, data = make_trainer(training)
@@ -45,11 +47,16 @@ def train(training: Training) -> None:
     if checkpoint:
         only_plain_values(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save(trainer, training)
+    if not trainer.is_stopped:
+        _save(trainer, training)
     if torch.distributed.is_initialized():
         # all ranks close their connections together: a rank that leaves earlier may crash
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if trainer.is_stopped:
+        if first:
+            print(f"train: stopped, as asked, and saved at step {trainer.state.global_step}", flush=True)
+        leave(INTERRUPTED)
     if first:
         metrics = {"iteration": training.iteration, **_summary(work / "metrics.jsonl")}
         metrics["agreement"] = trainer.agreement

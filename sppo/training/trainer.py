@@ -21,6 +21,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from sppo.common.errors import SPPOError
 from sppo.common.progress import progress
+from sppo.common.stopping import may_stop, stop_asked
 from sppo.config import Recipe
 from sppo.training.checkpoints import seal, told_when_full
 from sppo.training.data import Batches, Place, StepBatches, TrainingSet
@@ -55,6 +56,7 @@ class SPPOTrainer(Trainer):
         self.chunks = -(-recipe.batch_size * data.most_response_tokens() // CHUNK_TOKENS)
         self.reference: torch.Tensor | None = None  # (S,): log pi_t of every response
         self.agreement: dict[str, float] = {}  # see reference.agreement
+        self.is_stopped = False  # before its end, because somebody asked for it
         super().__init__(
             model=model,
             args=args,
@@ -198,6 +200,13 @@ class SPPOTrainer(Trainer):
             )
         model.train(training)
 
+    def stop_asked(self) -> bool:
+        """Whether training shall save and stop here. Rank 0 looks, so that all ranks agree."""
+        if not may_stop():
+            return False
+        asked = torch.tensor(float(self.is_world_process_zero() and stop_asked()), device=self.args.device)
+        return self.accelerator.reduce(asked, "sum").item() > 0
+
     def _find_reference(self) -> None:
         """Fill `reference`: the table of an earlier run, or the policy's own log-probs before its first step.
 
@@ -263,6 +272,8 @@ class _Flow(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
+        if not last and self.trainer.stop_asked():
+            control.should_save = control.should_training_stop = self.trainer.is_stopped = True
         if last or control.should_save:
             control.should_log = True  # so that a resumed run's next line covers the same steps
         if last:

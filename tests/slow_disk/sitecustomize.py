@@ -1,17 +1,23 @@
 """Every Python process with this directory in PYTHONPATH has a slow disk below $SPPO_TEST_SLOW.
 
-A file there takes 0.2 s to be renamed or removed, so that what is there only for a moment (a file about to be renamed,
-a journal about to go, a checkpoint not yet sealed) lasts long enough for a test to kill in, on however fast a machine.
+A file there takes 0.2 s (or $SPPO_TEST_DELAY) to be renamed or removed, so that what is there only for a moment (a file
+about to be renamed, a journal about to go, a checkpoint not yet sealed) lasts long enough for a test to kill in, on
+however fast a machine. Below $SPPO_TEST_FULL the disk is full.
 """
 
+import errno
 import os
 import sys
 import time
 
+SLOW, FULL = os.environ.get("SPPO_TEST_SLOW"), os.environ.get("SPPO_TEST_FULL")
+
 
 def slow(event: str, args: tuple) -> None:
-    if event in ("os.rename", "os.remove") and str(args[0]).startswith(os.environ["SPPO_TEST_SLOW"]):
-        time.sleep(0.2)
+    if SLOW and event in ("os.rename", "os.remove") and str(args[0]).startswith(SLOW):
+        time.sleep(float(os.environ.get("SPPO_TEST_DELAY", 0.2)))
+    if FULL and event == "open" and str(args[0]).startswith(FULL) and set(str(args[1])) & set("wax+"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
 
 
 sys.addaudithook(slow)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import exclusive, read_json
+from sppo.common.place import Place
 from sppo.common.policy import policy_of
 from sppo.config import Recipe
 from sppo.evaluation.report import update_summary
@@ -27,7 +28,7 @@ def _suite(args: argparse.Namespace) -> ModuleType:
 
 def _order(recipe: Recipe, args: argparse.Namespace, out: Path, judge: str) -> Order:
     recipe = dataclasses.replace(recipe, pairs=1)
-    place = (args.gpus, args.world_size, args.questions, args.judge_url, args.judge_model or judge)
+    place = (Place.of(args), args.questions, args.judge_url, args.judge_model or judge)
     return Order(args.suite, recipe, out, *place, args.overwrite, args.leaderboard)
 
 

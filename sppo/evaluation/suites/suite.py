@@ -17,6 +17,7 @@ from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.parquet import read_rows
+from sppo.common.place import Place
 from sppo.common.progress import progress
 from sppo.config import Recipe
 from sppo.evaluation.answers import draw
@@ -35,8 +36,7 @@ class Order:
     suite: str
     recipe: Recipe
     out: Path
-    gpus: str
-    world_size: int
+    place: Place
     questions: str
     judge_url: str
     judge_model: str
@@ -68,7 +68,7 @@ def answers(order: Order, conversations: dict[str, list[Message]], name: str, **
         temporary.write_text("".join(lines), encoding="utf-8")
     asked = {"prompts": str(prompts), "prompts_revision": "", "prompt_column": "prompt", "pairs": 1, **settings}
     recipe = dataclasses.replace(order.recipe, **asked)
-    drawn = draw(recipe, out, order.out / "logs", order.gpus, order.world_size, name, order.overwrite)
+    drawn = draw(recipe, out, order.out / "logs", order.place, name, order.overwrite)
     found = {row["prompt_id"]: row["responses"][0]["text"] for row in read_rows(drawn, ["prompt_id", "responses"])}
     if missing := len(conversations) - len(found):
         print(f"evaluate: {missing} questions are too long for the model; their answers count as empty")

@@ -1,0 +1,23 @@
+"""The request to stop in an orderly way: a file that somebody, or a cluster's batch script, puts there.
+
+Signals do not reach the processes of other machines; a file on the shared disk does. `SPPO_STOP` names it: the drivers
+set it to <run_dir>/stop. Where it is there, shards end with their journals, and training saves a checkpoint at the step
+that it is in. The same command goes on from there; it takes the file away first.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "SPPO_STOP"
+
+
+def may_stop() -> bool:
+    """Whether there is a file to look for: the same on all ranks of a training."""
+    return bool(os.environ.get(VARIABLE))
+
+
+def stop_asked() -> bool:
+    """Whether somebody has asked this run to stop."""
+    return may_stop() and Path(os.environ[VARIABLE]).exists()

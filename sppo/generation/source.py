@@ -1,0 +1,105 @@
+"""What the shards of one generation share: the policy, the prompts, and the fingerprints of both.
+
+A large prompt set is read once: $DATA/prompts.parquet keeps it in order, so that each of many shards reads its own rows
+and no others. A small one is read by each process as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sppo.common.errors import SPPOError
+from sppo.common.manifest import Stage, read_manifest
+from sppo.common.parquet import read_rows, write_parquet
+from sppo.common.policy import Policy, policy_of
+from sppo.common.shards import Slice, shard_paths
+from sppo.config import Recipe
+from sppo.generation.engines import pick_engine, prompt_seed
+from sppo.generation.prompts import Prompt, fingerprint, load_prompts
+
+# Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
+SAMPLED = 32
+LARGE = 20_000  # prompts from which on they are kept in $DATA/prompts.parquet
+
+
+@dataclass
+class Source:
+    """The policy and the prompts of one generation.
+
+    `sampled`: the prompts whose responses keep the engine's log-probs: the same, however the shards are cut.
+    """
+
+    recipe: Recipe
+    part: tuple[int, int]
+    policy: Policy
+    total: int
+    inputs: dict[str, Any]
+    sampled: set[str]
+    prompts: list[Prompt] | Path  # all of them, or the file that holds them
+
+    @classmethod
+    def of(cls, recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Source:
+        """The recipe's policy and prompts; of the prompts every n-th from the i-th on, part = (i, n)."""
+        policy = policy_of(recipe)
+        kept = _kept(recipe, part, output_dir)
+        if kept and kept.manifest.exists() and kept.stands():
+            written = read_manifest(kept.manifest, "fingerprint", "sampled")
+            total, mark = written["counts"]["prompts"], written["fingerprint"]
+            sampled, prompts = set(written["sampled"]), kept.outputs[0]
+        else:
+            prompts = load_prompts(recipe.prompts, recipe, part)
+            total, mark = len(prompts), fingerprint(prompts)
+            ids = sorted((p.prompt_id for p in prompts), key=lambda i: prompt_seed(recipe.seed, i))
+            sampled = set(ids[:SAMPLED])
+            if kept and total >= LARGE:
+                write_parquet(kept.outputs[0], _schema(), map(_row, prompts), batch=4096)
+                kept.finish({"prompts": total}, fingerprint=mark, sampled=sorted(sampled))
+                prompts = kept.outputs[0]
+        inputs = {"model": policy.identity(), "prompts": mark, "prompts_total": total}
+        return cls(recipe, part, policy, total, inputs, sampled, prompts)
+
+    def rows(self, start: int, stop: int) -> list[Prompt]:
+        """The prompts of these rows."""
+        if isinstance(self.prompts, list):
+            return self.prompts[start:stop]
+        columns = ["prompt_id", "messages", "skip"]
+        found = read_rows(self.prompts, columns, start, stop)
+        return [Prompt(row["prompt_id"], json.loads(row["messages"]), row["skip"]) for row in found]
+
+    def stage(self, output_dir: Path, shard: Slice) -> Stage:
+        """The stage that makes a shard."""
+        keys = "pairs temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs".split()
+        path, manifest, journal = shard_paths(output_dir / "responses", shard.data_frac)
+        rows, engine = list(shard.bounds(self.total)), pick_engine(self.recipe.engine)
+        settings = {"rows": rows, "engine": engine, **{k: getattr(self.recipe, k) for k in keys}}
+        return Stage("generate", manifest, [path], self.inputs, settings, journal)
+
+
+def _kept(recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Stage | None:
+    """The stage that keeps the prompts; None for a set that is no file, of which nothing tells quickly whether it is
+    still the same."""
+    path = Path(recipe.prompts).expanduser()
+    if not path.is_file():
+        return None
+    try:
+        with open(path, "rb") as handle:
+            content = hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise SPPOError(f"prompts {path}: {error.strerror}") from None
+    settings = {"column": recipe.prompt_column, "part": list(part), "seed": recipe.seed, "suffix": path.suffix}
+    outputs = [output_dir / "prompts.parquet"]
+    return Stage("prompts", output_dir / "prompts.manifest.json", outputs, {"content": content}, settings)
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.string()) for name in ("prompt_id", "messages", "skip")])
+
+
+def _row(prompt: Prompt) -> dict[str, str]:
+    return {"prompt_id": prompt.prompt_id, "messages": json.dumps(prompt.messages), "skip": prompt.skip}

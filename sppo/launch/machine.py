@@ -1,0 +1,93 @@
+"""One machine's part of a training: `accelerate launch` for its devices, which meet those of the other machines.
+
+    python -m sppo.launch.machine --machines 4 --rank 2 --meeting FILE --devices 0,1 --accelerate_config C.yaml -- ...
+
+Machine 0 finds a free port and writes its address into the meeting file, on the shared disk; the others wait for that.
+Reads   the accelerate config, the meeting file.
+Writes  the meeting file (machine 0); what sppo/run_sppo.py writes.
+Exit codes: those of accelerate launch; 1 where machine 0 does not come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from sppo.common.cores import own
+from sppo.common.errors import SPPOError, run_main
+from sppo.common.files import read_json, write_json
+from sppo.config import ROOT, flags
+from sppo.launch.processes import environment
+from sppo.training.launching import training_config
+
+_PATIENCE = 300  # seconds in which machine 0 must have come
+
+
+def own_address(peer: str) -> str:
+    """The address under which this machine reaches `peer`, and so is reached from there. No packet is sent."""
+    with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return probe.getsockname()[0]
+
+
+def free_port(address: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def meet(meeting: Path, rank: int, peer: str) -> tuple[str, int]:
+    """(address, port) of machine 0. Raises SPPOError where it does not come."""
+    if rank == 0:
+        address = own_address(peer)
+        write_json(meeting, {"address": address, "port": free_port(address)})
+    deadline = time.monotonic() + _PATIENCE
+    while not meeting.exists():
+        if time.monotonic() > deadline:
+            raise SPPOError(f"machine 0 has not come within {_PATIENCE} s ({meeting} is not there)")
+        time.sleep(0.2)
+    place = read_json(meeting)
+    return place["address"], place["port"]
+
+
+def command(args: argparse.Namespace, arguments: list[str]) -> tuple[list[str], int]:
+    """(the command that trains on this machine, the processes that it starts)."""
+    path, config, processes = training_config(args.devices.split(","), args.accelerate_config, args.machines)
+    here = processes // args.machines
+    address, port = meet(args.meeting, args.rank, args.peer)
+    if config["distributed_type"] == "MULTI_CPU":  # accelerate launch would start one process, without a word
+        words = [sys.executable, "-m", "torch.distributed.run"]
+        words += flags(nnodes=args.machines, node_rank=args.rank, nproc_per_node=here)
+        words += flags(master_addr=address, master_port=port)
+    else:
+        words = [sys.executable, "-m", "accelerate.commands.launch"]
+        words += flags(config_file=path, num_processes=processes, main_process_port=port)
+        if args.machines > 1:
+            words += flags(num_machines=args.machines, machine_rank=args.rank, main_process_ip=address)
+    return [*words, str(ROOT / "sppo" / "run_sppo.py"), *arguments], here
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sppo.launch.machine", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--machines", type=int, default=1)
+    # in a step of Slurm: this node's number, and the address of the machine on which srun runs
+    parser.add_argument("--rank", type=int, default=int(os.environ.get("SLURM_NODEID", 0)))
+    parser.add_argument("--peer", default=os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"),
+                        help="an address that all machines reach")  # fmt: skip
+    parser.add_argument("--meeting", type=Path, required=True, help="a file on the shared disk")
+    parser.add_argument("--devices", required=True, help="this machine's; empty: the CPU")
+    parser.add_argument("--accelerate_config", required=True)
+    split = sys.argv.index("--")
+    args = parser.parse_args(sys.argv[1:split])
+    words, here = command(args, sys.argv[split + 1 :])
+    on_cpu = "" in args.devices.split(",")
+    env = environment(None, len(own(0, here)) if on_cpu and here > 1 else 0)
+    os.execvpe(words[0], words, env)  # noqa: S606 - signals reach accelerate itself
+
+
+if __name__ == "__main__":
+    run_main(main)

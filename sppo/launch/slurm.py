@@ -1,0 +1,115 @@
+"""The launcher inside a Slurm allocation: a job step a shard, one step over all nodes for training.
+
+Slurm places the steps, gives each its GPUs, and ends them with the job. Outside an allocation see submit.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.place import Place
+from sppo.config import ROOT
+from sppo.launch.devices import groups
+from sppo.launch.nodes import Answer
+from sppo.launch.processes import environment, start, stop
+
+# A node may have its Python elsewhere: then the one that scripts/env.sh finds there does the work.
+_ON_NODE = 'if [ ! -x "$1" ]; then unset PYTHON; . "$0/scripts/env.sh"; shift; set -- "$PYTHON" "$@"; fi; exec "$@"'
+
+
+def in_allocation() -> bool:
+    return bool(os.environ.get("SLURM_JOB_ID"))
+
+
+def _gpus_on_node() -> int:
+    """GPUs of each node, as Slurm says it in the one or the other variable; 0 where it says nothing."""
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE"):
+        if number := re.search(r"(\d+)$", os.environ.get(name, "")):  # "8", or "h100:8"
+            return int(number[1])
+    return 0
+
+
+class Launcher:
+    """See watch.Launcher. Its tasks are srun's processes, which end with the code of what they run."""
+
+    def __init__(self, place: Place, name: str) -> None:
+        if not in_allocation():
+            raise UsageError("--launcher slurm works inside an allocation (salloc, sbatch), and this is none")
+        if not shutil.which("srun"):
+            raise SPPOError("--launcher slurm: there is no srun here")
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"])
+        if place.nodes > nodes:
+            raise UsageError(f"--nodes {place.nodes}: the allocation has {nodes}")
+        self.nodes, self.name = place.nodes or nodes, name
+        if place.gpus == "auto":
+            count = _gpus_on_node()
+            if not count:
+                raise UsageError("this allocation has no GPUs (--gpus-per-node); --gpus none runs on its CPUs")
+            self.gpus = [str(i) for i in range(count)]
+        else:
+            self.gpus = [""] * len(place.gpus.split(","))
+        self.here = len(groups(self.gpus, place.world_size))  # slots of a node
+        self.world_size = place.world_size
+        if (cores := int(os.environ.get("SLURM_CPUS_ON_NODE", self.here))) < self.here:
+            said = f"{cores} cores of a node for its {self.here} shards, so that they wait for each other"
+            print(f'launch: warning: {said}; ask for more: --sbatch "--cpus-per-task=N"', flush=True)
+
+    def slots(self) -> int:
+        return self.nodes * self.here
+
+    def _srun(self, nodes: int, slots: int, gpus: int, job: str) -> list[str]:
+        """srun for one task on each of so many nodes. A step gets its share of a node's cores, and all of its memory.
+
+        What the job asked for is in srun's environment too, so that each number has to be said again.
+        """
+        cores = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", 1)) // slots)
+        words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--exact", "--mem=0"]
+        words += [f"--cpus-per-task={cores}", "--kill-on-bad-exit=1", "--unbuffered", f"--job-name={job}"]
+        words += [f"--gpus-per-node={gpus}"] if gpus else []
+        return [*words, "bash", "-c", _ON_NODE, str(ROOT)]
+
+    def start(self, command: list[str], slot: int, log: Path) -> subprocess.Popen[bytes]:
+        on_cpu = self.gpus[0] == ""
+        words = self._srun(1, self.here, 0 if on_cpu else self.world_size, log.stem)
+        # srun, asked to end, ends what it runs; killed, it would leave it
+        return start([*words, *command], "" if on_cpu else None, log, dies_by=signal.SIGTERM)
+
+    def machines(self) -> tuple[int, list[str]]:
+        return self.nodes, self.gpus
+
+    def train(self, part: list[str], machines: int, log: Path) -> subprocess.Popen[bytes]:
+        on_cpu = self.gpus[0] == ""
+        words = self._srun(machines, 1, 0 if on_cpu else len(self.gpus), "train")
+        words += [sys.executable, "-m", "sppo.launch.machine", *part]  # Slurm tells it its rank and its peer
+        return start(words, "" if on_cpu else None, log, dies_by=signal.SIGTERM)
+
+    def count(self) -> int:
+        return self.nodes
+
+    def survey(self, command: list[str], give_up: Callable[[], None]) -> list[Answer]:
+        listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+        names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[: self.nodes]
+        where = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0", "--immediate=60", "--job-name=look"]
+
+        def ask(rank: int, name: str) -> Answer:
+            words = [*where, f"--nodelist={name}", "bash", "-c", _ON_NODE, str(ROOT), *command, "--rank", str(rank)]
+            done = subprocess.run(words, capture_output=True, text=True, env=environment(None), check=False)
+            if done.returncode:
+                give_up()
+            said = [line for line in done.stderr.splitlines() if not line.startswith("srun: error: ")]
+            return Answer(name, done.returncode, done.stdout, "\n".join(said or done.stderr.splitlines()))
+
+        with ThreadPoolExecutor(len(names)) as pool:
+            return list(pool.map(ask, range(len(names)), names))
+
+    def stop(self, tasks: list[subprocess.Popen[bytes]]) -> None:
+        stop(tasks)

@@ -1,0 +1,44 @@
+"""A run as one Slurm job, submitted by a driver outside an allocation: recipes/launch.slurm with the run's flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from sppo.common import stopping
+from sppo.common.errors import SPPOError
+from sppo.config import ROOT
+
+SCRIPT = ROOT / "recipes" / "launch.slurm"
+
+
+def sbatch_command(args: argparse.Namespace, name: str, run_dir: Path, argv: list[str]) -> list[str]:
+    """The sbatch command of a run with the drivers' flags `argv`; --sbatch's flags win over ours."""
+    log = run_dir.absolute() / "logs" / "%x-%j.log"
+    words = ["sbatch", "--parsable", f"--job-name={name}", f"--nodes={args.nodes or 1}", f"--output={log}"]
+    words += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
+    return [*words, *shlex.split(args.sbatch), str(SCRIPT), sys.executable, str(ROOT / "scripts" / "run.py"), *argv]
+
+
+def submit(args: argparse.Namespace, name: str, run_dir: Path, argv: list[str]) -> None:
+    """Submit the run, or with --dry_run print the script. Raises SPPOError where Slurm does not take it."""
+    command = sbatch_command(args, name, run_dir, argv)
+    stop = str(run_dir.absolute() / "stop")
+    if args.dry_run:
+        print(f"{SCRIPT.read_text(encoding='utf-8')}\n# {stopping.VARIABLE}={shlex.quote(stop)} {shlex.join(command)}")
+        return
+    if not shutil.which("sbatch"):
+        raise SPPOError("--launcher slurm: there is no sbatch here; start this where jobs are submitted")
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)  # Slurm does not make the log's directory
+    environment = {**os.environ, stopping.VARIABLE: stop}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SPPOError(f"sbatch does not take the job: {' '.join(done.stderr.split())}. Change --sbatch or --nodes")
+    job = done.stdout.strip().partition(";")[0]
+    print(f"submitted: job {job}; its log: {run_dir / 'logs' / f'{name}-{job}.log'}")
+    print(f"squeue -j {job} shows it; scancel {job} ends it; the same command goes on from there")

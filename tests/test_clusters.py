@@ -1,0 +1,363 @@
+"""Runs on real clusters, Slurm's and Ray's, whose machines die: the end is what one machine makes, to the bit.
+
+What it must equal is the local run `whole`. Every fault is at a random moment of its stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cluster
+import preferences
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from safetensors.torch import load_file
+from test_faults import PROMPTS, STAGES, lines
+
+pytestmark = pytest.mark.slow
+ONE = [stage for stage in STAGES if stage[0] == "iter1" and stage[1] != "report"]
+THREADS = {"OMP_NUM_THREADS": "1"}  # the same on every machine
+SMALL = "--cpus-per-task=1 --mem=1000"
+
+
+@pytest.fixture(scope="module")
+def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with policy, ranker and prompts, and `whole`: the run of one machine."""
+    world = tmp_path_factory.mktemp("world")
+    shutil.copytree(models / "mistral", world / "policy")
+    shutil.copytree(models / "PairRM", world / "PairRM")
+    shutil.copytree(models / "tiny-deberta", world / "tiny-deberta")
+    tiny.write_jsonl(world / "prompts.jsonl", PROMPTS)
+    tiny.succeed(*command(world, world / "whole"), **THREADS)
+    return world
+
+
+def command(world: Path, run: Path, *flags: str) -> list[str]:
+    """One iteration, in three shards; training in two processes."""
+    words = ["bash", "run_sppo_mistral.sh", "--name=run", "--model", world / "policy", "--ranker", world / "PairRM"]
+    words += ["--prompts", world / "prompts.jsonl", "--recipe=recipes/sppo/demo.yaml", "--engine=transformers"]
+    words += ["--iterations=1", "--pairs=3", "--maxlen=24", "--test_size=2", "--gpus=none", "--shards=3"]
+    words += ["--num_train_epochs=5", "--global_batch_size=8", "--batch_size=4", "--save_steps=1"]
+    words += ["--learning_rate=1e-3", "--accelerate_config=multi_cpu", "--skip_preflight", "--run_dir", run, *flags]
+    return [str(word) for word in words]
+
+
+def assert_same(world: Path, run: Path) -> None:
+    """Equal data sets, weights and steps, and nothing half done."""
+    one, other = world / "whole" / "iter1", run / "iter1"
+    for path in sorted((one / "data").rglob("*.parquet")):
+        found = other / "data" / path.relative_to(one / "data")
+        assert pq.read_table(path).equals(pq.read_table(found)), found
+    first, second = (load_file(here / "model" / "model.safetensors") for here in (one, other))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    steps = [[line["step"] for line in preferences.metrics(here / "model")] for here in (one, other)]
+    assert steps[0] == steps[1]
+    assert not list(other.rglob("*.journal"))
+    assert not (other / "model.partial").exists()
+
+
+def at_work(run: Path, stage: tuple[str, str, str, str]) -> bool:
+    """A journal has to have an item in it."""
+    found = (run / stage[0]).glob(stage[2])
+    return any(p.suffix != ".journal" or len(lines(p)) > 1 for p in found)
+
+
+def is_done(run: Path, stage: tuple[str, str, str, str]) -> bool:
+    return any((run / stage[0]).glob(stage[3]))
+
+
+def nothing_left(run: Path) -> bool:
+    return not [p for p in tiny.processes(run) if b"pytest" not in p.read_bytes()]
+
+
+# Slurm
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Slurm]:
+    if reason := cluster.why_no_slurm():
+        pytest.skip(reason)
+    with cluster.slurm(tmp_path_factory.mktemp("slurm"), nodes=3, gpus=2) as made:
+        yield made
+
+
+class Job:
+    """A run as a job, submitted by the driver; its disk is slow, so that short moments last."""
+
+    def __init__(self, slurm: cluster.Slurm, world: Path, run: Path, sbatch: str = "", delay: float = 0.2) -> None:
+        self.slurm, self.run = slurm, run
+        flags = ("--launcher=slurm", "--nodes=2", f"--sbatch={SMALL} {sbatch}")
+        slow = {"PYTHONPATH": str(tiny.ROOT / "tests" / "slow_disk"), "SPPO_TEST_SLOW": str(run)}
+        slow["SPPO_TEST_DELAY"] = str(delay)
+        shown = tiny.succeed(*command(world, run, *flags), **{**slurm.env, **THREADS, **slow})
+        self.pending = time.monotonic()
+        self.number = re.search(r"submitted: job (\d+)", shown)[1]
+
+    def shown(self) -> str:
+        return (self.run / "logs" / f"run-{self.number}.log").read_text()
+
+    def ask(self, field: str) -> str:
+        answer = self.slurm.ask("scontrol", "show", "job", self.number)
+        found = re.search(rf"\b{field}=(\S+)", answer)
+        return found[1] if found else ""
+
+    def state(self) -> str:
+        """Its state. One that was requeued need not wait its two minutes, but until its first start has ended."""
+        state = self.ask("JobState")
+        if state != "PENDING":
+            self.pending = time.monotonic()
+        elif time.monotonic() > self.pending + 8 and self.ask("Reason") == "BeginTime":
+            self.slurm.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        return state
+
+    def wait(self, moment: Callable[[], bool], seconds: float = 240) -> None:
+        """Until a moment comes; the job must not have ended before it."""
+        deadline = time.monotonic() + seconds
+        while not moment():
+            state = self.state()
+            assert state not in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED") or moment(), f"{state}\n{self.shown()}"
+            assert time.monotonic() < deadline, f"that moment did not come\n{self.shown()}"
+            time.sleep(0.05)
+
+    def end(self) -> str:
+        """Wait for its end; the state in which it ended."""
+        ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+        cluster.wait_until(lambda: self.state() in ends, 240)
+        cluster.wait_until(lambda: nothing_left(self.run), 60)
+        return self.state()
+
+    def nodes(self) -> list[str]:
+        return self.slurm.ask("scontrol", "show", "hostnames", self.ask("NodeList")).split()
+
+
+def test_a_node_dies_in_every_stage_of_a_slurm_job(slurm: cluster.Slurm, world: Path, tmp_path: Path) -> None:
+    """Slurm puts the job back into the queue, and on whatever nodes it goes on. Nobody has to do anything."""
+    rng, run, hit = random.Random(13), tmp_path / "run", []
+    job = Job(slurm, world, run)
+    for number, stage in enumerate(ONE):
+        job.wait(lambda stage=stage: at_work(run, stage) or is_done(run, stage))
+        time.sleep(rng.random() * 0.2)
+        victim = job.nodes()[number % 2]  # the first is the one that the driver runs on
+        hit.append((stage[1], victim)) if not is_done(run, stage) else None
+        before = job.ask("Restarts")
+        slurm.kill(victim)
+        job.wait(lambda before=before: job.state() in ("PENDING", "COMPLETING") or job.ask("Restarts") != before, 90)
+        slurm.revive(victim)
+    print("killed in", hit)
+    assert len(hit) >= 5, hit
+    assert job.end() == "COMPLETED", job.shown()
+    assert int(job.ask("Restarts")) == len(ONE)
+    assert_same(world, run)
+
+
+def test_a_slurm_job_that_is_requeued_or_meets_its_time_limit_goes_on(
+    slurm: cluster.Slurm, world: Path, tmp_path: Path
+) -> None:
+    """Its time is two minutes. It is told 60 seconds before, or still earlier, as Slurm does; saves, and goes back into
+    the queue by itself. The disk is so slow that training alone takes longer."""
+    run = tmp_path / "run"
+    job = Job(slurm, world, run, "--time=2 --signal=B:USR1@60", delay=1.5)
+    job.wait(lambda: at_work(run, ONE[0]) or is_done(run, ONE[0]))
+    slurm.ask("scontrol", "requeue", job.number)
+    job.wait(lambda: at_work(run, ONE[2]) or is_done(run, ONE[2]))
+    slurm.ask("scancel", "--signal=USR1", "--batch", job.number)  # as at a preemption
+    job.wait(lambda: job.shown().count("saved; back into the queue") >= 1)
+    assert job.end() == "COMPLETED", job.shown()
+    told = job.shown().count("asked to stop")
+    assert told >= 2, job.shown()
+    assert job.shown().count("saved; back into the queue") == told
+    assert_same(world, run)
+
+
+def test_a_slurm_job_whose_processes_are_killed_fails_and_the_same_command_goes_on(
+    slurm: cluster.Slurm, world: Path, tmp_path: Path
+) -> None:
+    run, said = tmp_path / "run", []
+    for stage, victim in ((ONE[0], b"generate.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")):
+        job = Job(slurm, world, run, delay=1)
+        job.wait(lambda stage=stage, victim=victim: at_work(run, stage) and bool(pids(run, victim)))
+        os.kill(pids(run, victim)[-1], signal.SIGKILL)
+        assert job.end() == "FAILED", job.shown()
+        said.append(job.shown())
+    assert re.search(r"generate [0-2] .*; the end of ", said[0])
+    assert "=== iteration 1: train: failed; run the same command again" in said[1]
+    assert Job(slurm, world, run).end() == "COMPLETED"
+    assert_same(world, run)
+
+
+def pids(run: Path, name: bytes) -> list[int]:
+    """The processes of a run with a script in their commands, but for those that only wait for it on another node."""
+    found = []
+    for path in tiny.processes(run, name):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().split(b"\0")[0].endswith(b"python"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def in_allocation(slurm: cluster.Slurm, *words: str | Path, gpus: bool = False) -> subprocess.CompletedProcess[str]:
+    salloc = ["salloc", "--quiet", "--nodes=2", "--nodelist=n2,n3", "--ntasks-per-node=1", *SMALL.split()]
+    return tiny.run(*salloc, *["--gpus-per-node=2", "--cpus-per-task=2"] * gpus, *words, **{**slurm.env, **THREADS})
+
+
+def test_a_node_without_the_environment_is_named_before_any_work(
+    slurm: cluster.Slurm, world: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [word for word in command(world, run, "--launcher=slurm", "--dry_run") if word != "--skip_preflight"]
+    (slurm.root / "n3.env").write_text("export PYTHONHOME=/nowhere\n")
+    refused = in_allocation(slurm, *words)
+    assert refused.returncode == 1
+    assert re.search(r"no +n3: cannot be used: ", refused.stdout), refused.stdout
+    assert "ready: no: 1 problem" in refused.stdout
+    (tmp_path / "old" / "peft-0.1.dist-info").mkdir(parents=True)
+    (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
+    (slurm.root / "n3.env").write_text(f"export PYTHONPATH={tmp_path / 'old'}:{tiny.ROOT}\n")
+    refused = in_allocation(slurm, *words)
+    (slurm.root / "n3.env").unlink()
+    assert refused.returncode == 1
+    assert re.search(r"no +n3: peft is 0\.1, and \S+ on n2; install one version", refused.stdout), refused.stdout
+
+
+def test_a_disk_that_is_full_on_one_node_costs_nothing(slurm: cluster.Slurm, world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    full = f"export SPPO_TEST_FULL={run}/iter1/data/responses\n"
+    full += f"export PYTHONPATH={tiny.ROOT}/tests/slow_disk:{tiny.ROOT}\n"
+    (slurm.root / "n3.env").write_text(full)
+    words = command(world, run, "--launcher=slurm")
+    refused = in_allocation(slurm, *words)
+    (slurm.root / "n3.env").unlink()
+    assert refused.returncode == 1, refused.stdout
+    assert "the disk is full; make room and run the same command to go on" in refused.stderr
+    done = in_allocation(slurm, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(world, run)
+
+
+def test_each_step_sees_its_own_gpus(slurm: cluster.Slurm, tmp_path: Path) -> None:
+    """Two nodes of two GPUs: four shards at once, one GPU each. These GPUs are only named."""
+    mine = "os.environ['SLURMD_NODENAME'], os.environ['CUDA_VISIBLE_DEVICES']"
+    show = f"import os, time; print('mine:', {mine}); time.sleep(3)"
+    launch = [sys.executable, "-m", "sppo.launch", "shards", "--launcher=slurm", f"--logs={tmp_path}", "--name=x"]
+    done = in_allocation(slurm, *launch, "--", sys.executable, "-c", show, gpus=True)
+    assert done.returncode == 0, done.stderr
+    said = [re.search("mine: (.*)", (tmp_path / f"x-{i}.1.log").read_text())[1] for i in range(4)]
+    assert sorted(said) == ["n2 0", "n2 1", "n3 0", "n3 1"]
+
+
+# Ray
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    pytest.importorskip("ray")
+    with cluster.ray(3) as made:
+        yield made
+
+
+def drive(ray: Any, world: Path, run: Path) -> subprocess.Popen[bytes]:
+    """A driver on the cluster, in the background; its disk is slow."""
+    words = command(world, run, "--launcher=ray", f"--ray_address={ray.address}", "--nodes=2")
+    return tiny.start(*words, slow=run, log=Path(f"{run}.log"), **THREADS)
+
+
+def busy_nodes(ray: Any, run: Path) -> list[Any]:
+    """The machines of the cluster that run something of a run: their raylets have it among their children."""
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in ray.worker_nodes}
+    found = []
+    for path in tiny.processes(run):
+        pid = int(path.parent.name)
+        while pid > 1 and pid not in raylets:
+            try:
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                pid = 0
+        found += [raylets[pid]] if pid in raylets else []
+    return found
+
+
+def said(run: Path) -> str:
+    return Path(f"{run}.log").read_text()
+
+
+def test_a_ray_node_dies_in_every_stage_and_another_comes(ray: Any, world: Path, tmp_path: Path) -> None:
+    """The driver goes on by itself: Ray starts a shard again elsewhere, and training as a whole."""
+    rng, run, hit = random.Random(14), tmp_path / "run", []
+    process = drive(ray, world, run)
+    for stage in ONE:
+        tiny.wait_for(process, lambda stage=stage: at_work(run, stage) or is_done(run, stage))
+        time.sleep(rng.random() * 0.2)
+        victim = rng.choice(busy_nodes(ray, run) or list(ray.worker_nodes))
+        hit.append(stage[1]) if not is_done(run, stage) else None
+        ray.remove_node(victim, allow_graceful=False)
+        ray.add_node(num_cpus=1)
+    print("killed in", hit)
+    assert process.wait(240) == 0, said(run)
+    assert len(hit) >= 5, hit
+    assert "a machine is lost" in said(run)
+    assert_same(world, run)
+    cluster.wait_until(lambda: nothing_left(run), 60)
+
+
+def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) -> None:
+    """A worker of Ray's: Ray starts it again. A shard, a rank or the driver: the same command goes on."""
+    run = tmp_path / "run"
+    plan = [(ONE[0], b"scripts/run.py"), (ONE[2], b"rank.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")]
+    for stage, victim in plan:
+        process = drive(ray, world, run)
+        tiny.wait_for(process, lambda stage=stage: at_work(run, stage))
+        pids = [int(p.parent.name) for p in tiny.processes(run, victim)]
+        os.kill(process.pid if victim == b"scripts/run.py" else pids[-1], signal.SIGKILL)
+        assert process.wait(120) != 0
+        cluster.wait_until(lambda: nothing_left(run), 60)
+    process = drive(ray, world, run)
+    tiny.wait_for(process, lambda: "step" in said(run) or bool(tiny.processes(run, b"run_sppo.py")))
+    worker = next(
+        int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if p.read_bytes().startswith(b"ray::train")
+    )
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(240) == 0, said(run)
+    assert_same(world, run)
+
+
+def test_a_ray_node_with_other_packages_is_named_before_any_work(ray: Any, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "old" / "peft-0.1.dist-info").mkdir(parents=True)
+    (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
+    odd = ray.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "old")})
+    words = command(world, tmp_path / "run", "--launcher=ray", f"--ray_address={ray.address}")
+    refused = tiny.run(*words, **THREADS)
+    ray.remove_node(odd)
+    assert refused.returncode == 1, refused.stdout
+    assert "the machines are not ready:" in refused.stderr
+    assert re.search(r"peft is \S+, and \S+ on .*; install one version", refused.stderr)
+    assert not list((tmp_path / "run").rglob("*.journal"))
+
+
+def test_no_cluster_at_the_address_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    words = [
+        sys.executable,
+        "-m",
+        "sppo.launch",
+        "shards",
+        "--launcher=ray",
+        "--ray_address=127.0.0.1:9",
+        "--gpus=none",
+    ]
+    done = tiny.run(*words, "--", "true")
+    assert done.returncode == 1
+    assert "--ray_address 127.0.0.1:9: no Ray cluster" in done.stderr
+    assert "Traceback" not in done.stderr
