@@ -135,7 +135,7 @@ class Job:
     def end(self) -> str:
         """Wait for its end; the state in which it ended."""
         ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
-        cluster.wait_until(lambda: self.state() in ends, 240)
+        cluster.wait_until(lambda: self.state() in ends, 480)
         cluster.wait_until(lambda: nothing_left(self.run), 60)
         return self.state()
 
@@ -169,7 +169,7 @@ def test_a_slurm_job_that_is_requeued_or_meets_its_time_limit_goes_on(
     """Its time is two minutes. It is told 60 seconds before, or still earlier, as Slurm does; saves, and goes back into
     the queue by itself. The disk is so slow that training alone takes longer."""
     run = tmp_path / "run"
-    job = Job(slurm, world, run, "--time=2 --signal=B:USR1@60", delay=1.5)
+    job = Job(slurm, world, run, "--time=2 --signal=B:USR1@60", delay=0.5)
     job.wait(lambda: at_work(run, ONE[0]) or is_done(run, ONE[0]))
     slurm.ask("scontrol", "requeue", job.number)
     job.wait(lambda: at_work(run, ONE[2]) or is_done(run, ONE[2]))
