@@ -33,7 +33,9 @@ import sys, time
 numbers = sys.argv[sys.argv.index("--data_frac") + 1].split(",")
 open(f"{sys.argv[1]}/began-{numbers[0]}", "w").write(repr(time.time()))
 for number in numbers:
-    open(f"{sys.argv[1]}/shard-{int(number):05d}.manifest.json", "w").write("{}")
+    open(f"{sys.argv[1]}/shard-{int(number):05d}.parquet", "w").close()
+    with open(f"{sys.argv[1]}/shard-{int(number):05d}.manifest.json", "w") as out:
+        out.write('{"inputs": {}, "settings": {}, "outputs": {}, "counts": {}}')
 """
 
 

@@ -59,6 +59,8 @@ def main() -> None:
         raise UsageError("open_llm has no judge; --judge_url and --judge_model are for alpaca_eval and mt_bench")
     if args.suite != "open_llm" and args.leaderboard != 1:
         raise UsageError("--leaderboard is for --suite open_llm")
+    if args.suite == "open_llm" and (args.launcher != "local" or args.shards):
+        raise UsageError("--launcher and --shards are not read by --suite open_llm, which answers in one process")
     if args.suite == "open_llm":  # it answers in this process, on the first GPUs; the others start one for each
         from sppo.launch.devices import devices, groups, refuse_absent
 

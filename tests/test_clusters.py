@@ -26,7 +26,7 @@ import tiny
 from safetensors.torch import load_file
 from test_faults import PROMPTS, STAGES, lines
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.clusters
 ONE = [stage for stage in STAGES if stage[0] == "iter1" and stage[1] != "report"]
 THREADS = {"OMP_NUM_THREADS": "1"}  # the same on every machine
 SMALL = "--cpus-per-task=1 --mem=1000"
@@ -178,7 +178,8 @@ def test_a_slurm_job_that_is_requeued_or_meets_its_time_limit_goes_on(
     assert job.end() == "COMPLETED", job.shown()
     told = job.shown().count("asked to stop")
     assert told >= 2, job.shown()
-    assert job.shown().count("saved; back into the queue") == told
+    # the last time it may have come to its end before it could stop
+    assert job.shown().count("saved; back into the queue") >= told - 1
     assert_same(world, run)
 
 
@@ -186,6 +187,10 @@ def test_a_slurm_job_whose_processes_are_killed_fails_and_the_same_command_goes_
     slurm: cluster.Slurm, world: Path, tmp_path: Path
 ) -> None:
     run, said = tmp_path / "run", []
+    job = Job(slurm, world, run, delay=1)
+    job.wait(lambda: at_work(run, ONE[0]))
+    slurm.ask("scancel", job.number)
+    assert job.end() == "CANCELLED", job.shown()  # and does not go back into the queue
     for stage, victim in ((ONE[0], b"generate.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")):
         job = Job(slurm, world, run, delay=1)
         job.wait(lambda stage=stage, victim=victim: at_work(run, stage) and bool(pids(run, victim)))
@@ -245,6 +250,23 @@ def test_a_disk_that_is_full_on_one_node_costs_nothing(slurm: cluster.Slurm, wor
     done = in_allocation(slurm, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same(world, run)
+
+
+def test_zero_3_over_two_machines_trains_what_one_machine_does(
+    slurm: cluster.Slurm, models: Path, tmp_path: Path
+) -> None:
+    """A process on each, by accelerate launch with machine rank, address and port."""
+    data = preferences.write(tmp_path / "data", preferences.rows(21))
+    words = ["bash", "scripts/pipeline.sh", *preferences.SMALL, "--num=2", "--gpus=none", f"--dataset={data}"]
+    words += [f"--model={models / 'qwen3'}", "--accelerate_config=cpu_zero3"]
+    tiny.succeed(*words, f"--output_dir={tmp_path / 'one' / 'model'}", **THREADS)
+    shutil.rmtree(data / "reference")
+    done = in_allocation(slurm, *words, "--launcher=slurm", f"--output_dir={tmp_path / 'two' / 'model'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 x 2 x 2 rows a step" in (tmp_path / "two" / "logs" / "train.1.log").read_text()
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
 
 
 def test_each_step_sees_its_own_gpus(slurm: cluster.Slurm, tmp_path: Path) -> None:
@@ -348,16 +370,9 @@ def test_a_ray_node_with_other_packages_is_named_before_any_work(ray: Any, world
 
 def test_no_cluster_at_the_address_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    words = [
-        sys.executable,
-        "-m",
-        "sppo.launch",
-        "shards",
-        "--launcher=ray",
-        "--ray_address=127.0.0.1:9",
-        "--gpus=none",
-    ]
-    done = tiny.run(*words, "--", "true")
+    words = [sys.executable, "-m", "sppo.launch", "shards", "--launcher=ray", "--gpus=none"]
+    words += ["--ray_address=127.0.0.1:9", "--", "true"]
+    done = tiny.run(*words)
     assert done.returncode == 1
     assert "--ray_address 127.0.0.1:9: no Ray cluster" in done.stderr
     assert "Traceback" not in done.stderr

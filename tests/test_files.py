@@ -6,6 +6,8 @@ import errno
 import fcntl
 import json
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from sppo.common.errors import SPPOError
 from sppo.common.files import atomic, exclusive
 from sppo.common.journal import Journal
 from sppo.common.locks import machine
-from sppo.common.manifest import Stage
+from sppo.common.manifest import Stage, await_written
 from sppo.common.model_files import model_identity
 
 IDENTITY = {"inputs": {"a": 1}, "settings": {}}
@@ -52,6 +54,23 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> N
     child.wait()
     killed.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([alive.name, elsewhere.name, "x"])
+
+
+def test_a_file_that_another_machine_wrote_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared disk shows first nothing, then an older file of that name, then the one that the manifest means."""
+    path, manifest = tmp_path / "x.parquet", tmp_path / "x.manifest.json"
+    path.write_text("new")
+    Stage("x", manifest, [path], {}, {}).finish({})
+    assert await_written(path, manifest)
+    path.write_text("old")
+    assert not await_written(path, manifest)  # on one machine there is nothing to wait for
+    monkeypatch.setenv("SPPO_SHARED", "1")
+    moments = [lambda: path.unlink(), lambda: path.write_text("older"), lambda: path.write_text("new")]
+    for delay, moment in enumerate(moments):
+        threading.Timer(delay * 0.7, moment).start()
+    began = time.monotonic()
+    assert await_written(path, manifest)
+    assert time.monotonic() > began + 1.3
 
 
 def test_a_disk_without_locks_has_an_owner_file_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from sppo import config, formats
 from sppo.preflight import machine
-from sppo.training.settings import IDENTITY
+from sppo.training.settings import IDENTITY, USUAL, known_names
 
 SPPO = tiny.ROOT / "sppo"
 STAGES = {"generation", "ranking", "pairing", "training", "evaluation", "hub"}
@@ -120,6 +120,11 @@ def test_every_setting_is_read_by_a_script() -> None:
     read = {key for keys in config.KEYS.values() for key in keys}
     assert read | by_the_loop == set(config.Recipe.__dataclass_fields__)
     assert set(IDENTITY) <= set(config.KEYS["train"])
+
+
+def test_the_names_that_are_taken_for_known_are_known_to_transformers() -> None:
+    for flag, usual in USUAL.items():
+        assert set(usual) <= set(known_names(flag))
 
 
 def test_the_lock_lies_within_the_ranges() -> None:

@@ -359,7 +359,7 @@ def test_an_interrupted_run_ends_at_once_and_asks_nothing_twice(stub: tuple[type
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     shown = process.communicate(timeout=60)[1]
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # an answer takes 300
     assert process.returncode == 130, shown
     assert "run the same command to go on" in shown
     assert "Traceback" not in shown

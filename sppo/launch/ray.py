@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError, UsageError
+from sppo.common.manifest import SHARED
 from sppo.common.place import Place
 from sppo.config import ROOT
 from sppo.launch.nodes import Answer
@@ -27,8 +28,9 @@ _TRAVEL = ("SPPO_", "HF_", "OMP_", "MKL_", "NCCL_", "GLOO_", "TORCH_", "VLLM_", 
 _FRESH = 5.0  # seconds for which what the cluster has is not asked again
 
 
-def run_command(argv: list[str], env: dict[str, str], log: str) -> tuple[int, str, str]:
-    """On a machine of the cluster: a command to its end, into a log or, without one, into what is returned.
+def run_command(argv: list[str], env: dict[str, str], log: str, directory: str) -> tuple[int, str, str]:
+    """On a machine of the cluster: a command in a directory to its end, into a log or, without one, into what is
+    returned.
 
     It travels to the machine as it stands here, so it uses nothing of this project. The command ends with this task,
     and for GPUs it sees those that Ray gave the task.
@@ -51,10 +53,12 @@ def run_command(argv: list[str], env: dict[str, str], log: str) -> tuple[int, st
     with open(log, "ab") if log else contextlib.nullcontext(subprocess.PIPE) as out:
         try:
             process = subprocess.Popen(
-                argv, env=environment, stdin=subprocess.DEVNULL, stdout=out,
+                argv, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=out,
                 stderr=subprocess.STDOUT if log else subprocess.PIPE, start_new_session=True, preexec_fn=die_with_task,
             )  # fmt: skip
         except OSError as error:
+            if log:
+                out.write(f"error: {error}; is the project in the same directory on this machine?\n".encode())
             return 127, "", str(error)
         try:
             texts = process.communicate()
@@ -132,6 +136,7 @@ class Launcher:
             import ray
         except ImportError:
             raise SPPOError("--launcher ray: Ray is not installed; pip install '.[ray]'") from None
+        os.environ[SHARED] = "1"
         self.place, self.name, self.cpu = place, name, place.gpus != "auto"
         address = place.ray_address
         host, _, port = address.rpartition(":")
@@ -184,7 +189,7 @@ class Launcher:
         env |= {"CUDA_VISIBLE_DEVICES": ""} if self.cpu else {}
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         remote = ray.remote(run_command).options(name=self.name, **options)
-        return remote.remote(argv, env, log)
+        return remote.remote(argv, env, log, os.getcwd())
 
     def start(self, command: list[str], slot: int, log: Path) -> Shard:
         share = {"num_cpus": 1} if self.cpu else {"num_gpus": self.place.world_size, "num_cpus": 1}

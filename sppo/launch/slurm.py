@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sppo.common.errors import SPPOError, UsageError
+from sppo.common.manifest import SHARED
 from sppo.common.place import Place
 from sppo.config import ROOT
 from sppo.launch.devices import groups
@@ -46,6 +47,7 @@ class Launcher:
             raise UsageError("--launcher slurm works inside an allocation (salloc, sbatch), and this is none")
         if not shutil.which("srun"):
             raise SPPOError("--launcher slurm: there is no srun here")
+        os.environ[SHARED] = "1"
         nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"])
         if place.nodes > nodes:
             raise UsageError(f"--nodes {place.nodes}: the allocation has {nodes}")

@@ -6,6 +6,7 @@ and knows nothing of what they do. Logs, progress, exit codes and the order of w
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 from sppo.common.errors import INTERRUPTED, SPPOError
 from sppo.common.files import write_json
+from sppo.common.manifest import SHARED, await_written
 from sppo.common.shards import COUNT, shard_count, shard_paths
 from sppo.common.stopping import stop_asked
 from sppo.launch.logs import new_log, overall, show_ends, show_failure
@@ -24,7 +26,6 @@ from sppo.training.launching import training_config
 from sppo.training.settings import check_machine, prepare
 
 _REPORT = 30  # seconds between two progress lines
-_VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
 
 
 class Task(Protocol):
@@ -185,12 +186,12 @@ def _end(started: _Started, code: int) -> None:
 
 
 def _await_manifests(directory: Path, count: int) -> None:
-    """Wait until all shards' manifests are seen here: a shared disk may show them late. Raises SPPOError."""
-    deadline = time.monotonic() + _VISIBLE
-    while absent := [p for i in range(count) if not (p := shard_paths(directory, i)[1]).exists()]:
-        if time.monotonic() > deadline:
+    """Wait until all shards are seen here as they were written: a shared disk may show them late. Raises SPPOError."""
+    for number in range(count):
+        path, manifest, _ = shard_paths(directory, number)
+        seen = await_written(path, manifest, may_lack=False) if SHARED in os.environ else manifest.exists()
+        if not seen:
             raise SPPOError(
-                f"{absent[0]} is not seen here, although the process that writes it has ended well; is {directory} "
-                "the same directory on all machines?"
+                f"{path} is not seen here as it was written, although the process that wrote it has ended well; is "
+                f"{directory} the same directory on all machines?"
             )
-        time.sleep(1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.files import atomic
+from sppo.common.manifest import await_written
 from sppo.common.parquet import open_parquet
 from sppo.config import Recipe
 from sppo.formats import REQUIRED
@@ -39,6 +40,7 @@ def dataset_file(dataset: str, recipe: Recipe) -> Path:
     if path.is_dir():
         path = path / "train.parquet"
     if path.suffix == ".parquet" or dataset.startswith((".", "/", "~")):
+        await_written(path, path.with_name("train.manifest.json"))
         open_dataset(path, recipe)
         return path
     import datasets

@@ -24,6 +24,9 @@ IDENTITY = (
     "lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
 ).split()
 
+# names that are known without a look at transformers
+USUAL = {"optim": ("rmsprop", "adamw_torch"), "lr_scheduler_type": ("linear", "cosine", "constant")}
+
 
 @dataclass
 class Training:
@@ -103,17 +106,22 @@ def check_flags(recipe: Recipe) -> None:
             raise UsageError(f"--{flag} goes with --use_peft")
 
 
-def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
-    """Raise UsageError for settings that the libraries or the devices here cannot do.
-
-    `gpu`: whether there will be a GPU; None asks PyTorch. Imports transformers, which takes seconds.
-    """
+def known_names(flag: str) -> list[str]:
+    """transformers' own names of optimisers or of schedules."""
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    for flag, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
-        name, names = getattr(recipe, flag), [member.value for member in known]
-        if name not in names:
+    return [member.value for member in {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}[flag]]
+
+
+def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
+    """Raise UsageError for settings that the libraries or the devices here cannot do.
+
+    `gpu`: whether there will be a GPU; None asks PyTorch. Unusual names need an import of transformers, of seconds.
+    """
+    for flag, usual in USUAL.items():
+        name = getattr(recipe, flag)
+        if name not in usual and name not in (names := known_names(flag)):
             hint = config.nearest(name, names) or f"; one of {', '.join(names)}"
             raise UsageError(f"--{flag} {name}: transformers does not know it{hint}")
     if recipe.load_in_4bit:
