@@ -442,7 +442,7 @@ def test_the_scripts_push_last_and_only_what_is_whole(tmp_path: Path, script: st
     words = pushes[0].split("^")
     where = f"--output_dir={place}" if script == "generate.sh" else f"--model_dir={place}"
     assert {where, "--org=me", "--name=x-iter1", "--public=true"} <= set(words)
-    assert len(lines) == (6 if script == "generate.sh" else 2)
+    assert len(lines) == (7 if script == "generate.sh" else 2)
 
 
 def test_without_org_the_loop_has_no_push() -> None:
