@@ -48,12 +48,14 @@ def read_manifest(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def await_written(path: Path, manifest: Path, may_lack: bool = True) -> bool:
-    """Whether a file is here as its manifest says it was written; a process of a cluster's waits for that.
+    """Whether a file is here; a process of a cluster's waits until it is as its manifest says that it was written.
 
     A shared disk may show late what another machine wrote a moment ago, or still show an older file of that name. A
     file without a manifest, where it `may_lack` one, is another tool's, and is taken as it is.
     """
-    deadline = time.monotonic() + (_VISIBLE if SHARED in os.environ else 0)
+    if SHARED not in os.environ:
+        return path.exists()
+    deadline = time.monotonic() + _VISIBLE
     while True:
         if path.exists() and may_lack and not manifest.exists():
             return True
