@@ -4,7 +4,7 @@
 
 Responses are made up instead of drawn, and the ranker compares lengths; everything else is the pipeline's own commands.
 Reads   nothing.
-Writes  a directory in --scratch (about 6 KB a prompt), which it removes; a Markdown table to the terminal: seconds of
+Writes  a directory in --scratch, which it removes; a Markdown table to the terminal: seconds of
         each step, and its largest process.
 Exit codes: 0 done, 1 failed, 130 interrupted.
 """
@@ -62,10 +62,10 @@ RANKER = "def longer(prompt, first, second):\n    return (len(first) - len(secon
 
 
 class Steps:
-    """Runs the pipeline's commands one after the other, and keeps what each took."""
+    """Runs the pipeline's commands one after the other, and prints what each took."""
 
     def __init__(self, scratch: Path, label: str, env: dict[str, str]) -> None:
-        self.label, self.sizes, self.rows = label, scratch / "sizes", []
+        self.label, self.sizes = label, scratch / "sizes"
         self.env = {**env, "PYTHONPATH": os.pathsep.join([str(scratch / "site"), str(ROOT)])}
         self.env |= {"SPPO_SCALE": str(self.sizes), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -84,7 +84,7 @@ class Steps:
 
 @contextmanager
 def place(launcher: str, scratch: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """(the launcher's flags, its environment): four processes at once here, three machines on a cluster."""
+    """(the launcher's flags, its environment): three processes at once here, three machines on a cluster."""
     with ExitStack() as stack:
         if launcher == "local":
             yield ["--gpus=none,none,none"], dict(os.environ)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from safetensors.torch import load_file
-from test_faults import PROMPTS, STAGES, lines
+from test_faults import STAGES, furnish, lines
 
 pytestmark = pytest.mark.clusters
 ONE = [stage for stage in STAGES if stage[0] == "iter1" and stage[1] != "report"]
@@ -35,11 +35,7 @@ SMALL = "--cpus-per-task=1 --mem=1000"
 @pytest.fixture(scope="module")
 def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with policy, ranker and prompts, and `whole`: the run of one machine."""
-    world = tmp_path_factory.mktemp("world")
-    shutil.copytree(models / "mistral", world / "policy")
-    shutil.copytree(models / "PairRM", world / "PairRM")
-    shutil.copytree(models / "tiny-deberta", world / "tiny-deberta")
-    tiny.write_jsonl(world / "prompts.jsonl", PROMPTS)
+    world = furnish(models, tmp_path_factory.mktemp("world"))
     tiny.succeed(*command(world, world / "whole"), **THREADS)
     return world
 

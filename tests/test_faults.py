@@ -46,14 +46,19 @@ STAGES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with policy, prompts and held-out prompts, and `whole`: the undisturbed run."""
-    world = tmp_path_factory.mktemp("world")
+def furnish(models: Path, world: Path) -> Path:
+    """Put policy, ranker and prompts into a directory."""
     shutil.copytree(models / "mistral", world / "policy")
     shutil.copytree(models / "PairRM", world / "PairRM")
     shutil.copytree(models / "tiny-deberta", world / "tiny-deberta")
     tiny.write_jsonl(world / "prompts.jsonl", PROMPTS)
+    return world
+
+
+@pytest.fixture(scope="module")
+def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with policy, prompts and held-out prompts, and `whole`: the undisturbed run."""
+    world = furnish(models, tmp_path_factory.mktemp("world"))
     tiny.write_jsonl(world / "held-out.jsonl", [{"prompt": f"What is {i}?"} for i in range(4)])
     tiny.succeed(*command(world, world / "whole"))
     return world

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sppo.common.errors import SPPOError
 from sppo.common.manifest import await_written
 from sppo.common.parquet import open_parquet
+from sppo.common.shards import begun_shards
 from sppo.formats import REQUIRED, responses_schema
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def require_responses(output_dir: Path) -> Path:
     path = output_dir / "responses.parquet"
     if await_written(path, output_dir / "responses.manifest.json") or path.exists():
         return path
-    numbers = [int(p.name[6:11]) for p in (output_dir / "responses").glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
+    numbers = begun_shards(output_dir / "responses")
     if not numbers:
         raise SPPOError(f"{path} does not exist; draw the responses first, with scripts/generate.py")
     command = shlex.join(["python", "scripts/combine_generate.py", "--output_dir", str(output_dir)])

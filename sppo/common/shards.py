@@ -47,6 +47,11 @@ def known_count(directory: Path) -> int:
     return int(read_json(directory / COUNT)["shards"]) if (directory / COUNT).exists() else 0
 
 
+def begun_shards(directory: Path) -> list[int]:
+    """The numbers of the shards of which there is any file; one may be there several times."""
+    return [int(p.name[6:11]) for p in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
+
+
 def shard_count(directory: Path, wanted: int, slots: int, overwrite: bool = False) -> int:
     """How many shards a stage has: as many as it began with, else `wanted`, else a slot each.
 
@@ -58,7 +63,7 @@ def shard_count(directory: Path, wanted: int, slots: int, overwrite: bool = Fals
     if known or wanted:
         return known or wanted
     # begun by a version that kept no count: it started a shard on each device, all at once
-    begun = [] if overwrite else [int(p.name[6:11]) for p in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
+    begun = [] if overwrite else begun_shards(directory)
     return max([slots, *(number + 1 for number in begun)])
 
 
