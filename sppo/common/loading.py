@@ -24,6 +24,13 @@ def loading(what: str) -> Iterator[None]:
         raise SPPOError(f"{what} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
+def flash_attention() -> None:
+    """Keep torch's fused attention from cuDNN, which plans anew for each shape: here every batch has one of its own."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def load_config(policy: Policy) -> Any:
     """The policy's config. Raises SPPOError where it cannot be read, or needs code that may not run."""
     from transformers import AutoConfig
@@ -44,6 +51,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
+    flash_attention()
     config = load_config(policy)
     if not attn_implementation and getattr(config, "attn_logit_softcapping", None):
         attn_implementation = "eager"

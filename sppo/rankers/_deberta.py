@@ -9,6 +9,7 @@ goes into torch's fused attention. arXiv 2006.03654, equation 4.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+from sppo.common.errors import first_line
 
 
 def speed_up(model: Any) -> None:
@@ -38,56 +41,100 @@ class Attention(nn.Module):
 
     def __init__(self, source: Any) -> None:
         super().__init__()
-        self.query_proj, self.key_proj, self.value_proj = source.query_proj, source.key_proj, source.value_proj
+        # one product instead of three
+        self.project = nn.Linear(source.query_proj.in_features, 3 * source.all_head_size, device="meta")
+        parts = (source.query_proj, source.key_proj, source.value_proj)
+        self.project.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
+        self.project.bias = nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
         self.heads, self.width = source.num_attention_heads, source.attention_head_size
         self.span, self.buckets, self.furthest = (
             source.pos_ebd_size,
             source.position_buckets,
             source.max_relative_positions,
         )
-        self.scale = math.sqrt(self.width * 3)  # content-content, content-position, position-content
+        self.scale = 1 / math.sqrt(self.width * 3)  # content-content, content-position, position-content
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(*x.shape[:-1], self.heads, self.width).movedim(-2, 0)  # (..., H) -> (h, ..., d)
+        return x.view(*x.shape[:-1], self.heads, self.width)  # (..., H) -> (..., h, d)
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *_: Any, rel_embeddings: Any = None, **__: Any
     ) -> tuple[torch.Tensor, None]:
         """hidden_states: (B, T, H); attention_mask: (B, 1, T, T), 1 where both tokens are real. Returns (B, T, H)."""
         batch, length, _size = hidden_states.shape
-        query = self._split(self.query_proj(hidden_states) / self.scale)  # (h, B, T, d)
-        key, value = self._split(self.key_proj(hidden_states)), self._split(self.value_proj(hidden_states))
+        query, key, value = map(self._split, self.project(hidden_states).chunk(3, -1))  # (B, T, h, d)
         if self._tables is None:  # weights do not change in inference
-            table = rel_embeddings[: 2 * self.span]
-            self._tables = self._split(self.key_proj(table)), self._split(self.query_proj(table) / self.scale)
-        low, high, from_query, from_key = _positions(
-            length, self.span, self.buckets, self.furthest, hidden_states.device
+            of_query, of_key, _ = self.project(rel_embeddings[: 2 * self.span]).chunk(3, -1)
+            self._tables = (
+                self._split(of_key).permute(1, 2, 0),
+                self._split(of_query).permute(1, 2, 0),
+            )  # (h, d, 2 span)
+        low, high, rows = _positions(length, self.span, self.buckets, self.furthest, hidden_states.device)
+        to_position, of_position = (
+            (x.flatten(0, 1).transpose(0, 1) @ table[..., low:high]).view(self.heads, batch, length, -1)  # (h, B, T, R)
+            for x, table in zip((query, key), self._tables, strict=True)
         )
-        keys, queries = (table[:, low:high].transpose(1, 2) for table in self._tables)  # (h, d, R)
-        flat = (self.heads, batch * length, self.width)
-        full = (self.heads, batch, length, length)
-        to_position = (query.reshape(flat) @ keys).view(self.heads, batch, length, -1)  # (h, B, T, R)
-        of_position = (key.reshape(flat) @ queries).view(self.heads, batch, length, -1)
-        bias = to_position.gather(-1, from_query.expand(full))
-        bias += of_position.gather(-1, from_key.expand(full)).transpose(-1, -2)
-        bias.masked_fill_(~attention_mask.bool().squeeze(1), torch.finfo(bias.dtype).min)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)  # (h, B, T, d)
-        return context.movedim(0, -2).reshape(batch, length, -1), None
+        # (B, T): the first token is real, so its row says which keys are
+        keep = attention_mask[:, 0, 0].contiguous()
+        attend = _attention(hidden_states.device, self.width, hidden_states.dtype)
+        return attend(query, key, value, to_position, of_position, rows, keep, self.scale).flatten(2), None
+
+
+@lru_cache
+def _attention(device: torch.device, width: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """attention of _attention.py on a GPU where it works and agrees with plain_attention, else the latter."""
+    if device.type != "cuda" or width not in (16, 32, 64, 128):
+        return plain_attention
+    heads, batch, length, rows = 2, 3, 72, 24  # no multiple of a tile, and padding
+    make = torch.Generator(device).manual_seed(0)
+    whole = torch.randn(batch, length, 3, heads, width, generator=make, device=device).to(dtype)
+    tables = torch.randn(2, heads, batch, length, rows, generator=make, device=device).to(dtype)
+    row = torch.randint(rows, (2 * length - 1,), generator=make, device=device, dtype=torch.int32)
+    keep = torch.ones(batch, length, device=device, dtype=torch.int64)
+    keep[1, length // 2 :] = 0
+    asked = (*whole.unbind(2), *tables, row, keep, 0.1)
+    try:
+        from sppo.rankers._attention import attention
+
+        apart = (attention(*asked) - plain_attention(*asked)).abs().max().item()
+        trouble = f"it is {apart:.2g} apart from torch's" if apart > (1e-4 if dtype == torch.float32 else 3e-2) else ""
+    except Exception as error:  # noqa: BLE001 - no compiler, another Triton: the other way gives the same numbers
+        trouble = first_line(error)
+    if trouble:
+        print(f"rank: the Triton kernel does not work here ({trouble}), so ranking takes twice as long", flush=True)
+        return plain_attention
+    return attention
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, to_position: torch.Tensor, of_position: torch.Tensor,
+    rows: torch.Tensor, keep: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """As attention of _attention.py, by torch's own operations."""
+    full = (*to_position.shape[:-1], to_position.shape[2])  # (h, B, T, T)
+    tokens = torch.arange(full[-1], device=rows.device)
+    row = rows[tokens[:, None] - tokens + len(tokens) - 1].long()  # (T, T): of query i and key j
+    bias = to_position.gather(-1, row.expand(full))
+    bias += of_position.gather(-1, row.T.expand(full)).transpose(-1, -2)
+    bias *= scale
+    bias.masked_fill_(keep[:, None] == 0, torch.finfo(bias.dtype).min)
+    query, key, value = (x.movedim(2, 0) for x in (query, key, value))  # (h, B, T, d)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale).movedim(0, 2)
 
 
 @lru_cache(maxsize=64)
 def _positions(
     length: int, span: int, buckets: int, furthest: int, device: torch.device
-) -> tuple[int, int, torch.Tensor, torch.Tensor]:
-    """Which rows of the position tables `length` tokens ask for: (the first, the one behind the last, (T, T) rows for
-    query i and key j, (T, T) rows for key i and query j), the last two counted from the first."""
-    tokens = torch.arange(length)
-    relative = tokens[:, None] - tokens[None]  # (T, T), i - j
+) -> tuple[int, int, torch.Tensor]:
+    """Which rows of the position tables `length` tokens ask for: (the first, the one behind the last, (2T - 1,) rows
+    for query i and key j by i - j from -(T - 1) on, counted from the first)."""
+    relative = torch.arange(1 - length, length)
     if buckets > 0 and furthest > 0:
         relative = make_log_bucket_position(relative, buckets, furthest).long()
-    from_query = (relative + span).clamp(0, 2 * span - 1)
-    from_key = (span - relative).clamp(0, 2 * span - 1)
-    low = int(min(from_query.min(), from_key.min()))
-    high = int(max(from_query.max(), from_key.max())) + 1
-    return low, high, (from_query - low).to(device), (from_key - low).to(device)
+    rows = (relative + span).clamp(0, 2 * span - 1)
+    low, high = int(rows.min()), int(rows.max()) + 1
+    if device.type == "cuda":  # matrix products are slow where a row does not start at a multiple of 16 bytes
+        low = max(0, low - -(high - low) % 8)
+        high = min(2 * span, high + -(high - low) % 8)
+    return low, high, (rows - low).to(device, torch.int32)

@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from torch import nn
 
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
-from sppo.common.loading import loading
+from sppo.common.loading import flash_attention, loading
 from sppo.formats import Message, Pair, prompt_text
 from sppo.rankers import batches
 from sppo.rankers._deberta import speed_up
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Input = tuple[list[int], list[int]]  # token ids of one comparison; where its three prefixes are
+_ALIGNED = 8  # a GPU's fused attention wants its (T, T) scores in rows of a multiple of this
 SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE = "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"
 
 
@@ -118,15 +120,20 @@ class PairInputs:
     def padded(self, inputs: list[Input], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """PairRMModel.forward's arguments for one batch."""
         width = max(len(ids) for ids, _ in inputs)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([i + [pad] * (width - len(i)) for i, _ in inputs], device=device)  # (B, T)
-        mask = torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in inputs], device=device)
-        return ids, mask, torch.tensor([p for _, p in inputs], device=device)
+        if device != "cpu":
+            width = -(-width // _ALIGNED) * _ALIGNED
+        ids = np.full((len(inputs), width), self.tokenizer.pad_token_id)  # (B, T)
+        mask = np.zeros_like(ids)
+        for row, (one, _) in enumerate(inputs):
+            ids[row, : len(one)] = one
+            mask[row, : len(one)] = 1
+        places = torch.tensor([p for _, p in inputs])
+        return tuple(x.to(device) for x in (torch.from_numpy(ids), torch.from_numpy(mask), places))
 
     def packed(self, inputs: list[Input], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """PairRMModel.packed's arguments for one batch."""
         starts = list(accumulate((len(ids) for ids, _ in inputs), initial=0))
-        ids = torch.tensor([i for ids, _ in inputs for i in ids], device=device)
+        ids = torch.from_numpy(np.concatenate([ids for ids, _ in inputs])).to(device)
         places = [[start + p for p in item[1]] for start, item in zip(starts, inputs, strict=False)]
         return ids, torch.tensor(starts, dtype=torch.int32, device=device), torch.tensor(places, device=device)
 
@@ -152,6 +159,7 @@ class PairRM:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         # (T, T) scores in a batch: a CPU is slower on more than its cache holds
         self.batch_scores = 1 << 18 if device == "cpu" else 1 << 62
+        flash_attention()
         self.inputs = PairInputs(directory, render)
         self.count_cut = self.inputs.count_cut
         self.model = self._network().to(device, dtype)
@@ -170,28 +178,38 @@ class PairRM:
     def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
         """(index, logit) of every pair, longest pairs first.
 
-        Sorted by length and packed to batch_tokens, so that little is padding. A logit that is not finite in half
-        precision is asked again alone in float32 before it is given back as it is.
+        Sorted by length and packed to batch_tokens, so that little is padding. A GPU computes a batch while the next
+        one is put together. A logit that is not finite in half precision is asked again alone in float32 before it is
+        given back as it is.
         """
         inputs = [self.inputs.encode(*pair) for pair in pairs]
+        running: list[tuple[list[int], torch.Tensor]] = []
         for chosen in batches([len(ids) for ids, _ in inputs], self.batch_tokens, self.batch_scores):
-            for i, logit in zip(chosen, self._forward(self.model, [inputs[i] for i in chosen]), strict=True):
-                yield i, logit if isfinite(logit) else self._exactly(inputs[i])
+            running.append((chosen, self._forward(self.model, [inputs[i] for i in chosen])))
+            if len(running) > 1:
+                yield from self._read(inputs, *running.pop(0))
+        for batch in running:
+            yield from self._read(inputs, *batch)
+
+    def _read(self, inputs: list[Input], chosen: list[int], logits: torch.Tensor) -> Iterator[tuple[int, float]]:
+        """Wait for a batch's logits, (B,)."""
+        for i, logit in zip(chosen, logits.tolist(), strict=True):
+            yield i, logit if isfinite(logit) else self._exactly(inputs[i])
 
     def _exactly(self, item: Input) -> float:
         if next(self.model.parameters()).dtype == torch.float32:
             return float("nan")
         if self._exact is None:
             self._exact = self._network().to(self.device)
-        return self._forward(self._exact, [item])[0]
+        return self._forward(self._exact, [item]).item()
 
     @torch.inference_mode()
-    def _forward(self, model: PairRMModel, inputs: list[Input]) -> list[float]:
-        """One logit for each input, in one batch."""
+    def _forward(self, model: PairRMModel, inputs: list[Input]) -> torch.Tensor:
+        """(B,), float32: one logit for each input, in one batch. A GPU may still be computing them."""
         try:
             if self.fused and model is self.model:
-                return model.packed(*self.inputs.packed(inputs, self.device)).float().tolist()
-            return model(*self.inputs.padded(inputs, self.device)).float().tolist()
+                return model.packed(*self.inputs.packed(inputs, self.device)).float()
+            return model(*self.inputs.padded(inputs, self.device)).float()
         except torch.OutOfMemoryError:
             raise SPPOError(
                 f"out of memory ranking {len(inputs)} pairs of up to {max(len(ids) for ids, _ in inputs)} tokens at "

@@ -19,7 +19,7 @@ from torch import nn
 from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
-from sppo.common.loading import loading
+from sppo.common.loading import flash_attention, loading
 from sppo.common.model_files import model_identity, resolve
 from sppo.config import Recipe
 from sppo.formats import Message, Pair
@@ -42,6 +42,7 @@ class RewardModel:
 
     def __init__(self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
+        flash_attention()
         config, self.tokenizer = _open(directory)
         text, longest = config.get_text_config(), self.tokenizer.model_max_length
         self.context = min(getattr(text, "max_position_embeddings", None) or longest, longest)

@@ -12,8 +12,8 @@ from sppo.common.findings import Findings, Load, Run, no, note, ok, parameters_t
 from sppo.common.model_files import files_to_fetch, parameters, weight_shapes
 from sppo.rankers import TRIAL, ask_trial, pinned, prompt_renderer
 
-# The share of the device's matrix rate that ranking reaches. CPU: measured (docs/benchmarks.md); GPU: a guess.
-_SHARE = {"cpu": 0.7, "gpu": 0.25}
+# The share of the device's matrix rate that ranking reaches, measured: docs/benchmarks.md, docs/gpu.md.
+_SHARE = {"cpu": 0.7, "gpu": 0.28}
 _SMALL_RANKER = 4 << 30  # bytes on disk up to which a ranker is loaded to see that it can be
 
 
