@@ -22,7 +22,7 @@ from sppo.common.loading import load_causal_lm
 from sppo.common.model_files import model_identity
 from sppo.common.policy import open_policy
 from sppo.config import Recipe
-from sppo.training.data import Place, StepBatches, TrainingSet, load_training_set
+from sppo.training.data import Place, StepBatches, TrainingSet, even_parts, load_training_set
 from sppo.training.logps import add_lean_forward, response_logps
 
 Train = Callable[..., Path]
@@ -54,15 +54,16 @@ def small_set(path: Path, directory: Path, **settings: Any) -> TrainingSet:
     return load_training_set(path / "train.parquet", tokenizer, stops, recipe)
 
 
-def lean_and_plain(network: Any, data: TrainingSet, places: list[Place], chunks: int) -> list[Any]:
+def lean_and_plain(network: Any, data: TrainingSet, places: list[Place], chunks: int, parts: int) -> list[Any]:
     """[(log-probs, gradients by name)] of a loss that weighs each response differently: lean, then plain."""
-    batch = data.batch(places, pad_id=0)
+    batch = data.batch(places, pad_id=0, parts=parts)
     given = {k: batch[k] for k in ("input_ids", "attention_mask")}
     found = []
     for lean in (True, False):
         network.zero_grad()
         if lean:
-            logps = network(**given, positions=batch["positions"], chunks=chunks)
+            split = {k: batch[k] for k in ("runs", "widths")}
+            logps = network(**given, positions=batch["positions"], chunks=chunks, **split)
         else:
             logps = response_logps(network(**given).logits, batch["input_ids"], batch["positions"])
         (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
@@ -72,12 +73,14 @@ def lean_and_plain(network: Any, data: TrainingSet, places: list[Place], chunks:
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "mistral", "qwen3"])
 def test_lean_log_probs_and_gradients_are_the_plain_ones(models: Path, dataset: Path, family: str) -> None:
-    """Gemma-2 has a soft cap on its logits and ties its head; more chunks than tokens must work too."""
+    """Gemma-2 has a soft cap on its logits and ties its head; more chunks than tokens, and more parts than responses,
+    must work too."""
     network = load_causal_lm(open_policy(str(models / family)), torch.float32)
     assert add_lean_forward(network)
     data = small_set(dataset, models / family)
-    for places, chunks in (([Place(0), Place(3), Place(5)], 4), ([Place(int(data.lengths().argmin()))], 99)):
-        (lean, lean_grads), (plain, plain_grads) = lean_and_plain(network, data, places, chunks)
+    some, shortest = [Place(0), Place(3), Place(5)], [Place(int(data.lengths().argmin()))]
+    for places, chunks, parts in ((some, 4, 1), (some, 4, 3), (shortest, 99, 4)):
+        (lean, lean_grads), (plain, plain_grads) = lean_and_plain(network, data, places, chunks, parts)
         torch.testing.assert_close(lean, plain, rtol=1e-6, atol=1e-4)
         for name, grad in plain_grads.items():
             assert (lean_grads[name] - grad).norm() <= 2e-6 * grad.norm(), name
@@ -134,6 +137,18 @@ def test_batches_hold_each_row_once_and_the_same_steps_for_any_number_of_ranks()
         return sum(len(b) * lengths[b].max() for s in made for b in s if b) / lengths.sum()
 
     assert padded(one) < 1.1 < 1.4 < padded(random)
+
+
+def test_the_parts_of_a_batch_are_as_even_as_can_be() -> None:
+    """Rows times the first one's length; none is empty as long as there are rows."""
+    lengths = np.array([900, 400, 390, 200, 100, 100, 100, 90, 50])
+    assert even_parts(lengths, 3) == [range(0, 1), range(1, 4), range(4, 9)]  # 900, 1200, 500
+    assert even_parts(lengths[:2], 4) == [range(0, 1), range(1, 2), range(0), range(0)]
+    for count in range(1, 12):
+        parts = even_parts(lengths, count)
+        assert [i for part in parts for i in part] == list(range(9))
+        assert len(parts) == count
+        assert sum(len(part) > 0 for part in parts) == min(count, 9)
 
 
 def test_the_reference_is_computed_once_and_known_by_the_weights(

@@ -57,22 +57,27 @@ class TrainingSet(torch.utils.data.Dataset):
         """Response tokens of the row that has most."""
         return max(sum(map(len, row)) for row in self.responses)
 
-    def batch(self, places: list[Place], pad_id: int) -> dict[str, Any]:
+    def batch(self, places: list[Place], pad_id: int, parts: int = 1) -> dict[str, Any]:
         """A batch of integers only: the rows' responses, one row after the other, padded on the right.
 
         input_ids, attention_mask: (S, T). positions: (P,), places in the flattened (S, T) whose next token is a
-        response's. sequence: (S,), number in the data set. row: (S,), which of the B rows. pair: (B, 2), which of the
-        S are chosen and rejected. index: (B,). rows, step_rows: how many of the B count, and rows in the optimiser
-        step. Win rates and reference log-probs are looked up by number: DeepSpeed in bfloat16 would round every float.
+        response's. runs: up to `parts` groups of the S by length, which go through the network one after the other,
+        each as wide as its longest (widths): a row's two responses seldom have one length. sequence: (S,), number in
+        the data set. row: (S,), which of the B rows. pair: (B, 2), which of the S are chosen and rejected. index: (B,).
+        rows, step_rows: how many of the B count, and rows in the optimiser step. Win rates and reference log-probs are
+        looked up by number: DeepSpeed in bfloat16 would round every float.
         """
         index = [place.index for place in places]
         sides = [side for i in index for side in zip(self.prompts[i], self.responses[i], strict=True)]
-        width = max(len(prompt) + len(response) for prompt, response in sides)
+        lengths = np.array([len(prompt) + len(response) for prompt, response in sides])
+        width = int(lengths.max())
+        order = np.argsort(-lengths, kind="stable")
+        runs = [order[list(run)] for run in even_parts(lengths[order], parts) if len(run)]
         input_ids = torch.full((len(sides), width), pad_id)
         attention_mask = torch.zeros_like(input_ids)
         positions = []
         for n, (prompt, response) in enumerate(sides):
-            length = len(prompt) + len(response)
+            length = lengths[n]
             input_ids[n, :length] = torch.from_numpy(np.concatenate([prompt, response]))
             attention_mask[n, :length] = 1
             positions.append(torch.arange(len(prompt) - 1, length - 1) + n * width)
@@ -82,6 +87,8 @@ class TrainingSet(torch.utils.data.Dataset):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "positions": torch.cat(positions),
+            "runs": [torch.from_numpy(run) for run in runs],
+            "widths": [int(lengths[run[0]]) for run in runs],
             "sequence": torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index]),
             "row": torch.arange(len(index)).repeat_interleave(torch.tensor(counts)),
             "pair": torch.tensor(
@@ -105,10 +112,11 @@ class StepBatches(torch.utils.data.Sampler):
     """One rank's micro-batches of an epoch: each row once, in an order that seed and epoch decide.
 
     A step's rows are `global_batch` neighbours of a plain random permutation, whatever the number of ranks. Only which
-    of the step's micro-batches a row sits in goes by length, and a step's gradient is a sum over its rows: grouping
-    changes no step's gradient at all. (Not so for `kto_pair`, which couples the rows of a micro-batch: `group` is
-    False there.) The ranks get neighbours in length at the same time, so that none waits long for another. The
-    epoch's last step has the rows that are left; an empty micro-batch gets the shortest row, whose loss does not count.
+    of the step's micro-batches a row sits in, and how many sit there, goes by length, and a step's gradient is a sum
+    over its rows: grouping changes no step's gradient at all. (Not so for `kto_pair`, which couples the rows of a
+    micro-batch: `group` is False there.) The ranks get neighbours in length at the same time, so that none waits long
+    for another. The epoch's last step has the rows that are left; an empty micro-batch gets the shortest row, whose
+    loss does not count.
     """
 
     def __init__(
@@ -132,8 +140,37 @@ class StepBatches(torch.utils.data.Sampler):
             rows = order[start : start + self.batch * micro]
             if self.group:
                 rows = rows[np.argsort(-self.lengths[rows], kind="stable")]  # longest first: too long shows early
-            for part in np.array_split(rows, micro)[self.rank :: self.ranks]:
-                yield [Place(int(i), True, len(rows)) for i in part] or filler
+            parts = even_parts(self.lengths[rows], micro) if self.group else np.array_split(range(len(rows)), micro)
+            for part in parts[self.rank :: self.ranks]:
+                yield [Place(int(rows[i]), True, len(rows)) for i in part] or filler
+
+
+def even_parts(lengths: np.ndarray, count: int) -> list[range]:
+    """`count` runs of neighbours whose sizes, padding included, are as even as can be: rows times the first's length.
+
+    lengths: (n,), longest first. A run of short rows has more of them, so that no micro-batch leaves a GPU waiting, and
+    the largest is smaller than with as many rows in each. Runs are empty where there are more of them than rows.
+    """
+    n = len(lengths)
+
+    def runs(size: int) -> list[range]:
+        made, start = [], 0
+        while start < n:
+            stop = min(n, start + max(1, size // int(lengths[start])))
+            made.append(range(start, stop))
+            start = stop
+        return made
+
+    low, high = 1, int(lengths[0]) * -(-n // count)  # the latter is enough: that many rows in each
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(runs(middle)) <= count else (middle + 1, high)
+    parts = runs(low)
+    while len(parts) < min(count, n):  # fewer would do; nobody shall idle
+        most = max(range(len(parts)), key=lambda i: len(parts[i]))
+        whole = parts[most]
+        parts[most : most + 1] = [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+    return parts + [range(0)] * (count - len(parts))
 
 
 class Batches(torch.utils.data.DataLoader):

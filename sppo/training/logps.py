@@ -11,6 +11,7 @@ not be checked on a GPU.
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,13 +32,38 @@ def response_logps(logits: torch.Tensor, input_ids: torch.Tensor, positions: tor
     return _sums(logps.gather(-1, targets[:, None]).squeeze(-1), positions, rows, width)
 
 
+def _token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(P, V), (P,) -> (P,), float32."""
+    return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
 def _sums(logps: torch.Tensor, positions: torch.Tensor, rows: int, width: int) -> torch.Tensor:
     """(P,) to (S,). Through a padded table, whose sums come out the same each time; index_add's on a GPU do not."""
     return logps.new_zeros(rows * width).index_copy(0, positions, logps).view(rows, width).sum(-1)
 
 
+def _read(
+    backbone: Any, input_ids: torch.Tensor, runs: Sequence[torch.Tensor], widths: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states of all that is read, (N, H); where in them each of the S sequences begins, (S,)).
+
+    Without attention_mask: padding is on the right, where causal attention never looks, and attention that needs no
+    mask is the fast one.
+    """
+    starts, made, start = input_ids.new_zeros(len(input_ids)), [], 0
+    for run, width in zip(runs, widths, strict=True):
+        hidden = backbone(input_ids[run, :width], use_cache=False).last_hidden_state  # (s, w, H)
+        made.append(hidden.flatten(0, 1))
+        starts[run] = torch.arange(len(run), device=run.device) * width + start
+        start += len(made[-1])
+    return torch.cat(made), starts
+
+
 def add_lean_forward(network: Any) -> bool:
-    """Let `network(input_ids, attention_mask, positions, chunks)` return response log-probs, (S,), float32.
+    """Let `network(input_ids, positions, chunks)` return response log-probs, (S,), float32.
+
+    input_ids: (S, T), padded on the right. positions: as in response_logps. runs, widths: see TrainingSet.batch;
+    without them all rows go through the network together.
 
     Any other call is the network's own forward. Call it before PEFT, DDP or DeepSpeed wrap the network. Returns
     False, and changes nothing, where the architecture does not say how its logits come about.
@@ -56,15 +82,19 @@ def add_lean_forward(network: Any) -> bool:
             logits = logits * scale
         if softcap:
             logits = torch.tanh(logits / softcap) * softcap
-        return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return _token_logps(logits, targets)
 
-    def forward(self: Any, *args: Any, positions: torch.Tensor | None = None, chunks: int = 1, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, positions: torch.Tensor | None = None, chunks: int = 1, runs: Any = None,
+        widths: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         if positions is None:
             return own(*args, **kwargs)
-        input_ids = kwargs["input_ids"]
-        inner = {k: kwargs[k] for k in ("input_ids", "attention_mask")}
-        hidden = getattr(self, self.base_model_prefix)(**inner, use_cache=False).last_hidden_state  # (S, T, H)
-        hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)  # (P, H)
+        input_ids = kwargs["input_ids"]  # (S, T)
+        rows, width = input_ids.shape
+        runs, widths = runs or [torch.arange(rows, device=input_ids.device)], widths or [width]
+        hidden, starts = _read(getattr(self, self.base_model_prefix), input_ids, runs, widths)
+        hidden = hidden.index_select(0, starts[positions // width] + positions % width)  # (P, H)
         targets = input_ids.reshape(-1)[positions + 1]
         parts = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
         if torch.is_grad_enabled():

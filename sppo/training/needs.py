@@ -9,8 +9,8 @@ from sppo.common.findings import Load, Run
 from sppo.common.shape import Shape
 from sppo.config import Recipe
 
-# The share of the device's matrix rate that training reaches. CPU: measured (docs/benchmarks.md); GPU: a guess.
-_SHARE = {"cpu": 0.35, "gpu": 0.35}
+# The share of the device's matrix rate that training reaches, measured: docs/benchmarks.md, docs/gpu.md.
+_SHARE = {"cpu": 0.35, "gpu": 0.3}
 # State that an optimiser keeps for each trained number, in bytes; any other keeps two float32, as Adam.
 _STATE = {"rmsprop": 4, "sgd": 0, "adagrad": 4, "adafactor": 1, "lion_32bit": 4}
 
@@ -42,7 +42,7 @@ def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], proces
     trained, state = trained_numbers(recipe, shape), state_bytes(recipe.optim)
     zero = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
     mixed = config.get("mixed_precision") == "bf16"
-    base = 0.6 if recipe.load_in_4bit else 4  # bytes; frozen under LoRA
+    base = 0.6 if recipe.load_in_4bit else shape.bytes if mixed else 4  # bytes; frozen under LoRA
     number = 2 if mixed else 4
     moment = 0.0  # a group of gradients in float32, as the optimiser steps
     if zero:  # weights and gradients in half precision where mixed, master weights, the optimiser's state

@@ -96,8 +96,10 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
             f"{training.processes} processes were launched, {args.world_size} take part; check the accelerate config"
         )
     lora, quantization = _lora_and_quantization(recipe)
+    # what is trained is in float32; a base that is not trained stays as stored where products are in bfloat16 anyway
+    dtype = "auto" if args.bf16 and recipe.use_peft else torch.float32
     # after TrainingArguments: under ZeRO-3 the weights are then sharded as they load
-    model = load_causal_lm(source, torch.float32, recipe.attn_implementation, not recipe.use_peft, quantization)
+    model = load_causal_lm(source, dtype, recipe.attn_implementation, not recipe.use_peft, quantization)
     lean = add_lean_forward(model)
     if recipe.load_in_4bit:
         from peft import prepare_model_for_kbit_training
@@ -108,7 +110,7 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
         model = add_adapter(model, source, lora)
     disable_dropout(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    precision = "4bit" if recipe.load_in_4bit else "bf16" if args.bf16 else "float32"
+    precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
     how = {"precision": precision, "attention": recipe.attn_implementation, "transformers": transformers.__version__}
     key = reference_key(source.identity(), data, **how)
     table = ReferenceTable(key, (training.dataset.parent / "reference", work / "reference"))
@@ -166,6 +168,7 @@ def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArgum
         gradient_checkpointing=recipe.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # it would show another number for a loss that is not finite, and wait for each
         save_steps=recipe.save_steps,
         report_to=recipe.report_to,
         seed=recipe.seed,

@@ -24,11 +24,13 @@ from sppo.common.progress import progress
 from sppo.common.stopping import may_stop, stop_asked
 from sppo.config import Recipe
 from sppo.training.checkpoints import seal, told_when_full
-from sppo.training.data import Batches, Place, StepBatches, TrainingSet
+from sppo.training.data import Batches, Place, StepBatches, TrainingSet, even_parts
 from sppo.training.logps import CHUNK_TOKENS, response_logps
 from sppo.training.loss import preference_loss, sppo_all_loss
 from sppo.training.reference import ReferenceTable, agreement, describe
 
+# groups by length in which a micro-batch's responses go through the network
+_PARTS = 4
 METRICS = (
     "rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/chosen_target rewards/rejected_target "
     "logps/chosen logps/rejected"
@@ -65,9 +67,13 @@ class SPPOTrainer(Trainer):
             callbacks=[_Flow(self)],
         )
         self._forget_metrics()
-        if self.accelerator.state.deepspeed_plugin is not None:
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        if deepspeed is not None:
             # with the optimiser offloaded, DeepSpeed would put its own Adam in the place of any optimiser
-            self.accelerator.state.deepspeed_plugin.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
+            deepspeed.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
+        if not self.is_fsdp_enabled and (deepspeed is None or deepspeed.zero_stage < 3):
+            # weights that are spread over the ranks would be gathered again for each part
+            self.data_collator = partial(data.batch, pad_id=pad_id, parts=_PARTS)
 
     def get_train_dataloader(self) -> Batches:
         """Every rank's own batches; no other sampler shares them out or repeats rows to come out even."""
@@ -126,10 +132,11 @@ class SPPOTrainer(Trainer):
 
     def _logps(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """(S,): log-probability of each of the batch's responses."""
-        given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["positions"]
         if self.lean:
-            return model(**given, positions=inputs["positions"], chunks=self.chunks)
-        return response_logps(model(**given, use_cache=False).logits, inputs["input_ids"], inputs["positions"])
+            split = {"runs": inputs["runs"], "widths": inputs["widths"]}
+            return model(input_ids=ids, positions=positions, chunks=self.chunks, **split)
+        return response_logps(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, positions)
 
     def _forget_metrics(self) -> None:
         self._sums = torch.zeros(len(METRICS), dtype=torch.float64, device=self.args.device)
@@ -146,7 +153,7 @@ class SPPOTrainer(Trainer):
             logs["beta2_loss"] = self.recipe.beta**2 * logs["loss"]
             logs.update({name: total / rows for name, total in zip(METRICS, sums, strict=True)})
             logs["tokens_per_second"] = round(tokens / (time.monotonic() - self._since), 1)
-            done = self.state.global_step - self._initial_global_step
+            done = self.state.global_step - self._first_step
             pace = (time.monotonic() - self._began) / done
             logs["seconds_left"] = round(pace * (self.state.max_steps - self.state.global_step), 1)
             self._forget_metrics()
@@ -168,7 +175,7 @@ class SPPOTrainer(Trainer):
 
     def begin(self) -> None:
         """Before the first step: check the log-probs, and find or compute the reference's."""
-        self._began = time.monotonic()
+        self._began, self._first_step = time.monotonic(), self.state.global_step
         self._check_lean()
         self._find_reference()
         self.agreement = agreement(self.reference, self.train_dataset)
@@ -239,17 +246,20 @@ class SPPOTrainer(Trainer):
         model, training = self.model_wrapped, self.model_wrapped.training
         model.eval()
         ranks, rank, batch_size = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.batch_size
-        order = (-self.train_dataset.lengths()).argsort(kind="stable")
+        lengths = self.train_dataset.lengths()
+        order = (-lengths).argsort(kind="stable")
+        parts = even_parts(lengths[order], -(-len(order) // (batch_size * ranks)) * ranks)
         table = torch.zeros(size, device=self.args.device)
         with progress(len(order), "reference log-probs", "row") as bar:
-            for start in range(0, len(order), batch_size * ranks):
-                rows = order[start : start + batch_size * ranks]
-                mine = rows[rank::ranks] if len(rows) > rank else rows[:1]
-                batch = self._prepare_inputs(self.data_collator([Place(int(i)) for i in mine]))
+            for first in range(0, len(parts), ranks):
+                mine = order[list(parts[first + rank])]
+                # a rank without rows runs too, so that all ranks make the same number of passes
+                places = [Place(int(i)) for i in (mine if len(mine) else order[-1:])]
+                batch = self._prepare_inputs(self.data_collator(places))
                 logps = self._logps(model, batch).float()
-                if len(rows) > rank:  # else this rank only ran so that all ranks make the same number of passes
+                if len(mine):
                     table[batch["sequence"]] = logps
-                bar.update(len(rows))
+                bar.update(sum(map(len, parts[first : first + ranks])))
         model.train(training)
         table = self.accelerator.reduce(table, "sum")
         if not table.isfinite().all():
