@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sppo.common.errors import SPPOError
 from sppo.common.loading import load_causal_lm
@@ -33,7 +33,6 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
     dtype = "auto" if device == "cuda" else torch.float64 if policy.bytes() <= DOUBLE else torch.float32
     network = load_causal_lm(policy, dtype).to(device).eval()
     network.generation_config = GenerationConfig()  # sampling is the recipe's alone
-    pad = min(stop_ids)
     width = max(1, BATCH // recipe.pairs)
     # Eager attention (soft caps) in float64 makes NaN of a row that is padding alone: no padding there.
     bucket = 1 if network.config._attn_implementation == "eager" else _BUCKET
@@ -41,31 +40,51 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
     for request in requests:
         buckets.setdefault(-(-len(request.token_ids) // bucket) * bucket, []).append(request)
     for length, members in sorted(buckets.items()):
-        for start in range(0, len(members), width):
-            batch = members[start : start + width]
-            rows = [[pad] * (length - len(r.token_ids)) + list(r.token_ids) for r in batch for _ in range(recipe.pairs)]
-            mask = [
-                [0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in batch for _ in range(recipe.pairs)
-            ]
-            budget = max(r.max_new_tokens for r in batch)
-            sampler = _Sampler(recipe, batch, length, budget)
-            with torch.inference_mode():
-                output = network.generate(
-                    torch.tensor(rows, device=device),  # (B * K, length)
-                    attention_mask=torch.tensor(mask, device=device),
-                    generation_config=GenerationConfig(
-                        max_new_tokens=budget, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad
-                    ),
-                    logits_processor=[sampler],
-                )
-            drawn = output[:, length:].tolist()
-            for i, request in enumerate(batch):
-                answers = drawn[i * recipe.pairs : (i + 1) * recipe.pairs]
-                finished = [_finish(ids[: request.max_new_tokens], stop_ids) for ids in answers]
-                if request.logps:
-                    for k, response in enumerate(finished):
-                        response.logps = sampler.logps(i * recipe.pairs + k)[: len(response.token_ids)]
-                yield request, finished
+        left = list(members)
+        while left:
+            try:
+                finished = _batch(network, recipe, stop_ids, left[:width], length)
+            except torch.OutOfMemoryError:
+                if width == 1:
+                    raise
+                width //= 2  # no draw depends on the batch it is made in
+                print(f"generate: a batch does not fit into the GPU's memory; going on with {width} prompts in each")
+                continue
+            left = left[width:]
+            yield from finished
+
+
+def _batch(
+    network: Any, recipe: Recipe, stop_ids: set[int], batch: list[Request], length: int
+) -> list[tuple[Request, list[Response]]]:
+    """The responses of prompts that are padded, on the left, to `length` tokens."""
+    import torch
+    from transformers import GenerationConfig
+
+    pad = min(stop_ids)
+    each = [r for r in batch for _ in range(recipe.pairs)]
+    rows = [[pad] * (length - len(r.token_ids)) + list(r.token_ids) for r in each]
+    mask = [[0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in each]
+    budget = max(r.max_new_tokens for r in batch)
+    sampler = _Sampler(recipe, batch, length, budget)
+    with torch.inference_mode():
+        output = network.generate(
+            torch.tensor(rows, device=network.device),  # (B * K, length)
+            attention_mask=torch.tensor(mask, device=network.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=budget, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad
+            ),
+            logits_processor=[sampler],
+        )
+    drawn, finished = output[:, length:].tolist(), []
+    for i, request in enumerate(batch):
+        answers = drawn[i * recipe.pairs : (i + 1) * recipe.pairs]
+        responses = [_finish(ids[: request.max_new_tokens], stop_ids) for ids in answers]
+        if request.logps:
+            for k, response in enumerate(responses):
+                response.logps = sampler.logps(i * recipe.pairs + k)[: len(response.token_ids)]
+        finished.append((request, responses))
+    return finished
 
 
 def _finish(ids: list[int], stop_ids: set[int]) -> Response:
