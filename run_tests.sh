@@ -3,7 +3,8 @@
 #   bash run_tests.sh                    what a newcomer runs: every stage, one loop, vLLM once; some minutes
 #   bash run_tests.sh --all              everything else too, as .ci/run does; under half an hour on two cores
 #   bash run_tests.sh --clusters         what dies on a real Slurm and a real Ray; a quarter of an hour, much of it waiting
-#   bash run_tests.sh [--all | --clusters] [pytest's arguments]
+#   bash run_tests.sh --gpu              what only a GPU shows; a few minutes, with every GPU that is visible
+#   bash run_tests.sh [--all | --clusters | --gpu] [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/install.sh tests
@@ -21,6 +22,13 @@ if [ "${1:-}" = --all ] || [ "${1:-}" = --clusters ]; then
     { apt-get update && apt-get install -y --no-install-recommends "${need[@]}"; } > .venv/apt.log 2>&1 \
       || echo "run_tests: not by apt-get: ${need[*]} (.venv/apt.log)"
   fi
+fi
+if [ "${1:-}" = --gpu ]; then
+  shift
+  cards=$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd, -) \
+    || { echo "error: nvidia-smi finds no GPU; these tests need one" >&2; exit 1; }
+  export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$cards}
+  exec .venv/bin/python -m pytest -m gpu tests/test_gpu.py "$@"
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

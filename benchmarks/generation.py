@@ -82,87 +82,95 @@ def make_prompts(path: Path, count: int) -> Path:
     return path
 
 
-def throughput(args: argparse.Namespace) -> None:
-    """Seconds and tokens per second of each way, the same LLM object and the same requests."""
-    prompts, pairs, maxlen, rounds = args.prompts, args.pairs, args.maxlen, args.rounds
+# what is timed: ours with and without a seed for each prompt, vLLM's own call likewise, and the released script's way
+WAYS = ["generate.py", "generate.py --prompt_seeds false", "LLM.generate, one call, n=K, seeded",
+        "LLM.generate, one call, n=K", "K passes, n=1, seeded"]  # fmt: skip
+
+
+def timings(model: Path, asked: Path, pairs: int, maxlen: int, ways: list[str], rounds: int) -> Iterator[Any]:
+    """(way, tokens a second) of every way in every round: one engine, the same requests. The first is a warm-up."""
     from vllm import SamplingParams, TokensPrompt
 
+    recipe = Recipe(model=str(model), prompts=str(asked), pairs=pairs, maxlen=maxlen, temperature=1.0, top_p=1.0)
+    policy = open_policy(str(model))
+    tokenizer = policy.tokenizer()
+    stops = policy.stop_ids(tokenizer)
+    requests, _, _ = shards.prepare(recipe, policy, tokenizer, load_prompts(recipe.prompts, recipe))
+    llm = vllm.start(policy, recipe, max(len(r.token_ids) + r.max_new_tokens for r in requests), 1)
+    inputs = [TokensPrompt(prompt_token_ids=list(r.token_ids)) for r in requests]
+
+    def sampling(n: int, seed: int | None) -> SamplingParams:
+        return SamplingParams(
+            n=n, temperature=1.0, top_p=1.0, max_tokens=maxlen, seed=seed, stop_token_ids=sorted(stops)
+        )
+
+    def ours(seeds: bool) -> int:
+        """What generate.py does between the engine's start and the shard: journal, decoding, bookkeeping."""
+        recipe.prompt_seeds = seeds
+        with tempfile.TemporaryDirectory() as scratch:
+            journal = Journal(Path(scratch) / "journal", {})
+            with progress(len(requests), "ours", "prompt") as bar:
+                shards._draw(vllm.draw_from(llm, policy, recipe, stops, requests), tokenizer, journal, recipe, bar)
+            answers = [journal.read(r.prompt_id)["responses"] for r in requests]
+            journal.remove()
+        return sum(len(a["token_ids"]) for answer in answers for a in answer)
+
+    def theirs(params: Any) -> int:
+        outputs = llm.generate(inputs, params, use_tqdm=False)
+        return sum(len(o.token_ids) for output in outputs for o in output.outputs)
+
+    def k_passes() -> int:
+        total = 0
+        for k in range(pairs):  # the released script: a pass for each k, one seed for all prompts of a pass
+            total += theirs(sampling(1, k))
+            llm.reset_prefix_cache()  # each of its passes was a new process
+        return total
+
+    calls: list[Callable[[], int]] = [
+        lambda: ours(True),
+        lambda: ours(False),
+        lambda: theirs([sampling(pairs, r.seed) for r in requests]),
+        lambda: theirs(sampling(pairs, None)),
+        k_passes,
+    ]
+    named = dict(zip(WAYS, calls, strict=True))
+    named[ways[0]]()
+    for way in ways * rounds:
+        llm.reset_prefix_cache()
+        start = time.perf_counter()
+        tokens = named[way]()
+        yield way, tokens / (time.perf_counter() - start)
+
+
+def throughput(args: argparse.Namespace) -> None:
+    """Tokens per second of each way, and their ratios."""
     with tempfile.TemporaryDirectory() as scratch:
         scratched = Path(scratch)
         if args.model:
-            make_instructions(scratched, prompts, 0, 0)
+            make_instructions(scratched, args.prompts, 0, 0)
             model, asked = args.model, scratched / "train.jsonl"
         else:
-            model, asked = make_model(scratched / "model", args.width), make_prompts(scratched / "p.jsonl", prompts)
-        recipe = Recipe(model=str(model), prompts=str(asked), pairs=pairs, maxlen=maxlen, temperature=1.0, top_p=1.0)
-        policy = open_policy(str(model))
-        tokenizer = policy.tokenizer()
-        stops = policy.stop_ids(tokenizer)
-        rows = load_prompts(recipe.prompts, recipe)
-        requests, _, _ = shards.prepare(recipe, policy, tokenizer, rows)
-        longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
-        llm = vllm.start(policy, recipe, longest, 1)
-
-        def sampling(n: int, seed: int | None) -> SamplingParams:
-            return SamplingParams(
-                n=n, temperature=1.0, top_p=1.0, max_tokens=maxlen, seed=seed, stop_token_ids=sorted(stops)
+            model, asked = (
+                make_model(scratched / "model", args.width),
+                make_prompts(scratched / "p.jsonl", args.prompts),
             )
-
-        def ours(seeds: bool) -> int:
-            """What generate.py does between the engine's start and the shard: journal, decoding, bookkeeping."""
-            recipe.prompt_seeds = seeds
-            journal = Journal(Path(scratch) / f"journal-{time.monotonic_ns()}", {})
-            with progress(len(requests), "ours", "prompt") as bar:
-                finished = vllm.draw_from(llm, policy, recipe, stops, requests)
-                shards._draw(finished, tokenizer, journal, recipe, bar)
-            answers = [journal.read(r.prompt_id)["responses"] for r in requests]
-            journal.remove()
-            return sum(len(a["token_ids"]) for answer in answers for a in answer)
-
-        inputs = [TokensPrompt(prompt_token_ids=list(r.token_ids)) for r in requests]
-
-        def one_call(seeded: bool) -> int:
-            params = [sampling(pairs, r.seed if seeded else None) for r in requests]
-            outputs = llm.generate(inputs, params, use_tqdm=False)
-            return sum(len(o.token_ids) for output in outputs for o in output.outputs)
-
-        def k_passes() -> int:
-            total = 0
-            for k in range(pairs):  # the released script: a pass for each k, one seed for all prompts of a pass
-                outputs = llm.generate(inputs, sampling(1, k), use_tqdm=False)
-                total += sum(len(o.token_ids) for output in outputs for o in output.outputs)
-                llm.reset_prefix_cache()  # each of its passes was a new process
-            return total
-
-        ways: dict[str, Callable[[], int]] = {
-            "generate.py": lambda: ours(True),
-            "generate.py --prompt_seeds false": lambda: ours(False),
-            "LLM.generate, one call, n=K, seeded": lambda: one_call(True),
-            "LLM.generate, one call, n=K": lambda: one_call(False),
-            "K passes, n=1, seeded": k_passes,
-        }
-        figures: dict[str, list[float]] = {name: [] for name in ways}
-        for name, way in [*list(ways.items())[:1], *[item for _ in range(rounds) for item in ways.items()]]:
-            llm.reset_prefix_cache()
-            start = time.perf_counter()
-            tokens = way()
-            figures[name].append(tokens / (time.perf_counter() - start))
-        figures["generate.py"].pop(0)  # warm-up
+        figures: dict[str, list[float]] = {name: [] for name in WAYS}
+        for way, rate in timings(model, asked, args.pairs, args.maxlen, WAYS, args.rounds):
+            figures[way].append(rate)
         medians = {name: statistics.median(rates) for name, rates in figures.items()}
-        print(f"\n{prompts} prompts of {min(len(r.token_ids) for r in requests)} to "
-              f"{max(len(r.token_ids) for r in requests)} tokens, K = {pairs}, up to {maxlen} tokens, {model.name}; "
-              f"medians of {rounds} rounds")  # fmt: skip
-        parameters = sum(math.prod(shape) for shape in weight_shapes(policy.weights).values())
+        print(f"\n{args.prompts} prompts, K = {args.pairs}, up to {args.maxlen} tokens, {model.name}; "
+              f"medians of {args.rounds} rounds")  # fmt: skip
+        parameters = sum(math.prod(shape) for shape in weight_shapes(model).values())
         peak = matrix_rate()
         print(f"the matrix rate of this machine is {peak / 1e9:.0f} GFLOP/s")
         for name, rate in medians.items():
             spread = f"{min(figures[name]):.0f} to {max(figures[name]):.0f}"
             share = 2 * parameters * rate / peak  # of the drawn tokens alone; reading the prompts comes on top
             print(f"  {name:38s} {rate:8.0f} tok/s ({spread}), {share:.0%} of the matrix rate")
-        mine, plain = medians["generate.py"], medians["generate.py --prompt_seeds false"]
-        print(f"  seeded:   ours / one call   {mine / medians['LLM.generate, one call, n=K, seeded']:.3f}")
-        print(f"  unseeded: ours / one call   {plain / medians['LLM.generate, one call, n=K']:.3f}")
-        print(f"  seeded:   ours / K passes   {mine / medians['K passes, n=1, seeded']:.3f}")
+        mine, plain, seeded, call, passes = (medians[way] for way in WAYS)
+        print(f"  seeded:   ours / one call   {mine / seeded:.3f}")
+        print(f"  unseeded: ours / one call   {plain / call:.3f}")
+        print(f"  seeded:   ours / K passes   {mine / passes:.3f}")
         print(f"  cost of prompt seeds        {1 - mine / plain:.1%}")
 
 

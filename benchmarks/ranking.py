@@ -13,68 +13,31 @@ Exit codes: 0 done, 1 failed.
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import worlds  # noqa: E402
+from worlds import DEVICE  # noqa: E402
 
 from sppo.common.preference import mean_scores  # noqa: E402
-from sppo.demo import ranker_tokenizer  # noqa: E402
-from sppo.rankers._pairrm_network import PairRM, PairRMModel  # noqa: E402
+from sppo.preflight.plan import matrix_rate  # noqa: E402
+from sppo.rankers._pairrm_network import PairRM  # noqa: E402
 from sppo.rankers.llm_blender import load_blender  # noqa: E402
 from sppo.ranking.shards import prompt_logits  # noqa: E402
 
-WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an".split()
-# hidden size, layers, heads, inner size; `large` is microsoft/deberta-v3-large's
-SIZES = {"tiny": (64, 3, 2, 128), "large": (1024, 24, 16, 4096)}
 Item = tuple[str, list[str]]
-
-
-def make_ranker(directory: Path, size: str) -> Path:
-    """A PairRM of that shape with random weights, in the published layout."""
-    from transformers import DebertaV2Config
-
-    hidden, layers, heads, inner = SIZES[size]
-    tokenizer = ranker_tokenizer([" ".join(WORDS)] * 4)
-    base = directory / "base"
-    config = DebertaV2Config(
-        vocab_size=len(tokenizer) + 4,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        max_relative_positions=-1,
-        position_biased_input=False,
-        type_vocab_size=0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    torch.manual_seed(0)
-    model = PairRMModel(config, 1, 0.0)
-    (directory / "PairRM").mkdir()
-    save_file(model.state_dict(), directory / "PairRM" / "model.safetensors", metadata={"format": "pt"})
-    settings = {"ranker_type": "pairranker", "model_type": "deberta", "model_name": "../base", "n_tasks": 1}
-    settings |= {"source_maxlength": 1224, "candidate_maxlength": 412, "fp16": torch.cuda.is_available()}
-    settings |= {"reduce_type": "linear", "inference_mode": "full", "loss_type": "instructgpt", "drop_out": 0.05}
-    (directory / "PairRM" / "config.json").write_text(json.dumps(settings))
-    return directory / "PairRM"
 
 
 def make_items(prompts: int, pairs: int, short: bool) -> list[Item]:
@@ -83,14 +46,14 @@ def make_items(prompts: int, pairs: int, short: bool) -> list[Item]:
     part = 10 if short else 1
 
     def text(low: int, mean: int, high: int) -> str:
-        return " ".join(rng.choices(WORDS, k=max(1, min(high, int(low + rng.expovariate(1 / mean))) // part)))
+        return worlds.text(rng, max(1, low // part), mean // part, high // part)
 
     return [(text(20, 100, 800), [text(10, 150, 500) for _ in range(pairs)]) for _ in range(prompts)]
 
 
 def useful_flops(ranker: PairRM, items: list[Item], size: str) -> float:
     """Multiply-adds x 2 that the comparisons need, without padding and the positions' own projections."""
-    hidden, layers, _, inner = SIZES[size]
+    hidden, layers, _, inner, _ = worlds.DEBERTAS[size]
     total = 0.0
     for text, responses in items:
         prompt = [{"role": "user", "content": text}]
@@ -104,27 +67,32 @@ def useful_flops(ranker: PairRM, items: list[Item], size: str) -> float:
     return total
 
 
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of one large matrix product here: the best of a few."""
-    n = 8192 if device == "cuda" else 1536
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
+def pairs_of(items: list[Item]) -> int:
+    """Comparisons: K(K - 1) of each prompt."""
+    return sum(len(responses) * (len(responses) - 1) for _, responses in items)
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def load_ours(directory: Path, batch_tokens: int, fused: bool) -> PairRM:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    return PairRM(directory, DEVICE, batch_tokens, dtype, fused_backend="triton" if fused else "")
+
+
+def rank_ours(ranker: PairRM, items: list[Item]) -> np.ndarray:
+    """(N, K): mean scores, as rank.py makes them."""
+    asked = [([{"role": "user", "content": text}], responses) for text, responses in items]
+    found = dict(prompt_logits(ranker, asked))
+    return mean_scores(np.array([found[i] for i in range(len(items))]))
+
+
+def rank_theirs(blender: Any, items: list[Item], batch_size: int) -> np.ndarray:
+    """(N, K): llm-blender's scores."""
+    prompts, candidates = [text for text, _ in items], [responses for _, responses in items]
+    return blender.rank(prompts, candidates, return_scores=True, batch_size=batch_size, disable_tqdm=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--size", choices=worlds.DEBERTAS, default="tiny")
     parser.add_argument("--prompts", type=int, help="default: 12 for tiny, 2 for large")
     parser.add_argument("--pairs", type=int, help="K; default: 5 for tiny, 2 for large")
     parser.add_argument("--short_texts", action="store_true")
@@ -136,40 +104,28 @@ def main() -> None:
     tiny = args.size == "tiny"
     items = make_items(args.prompts or (12 if tiny else 2), args.pairs or (5 if tiny else 2), args.short_texts)
     with tempfile.TemporaryDirectory() as scratch:
-        compare(make_ranker(Path(scratch), args.size), items, args)
+        compare(worlds.pairrm(Path(scratch), args.size), items, args)
 
 
 def compare(directory: Path, items: list[Item], args: argparse.Namespace) -> None:
     """Rank `items` in every way, in turns, and print what each took."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    ours = PairRM(directory, device, args.batch_tokens, dtype, fused_backend="triton" if args.fused_attention else "")
-    theirs = load_blender(directory, device)
-    prompts, candidates = [text for text, _ in items], [responses for _, responses in items]
-
-    def rank_ours() -> np.ndarray:
-        asked = [([{"role": "user", "content": text}], responses) for text, responses in items]
-        found = dict(prompt_logits(ours, asked))
-        return mean_scores(np.array([found[i] for i in range(len(items))]))
-
-    def rank_theirs(batch_size: int) -> Callable[[], np.ndarray]:
-        return lambda: theirs.rank(prompts, candidates, return_scores=True, batch_size=batch_size, disable_tqdm=True)
-
-    ways = {"ours": rank_ours}
-    ways |= {f"llm-blender, batch_size={b}": rank_theirs(b) for b in args.batch_sizes if b <= len(items)}
+    ours = load_ours(directory, args.batch_tokens, args.fused_attention)
+    theirs = load_blender(directory, DEVICE)
+    ways = {"ours": lambda: rank_ours(ours, items)}
+    for size in args.batch_sizes:
+        if size <= len(items):
+            ways[f"llm-blender, batch_size={size}"] = functools.partial(rank_theirs, theirs, items, size)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     scores: dict[str, np.ndarray] = {}
-    for warm in [True] * (device == "cuda") + [False] * args.rounds:
+    for warm in [True] * (DEVICE == "cuda") + [False] * args.rounds:
         for name, way in ways.items():
             started = time.perf_counter()
             scores[name] = way()
-            synchronize(device)
             if not warm:
                 seconds[name].append(time.perf_counter() - started)
-    pairs = sum(len(responses) * (len(responses) - 1) for _, responses in items)
-    rate, flops = matrix_rate(device, dtype), useful_flops(ours, items, args.size)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.size}: {len(items)} prompts, {pairs} pairs, {args.rounds} rounds, {where}, {dtype}")
+    pairs, rate, flops = pairs_of(items), matrix_rate(), useful_flops(ours, items, args.size)
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.size}: {len(items)} prompts, {pairs} pairs, {args.rounds} rounds, {where}")
     ours_median = statistics.median(seconds["ours"])
     for name, values in seconds.items():
         median = statistics.median(values)

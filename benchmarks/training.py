@@ -3,16 +3,18 @@
     python benchmarks/training.py                   both models, about 20 minutes on two cores
     python benchmarks/training.py --models tiny     the small vocabulary alone
     python benchmarks/training.py --models smollm2 --rounds 3   a real model, about 20 minutes more
+    python benchmarks/training.py --models 1b 8b-lora --rounds 1     Llama's shapes, on a GPU
 
 smollm2 is runs/SmolLM2-135M-Instruct, on prompts of scripts/make_instructions.py; it is made by
 python scripts/make_smollm2.py --output_dir runs/SmolLM2-135M-Instruct
 
 Each run is a process of its own; each round runs every contestant once, and medians over rounds are printed. Both
-train the same rows once with RMSprop in float32, the same micro-batch and accumulation, no gradient checkpointing.
-Timed is the reference's pass and the training, without loading and tokenising. Memory is the peak of resident memory
-less what was resident once the model was loaded, less the optimiser's state: what gradients and activations take;
-and the same less the gradients, which are as large as the weights for everybody. The share of the machine's matrix
-rate counts 8 FLOPs a weight and token: the policy forward and backward, and the reference forward.
+train the same rows once with RMSprop in float32 (on a GPU bfloat16 products), the same micro-batch and accumulation,
+no gradient checkpointing. Timed is the reference's pass and the training, without loading and tokenising. Memory is the
+peak of resident memory (on a GPU: of what PyTorch has allocated) less weights and the optimiser's state: what gradients
+and activations take; and the same less the gradients, which are as large as what is trained for everybody. The share
+of the machine's matrix rate counts 8 FLOPs a weight and token: the policy forward and backward, and the reference
+forward; with LoRA 6, as no weight's own gradient is needed.
 
 trl runs with its reference model beside the policy, with its reference log-probs computed first, and with that and
 batches grouped by length (transformers' train_sampling_strategy). Ours groups within a step.
@@ -33,12 +35,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import worlds  # noqa: E402
 
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 0, "hidden_size": 128, "num_hidden_layers": 4, "rows": 128, "batch": 8, "step": 64},
     "128k": {"vocab_size": 128256, "hidden_size": 256, "num_hidden_layers": 2, "rows": 24, "batch": 4, "step": 24},
     "smollm2": {"rows": 32, "batch": 4, "step": 8},
+    "1b": {"rows": 192, "batch": 8, "step": 64, "max_length": 2048},
+    "8b-lora": {"rows": 32, "batch": 2, "step": 16, "max_length": 2048, "lora": 16},
+    "tiny-lora": {"rows": 16, "batch": 4, "step": 8, "max_length": 2048, "lora": 16},
 }
 SMOLLM2 = ROOT / "runs" / "SmolLM2-135M-Instruct"
 CONTESTANTS = {
@@ -62,6 +69,9 @@ def make_world(directory: Path, name: str) -> int:
     from sppo.demo import COLOURS, OTHERS, THINGS
     from sppo.smollm2.instructions import make_instructions
 
+    if name.removesuffix("-lora") in worlds.LLAMAS and "hidden_size" not in MODELS[name]:
+        worlds.llama(directory / "model", name.removesuffix("-lora"))
+        return worlds.training_rows(directory / "train.parquet", MODELS[name]["rows"])
     words = [*COLOURS, *OTHERS, *THINGS]
     rng = random.Random(0)
 
@@ -120,6 +130,21 @@ def resident(key: str) -> int:
     return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 
+def warm(model: Any) -> None:
+    """Let a GPU load its kernels, so that no contestant is timed doing so."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    ids = torch.randint(5, 500, (4, 512), device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().logsumexp(-1).sum().backward()
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 def ours(world: Path, scratch: Path, size: dict[str, int], options: dict[str, Any]) -> tuple[Any, Any]:
     """(model, run) of our trainer; run() gives the seconds that count."""
     from sppo.training.settings import prepare
@@ -134,11 +159,13 @@ def ours(world: Path, scratch: Path, size: dict[str, int], options: dict[str, An
         "beta": 0.1,
         "learning_rate": 1e-6,
         "gradient_checkpointing": "false",
-        "max_length": 1024,
+        "max_length": size.get("max_length", 1024),
+        **({"use_peft": "true", "lora_r": size["lora"], "lora_alpha": size["lora"]} if "lora" in size else {}),
     }
     trainer, _ = make_trainer(prepare([f"--{k}={v}" for k, v in flags.items()], 1))
 
     def run() -> float:
+        warm(trainer.model)
         began = time.monotonic()
         trainer.train()
         return time.monotonic() - began
@@ -153,7 +180,13 @@ def theirs(world: Path, scratch: Path, size: dict[str, int], options: dict[str, 
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    gpu, lora = torch.cuda.is_available(), None
+    dtype = torch.bfloat16 if gpu and "lora" in size else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=dtype).to("cuda" if gpu else "cpu")
+    if "lora" in size:
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=size["lora"], lora_alpha=size["lora"], lora_dropout=0.0, target_modules="all-linear")
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     rows = datasets.load_dataset("parquet", data_files=str(world / "train.parquet"), split="train")
     rows = rows.select_columns(["chosen", "rejected"])
@@ -179,11 +212,11 @@ def theirs(world: Path, scratch: Path, size: dict[str, int], options: dict[str, 
         per_device_train_batch_size=size["batch"],
         gradient_accumulation_steps=size["step"] // size["batch"],
         num_train_epochs=1,
-        max_length=1024,
+        max_length=size.get("max_length", 1024),
         gradient_checkpointing=False,
         precompute_ref_log_probs=options["precompute_ref_log_probs"],
-        bf16=False,
-        use_cpu=True,
+        bf16=gpu,
+        use_cpu=not gpu,
         save_strategy="no",
         logging_steps=1,
         report_to="none",
@@ -202,7 +235,10 @@ def theirs(world: Path, scratch: Path, size: dict[str, int], options: dict[str, 
     trl.DPOTrainer._precompute_ref_logps = timed
 
     def run() -> float:
-        trainer = trl.DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        warm(model)
+        trainer = trl.DPOTrainer(
+            model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora
+        )
         began = time.monotonic()
         trainer.train()
         return reference_pass + time.monotonic() - began
@@ -213,6 +249,7 @@ def theirs(world: Path, scratch: Path, size: dict[str, int], options: dict[str, 
 def one_run(contestant: str, name: str, world: Path) -> None:
     """In a process of its own: seconds, and the peak beyond what was resident before."""
     import datasets
+    import torch
 
     datasets.disable_progress_bars()
     if contestant != "sppo":
@@ -220,13 +257,31 @@ def one_run(contestant: str, name: str, world: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         make = ours if contestant == "sppo" else theirs
         model, run = make(world, Path(scratch), MODELS[name], CONTESTANTS[contestant])
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-        before = resident("VmRSS")
+        parameters, weights = (
+            sum(f(p) for p in model.parameters()) for f in (lambda p: p.numel(), lambda p: p.numel() * p.element_size())
+        )
+        if not torch.cuda.is_available():
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+            weights_there = resident("VmRSS")
         seconds = run()
-        beyond = resident("VmHWM") - before - weights  # RMSprop keeps one number a weight
-    parameters = sum(p.numel() for p in model.parameters())
-    print("RESULT " + json.dumps({"seconds": seconds, "beyond": beyond, "weights": weights, "parameters": parameters}))
+        trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)  # RMSprop keeps one number for each
+        if torch.cuda.is_available():
+            peak, weights_there = torch.cuda.max_memory_allocated(), weights
+        else:
+            peak = resident("VmHWM")
+    result = {"seconds": seconds, "beyond": peak - weights_there - trained, "weights": weights}
+    print("RESULT " + json.dumps({**result, "trained": trained, "parameters": parameters}))
+
+
+def measure(name: str, contestant: str, world: Path) -> dict[str, float]:
+    """One contestant's run in a process of its own. Raises SystemExit with what it said where it fails."""
+    command = [sys.executable, __file__, "--one", contestant, "--models", name, "--world", str(world)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{contestant}:\n{done.stdout}\n{done.stderr}")
+    for table in (world / "reference").glob("*"):
+        table.unlink()  # every run computes the reference
+    return json.loads(done.stdout.split("RESULT ")[1])
 
 
 def compare(name: str, rounds: int) -> None:
@@ -240,28 +295,23 @@ def compare(name: str, rounds: int) -> None:
             order = list(CONTESTANTS)
             random.Random(number).shuffle(order)
             for contestant in order:
-                command = [sys.executable, __file__, "--one", contestant, "--models", name, "--world", str(world)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(f"{contestant}:\n{done.stdout}\n{done.stderr}")
-                results[contestant].append(json.loads(done.stdout.split("RESULT ")[1]))
-            for table in (world / "reference").glob("*"):
-                table.unlink()  # every round computes the reference
+                results[contestant].append(measure(name, contestant, world))
     rows = MODELS[name]["rows"]
-    weights = results["sppo"][0]["weights"]
+    weights, gradients = (results["sppo"][0][key] for key in ("weights", "trained"))
     print(f"\n{name}: {rows} rows, weights {weights / MIB:.0f} MiB, medians of {rounds} rounds")
-    flops, peak = 8 * results["sppo"][0]["parameters"] * tokens, matrix_rate()
+    each = 6 if "lora" in MODELS[name] else 8
+    flops, peak = each * results["sppo"][0]["parameters"] * tokens, matrix_rate()
     print(f"  {tokens} tokens; the matrix rate of this machine is {peak / 1e9:.0f} GFLOP/s")
     print(f"  {'':28} {'samples/s':>10}  {'of the rate':>11}  {'beyond weights, optimiser':>26}  {'and gradients':>14}")
     medians = {}
     for contestant, runs in results.items():
         speeds = [rows / r["seconds"] for r in runs]
         beyond = statistics.median(r["beyond"] for r in runs)
-        medians[contestant] = (statistics.median(speeds), beyond, beyond - weights)
+        medians[contestant] = (statistics.median(speeds), beyond, beyond - gradients)
         spread = f"{min(speeds):.2f} to {max(speeds):.2f}"
         share = flops * medians[contestant][0] / rows / peak
         print(f"  {contestant:28} {medians[contestant][0]:10.2f}  {share:11.0%}  {beyond / MIB:22.0f} MiB  "
-              f"{(beyond - weights) / MIB:10.0f} MiB  ({spread})")  # fmt: skip
+              f"{(beyond - gradients) / MIB:10.0f} MiB  ({spread})")  # fmt: skip
     for contestant in list(CONTESTANTS)[1:]:
         speed, beyond, activations = (a / b for a, b in zip(medians["sppo"], medians[contestant], strict=True))
         print(f"  sppo / {contestant:26} {speed:5.2f} x samples/s, {beyond:.2f} x memory, {activations:.2f} x without "
