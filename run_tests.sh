@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with everything the tests need (vLLM's CPU build too), then run ruff, shellcheck and pytest.
 #   bash run_tests.sh                    what a newcomer runs: every stage, one loop, vLLM once; some minutes
-#   bash run_tests.sh --all              everything else too, the clusters' faults included, as .ci/run does; half an hour
+#   bash run_tests.sh --all              everything else too, as .ci/run does; under half an hour on two cores
 #   bash run_tests.sh --clusters         what dies on a real Slurm and a real Ray; a quarter of an hour, much of it waiting
 #   bash run_tests.sh --gpu              what only a GPU shows; a few minutes, with every GPU that is visible
 #   bash run_tests.sh [--all | --clusters | --gpu] [pytest's arguments]
@@ -9,10 +9,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/install.sh tests
 unset VIRTUAL_ENV PYTHON
-which=(--numprocesses 2 -m "not slow and not clusters")
+which=(-m "not slow and not clusters")
 if [ "${1:-}" = --all ] || [ "${1:-}" = --clusters ]; then
-  which=(--numprocesses 3) # one waits most of the time: for a cluster to notice what has died
-  [ "$1" = --all ] || which=(--numprocesses 2 -m clusters)
+  which=(-m "not clusters")
+  [ "$1" = --all ] || which=(-m clusters)
   shift
   # the report is shown to a real browser, and jobs run under a real Slurm; where they cannot be had, those tests say so
   need=()
@@ -35,4 +35,4 @@ fi
 .venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh recipes/*.slurm .ci/run
 # tests share the cores, each with several processes: a thread that waits must not spin on a core that another needs
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
-exec .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"

@@ -88,6 +88,9 @@ class Recipe:
         "sppo", "training loss; sppo_all trains on all K responses of a prompt"
     )
     beta: float = _key(1e-3, "1/eta of the SPPO loss", 1e-12)
+    anchor: float = _key(0.0, "A: each step also goes this share of the way back to --anchor_model; 0: SPPO", 0, 0.99)
+    anchor_model: str = _key("", "what --anchor pulls towards: Hub id or directory; empty: the run's first model")
+    anchor_revision: str = _key("", "branch, tag or commit of the anchor's model on the Hub")
     label_smoothing: float = _key(0.0, "share of preferences taken to be the wrong way round, for sigmoid", 0, 0.5)
     learning_rate: float = _key(5e-7, "peak learning rate", 0)
     lr_scheduler_type: str = _key("linear", "schedule, by transformers' name")
@@ -146,10 +149,10 @@ KEYS: dict[str, list[str]] = {
     "push_to_hub": ["org", "public"],
     "train": (
         "model model_revision trust_remote_code prompts_revision global_batch_size batch_size accumulate "
-        "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta label_smoothing learning_rate "
-        "lr_scheduler_type warmup_ratio num_train_epochs schedule_epochs optim weight_decay max_grad_norm "
-        "max_prompt_length max_length attn_implementation chat_template_kwargs use_peft lora_r lora_alpha "
-        "lora_target_modules load_in_4bit merge_adapter"
+        "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta anchor anchor_model "
+        "anchor_revision label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
+        "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
+        "chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
     ).split(),
     "best_of_n": list(dict.fromkeys(["prompts", "prompts_revision", "estimator", *_DRAWING, *_ASKING, *_RANKING])),
     "win_matrix": ["judge", *dict.fromkeys([*_ASKING, *_RANKING])],

@@ -189,6 +189,8 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
     prompts = recipe.prompts.replace("{iter}", str(i))
     model = recipe.model if i == 1 else str(run_dir / f"iter{i - 1}" / "model")
     changes = {"model": model, "prompts": prompts, "seed": recipe.seed + i - 1}
+    if recipe.anchor and not recipe.anchor_model:
+        changes |= {"anchor_model": recipe.model, "anchor_revision": recipe.model_revision}
     if i > 1:
         changes["model_revision"] = ""
     mine = dataclasses.replace(recipe, **changes)

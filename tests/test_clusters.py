@@ -172,10 +172,8 @@ def test_a_slurm_job_that_is_requeued_or_meets_its_time_limit_goes_on(
     slurm.ask("scancel", "--signal=USR1", "--batch", job.number)  # as at a preemption
     job.wait(lambda: job.shown().count("saved; back into the queue") >= 1)
     assert job.end() == "COMPLETED", job.shown()
-    told = job.shown().count("asked to stop")
-    assert told >= 2, job.shown()
-    # the last time it may have come to its end before it could stop
-    assert job.shown().count("saved; back into the queue") >= told - 1
+    # by the signal, and at its time limit: how often it meets that depends on the machine
+    assert job.shown().count("saved; back into the queue") >= 2, job.shown()
     assert_same(world, run)
 
 
@@ -187,7 +185,7 @@ def test_a_slurm_job_whose_processes_are_killed_fails_and_the_same_command_goes_
     job.wait(lambda: at_work(run, ONE[0]))
     slurm.ask("scancel", job.number)
     assert job.end() == "CANCELLED", job.shown()  # and does not go back into the queue
-    for stage, victim in ((ONE[0], b"generate.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")):
+    for stage, victim in ((ONE[0], b"--data_frac"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")):
         job = Job(slurm, world, run, delay=1)
         job.wait(lambda stage=stage, victim=victim: at_work(run, stage) and bool(pids(run, victim)))
         os.kill(pids(run, victim)[-1], signal.SIGKILL)

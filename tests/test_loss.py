@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sppo.training.logps import response_logps
-from sppo.training.loss import preference_loss, sppo_all_loss
+from sppo.training.loss import anchored_loss, preference_loss, sppo_all_loss
 
 # beta = 1e-3 (eta = 1000), a = 1, b = -1, p_win = .8, p_lose = .3, p = .9:
 #   sppo         1/2 [(1 - 1000 * .3)^2 + (-1 + 1000 * .2)^2] = 1/2 [299^2 + 199^2]  = 64501
@@ -152,3 +152,57 @@ def test_logps_are_sums_over_response_tokens_only() -> None:
         expected.append(total)
     positions = mask[:, 1:].nonzero() @ torch.tensor([5, 1])  # t - 1 predicts t
     torch.testing.assert_close(response_logps(logits, ids, positions), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_anchored_by_hand() -> None:
+    """eta = 2. A pair: 1 - -1 - (0.2 - -0.4) - 2 (0.8 - 0.3) = 0.4, and 0.4^2 / 4."""
+    a, b, p_win, p_lose, pull_win, pull_lose = (torch.tensor([x]) for x in (1.0, -1.0, 0.8, 0.3, 0.2, -0.4))
+    assert anchored_loss(a, b, 0.5, p_win, p_lose, pull_win, pull_lose).item() == pytest.approx(0.04)
+    # three responses miss by 1 - 0.6 - 0.1, 0 - 0 - -0.3 and -1 - -0.6 - 0: 0.3, 0.3 and -0.4, less 0.2 / 3
+    ratios, rates = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([0.8, 0.5, 0.2])
+    pull, row = torch.tensor([0.1, -0.3, 0.0]), torch.zeros(3, dtype=torch.long)
+    expected = (2 * (0.3 - 0.2 / 3) ** 2 + (-0.4 - 0.2 / 3) ** 2) / 3
+    assert sppo_all_loss(ratios, rates, row, 1, 0.5, pull).item() == pytest.approx(expected)
+
+
+def test_anchored_is_inpo_where_labels_are_drawn() -> None:
+    """INPO (arXiv 2407.00617): (h - 1 / (2 eta))^2, h = log pi(w)/pi(l) - tau/eta log ref(w)/ref(l) - (1 - tau/eta) log
+    pi_t(w)/pi_t(l). Ours is a quarter of it with A = tau / eta, beta = eta, p_win - p_lose = 1/2."""
+    eta, tau = 0.3, 0.06
+    policy, reference, first = torch.randn(3, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h = (policy - tau / eta * first - (1 - tau / eta) * reference).diff(dim=0).neg().squeeze(0)
+    a, b = policy - reference
+    pull = tau / eta * (first - reference)
+    three, one = torch.full_like(a, 0.75), torch.full_like(a, 0.25)
+    found = anchored_loss(a, b, eta, three, one, *pull)
+    torch.testing.assert_close(4 * found, (h - 1 / (2 * eta)) ** 2)
+
+
+@pytest.mark.parametrize("loss_type", ["sppo", "sppo_all"])
+def test_a_long_training_of_a_table_reaches_the_exact_anchored_step(loss_type: str) -> None:
+    """log pi_{t+1} = (1 - A) log pi_t + A log pi_0 + eta P(y > pi_t) - log Z, by gradient descent on the loss alone."""
+    make = torch.Generator().manual_seed(1)
+    first, reference = torch.log_softmax(torch.randn(2, 6, dtype=torch.float64, generator=make), -1)
+    odds = torch.randn(6, 6, dtype=torch.float64, generator=make)
+    rates = torch.sigmoid(odds - odds.T) @ reference.exp()  # P(y > pi_t)
+    anchor, beta = 0.3, 0.5
+    exact = torch.log_softmax((1 - anchor) * reference + anchor * first + rates / beta, -1)
+    logits = reference.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([logits], max_iter=500, line_search_fn="strong_wolfe")
+    pull = anchor * (first - reference)
+    w, l = torch.combinations(torch.arange(6)).T  # noqa: E741 - the paper's names
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        ratios = torch.log_softmax(logits, -1) - reference
+        if loss_type == "sppo":
+            value = anchored_loss(ratios[w], ratios[l], beta, rates[w], rates[l], pull[w], pull[l]).mean()
+        else:
+            value = sppo_all_loss(ratios, rates, torch.zeros(6, dtype=torch.long), 1, beta, pull).sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    torch.testing.assert_close(torch.softmax(logits, -1).detach(), exact.exp(), atol=1e-3, rtol=0)
+    sppo = torch.softmax(reference + rates / beta, -1)
+    assert (sppo - exact.exp()).abs().max() > 0.02  # without the anchor it is another policy

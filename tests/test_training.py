@@ -151,6 +151,33 @@ def test_the_parts_of_a_batch_are_as_even_as_can_be() -> None:
         assert sum(len(part) > 0 for part in parts) == min(count, 9)
 
 
+def test_an_anchor_pulls_back(
+    models: Path, dataset: Path, tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a preference the anchored step goes a share A of the way to the anchor's log-ratios, and nothing else."""
+    first = tiny.lora(models / "llama3", tmp_path / "first")
+    rows = preferences.rows(12)
+    for row in rows:
+        row |= {"chosen_probs": 0.5, "chosen_probs_win": 0.5, "chosen_probs_lose": 0.5}
+    data = preferences.write(tmp_path / "data", rows)
+    flags = ["--anchor=0.5", f"--anchor_model={first}", "--num_train_epochs=30", "--learning_rate=3e-4"]
+    model = train("anchored", *flags, "--beta=1", data=data)
+    shown = capsys.readouterr().out
+    assert "the anchor's log-probs are kept in" in shown
+    losses = [line["loss"] for line in preferences.metrics(model)]
+    assert losses[-1] < 0.1 * losses[0]
+    manifest = read_json(model / "sppo_manifest.json")
+    assert manifest["settings"]["anchor"] == 0.5
+    assert manifest["inputs"]["anchor"] == open_policy(str(first)).identity()
+    at_home = train("at_home", "--anchor=0.5", f"--anchor_model={models / 'llama3'}", data=data)
+    assert "found the anchor's log-probs" in capsys.readouterr().out  # the policy itself: its reference's
+    assert preferences.metrics(at_home)[0]["loss"] < 1e-6  # nothing pulls
+    with pytest.raises(UsageError, match="needs --anchor_model"):
+        train("nowhere", "--anchor=0.5")
+    with pytest.raises(UsageError, match="sppo and sppo_all, not ipo"):
+        train("ipo", "--anchor=0.5", "--loss_type=ipo", f"--anchor_model={first}")
+
+
 def test_the_reference_is_computed_once_and_known_by_the_weights(
     models: Path, tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

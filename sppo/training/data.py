@@ -57,22 +57,23 @@ class TrainingSet(torch.utils.data.Dataset):
         """Response tokens of the row that has most."""
         return max(sum(map(len, row)) for row in self.responses)
 
-    def batch(self, places: list[Place], pad_id: int, parts: int = 1) -> dict[str, Any]:
+    def batch(self, places: list[Place], pad_id: int, parts: int = 1, part_tokens: int = 1) -> dict[str, Any]:
         """A batch of integers only: the rows' responses, one row after the other, padded on the right.
 
         input_ids, attention_mask: (S, T). positions: (P,), places in the flattened (S, T) whose next token is a
-        response's. runs: up to `parts` groups of the S by length, which go through the network one after the other,
-        each as wide as its longest (widths): a row's two responses seldom have one length. sequence: (S,), number in
-        the data set. row: (S,), which of the B rows. pair: (B, 2), which of the S are chosen and rejected. index: (B,).
-        rows, step_rows: how many of the B count, and rows in the optimiser step. Win rates and reference log-probs are
-        looked up by number: DeepSpeed in bfloat16 would round every float.
+        response's. runs: up to `parts` groups of the S by length, of part_tokens tokens or more, which go through the
+        network one after the other, each as wide as its longest (widths): a row's responses seldom have one length.
+        sequence: (S,), number in the data set. row: (S,), which of the B rows. pair: (B, 2), which of the S are chosen
+        and rejected. index: (B,). rows, step_rows: how many of the B count, and rows in the optimiser step. Win rates
+        and reference log-probs are looked up by number: DeepSpeed in bfloat16 would round every float.
         """
         index = [place.index for place in places]
         sides = [side for i in index for side in zip(self.prompts[i], self.responses[i], strict=True)]
         lengths = np.array([len(prompt) + len(response) for prompt, response in sides])
         width = int(lengths.max())
         order = np.argsort(-lengths, kind="stable")
-        runs = [order[list(run)] for run in even_parts(lengths[order], parts) if len(run)]
+        count = min(parts, max(1, int(lengths.sum()) // part_tokens))
+        runs = [order[list(run)] for run in even_parts(lengths[order], count) if len(run)]
         input_ids = torch.full((len(sides), width), pad_id)
         attention_mask = torch.zeros_like(input_ids)
         positions = []

@@ -12,16 +12,16 @@ from sppo import config
 from sppo.common.errors import UsageError
 from sppo.common.files import digest
 from sppo.common.manifest import Stage
-from sppo.common.policy import Policy, policy_of
+from sppo.common.policy import Policy, open_policy, policy_of
 from sppo.config import KEYS, Recipe
 from sppo.training.checkpoints import refuse_another
 from sppo.training.dataset import dataset_file
 
 # the settings that decide the result; the others only decide where and how fast it is computed
 IDENTITY = (
-    "seed loss_type beta label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs schedule_epochs "
-    "optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation chat_template_kwargs use_peft "
-    "lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
+    "seed loss_type beta anchor label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
+    "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
+    "chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
 ).split()
 
 # names that are known without a look at transformers
@@ -36,6 +36,7 @@ class Training:
     iteration: int
     overwrite: bool
     source: Policy
+    anchor: Policy | None  # with --anchor: what it pulls towards
     dataset: Path
     data_name: str  # as the model card says it
     output_dir: Path
@@ -76,21 +77,30 @@ def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> T
     args, recipe = config.parse(parser, argv)
     check_flags(recipe)
     steps = accumulation(recipe, processes)
-    source = policy_of(recipe)
+    source, anchor = policy_of(recipe), None
+    if recipe.anchor:
+        if not recipe.anchor_model:
+            raise UsageError("--anchor needs --anchor_model: the model that the run began with, most often")
+        anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code)
     path = dataset_file(args.dataset, recipe)
     occupied = args.output_dir.exists() and any(args.output_dir.iterdir())
     stage = Stage(
         "train",
         args.output_dir / "sppo_manifest.json",
         [args.output_dir] if occupied else [],
-        inputs={"model": source.identity(), "dataset": digest(path)},
+        inputs={
+            **{"model": source.identity(), "dataset": digest(path)},
+            **({"anchor": anchor.identity()} if anchor else {}),
+        },
         settings={
             "global_batch_size": recipe.batch_size * steps * processes,
-            **{k: getattr(recipe, k) for k in IDENTITY},
+            **{k: getattr(recipe, k) for k in IDENTITY if k != "anchor" or recipe.anchor},  # older runs have none
         },
     )
     name = args.dataset if args.dataset.count("/") == 1 and not Path(args.dataset).exists() else path.name
-    return Training(recipe, args.iter, args.overwrite, source, path, name, args.output_dir, processes, steps, stage)
+    return Training(
+        recipe, args.iter, args.overwrite, source, anchor, path, name, args.output_dir, processes, steps, stage
+    )
 
 
 def check_flags(recipe: Recipe) -> None:
@@ -99,6 +109,10 @@ def check_flags(recipe: Recipe) -> None:
         raise UsageError("--num_train_epochs must be above 0")
     if recipe.max_prompt_length >= recipe.max_length:
         raise UsageError("--max_prompt_length must be below --max_length: the response needs room")
+    if recipe.anchor and recipe.loss_type not in ("sppo", "sppo_all"):
+        raise UsageError(f"--anchor is for --loss_type sppo and sppo_all, not {recipe.loss_type}")
+    if recipe.anchor_model and not recipe.anchor:
+        raise UsageError("--anchor_model goes with --anchor")
     if recipe.label_smoothing and recipe.loss_type != "sigmoid":
         raise UsageError(f"--label_smoothing is for --loss_type sigmoid; {recipe.loss_type} has win rates or none")
     for flag in ("load_in_4bit", "merge_adapter"):

@@ -84,12 +84,14 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     from sppo.training.data import load_training_set
     from sppo.training.logps import add_lean_forward
     from sppo.training.reference import ReferenceTable, reference_key
-    from sppo.training.trainer import SPPOTrainer, disable_dropout
+    from sppo.training.trainer import Anchor, SPPOTrainer, disable_dropout
 
     recipe, source, work = training.recipe, training.source, training.work
     tokenizer = source.tokenizer()
     data = load_training_set(training.dataset, tokenizer, source.stop_ids(tokenizer), recipe)
-    source.check_tokens(max(int(side.max()) for row in (*data.prompts, *data.responses) for side in row))
+    highest = max(int(side.max()) for row in (*data.prompts, *data.responses) for side in row)
+    for policy in filter(None, (source, training.anchor)):
+        policy.check_tokens(highest)
     args = _training_arguments(recipe, work, training.steps)
     if args.world_size != training.processes:
         raise SPPOError(
@@ -112,9 +114,12 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
     how = {"precision": precision, "attention": recipe.attn_implementation, "transformers": transformers.__version__}
-    key = reference_key(source.identity(), data, **how)
-    table = ReferenceTable(key, (training.dataset.parent / "reference", work / "reference"))
-    return SPPOTrainer(model, args, recipe, data, pad, table, lean), data
+    homes = (training.dataset.parent / "reference", work / "reference")
+    table, anchor = ReferenceTable(reference_key(source.identity(), data, **how), homes), None
+    if training.anchor:
+        key = reference_key(training.anchor.identity(), data, **how)
+        anchor = Anchor(training.anchor, ReferenceTable(key, homes))
+    return SPPOTrainer(model, args, recipe, data, pad, table, lean, anchor), data
 
 
 def _lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:

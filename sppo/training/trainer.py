@@ -11,30 +11,57 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import disable_dropout_in_model
 
 from sppo.common.errors import SPPOError
+from sppo.common.loading import load_causal_lm
+from sppo.common.policy import Policy
 from sppo.common.progress import progress
 from sppo.common.stopping import may_stop, stop_asked
 from sppo.config import Recipe
 from sppo.training.checkpoints import seal, told_when_full
 from sppo.training.data import Batches, Place, StepBatches, TrainingSet, even_parts
-from sppo.training.logps import CHUNK_TOKENS, response_logps
-from sppo.training.loss import preference_loss, sppo_all_loss
+from sppo.training.logps import CHUNK_TOKENS, add_lean_forward, response_logps
+from sppo.training.loss import anchored_loss, preference_loss, sppo_all_loss
 from sppo.training.reference import ReferenceTable, agreement, describe
 
-# groups by length in which a micro-batch's responses go through the network
-_PARTS = 4
+# groups by length in which a micro-batch's responses go through the network; a GPU waits for smaller ones
+_PARTS, _PART_TOKENS = 4, 1024
 METRICS = (
     "rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/chosen_target rewards/rejected_target "
     "logps/chosen logps/rejected"
 ).split()
+
+
+class Anchor(NamedTuple):
+    """What --anchor pulls towards, and where its log-probs are kept."""
+
+    policy: Policy
+    table: ReferenceTable
+
+
+@contextmanager
+def unsharded(deepspeed: Any) -> Iterator[None]:
+    """A network that is loaded in here is whole, also under ZeRO-3."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    config = getattr(deepspeed, "dschf", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
 
 
 class SPPOTrainer(Trainer):
@@ -52,8 +79,10 @@ class SPPOTrainer(Trainer):
         pad_id: int,
         table: ReferenceTable,
         lean: bool = True,
+        anchor: Anchor | None = None,
     ) -> None:
-        self.recipe, self.table, self.lean = recipe, table, lean
+        self.recipe, self.table, self.lean, self.anchor = recipe, table, lean, anchor
+        self.pull: torch.Tensor | None = None  # (S,): see loss.anchored_loss
         # the same on all ranks: see logps.py
         self.chunks = -(-recipe.batch_size * data.most_response_tokens() // CHUNK_TOKENS)
         self.reference: torch.Tensor | None = None  # (S,): log pi_t of every response
@@ -73,7 +102,7 @@ class SPPOTrainer(Trainer):
             deepspeed.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
         if not self.is_fsdp_enabled and (deepspeed is None or deepspeed.zero_stage < 3):
             # weights that are spread over the ranks would be gathered again for each part
-            self.data_collator = partial(data.batch, pad_id=pad_id, parts=_PARTS)
+            self.data_collator = partial(data.batch, pad_id=pad_id, parts=_PARTS, part_tokens=_PART_TOKENS)
 
     def get_train_dataloader(self) -> Batches:
         """Every rank's own batches; no other sampler shares them out or repeats rows to come out even."""
@@ -108,14 +137,17 @@ class SPPOTrainer(Trainer):
         rows, however they were dealt.
         """
         data, beta, rows = self.train_dataset, self.recipe.beta, inputs["rows"]
-        logps = self._logps(model, inputs)  # (S,)
+        logps = self._logps(model, inputs, self.lean)  # (S,)
         ratios = logps - self.reference.to(logps.device)[inputs["sequence"]]
         pair = inputs["pair"][:rows]  # (B, 2)
         a, b = ratios[pair].unbind(1)
         p, p_win, p_lose = data.win_rates.to(logps.device)[inputs["index"][:rows]].unbind(1)
+        pull = None if self.pull is None else self.pull.to(logps.device)[inputs["sequence"]]
         if self.recipe.loss_type == "sppo_all":
             rates = data.sequence_rates.to(logps.device)[inputs["sequence"]]
-            losses = sppo_all_loss(ratios, rates, inputs["row"], len(inputs["index"]), beta)[:rows]
+            losses = sppo_all_loss(ratios, rates, inputs["row"], len(inputs["index"]), beta, pull)[:rows]
+        elif pull is not None:
+            losses = anchored_loss(a, b, beta, p_win, p_lose, *pull[pair].unbind(1))
         else:
             losses = preference_loss(self.recipe.loss_type, a, b, beta, p, p_win, p_lose, self.recipe.label_smoothing)
         if self.recipe.loss_type == "kto_pair":
@@ -130,10 +162,10 @@ class SPPOTrainer(Trainer):
         micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         return losses.sum() * (micro_batches / inputs["step_rows"])
 
-    def _logps(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    def _logps(self, model: Any, inputs: dict[str, Any], lean: bool) -> torch.Tensor:
         """(S,): log-probability of each of the batch's responses."""
         ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["positions"]
-        if self.lean:
+        if lean:
             split = {"runs": inputs["runs"], "widths": inputs["widths"]}
             return model(input_ids=ids, positions=positions, chunks=self.chunks, **split)
         return response_logps(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, positions)
@@ -178,6 +210,8 @@ class SPPOTrainer(Trainer):
         self._began, self._first_step = time.monotonic(), self.state.global_step
         self._check_lean()
         self._find_reference()
+        if self.anchor is not None:
+            self.pull = self.recipe.anchor * (self._find_anchor(self.anchor) - self.reference)
         self.agreement = agreement(self.reference, self.train_dataset)
         if self.agreement and self.is_world_process_zero():
             print(f"train: {describe(self.agreement)}", flush=True)
@@ -195,9 +229,7 @@ class SPPOTrainer(Trainer):
         model, training = self.model_wrapped, self.model_wrapped.training
         model.eval()
         if self.lean:
-            lean = self._logps(model, batch).float()
-            self.lean = False
-            plain = self._logps(model, batch).float()
+            lean, plain = (self._logps(model, batch, way).float() for way in (True, False))
             tolerance = 1e-4 if self.accelerator.mixed_precision == "no" else 2e-2
             apart = ((lean - plain).abs() / plain.abs().clamp(min=1)).max()
             self.lean = self.accelerator.reduce(apart, "sum").item() <= tolerance * self.accelerator.num_processes
@@ -217,33 +249,59 @@ class SPPOTrainer(Trainer):
     def _find_reference(self) -> None:
         """Fill `reference`: the table of an earlier run, or the policy's own log-probs before its first step.
 
-        Only rank 0 looks, so that all ranks agree. A resumed run needs it: its policy is no longer the reference.
+        A resumed run needs it: its policy is no longer the reference.
         """
-        size = len(self.train_dataset.sequence_rates)
-        found = self.table.load(size) if self.is_world_process_zero() else None
-        shared = torch.zeros(size + 1)
-        if found is not None:
-            shared[:size], shared[size] = found[0], 1
-        shared = self.accelerator.reduce(shared.to(self.args.device), "sum")
-        if shared[size]:
-            self.reference = shared[:size]
-            if found is not None:
-                print(f"train: found the reference's log-probs in {found[1]}")
+        self.reference = self._look_up(self.table, "reference")
+        if self.reference is not None:
             return
         if self.state.global_step:
             raise SPPOError(
                 f"{self.table.homes[0] / self.table.key}.safetensors is gone, so this run cannot be resumed: "
                 "its policy is not the reference any more. Start again with --overwrite"
             )
-        self.reference = self._reference_pass(size)
+        self.reference = self._pass(self.model_wrapped, self.lean)
+        self._keep(self.table, self.reference, "reference")
+
+    def _find_anchor(self, anchor: Anchor) -> torch.Tensor:
+        """(S,): log pi_0 of every response, from the table of an earlier run, or from the anchor's own network.
+
+        For its pass that network is whole on every rank, beside the policy, also where the policy's is sharded.
+        """
+        found = self._look_up(anchor.table, "anchor")
+        if found is not None:
+            return found
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        half = deepspeed is not None and self.accelerator.mixed_precision == "bf16"
+        with unsharded(deepspeed):
+            network = load_causal_lm(
+                anchor.policy, torch.bfloat16 if half else torch.float32, self.recipe.attn_implementation
+            )
+        lean = add_lean_forward(network) and self.lean
+        with self.accelerator.autocast():
+            logps = self._pass(network.to(self.args.device), lean)
+        self._keep(anchor.table, logps, "anchor")
+        return logps
+
+    def _look_up(self, table: ReferenceTable, whose: str) -> torch.Tensor | None:
+        """(S,): what an earlier run has kept; None where there is none. Only rank 0 looks, so that all ranks agree."""
+        size = len(self.train_dataset.sequence_rates)
+        found = table.load(size) if self.is_world_process_zero() else None
+        shared = torch.zeros(size + 1)
+        if found is not None:
+            shared[:size], shared[size] = found[0], 1
+            print(f"train: found the {whose}'s log-probs in {found[1]}")
+        shared = self.accelerator.reduce(shared.to(self.args.device), "sum")
+        return shared[:size] if shared[size] else None
+
+    def _keep(self, table: ReferenceTable, logps: torch.Tensor, whose: str) -> None:
         if self.is_world_process_zero():
-            print(f"train: the reference's log-probs are kept in {self.table.save(self.reference.cpu())}")
+            print(f"train: the {whose}'s log-probs are kept in {table.save(logps.cpu())}")
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
-    def _reference_pass(self, size: int) -> torch.Tensor:
-        """(size,): log pi_t of every response. The ranks share the rows and make the same number of passes."""
-        model, training = self.model_wrapped, self.model_wrapped.training
+    def _pass(self, model: Any, lean: bool) -> torch.Tensor:
+        """(S,): a model's log-prob of every response. The ranks share the rows and make the same number of passes."""
+        size, training = len(self.train_dataset.sequence_rates), model.training
         model.eval()
         ranks, rank, batch_size = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.batch_size
         lengths = self.train_dataset.lengths()
@@ -256,7 +314,7 @@ class SPPOTrainer(Trainer):
                 # a rank without rows runs too, so that all ranks make the same number of passes
                 places = [Place(int(i)) for i in (mine if len(mine) else order[-1:])]
                 batch = self._prepare_inputs(self.data_collator(places))
-                logps = self._logps(model, batch).float()
+                logps = self._logps(model, batch, lean).float()
                 if len(mine):
                     table[batch["sequence"]] = logps
                 bar.update(sum(map(len, parts[first : first + ranks])))
