@@ -248,7 +248,7 @@ def iteration(out: Path, tiny: bool) -> Iterator[Row]:
     for manifest in sorted((run_dir / "iter1").rglob("*manifest.json")):
         made = json.loads(manifest.read_text())
         if "seconds" in made:
-            times[manifest.name.removesuffix(".manifest.json")] = made["seconds"]
+            times[str(manifest.relative_to(run_dir / "iter1")).removesuffix(".manifest.json")] = made["seconds"]
     yield {"way": "iteration", "took": round(took), "plan": plan, "times": times}
 
 

@@ -1,6 +1,7 @@
 """A large prompt set through the launchers and the joins, with the engines' work taken out: what else grows, and how.
 
     python benchmarks/scale.py --prompts 1000000 --shards 512 --launchers local slurm ray
+    python benchmarks/scale.py --prompts 20000 --shards 16 --tokens 400 --launchers local      usual lengths
 
 Responses are made up instead of drawn, and the ranker compares lengths; everything else is the pipeline's own commands.
 Reads   nothing.
@@ -39,8 +40,9 @@ import atexit, os, re, sys, types
 def draw(policy, recipe, stop_ids, requests, world_size):
     from sppo.generation.engines import Response
     for request in requests:
-        start = request.seed % 200 + 20
-        yield request, [Response([*range(start, start + 6 + k), min(stop_ids)], "stop") for k in range(recipe.pairs)]
+        length, start = int(os.environ["SPPO_SCALE_TOKENS"]), request.seed % 200 + 20
+        drawn = [[(start + i) % 250 + 5 for i in range(length + k)] for k in range(recipe.pairs)]
+        yield request, [Response([*ids, min(stop_ids)], "stop") for ids in drawn]
 
 
 fake = types.ModuleType("sppo.generation.engines.transformers")
@@ -64,10 +66,15 @@ RANKER = "def longer(prompt, first, second):\n    return (len(first) - len(secon
 class Steps:
     """Runs the pipeline's commands one after the other, and prints what each took."""
 
-    def __init__(self, scratch: Path, label: str, env: dict[str, str]) -> None:
+    def __init__(self, scratch: Path, label: str, env: dict[str, str], tokens: int) -> None:
         self.label, self.sizes = label, scratch / "sizes"
         self.env = {**env, "PYTHONPATH": os.pathsep.join([str(scratch / "site"), str(ROOT)])}
-        self.env |= {"SPPO_SCALE": str(self.sizes), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.env |= {
+            "SPPO_SCALE": str(self.sizes),
+            "SPPO_SCALE_TOKENS": str(tokens),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
 
     def run(self, name: str, *command: str | Path) -> None:
         shutil.rmtree(self.sizes, ignore_errors=True)
@@ -103,19 +110,23 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         (scratch / "site").mkdir(parents=True, exist_ok=True)
         (scratch / "site" / f"{name}.py").write_text(text)
     model = tiny.mistral(scratch / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
     prompts = scratch / "prompts.jsonl"
     with open(prompts, "w") as out:
         out.writelines(json.dumps({"prompt": f"What is {i} and what is it for, in a few words?"}) + "\n"
                        for i in range(args.prompts))  # fmt: skip
-    print(f"{args.prompts:,} prompts x 5, {args.shards} shards, {os.cpu_count()} cores\n")
+    print(
+        f"{args.prompts:,} prompts x 5, {args.tokens} tokens and more, {args.shards} shards, {os.cpu_count()} cores\n"
+    )
     print("| launcher | step | seconds | largest process, MiB | processes |\n|---|---|---|---|---|")
     for launcher in args.launchers:
         data = scratch / launcher
         with place(launcher, scratch) as (where, env):
-            steps = Steps(scratch, launcher, env)
+            steps = Steps(scratch, launcher, env, args.tokens)
             shards = ["-m", "sppo.launch", "shards", *where, f"--shards={args.shards}", f"--logs={data}/logs"]
             drawing = [ROOT / "scripts/generate.py", "--model", model, "--prompts", prompts, "--engine=transformers"]
-            drawing += ["--recipe=recipes/sppo/demo.yaml", f"--output_dir={data}"]
+            drawing += ["--recipe=recipes/sppo/demo.yaml", f"--maxlen={args.tokens + 50}", f"--output_dir={data}"]
             ranking = [
                 ROOT / "scripts/rank.py",
                 f"--output_dir={data}",
@@ -139,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1_000_000)
     parser.add_argument("--shards", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=6, help="of a prompt's shortest response (6)")
     parser.add_argument("--launchers", nargs="+", default=["local", "slurm", "ray"])
     parser.add_argument("--scratch", type=Path, help="where there is room (default: the system's temporary directory)")
     args = parser.parse_args()
