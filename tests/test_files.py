@@ -190,6 +190,18 @@ def test_a_kill_between_output_and_manifest_is_no_dead_end(tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "out"]
 
 
+def test_what_a_kill_behind_the_manifest_has_left_goes(tmp_path: Path) -> None:
+    """A shard that is done, whose process died before it deleted its journal: seen on Ray when a node died."""
+    journal = Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity)
+    journal.add("p", {})
+    journal.close()
+    (tmp_path / "out").write_text("result")
+    stage(tmp_path, pairs=5).finish({})
+    stage(tmp_path, pairs=5).begin()  # its mark too
+    assert stage(tmp_path, pairs=5).is_done()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "out"]
+
+
 def test_a_journal_of_other_settings_is_refused_not_deleted(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity)
     journal.add("p", {})

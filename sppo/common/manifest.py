@@ -115,7 +115,11 @@ class Stage:
         intact = self._intact(written)
         if not intact:
             print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
-        return intact
+            return False
+        for left in (self._marker, self.journal):  # by a kill between the manifest and the end
+            if left is not None and left.exists():
+                left.unlink(missing_ok=True)
+        return True
 
     @property
     def _marker(self) -> Path:
