@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import resource
 import statistics
@@ -31,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from sppo.common import chat  # noqa: E402
 from sppo.common.journal import Journal  # noqa: E402
-from sppo.common.model_files import weight_shapes  # noqa: E402
+from sppo.common.model_files import parameters, weight_shapes  # noqa: E402
 from sppo.common.policy import open_policy  # noqa: E402
 from sppo.common.progress import progress  # noqa: E402
 from sppo.common.shards import Slice  # noqa: E402
@@ -160,12 +159,11 @@ def throughput(args: argparse.Namespace) -> None:
         medians = {name: statistics.median(rates) for name, rates in figures.items()}
         print(f"\n{args.prompts} prompts, K = {args.pairs}, up to {args.maxlen} tokens, {model.name}; "
               f"medians of {args.rounds} rounds")  # fmt: skip
-        parameters = sum(math.prod(shape) for shape in weight_shapes(model).values())
-        peak = matrix_rate()
+        size, peak = parameters(weight_shapes(model)), matrix_rate()
         print(f"the matrix rate of this machine is {peak / 1e9:.0f} GFLOP/s")
         for name, rate in medians.items():
             spread = f"{min(figures[name]):.0f} to {max(figures[name]):.0f}"
-            share = 2 * parameters * rate / peak  # of the drawn tokens alone; reading the prompts comes on top
+            share = 2 * size * rate / peak  # of the drawn tokens alone; reading the prompts comes on top
             print(f"  {name:38s} {rate:8.0f} tok/s ({spread}), {share:.0%} of the matrix rate")
         mine, plain, seeded, call, passes = (medians[way] for way in WAYS)
         print(f"  seeded:   ours / one call   {mine / seeded:.3f}")

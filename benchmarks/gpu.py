@@ -17,7 +17,6 @@ import argparse
 import functools
 import importlib.util
 import json
-import math
 import os
 import platform
 import shutil
@@ -52,6 +51,9 @@ def main() -> int:
                 rows.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
         return 0
+    for package in ("vllm", "llm_blender", "disentangled_flash"):
+        if not has(package):
+            print(f"{package} is not installed: what needs it is left out")
     failed = []
     for group in args.only:
         command = [sys.executable, __file__, "--group", group, "--out", str(args.out), "--shape", args.shape]
@@ -175,6 +177,7 @@ def generate(name: str, out: Path, tiny: bool) -> Iterator[Row]:
     """Drawing by vLLM: ours, LLM.generate, and K passes; by transformers where vLLM is missing."""
     import worlds
 
+    from sppo.common.model_files import parameters, weight_shapes
     from sppo.preflight.plan import matrix_rate
 
     model = world(out, f"llama-{name}", lambda where: worlds.llama(where / "model", "tiny" if tiny else name)) / "model"
@@ -190,7 +193,7 @@ def generate(name: str, out: Path, tiny: bool) -> Iterator[Row]:
         found = by_transformers(model, asked / "prompts.jsonl", 16 if tiny else 256)
         found = found if missing(out, f"generate-{name}", ["transformers"]) else ()
     for way, pace in found:
-        share = 2 * parameters_of(model) * pace / rate
+        share = 2 * parameters(weight_shapes(model)) * pace / rate
         yield {"way": way, "rate": pace, "unit": "drawn tokens/s", "share": share, "memory": None}
 
 
@@ -209,12 +212,6 @@ def by_transformers(model: Path, asked: Path, maxlen: int) -> Iterator[tuple[str
     for _, answers in transformers.draw(policy, recipe, policy.stop_ids(tokenizer), requests):
         tokens += sum(len(answer.token_ids) for answer in answers)
     yield "transformers", tokens / (time.perf_counter() - began)
-
-
-def parameters_of(model: Path) -> int:
-    from sppo.common.model_files import weight_shapes
-
-    return sum(math.prod(shape) for shape in weight_shapes(model).values())
 
 
 def iteration(out: Path, tiny: bool) -> Iterator[Row]:

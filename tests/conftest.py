@@ -1,4 +1,4 @@
-"""Tiny models, made once for all tests. No test needs a GPU or the network."""
+"""Tiny models, made once for all tests. No test but test_gpu.py's needs a GPU, none the network."""
 
 from __future__ import annotations
 

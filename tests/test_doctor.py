@@ -354,6 +354,13 @@ def test_memory_against_an_8b_model(
         assert any(re.search(f"^{expected}", text) for text in found), found
 
 
+def test_an_anchor_that_is_nowhere_is_named_before_anything_is_drawn(models: Path, tmp_path: Path) -> None:
+    found = examined(models, tmp_path, "--anchor=0.1", "--anchor_model", tmp_path / "nowhere")
+    assert "nowhere" in only_no(found)
+    found = examined(models, tmp_path, "--anchor=0.1")  # the run's first model
+    assert not [text for level, text in found if level == "no"]
+
+
 # a run that has begun
 
 

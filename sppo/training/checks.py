@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from sppo.common.findings import RUNTIME, Finding, Findings, Run, fits, many, no, note, ok, size
+from sppo.common.policy import open_policy
 from sppo.common.shape import Shape
 from sppo.training.launching import training_config
 from sppo.training.needs import training_memory
@@ -15,10 +16,13 @@ from sppo.training.settings import accumulation, check_flags, check_machine
 
 
 def check_settings(run: Run) -> Findings:
-    """Flags of training that contradict each other, and names that transformers does not know: all in check()."""
+    """Flags of training that contradict each other, names that transformers does not know, an anchor not to be had."""
+    recipe = run.recipe
     if run.trains:
-        check_flags(run.recipe)
-        check_machine(run.recipe, gpu=not run.cpu)
+        check_flags(recipe)
+        check_machine(recipe, gpu=not run.cpu)
+        if recipe.anchor_model:
+            open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code, weights=False)
     yield from ()
 
 

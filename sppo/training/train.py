@@ -118,7 +118,7 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     table, anchor = ReferenceTable(reference_key(source.identity(), data, **how), homes), None
     if training.anchor:
         key = reference_key(training.anchor.identity(), data, **how)
-        anchor = Anchor(training.anchor, ReferenceTable(key, homes))
+        anchor = Anchor(training.anchor, ReferenceTable(key, homes), dtype)
     return SPPOTrainer(model, args, recipe, data, pad, table, lean, anchor), data
 
 

@@ -42,10 +42,11 @@ METRICS = (
 
 
 class Anchor(NamedTuple):
-    """What --anchor pulls towards, and where its log-probs are kept."""
+    """What --anchor pulls towards, where its log-probs are kept, and the precision that the policy is loaded in."""
 
     policy: Policy
     table: ReferenceTable
+    dtype: Any
 
 
 @contextmanager
@@ -273,9 +274,8 @@ class SPPOTrainer(Trainer):
         deepspeed = self.accelerator.state.deepspeed_plugin
         half = deepspeed is not None and self.accelerator.mixed_precision == "bf16"
         with unsharded(deepspeed):
-            network = load_causal_lm(
-                anchor.policy, torch.bfloat16 if half else torch.float32, self.recipe.attn_implementation
-            )
+            dtype = torch.bfloat16 if half else anchor.dtype
+            network = load_causal_lm(anchor.policy, dtype, self.recipe.attn_implementation)
         lean = add_lean_forward(network) and self.lean
         with self.accelerator.autocast():
             logps = self._pass(network.to(self.args.device), lean)
