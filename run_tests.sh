@@ -2,18 +2,20 @@
 # Make .venv with everything the tests need (vLLM's CPU build too), then run ruff, shellcheck and pytest.
 #   bash run_tests.sh                    what a newcomer runs: every stage, one loop, vLLM once; some minutes
 #   bash run_tests.sh --all              everything else too, as .ci/run does; under half an hour on two cores
-#   bash run_tests.sh --clusters         what dies on a real Slurm and a real Ray; a quarter of an hour, much of it waiting
 #   bash run_tests.sh --gpu              what only a GPU shows; a few minutes, with every GPU that is visible
-#   bash run_tests.sh [--all | --clusters | --gpu] [pytest's arguments]
+#   bash run_tests.sh [--all | --gpu] [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash scripts/install.sh tests
 unset VIRTUAL_ENV PYTHON
-which=(-m "not slow and not clusters")
-if [ "${1:-}" = --all ] || [ "${1:-}" = --clusters ]; then
-  which=(-m "not clusters")
-  [ "$1" = --all ] || which=(-m clusters)
+which=(-m "not slow")
+processes=2
+if [ "${1:-}" = --all ]; then
   shift
+  which=()
+  processes=3 # what waits for a cluster leaves a core to the others
+  # the longest first, so that none is left alone at the end
+  [ $# -gt 0 ] || set -- tests/test_slurm.py tests/test_ray.py tests/test_faults.py tests/test_*.py
   # the report is shown to a real browser, and jobs run under a real Slurm; where they cannot be had, those tests say so
   need=()
   PATH=$PATH:/usr/sbin command -v slurmctld > /dev/null || need+=(slurm-wlm munge)
@@ -35,4 +37,4 @@ fi
 .venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh recipes/*.slurm .ci/run
 # tests share the cores, each with several processes: a thread that waits must not spin on a core that another needs
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"
+exec .venv/bin/python -m pytest --numprocesses "$processes" --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"

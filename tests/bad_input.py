@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import preferences
 import pyarrow as pa
@@ -46,7 +47,8 @@ def call(command: list[str], environment: dict[str, str | None]) -> tuple[int, s
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     sys.argv = [str(word) for word in command]
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        leaves = mock.patch("sppo.common.errors.leave", sys.exit)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), leaves:
             if command[0] == "sppo.launch":
                 run_main(launch.main)
             runpy.run_path(str(tiny.ROOT / command[0]), run_name="__main__")

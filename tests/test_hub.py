@@ -108,6 +108,7 @@ def push(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], her
         place = here / ("data" if what == "--output_dir" else "model")
         argv = ["push_to_hub.py", what, place, "--org", "me", "--name", "x-iter1", *flags]
         monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
+        monkeypatch.setattr("sppo.common.errors.leave", sys.exit)
         before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as done:
             run_main(main)

@@ -52,7 +52,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def leave(code: int) -> typing.NoReturn:
-    """End this process now: run the exit handlers, but do not wait for threads that libraries have started."""
+    """End this process now: run the exit handlers, but do not wait for threads that libraries have started.
+
+    Nor for the interpreter to take all modules apart, which is a second where torch and transformers are among them.
+    """
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -120,5 +123,4 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; run the same command to go on", file=sys.stderr)
         code = INTERRUPTED
-    sys.stdout.flush()
-    sys.exit(code)
+    leave(code)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.common.errors import SPPOError
 from sppo.common.files import digest, read_json
+from sppo.common.loading import import_networks
 from sppo.common.model_files import model_identity, resolve, snapshot
 from sppo.config import Recipe
 from sppo.rankers import device_and_dtype, prompt_identity, prompt_renderer
@@ -63,6 +64,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 def load(recipe: Recipe) -> PairRM:
     """PairRM, ready to answer, on the device and in the precision of device_and_dtype."""
+    import_networks()
     from sppo.rankers._pairrm_network import PairRM
 
     directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)

@@ -19,7 +19,7 @@ from torch import nn
 from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
-from sppo.common.loading import flash_attention, loading
+from sppo.common.loading import flash_attention, import_networks, loading
 from sppo.common.model_files import model_identity, resolve
 from sppo.config import Recipe
 from sppo.formats import Message, Pair
@@ -222,5 +222,6 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 def load(recipe: Recipe) -> RewardModel:
     """The reward model, ready to answer, on the device and in the precision of device_and_dtype."""
+    import_networks()
     device, dtype = device_and_dtype()
     return RewardModel(resolve(recipe.ranker, recipe.ranker_revision, "ranker"), device, recipe.batch_tokens, dtype)

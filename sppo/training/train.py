@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.common.errors import INTERRUPTED, SPPOError, leave
 from sppo.common.files import write_json
-from sppo.common.loading import add_adapter, load_causal_lm, load_config
+from sppo.common.loading import add_adapter, import_networks, load_causal_lm, load_config
 from sppo.config import Recipe
 from sppo.training.checkpoints import check_parts, only_plain_values, resume_point, tidy, told_when_full
 from sppo.training.save import finish
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 def train(training: Training) -> None:
     """Train into output_dir, on every rank of an accelerate launch."""
+    import_networks("transformers.trainer")
     import torch
 
     recipe, work, stage = training.recipe, training.work, training.stage
@@ -127,6 +128,8 @@ def _lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
 
     Without dropout: the policy before its first step is the reference.
     """
+    if not (recipe.use_peft or recipe.load_in_4bit):
+        return None, None
     from trl import ModelConfig, get_peft_config, get_quantization_config
 
     asked = ModelConfig(

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl.trainer.utils import disable_dropout_in_model
 
 from sppo.common.errors import SPPOError
 from sppo.common.loading import load_causal_lm
@@ -350,7 +349,9 @@ class _Flow(TrainerCallback):
 
 def disable_dropout(model: PreTrainedModel) -> None:
     """No dropout: the reference's log-probs must be those of the policy before its first step."""
-    disable_dropout_in_model(model)
-    for module in model.modules():  # attention that applies it in a function, not in a module
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # attention that applies it in a function, not in a module
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from sppo.common.files import read_json
-from sppo.common.loading import prepare_vllm, vllm_dtype
+from sppo.common.loading import import_networks, prepare_vllm, vllm_dtype
 from sppo.common.policy import Policy
 from sppo.config import Recipe
 from sppo.generation.engines import Finished, Request, Response
@@ -24,6 +24,7 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
 def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
     """A vLLM engine for sequences of up to `longest` tokens, prompt and response together."""
     prepare_vllm(world_size)
+    import_networks("vllm")
     from vllm import LLM
     from vllm.platforms import current_platform
 

@@ -1,6 +1,6 @@
-"""Runs on real clusters, Slurm's and Ray's, whose machines die: the end is what one machine makes, to the bit.
+"""Runs on a real Slurm whose machines die: the end is what one machine makes, to the bit.
 
-What it must equal is the local run `whole`. Every fault is at a random moment of its stage.
+What it must equal is the local run `whole` (cluster_runs.make_world). Every fault is at a random moment of its stage.
 """
 
 from __future__ import annotations
@@ -16,70 +16,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import cluster
+import cluster_runs
 import preferences
-import pyarrow.parquet as pq
 import pytest
 import tiny
+from cluster_runs import ONE, THREADS, assert_same, at_work, command, is_done, nothing_left
 from safetensors.torch import load_file
-from test_faults import STAGES, furnish, lines
 
-pytestmark = pytest.mark.clusters
-ONE = [stage for stage in STAGES if stage[0] == "iter1" and stage[1] != "report"]
-THREADS = {"OMP_NUM_THREADS": "1"}  # the same on every machine
+pytestmark = pytest.mark.slow
 SMALL = "--cpus-per-task=1 --mem=1000"
 
 
 @pytest.fixture(scope="module")
 def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with policy, ranker and prompts, and `whole`: the run of one machine."""
-    world = furnish(models, tmp_path_factory.mktemp("world"))
-    tiny.succeed(*command(world, world / "whole"), **THREADS)
-    return world
-
-
-def command(world: Path, run: Path, *flags: str) -> list[str]:
-    """One iteration, in three shards; training in two processes."""
-    words = ["bash", "run_sppo_mistral.sh", "--name=run", "--model", world / "policy", "--ranker", world / "PairRM"]
-    words += ["--prompts", world / "prompts.jsonl", "--recipe=recipes/sppo/demo.yaml", "--engine=transformers"]
-    words += ["--iterations=1", "--pairs=3", "--maxlen=24", "--test_size=2", "--gpus=none", "--shards=3"]
-    words += ["--num_train_epochs=5", "--global_batch_size=8", "--batch_size=4", "--save_steps=1"]
-    words += ["--learning_rate=1e-3", "--accelerate_config=multi_cpu", "--skip_preflight", "--run_dir", run, *flags]
-    return [str(word) for word in words]
-
-
-def assert_same(world: Path, run: Path) -> None:
-    """Equal data sets, weights and steps, and nothing half done."""
-    one, other = world / "whole" / "iter1", run / "iter1"
-    for path in sorted((one / "data").rglob("*.parquet")):
-        found = other / "data" / path.relative_to(one / "data")
-        assert pq.read_table(path).equals(pq.read_table(found)), found
-    first, second = (load_file(here / "model" / "model.safetensors") for here in (one, other))
-    assert first.keys() == second.keys()
-    assert all(first[name].equal(second[name]) for name in first)
-    steps = [[line["step"] for line in preferences.metrics(here / "model")] for here in (one, other)]
-    assert steps[0] == steps[1]
-    assert not list(other.rglob("*.journal"))
-    assert not (other / "model.partial").exists()
-
-
-def at_work(run: Path, stage: tuple[str, str, str, str]) -> bool:
-    """A journal has to have an item in it."""
-    found = (run / stage[0]).glob(stage[2])
-    return any(p.suffix != ".journal" or len(lines(p)) > 1 for p in found)
-
-
-def is_done(run: Path, stage: tuple[str, str, str, str]) -> bool:
-    return any((run / stage[0]).glob(stage[3]))
-
-
-def nothing_left(run: Path) -> bool:
-    return not [p for p in tiny.processes(run) if b"pytest" not in p.read_bytes()]
-
-
-# Slurm
+    return cluster_runs.make_world(models, tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -272,101 +224,3 @@ def test_each_step_sees_its_own_gpus(slurm: cluster.Slurm, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     said = [re.search("mine: (.*)", (tmp_path / f"x-{i}.1.log").read_text())[1] for i in range(4)]
     assert sorted(said) == ["n2 0", "n2 1", "n3 0", "n3 1"]
-
-
-# Ray
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    pytest.importorskip("ray")
-    with cluster.ray(3) as made:
-        yield made
-
-
-def drive(ray: Any, world: Path, run: Path) -> subprocess.Popen[bytes]:
-    """A driver on the cluster, in the background; its disk is slow."""
-    words = command(world, run, "--launcher=ray", f"--ray_address={ray.address}", "--nodes=2")
-    return tiny.start(*words, slow=run, log=Path(f"{run}.log"), **THREADS)
-
-
-def busy_nodes(ray: Any, run: Path) -> list[Any]:
-    """The machines of the cluster that run something of a run: their raylets have it among their children."""
-    raylets = {node.all_processes["raylet"][0].process.pid: node for node in ray.worker_nodes}
-    found = []
-    for path in tiny.processes(run):
-        pid = int(path.parent.name)
-        while pid > 1 and pid not in raylets:
-            try:
-                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                pid = 0
-        found += [raylets[pid]] if pid in raylets else []
-    return found
-
-
-def said(run: Path) -> str:
-    return Path(f"{run}.log").read_text()
-
-
-def test_a_ray_node_dies_in_every_stage_and_another_comes(ray: Any, world: Path, tmp_path: Path) -> None:
-    """The driver goes on by itself: Ray starts a shard again elsewhere, and training as a whole."""
-    rng, run, hit = random.Random(14), tmp_path / "run", []
-    process = drive(ray, world, run)
-    for stage in ONE:
-        tiny.wait_for(process, lambda stage=stage: at_work(run, stage) or is_done(run, stage))
-        time.sleep(rng.random() * 0.2)
-        victim = rng.choice(busy_nodes(ray, run) or list(ray.worker_nodes))
-        hit.append(stage[1]) if not is_done(run, stage) else None
-        ray.remove_node(victim, allow_graceful=False)
-        ray.add_node(num_cpus=1)
-    print("killed in", hit)
-    assert process.wait(240) == 0, said(run)
-    assert len(hit) >= 5, hit
-    assert "a machine is lost" in said(run)
-    assert_same(world, run)
-    cluster.wait_until(lambda: nothing_left(run), 60)
-
-
-def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) -> None:
-    """A worker of Ray's: Ray starts it again. A shard, a rank or the driver: the same command goes on."""
-    run = tmp_path / "run"
-    plan = [(ONE[0], b"scripts/run.py"), (ONE[2], b"rank.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")]
-    for stage, victim in plan:
-        process = drive(ray, world, run)
-        tiny.wait_for(process, lambda stage=stage: at_work(run, stage))
-        pids = [int(p.parent.name) for p in tiny.processes(run, victim)]
-        os.kill(process.pid if victim == b"scripts/run.py" else pids[-1], signal.SIGKILL)
-        assert process.wait(120) != 0
-        cluster.wait_until(lambda: nothing_left(run), 60)
-    process = drive(ray, world, run)
-    tiny.wait_for(process, lambda: "step" in said(run) or bool(tiny.processes(run, b"run_sppo.py")))
-    worker = next(
-        int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if p.read_bytes().startswith(b"ray::train")
-    )
-    os.kill(worker, signal.SIGKILL)
-    assert process.wait(240) == 0, said(run)
-    assert_same(world, run)
-
-
-def test_a_ray_node_with_other_packages_is_named_before_any_work(ray: Any, world: Path, tmp_path: Path) -> None:
-    (tmp_path / "old" / "peft-0.1.dist-info").mkdir(parents=True)
-    (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
-    odd = ray.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "old")})
-    words = command(world, tmp_path / "run", "--launcher=ray", f"--ray_address={ray.address}")
-    refused = tiny.run(*words, **THREADS)
-    ray.remove_node(odd)
-    assert refused.returncode == 1, refused.stdout
-    assert "the machines are not ready:" in refused.stderr
-    assert re.search(r"peft is \S+, and \S+ on .*; install one version", refused.stderr)
-    assert not list((tmp_path / "run").rglob("*.journal"))
-
-
-def test_no_cluster_at_the_address_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    words = [sys.executable, "-m", "sppo.launch", "shards", "--launcher=ray", "--gpus=none"]
-    words += ["--ray_address=127.0.0.1:9", "--", "true"]
-    done = tiny.run(*words)
-    assert done.returncode == 1
-    assert "--ray_address 127.0.0.1:9: no Ray cluster" in done.stderr
-    assert "Traceback" not in done.stderr

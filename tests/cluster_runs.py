@@ -1,0 +1,60 @@
+"""The run that tests put on clusters, and what it must equal: the same on one machine, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import preferences
+import pyarrow.parquet as pq
+import tiny
+from safetensors.torch import load_file
+from test_faults import STAGES, furnish, lines
+
+ONE = [stage for stage in STAGES if stage[0] == "iter1" and stage[1] != "report"]
+THREADS = {"OMP_NUM_THREADS": "1"}  # the same on every machine
+
+
+def make_world(models: Path, directory: Path) -> Path:
+    """A directory with policy, ranker and prompts, and `whole`: the run of one machine."""
+    world = furnish(models, directory)
+    tiny.succeed(*command(world, world / "whole"), **THREADS)
+    return world
+
+
+def command(world: Path, run: Path, *flags: str) -> list[str]:
+    """One iteration, in three shards; training in two processes."""
+    words = ["bash", "run_sppo_mistral.sh", "--name=run", "--model", world / "policy", "--ranker", world / "PairRM"]
+    words += ["--prompts", world / "prompts.jsonl", "--recipe=recipes/sppo/demo.yaml", "--engine=transformers"]
+    words += ["--iterations=1", "--pairs=3", "--maxlen=24", "--test_size=2", "--gpus=none", "--shards=3"]
+    words += ["--num_train_epochs=5", "--global_batch_size=8", "--batch_size=4", "--save_steps=1"]
+    words += ["--learning_rate=1e-3", "--accelerate_config=multi_cpu", "--skip_preflight", "--run_dir", run, *flags]
+    return [str(word) for word in words]
+
+
+def assert_same(world: Path, run: Path) -> None:
+    """Equal data sets, weights and steps, and nothing half done."""
+    one, other = world / "whole" / "iter1", run / "iter1"
+    for path in sorted((one / "data").rglob("*.parquet")):
+        found = other / "data" / path.relative_to(one / "data")
+        assert pq.read_table(path).equals(pq.read_table(found)), found
+    first, second = (load_file(here / "model" / "model.safetensors") for here in (one, other))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    steps = [[line["step"] for line in preferences.metrics(here / "model")] for here in (one, other)]
+    assert steps[0] == steps[1]
+    assert not list(other.rglob("*.journal"))
+    assert not (other / "model.partial").exists()
+
+
+def at_work(run: Path, stage: tuple[str, str, str, str]) -> bool:
+    """A journal has to have an item in it."""
+    found = (run / stage[0]).glob(stage[2])
+    return any(p.suffix != ".journal" or len(lines(p)) > 1 for p in found)
+
+
+def is_done(run: Path, stage: tuple[str, str, str, str]) -> bool:
+    return any((run / stage[0]).glob(stage[3]))
+
+
+def nothing_left(run: Path) -> bool:
+    return not [p for p in tiny.processes(run) if b"pytest" not in p.read_bytes()]

@@ -1,0 +1,125 @@
+"""Runs on a real Ray cluster whose machines die: the end is what one machine makes, to the bit.
+
+What it must equal is the local run `whole` (cluster_runs.make_world). Every fault is at a random moment of its stage.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cluster
+import cluster_runs
+import pytest
+import tiny
+from cluster_runs import ONE, THREADS, assert_same, at_work, command, is_done, nothing_left
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cluster_runs.make_world(models, tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    pytest.importorskip("ray")
+    with cluster.ray(3) as made:
+        yield made
+
+
+def drive(ray: Any, world: Path, run: Path) -> subprocess.Popen[bytes]:
+    """A driver on the cluster, in the background; its disk is slow."""
+    words = command(world, run, "--launcher=ray", f"--ray_address={ray.address}", "--nodes=2")
+    return tiny.start(*words, slow=run, log=Path(f"{run}.log"), **THREADS)
+
+
+def busy_nodes(ray: Any, run: Path) -> list[Any]:
+    """The machines of the cluster that run something of a run: their raylets have it among their children."""
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in ray.worker_nodes}
+    found = []
+    for path in tiny.processes(run):
+        pid = int(path.parent.name)
+        while pid > 1 and pid not in raylets:
+            try:
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                pid = 0
+        found += [raylets[pid]] if pid in raylets else []
+    return found
+
+
+def said(run: Path) -> str:
+    return Path(f"{run}.log").read_text()
+
+
+def test_a_ray_node_dies_in_every_stage_and_another_comes(ray: Any, world: Path, tmp_path: Path) -> None:
+    """The driver goes on by itself: Ray starts a shard again elsewhere, and training as a whole."""
+    rng, run, hit = random.Random(14), tmp_path / "run", []
+    process = drive(ray, world, run)
+    for stage in ONE:
+        tiny.wait_for(process, lambda stage=stage: at_work(run, stage) or is_done(run, stage))
+        time.sleep(rng.random() * 0.2)
+        victim = rng.choice(busy_nodes(ray, run) or list(ray.worker_nodes))
+        hit.append(stage[1]) if not is_done(run, stage) else None
+        ray.remove_node(victim, allow_graceful=False)
+        ray.add_node(num_cpus=1)
+    print("killed in", hit)
+    assert process.wait(240) == 0, said(run)
+    assert len(hit) >= 5, hit
+    assert "a machine is lost" in said(run)
+    assert_same(world, run)
+    cluster.wait_until(lambda: nothing_left(run), 60)
+
+
+def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) -> None:
+    """A worker of Ray's: Ray starts it again. A shard, a rank or the driver: the same command goes on."""
+    run = tmp_path / "run"
+    plan = [(ONE[0], b"scripts/run.py"), (ONE[2], b"rank.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")]
+    for stage, victim in plan:
+        process = drive(ray, world, run)
+        tiny.wait_for(process, lambda stage=stage: at_work(run, stage))
+        pids = [int(p.parent.name) for p in tiny.processes(run, victim)]
+        os.kill(process.pid if victim == b"scripts/run.py" else pids[-1], signal.SIGKILL)
+        assert process.wait(120) != 0
+        cluster.wait_until(lambda: nothing_left(run), 60)
+    process = drive(ray, world, run)
+    tiny.wait_for(process, lambda: "step" in said(run) or bool(tiny.processes(run, b"run_sppo.py")))
+    worker = next(
+        int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if p.read_bytes().startswith(b"ray::train")
+    )
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(240) == 0, said(run)
+    assert_same(world, run)
+
+
+def test_a_ray_node_with_other_packages_is_named_before_any_work(ray: Any, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "old" / "peft-0.1.dist-info").mkdir(parents=True)
+    (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
+    odd = ray.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "old")})
+    words = command(world, tmp_path / "run", "--launcher=ray", f"--ray_address={ray.address}")
+    refused = tiny.run(*words, **THREADS)
+    ray.remove_node(odd)
+    assert refused.returncode == 1, refused.stdout
+    assert "the machines are not ready:" in refused.stderr
+    assert re.search(r"peft is \S+, and \S+ on .*; install one version", refused.stderr)
+    assert not list((tmp_path / "run").rglob("*.journal"))
+
+
+def test_no_cluster_at_the_address_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    words = [sys.executable, "-m", "sppo.launch", "shards", "--launcher=ray", "--gpus=none"]
+    words += ["--ray_address=127.0.0.1:9", "--", "true"]
+    done = tiny.run(*words)
+    assert done.returncode == 1
+    assert "--ray_address 127.0.0.1:9: no Ray cluster" in done.stderr
+    assert "Traceback" not in done.stderr
