@@ -81,6 +81,9 @@ class Recipe:
     ranker_retries: int = _key(5, "how often a request to a judge is sent again when it fails", 0)
     # pairs
     estimator: Literal["released", "paper"] = _key("released", "how win rates follow from the ranker's logits")
+    length_penalty: float = _key(
+        0.0, "L: log-odds that a response loses for each mean length that it is longer than the other; 0: none", 0, 100
+    )
     test_size: float = _key(0, "prompts held out into test.parquet: a count, or a share below 1", 0)
     keep_degenerate: bool = _key(False, "keep pairs without a preference: same text, or all scores equal")
     # training
@@ -145,7 +148,7 @@ KEYS: dict[str, list[str]] = {
     "combine_generate": ["pairs"],
     "preload": [key for key in _ASKING if key != "trust_remote_code"],
     "rank": ["pairs", *_ASKING, *_RANKING],
-    "compute_prob": ["pairs", "estimator", "test_size", "seed", "keep_degenerate"],
+    "compute_prob": ["pairs", "estimator", "length_penalty", "test_size", "seed", "keep_degenerate"],
     "push_to_hub": ["org", "public"],
     "train": (
         "model model_revision trust_remote_code prompts_revision global_batch_size batch_size accumulate "

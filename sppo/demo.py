@@ -57,6 +57,28 @@ def rule(prompt: str, first: str, second: str) -> float:
     return 50.0 if difference > 0 else -50.0 if difference < 0 else 0.0
 
 
+CLASSES = 4  # of answers to `circle`: their leading colour is of the first, second or third kind, or there is none
+# log-odds that a row's answer beats a column's: each kind beats the next, by a stake of its own, and all beat the last
+CIRCLE = ((0.0, 2.0, -3.0, 2.0), (-2.0, 0.0, 1.0, 2.0), (3.0, -1.0, 0.0, 2.0), (-2.0, -2.0, -2.0, 0.0))
+
+
+def colour_class(text: str) -> int:
+    """Which of CLASSES an answer is of: the place of its first colour word in COLOURS, by threes."""
+    colours = (COLOURS.index(w) for word in text.split() if (w := word.strip(".,!?").lower()) in COLOURS)
+    return next(colours, -1) % 3 if colour_words(text) else CLASSES - 1
+
+
+def circle(prompt: str, first: str, second: str) -> float:
+    """A judge that goes round in a circle, as a logit: rock, paper, scissors over the answers' leading colours."""
+    return CIRCLE[colour_class(first)][colour_class(second)]
+
+
+def biased(prompt: str, first: str, second: str) -> float:
+    """A judge that likes colour words, and length as much: a logit of 1 for a colour word, of 0.5 for any word."""
+    longer = len(first.split()) - len(second.split())
+    return colour_words(first) - colour_words(second) + 0.5 * longer
+
+
 def all_prompts(rng: random.Random) -> list[tuple[str, str, str]]:
     """Every (question, name, place) in random order: 1200 prompts of one kind, no two alike."""
     made = [(q.format(name=n, place=p), n, p) for q, n, p in itertools.product(QUESTIONS, NAMES, PLACES)]

@@ -38,8 +38,8 @@ MEANING = {
     "chosen_probs_lose": "P(rejected > policy): the rejected response's mean win rate over the K responses",
     "chosen_index": "which of the K responses is the chosen one",
     "rejected_index": "which of the K responses is the rejected one",
-    "probability": "K x K win rates, row against column",
-    "rm_scores": "the ranking's scores",
+    "probability": "K x K win rates, row against column, after any length penalty",
+    "rm_scores": "the ranking's scores, without any length penalty",
 }
 
 

@@ -122,6 +122,31 @@ def test_both_estimators_from_the_same_logits(tmp_path: Path, k: int) -> None:
         assert tree(out / "ranking") == before
 
 
+def test_a_length_penalty_turns_the_pairs_of_a_ranker_that_likes_length(tmp_path: Path) -> None:
+    """A ranker that only counts characters, and the penalty that takes all of it away: what is longer gains nothing."""
+    responses, rankings = responses_of(30, 3), rankings_of(30, 3)
+    for response, ranking in zip(responses, rankings, strict=True):
+        n = [len(r["text"]) for r in response["responses"]]
+        ranking["logits"] = [[2 * (a - b) / (sum(n) / 3) for b in n] for a in n]
+    out = write(tmp_path / "d", responses, rankings)
+    command = ["scripts/compute_prob.py", f"--output_dir={out}", "--pairs=3", "--estimator=paper", "--keep_degenerate"]
+    tiny.succeed(*command)
+    counts = read_json(out / "train.manifest.json")["counts"]
+    assert min(counts["score_length_correlation"], counts["win_rate_length_correlation"]) > 0.95
+    refused = tiny.run(*command, "--length_penalty=2")
+    assert refused.returncode == 1
+    assert "settings.length_penalty" in refused.stderr
+    tiny.succeed(*command, "--length_penalty=2", "--overwrite")
+    for row in training_rows(out):
+        np.testing.assert_allclose(row["probability"], 0.5, atol=1e-6)
+        assert max(row["rm_scores"]) > 0 or len({len(r["text"]) for r in row["responses"]}) == 1  # the ranker's own
+    tiny.succeed(*command, "--length_penalty=4", "--overwrite")
+    for row in training_rows(out):  # twice as much: the shortest is chosen
+        lengths = [len(r["text"]) for r in row["responses"]]
+        assert len(row["chosen"][-1]["content"]) == min(lengths)
+        assert len(row["rejected"][-1]["content"]) == max(lengths)
+
+
 def test_the_released_scripts_answers_come_out_of_the_whole_stage(tmp_path: Path) -> None:
     """Scores s come from logits (s_i - s_j) / 2, up to their mean, which no probability sees."""
     golden = json.loads((tiny.GOLDEN / "compute_prob.json").read_text())["rows"]

@@ -20,7 +20,7 @@ import cluster
 import cluster_runs
 import pytest
 import tiny
-from cluster_runs import ONE, THREADS, assert_same, at_work, command, is_done, nothing_left
+from cluster_runs import ONE, SAME, assert_same, at_work, command, is_done, nothing_left
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def ray() -> Iterator[Any]:
 def drive(ray: Any, world: Path, run: Path) -> subprocess.Popen[bytes]:
     """A driver on the cluster, in the background; its disk is slow."""
     words = command(world, run, "--launcher=ray", f"--ray_address={ray.address}", "--nodes=2")
-    return tiny.start(*words, slow=run, log=Path(f"{run}.log"), **THREADS)
+    return tiny.start(*words, slow=run, log=Path(f"{run}.log"), **SAME)
 
 
 def busy_nodes(ray: Any, run: Path) -> list[Any]:
@@ -107,7 +107,7 @@ def test_a_ray_node_with_other_packages_is_named_before_any_work(ray: Any, world
     (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
     odd = ray.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "old")})
     words = command(world, tmp_path / "run", "--launcher=ray", f"--ray_address={ray.address}")
-    refused = tiny.run(*words, **THREADS)
+    refused = tiny.run(*words, **SAME)
     ray.remove_node(odd)
     assert refused.returncode == 1, refused.stdout
     assert "the machines are not ready:" in refused.stderr

@@ -22,7 +22,7 @@ import cluster_runs
 import preferences
 import pytest
 import tiny
-from cluster_runs import ONE, THREADS, assert_same, at_work, command, is_done, nothing_left
+from cluster_runs import ONE, SAME, assert_same, at_work, command, is_done, nothing_left
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -48,9 +48,9 @@ class Job:
     def __init__(self, slurm: cluster.Slurm, world: Path, run: Path, sbatch: str = "", delay: float = 0.2) -> None:
         self.slurm, self.run = slurm, run
         flags = ("--launcher=slurm", "--nodes=2", f"--sbatch={SMALL} {sbatch}")
-        slow = {"PYTHONPATH": str(tiny.ROOT / "tests" / "slow_disk"), "SPPO_TEST_SLOW": str(run)}
+        slow = {"PYTHONPATH": f"{tiny.ROOT}/tests/slow_disk:{tiny.ROOT}/tests", "SPPO_TEST_SLOW": str(run)}
         slow["SPPO_TEST_DELAY"] = str(delay)
-        shown = tiny.succeed(*command(world, run, *flags), **{**slurm.env, **THREADS, **slow})
+        shown = tiny.succeed(*command(world, run, *flags), **{**slurm.env, **SAME, **slow})
         self.pending = time.monotonic()
         self.number = re.search(r"submitted: job (\d+)", shown)[1]
 
@@ -117,7 +117,7 @@ def test_a_slurm_job_that_is_requeued_or_meets_its_time_limit_goes_on(
     """Its time is two minutes. It is told 60 seconds before, or still earlier, as Slurm does; saves, and goes back into
     the queue by itself. The disk is so slow that training alone takes longer."""
     run = tmp_path / "run"
-    job = Job(slurm, world, run, "--time=2 --signal=B:USR1@60", delay=0.5)
+    job = Job(slurm, world, run, "--time=2 --signal=B:USR1@60", delay=1.5)
     job.wait(lambda: at_work(run, ONE[0]) or is_done(run, ONE[0]))
     slurm.ask("scontrol", "requeue", job.number)
     job.wait(lambda: at_work(run, ONE[2]) or is_done(run, ONE[2]))
@@ -161,7 +161,7 @@ def pids(run: Path, name: bytes) -> list[int]:
 
 def in_allocation(slurm: cluster.Slurm, *words: str | Path, gpus: bool = False) -> subprocess.CompletedProcess[str]:
     salloc = ["salloc", "--quiet", "--nodes=2", "--nodelist=n2,n3", "--ntasks-per-node=1", *SMALL.split()]
-    return tiny.run(*salloc, *["--gpus-per-node=2", "--cpus-per-task=2"] * gpus, *words, **{**slurm.env, **THREADS})
+    return tiny.run(*salloc, *["--gpus-per-node=2", "--cpus-per-task=2"] * gpus, *words, **{**slurm.env, **SAME})
 
 
 def test_a_node_without_the_environment_is_named_before_any_work(
@@ -186,7 +186,7 @@ def test_a_node_without_the_environment_is_named_before_any_work(
 def test_a_disk_that_is_full_on_one_node_costs_nothing(slurm: cluster.Slurm, world: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     full = f"export SPPO_TEST_FULL={run}/iter1/data/responses\n"
-    full += f"export PYTHONPATH={tiny.ROOT}/tests/slow_disk:{tiny.ROOT}\n"
+    full += f"export PYTHONPATH={tiny.ROOT}/tests/slow_disk:{tiny.ROOT}/tests:{tiny.ROOT}\n"
     (slurm.root / "n3.env").write_text(full)
     words = command(world, run, "--launcher=slurm")
     refused = in_allocation(slurm, *words)
@@ -205,7 +205,7 @@ def test_zero_3_over_two_machines_trains_what_one_machine_does(
     data = preferences.write(tmp_path / "data", preferences.rows(21))
     words = ["bash", "scripts/pipeline.sh", *preferences.SMALL, "--num=2", "--gpus=none", f"--dataset={data}"]
     words += [f"--model={models / 'qwen3'}", "--accelerate_config=cpu_zero3"]
-    tiny.succeed(*words, f"--output_dir={tmp_path / 'one' / 'model'}", **THREADS)
+    tiny.succeed(*words, f"--output_dir={tmp_path / 'one' / 'model'}", **SAME)
     shutil.rmtree(data / "reference")
     done = in_allocation(slurm, *words, "--launcher=slurm", f"--output_dir={tmp_path / 'two' / 'model'}")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -83,7 +83,7 @@ def statistics(estimator: str) -> winrates.Statistics:
     for n, lengths in enumerate(([5.0, 3.0, 1.0], [10.0, 40.0, 10.0])):
         c = logits[n : n + 1]
         p = preference.probability(c, estimator)
-        gathered.add_ranked(c, p, preference.mean_scores(c), np.array([lengths]))
+        gathered.add_ranked(c, p, preference.mean_scores(c), p.mean(-1), np.array([lengths]))
     return gathered
 
 
@@ -109,8 +109,26 @@ def test_score_and_length_are_correlated_within_prompts() -> None:
     scores = preference.mean_scores(logits)
     np.testing.assert_allclose(scores, [[1, 0, -1], [1, 0, -1]])
     gathered = winrates.Statistics()
-    gathered.add_ranked(logits, preference.paper_probability(logits), scores, lengths)
+    probability = preference.paper_probability(logits)
+    gathered.add_ranked(logits, probability, scores, probability.mean(-1), lengths)
     assert gathered.summary()["score_length_correlation"] == round(4 / math.sqrt(4 * 392), 4) == 0.101
+
+
+def test_a_length_penalty_by_hand() -> None:
+    """Lengths 10, 30, 20, mean 20, L = 1: the second loses 1 of log-odds to the first and 1/2 to the third.
+
+    The ranker likes it best, by log-odds of 0.8: over the first it now is -0.2, over the third 0.3.
+    """
+    logits = np.array([[[0, -0.8, 0], [0.8, 0, 0.8], [0, -0.8, 0.0]]])
+    lengths = np.array([[10.0, 30.0, 20.0]])
+    judged = winrates.penalised(logits, lengths, 1.0)
+    p = preference.paper_probability(judged)[0]
+    np.testing.assert_allclose(np.log(p / (1 - p)), [[0, 0.2, 0.5], [-0.2, 0, 0.3], [-0.5, -0.3, 0]], atol=1e-12)
+    # the released estimator's scores: 2/3 of each sum of log-odds
+    np.testing.assert_allclose(preference.mean_scores(judged), [[2 / 3 * 0.7, 2 / 3 * 0.1, -2 / 3 * 0.8]])
+    np.testing.assert_allclose(winrates.penalised(logits, 7 * lengths, 1.0), judged)  # whatever the unit
+    np.testing.assert_allclose(winrates.penalised(logits, np.full((1, 3), 5.0), 9.0), logits)  # no one is longer
+    np.testing.assert_allclose(winrates.penalised(logits, np.zeros((1, 3)), 9.0), logits)
 
 
 def test_means_and_quantiles_of_the_pairs() -> None:

@@ -18,6 +18,7 @@ _ABOUT = {  # the statistics of train.manifest.json (see pairing/winrates.py)
     "intransitive_triples": "share of triples that go round in a circle",
     "position_bias": "position bias: above 0, what is shown first wins",
     "score_length_correlation": "correlation of score and length within a prompt",
+    "win_rate_length_correlation": "correlation of win rate and length within a prompt, after any length penalty",
 }
 
 
@@ -69,7 +70,7 @@ def data_card(repo: str, tag: str, splits: list[str], output_dir: Path) -> str:
             "## Statistics",
             "Of all ranked prompts; `p`, `p_win` and `p_lose` (columns `chosen_probs*`) of the pairs that are kept.",
             "",
-            *table("statistic", {about: counts[key] for key, about in _ABOUT.items()}),
+            *table("statistic", {about: counts[key] for key, about in _ABOUT.items() if key in counts}),
             *["| win rate | mean | quantiles 0, 1/4, 1/2, 3/4, 1 |", "|---|---|---|"],
             *[f"| {p} | {counts[p]['mean']} | {counts[p]['quantiles']} |" for p in ("p", "p_win", "p_lose")],
             "",
@@ -92,7 +93,8 @@ def _settings(train: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[st
         shown |= {key: ranker[key] for key in ("ranker_prompt",) if key in ranker}
     settings = train["settings"]
     shown |= {"K": settings["pairs"], "seed": shown.get("seed", settings["seed"])}
-    return shown | {key: settings[key] for key in ("estimator", "test_size", "keep_degenerate")}
+    keys = ("estimator", "length_penalty", "test_size", "keep_degenerate")
+    return shown | {key: settings[key] for key in keys if key in settings}
 
 
 def _counts(counts: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[str, Any]]) -> dict[str, Any]:

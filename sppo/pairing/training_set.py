@@ -37,7 +37,10 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
         output_dir / "train.manifest.json",
         [output_dir / "train.parquet", output_dir / "test.parquet"],
         inputs={"responses": digest(responses), "ranking": {p.name: digest(p) for p in shards}},
-        settings={k: getattr(recipe, k) for k in ("pairs", "estimator", "test_size", "seed", "keep_degenerate")},
+        settings={
+            **{k: getattr(recipe, k) for k in ("pairs", "estimator", "test_size", "seed", "keep_degenerate")},
+            **({"length_penalty": recipe.length_penalty} if recipe.length_penalty else {}),  # older runs have none
+        },
     )
 
 
@@ -183,12 +186,13 @@ def _pair(
     n, k, _ = logits.shape
     row = np.arange(n)
     scores = preference.mean_scores(logits)  # (N, K)
-    probability = preference.probability(logits, recipe.estimator)
-    win_rates = probability.mean(-1)  # (N, K)
-    w, l = winrates.best_and_worst(preference.strength(logits, recipe.estimator))  # noqa: E741 - the paper's
-    rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])
     texts = pc.fill_null(pc.struct_field(batch.column("responses").flatten(), "text"), "")  # (N * K,)
     lengths = pc.utf8_length(texts).to_numpy().reshape(n, k).astype(np.float64)
+    judged = winrates.penalised(logits, lengths, recipe.length_penalty) if recipe.length_penalty else logits
+    probability = preference.probability(judged, recipe.estimator)
+    win_rates = probability.mean(-1)  # (N, K)
+    w, l = winrates.best_and_worst(preference.strength(judged, recipe.estimator))  # noqa: E741 - the paper's
+    rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])
     blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False).reshape(n, k)
     chosen, rejected = texts.take(pa.array(row * k + w)), texts.take(pa.array(row * k + l))
     kept = np.ones(n, dtype=bool)
@@ -200,7 +204,7 @@ def _pair(
         ):
             statistics.dropped[reason] += int((kept & found).sum())
             kept &= ~found
-    statistics.add_ranked(logits, probability, scores, lengths)
+    statistics.add_ranked(logits, probability, scores, win_rates, lengths)
     statistics.add_pairs(rates[:, kept])
     made = {
         "chosen": _conversations(batch.column("prompt"), chosen),

@@ -22,6 +22,18 @@ def best_and_worst(win_rates: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]
     return win_rates.argmax(-1), win_rates.argmin(-1)
 
 
+def penalised(logits: Array, lengths: Array, penalty: float) -> Array:
+    """C'_ij = C_ij - L (n_i - n_j) / n, with n the prompt's mean length: (N, K, K), (N, K) -> (N, K, K).
+
+    So a pair's log-odds (C_ij - C_ji) / 2 fall by L for each mean length that i is longer than j, and PairRM's score
+    s_i by 2 L (n_i / n - 1): one formula for both estimators. Responses of equal length keep their preference, P + P^T
+    stays 1, and the unit of length cancels. A prompt whose responses are all empty keeps its logits.
+    """
+    mean = lengths.mean(-1)[:, None, None]  # (N, 1, 1)
+    longer = (lengths[:, :, None] - lengths[:, None, :]) / np.where(mean > 0, mean, 1)  # (N, K, K)
+    return logits - penalty * longer
+
+
 def intransitive_triples(logits: Array) -> Array:
     """How many of a prompt's K(K-1)(K-2)/6 triples go round in a circle, i > j > k > i: (N, K, K) -> (N,).
 
@@ -50,12 +62,13 @@ class Statistics:
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
         self._sums: Counter[str] = Counter()
-        self._moments = np.zeros(3)  # of (score, length) less the prompt's mean: sums of x^2, y^2, xy
+        # of (score, length) and (win rate, length), each less the prompt's mean: sums of x^2, y^2, xy
+        self._moments = {"score": np.zeros(3), "win_rate": np.zeros(3)}
         self._rate_sums = np.zeros(3)  # of p, p_win, p_lose
         self._histograms = np.zeros((3, _STEPS + 1), dtype=np.int64)  # of the same, at multiples of 1/_STEPS
 
-    def add_ranked(self, logits: Array, probability: Array, scores: Array, lengths: Array) -> None:
-        """C and P (N, K, K), scores and lengths in characters (N, K)."""
+    def add_ranked(self, logits: Array, probability: Array, scores: Array, win_rates: Array, lengths: Array) -> None:
+        """C and P (N, K, K), scores, win rates and lengths in characters (N, K)."""
         n, k, _ = logits.shape
         upper = np.triu_indices(k, 1)
         self._sums["prompts"] += n
@@ -64,8 +77,9 @@ class Statistics:
         self._sums["triples"] += n * k * (k - 1) * (k - 2) // 6
         self._sums["circles"] += round(intransitive_triples(logits).sum())
         self._sums["bias"] += position_bias(logits).sum()
-        x, y = (v - v.mean(-1, keepdims=True) for v in (scores, lengths))
-        self._moments += [(x * x).sum(), (y * y).sum(), (x * y).sum()]
+        for name, values in (("score", scores), ("win_rate", win_rates)):
+            x, y = (v - v.mean(-1, keepdims=True) for v in (values, lengths))
+            self._moments[name] += [(x * x).sum(), (y * y).sum(), (x * y).sum()]
 
     def add_pairs(self, rates: Array) -> None:
         """p, p_win, p_lose of the pairs that are kept, (3, N)."""
@@ -79,7 +93,7 @@ class Statistics:
         prompts: ranked; pairs: ordered comparisons, K(K-1) a prompt; tied_pairs: {i, j} with P_ij = 1/2;
         intransitive_triples: their share of all triples.
         """
-        sums, (xx, yy, xy) = self._sums, self._moments
+        sums = self._sums
         kept = int(self._histograms[0].sum())
         rates = {}
         for name, total, histogram in zip(("p", "p_win", "p_lose"), self._rate_sums, self._histograms, strict=True):
@@ -94,7 +108,10 @@ class Statistics:
             "tied_pairs": sums["ties"],
             "intransitive_triples": round(sums["circles"] / sums["triples"], 5) if sums["triples"] else None,
             "position_bias": round(float(sums["bias"]) / sums["prompts"], 5) if sums["prompts"] else None,
-            "score_length_correlation": round(float(xy / np.sqrt(xx * yy)), 4) if xx > 0 and yy > 0 else None,
+            **{
+                f"{name}_length_correlation": round(float(xy / np.sqrt(xx * yy)), 4) if xx > 0 and yy > 0 else None
+                for name, (xx, yy, xy) in self._moments.items()
+            },
             **rates,
         }
 
