@@ -5,8 +5,10 @@
 One prompt, N answers, a softmax policy over them, and a table of preferences without a best answer: rock, paper,
 scissors with unequal stakes, or a random table. Each method's own update is done exactly, without sampling or a
 network, so what is seen is the method and nothing else. The gap of a policy is 2 (max_i P(i > policy) - 1/2): 0 for
-the von Neumann winner, which nothing beats more often than it is beaten.
-Writes  <output_dir>/game.md (a table, medians over the seeds) and <output_dir>/game.png. Some seconds on a CPU.
+the von Neumann winner, which nothing beats more often than it is beaten. Then the same with a real model through the
+real pipeline (model_game.py).
+Writes  <output_dir>/game.md (a table, medians over the seeds) and game.png, in some seconds on a CPU; game-model.md and
+        game-model.png, in about 20 minutes on two cores, with the runs in <work_dir>, where a stopped one goes on.
 """
 
 from __future__ import annotations
@@ -216,12 +218,22 @@ def picture(found: dict[str, dict[str, dict[str, Array]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="%(default)s")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/game"), help="%(default)s")
+    parser.add_argument("--only", choices=("tables", "model"), help="one of the two games")
     args = parser.parse_args()
-    found = played()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "game.md").write_text(table(found), encoding="utf-8")
-    picture(found, args.output_dir / "game.png")
-    print(table(found))
+    if args.only != "model":
+        found = played()
+        (args.output_dir / "game.md").write_text(table(found), encoding="utf-8")
+        picture(found, args.output_dir / "game.png")
+        print(table(found))
+    if args.only != "tables":
+        import model_game  # here: it imports torch
+
+        runs = model_game.played(args.work_dir.absolute())
+        (args.output_dir / "game-model.md").write_text(model_game.table(runs), encoding="utf-8")
+        model_game.picture(runs, args.output_dir / "game-model.png")
+        print(model_game.table(runs))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--questions", default="", help="your own: alpaca_eval: instruction, output; mt_bench: "
                         "question_id, category, turns, reference; open_llm: a task's .yaml")  # fmt: skip
     parser.add_argument("--leaderboard", type=int, choices=(1, 2), default=1, help="open_llm: the first or the second")
+    parser.add_argument("--mixture", nargs="+", default=[], metavar="M", help="more models: one of all, drawn by "
+                        "--seed, answers each question")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, help="where suites/ goes (default: beside the model of a run)")
     parser.add_argument("--fetch", action="store_true", help="only fetch the questions, for a machine without network")
     add_place_flags(parser)
@@ -57,6 +59,10 @@ def main() -> None:
     )
     if args.suite == "open_llm" and (args.judge_url or args.judge_model):
         raise UsageError("open_llm has no judge; --judge_url and --judge_model are for alpaca_eval and mt_bench")
+    if args.suite == "open_llm" and args.mixture:
+        raise UsageError("--mixture is not for open_llm: a mixture's accuracy is the mean of its models' accuracies")
+    if len({asked.get("model", recipe.model), *args.mixture}) <= len(args.mixture):
+        raise UsageError("--mixture names a model twice")
     if args.suite != "open_llm" and args.leaderboard != 1:
         raise UsageError("--leaderboard is for --suite open_llm")
     if args.suite == "open_llm" and (args.launcher != "local" or args.shards):

@@ -11,8 +11,10 @@ from scipy.optimize import minimize
 
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 import game
+import model_game
 
 from sppo.common.preference import sigmoid
+from sppo.demo import biased, circle, colour_class
 
 RNG = np.random.default_rng(0)
 CIRCLE = np.array([[0.5, 0.8, 0.2], [0.2, 0.5, 0.8], [0.8, 0.2, 0.5]])
@@ -85,3 +87,25 @@ def test_of_all_pairs_the_best_and_the_worst_are_trained_on() -> None:
     expected = up / (1 - sets[0] - pure + 2 * pure)
     down = expected  # by symmetry
     assert made[0] - made[1] == pytest.approx(expected + down, abs=0.01)
+
+
+def test_the_models_game_by_hand() -> None:
+    """Answers by their leading colour: red is of the first kind, blue of the second, green of the third."""
+    texts = ["Anna sees a red ball and a blue cat.", "a blue cat, red", "Green!", "a small dog", ""]
+    assert [colour_class(text) for text in texts] == [0, 1, 2, 3, 3]
+    assert circle("", texts[0], texts[1]) == -circle("", texts[1], texts[0]) == 2  # red beats blue
+    assert circle("", texts[2], texts[0]) == 3  # green beats red
+    assert all(circle("", text, "a dog") == 2 for text in texts[:3])
+    assert biased("", "a red ball", "a ball") == 1.5
+    p = model_game.PREFERENCE
+    np.testing.assert_allclose(p + p.T, 1)
+    assert model_game.gap(model_game.von_neumann()) == pytest.approx(0, abs=1e-6)
+    assert model_game.gap(np.array([0, 0, 0, 1.0])) == pytest.approx(2 * (sigmoid(np.array(2.0)) - 0.5))
+    # of two prompts, two iterates: always red; red and blue by turns
+    shares = np.array([[[1, 0, 0, 0], [1, 0, 0, 0]], [[1, 0, 0, 0], [0, 1, 0, 0]]], dtype=float)
+    matrix = model_game.Played(shares, shares[0]).matrix()
+    assert matrix[0, 1] == pytest.approx((0.5 + p[0, 1]) / 2)
+    np.testing.assert_allclose(matrix + matrix.T, 1)
+    found = model_game.figures([model_game.Played(shares, shares[0])])
+    np.testing.assert_allclose(found["mixture"][0, 1], model_game.gap(np.array([0.75, 0.25, 0, 0])))
+    np.testing.assert_allclose(found["entropy"], [[0, np.log(2)]], atol=1e-6)

@@ -195,3 +195,18 @@ def test_without_a_fitting_python_uv_brings_one(tmp_path: Path, uv: bool) -> Non
         assert done.returncode == 1
         assert "no Python 3.11 to 3.14 with venv found" in done.stderr
         assert "or install uv" in done.stderr
+
+
+def test_a_command_starts_without_what_it_does_not_use(tmp_path: Path) -> None:
+    """And afterwards a user's ranker can import it all the same, and garbage is collected."""
+    (tmp_path / "mine.py").write_text(
+        "import gc, sys\n"
+        "from sppo.common.loading import import_networks\n"
+        "import_networks()\n"
+        "print(sorted({'sklearn', 'scipy', 'torch', 'transformers.modeling_utils'} & set(sys.modules)))\n"
+        "import scipy.optimize, sklearn.metrics\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "print(gc.isenabled(), sklearn.metrics.roc_auc_score([0, 1], [0.2, 0.7]))\n"
+    )
+    done = tiny.run(tmp_path / "mine.py", PYTHONPATH=str(tiny.ROOT))
+    assert done.stdout.splitlines() == ["['torch', 'transformers.modeling_utils']", "True 1.0"], done.stderr

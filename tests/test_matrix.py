@@ -16,7 +16,7 @@ from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.config import load_recipe
 from sppo.evaluation.match import Match
-from sppo.evaluation.matrix import compare, interval, length_controlled, matrix_stage, von_neumann_winner
+from sppo.evaluation.matrix import compare, interval, length_controlled, matrix_stage, uniform, von_neumann_winner
 from sppo.formats import responses_schema
 from sppo.loop import Step
 
@@ -52,6 +52,20 @@ def test_a_circle_is_answered_by_a_mixture() -> None:
     mixture, value = von_neumann_winner(game((0, 1, 0.1), (1, 2, 0.2), (2, 0, 0.4)))
     assert mixture == pytest.approx([2 / 7, 4 / 7, 1 / 7])
     assert value == pytest.approx(0.5)
+
+
+def test_the_mixture_of_all_models_by_hand() -> None:
+    """Of models 0, 1, 2 on two prompts: 1 beats 0 in 0.6 and 0.8, 2 beats 0 in 0.9, 2 beats 1 in 0.5 and 0.3.
+
+    Against 0 the mixture has (0.5 + 0.7 + 0.9) / 3, against 1 (0.3 + 0.5 + 0.4) / 3, against 2 (0.1 + 0.6 + 0.5) / 3.
+    """
+    rates = {(0, 1): [0.6, 0.8], (0, 2): [0.9, 0.9], (1, 2): [0.5, 0.3]}
+    lengths = (np.ones((2, 2)), np.ones((2, 3)))
+    matches = {key: Match(np.array(p)[:, None, None] * np.ones((1, 2, 3)), lengths) for key, p in rates.items()}
+    found = uniform(3, matches)
+    assert [rate for rate, _, _ in found] == pytest.approx([0.7, 0.4, 0.4], abs=1e-4)
+    assert all(low <= rate <= high for rate, low, high in found)
+    assert found[2][1] < found[2][2]  # the prompts differ
 
 
 def test_a_model_that_all_others_beat_is_in_no_mixture() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ import tiny_judge
 from bad_input import call
 
 from sppo.common.files import read_json
+from sppo.common.place import Place
+from sppo.config import Recipe
 from sppo.evaluation.suites import alpaca_eval, mt_bench, open_llm
-from sppo.evaluation.suites.suite import is_iteration
+from sppo.evaluation.suites.suite import Order, answers, is_iteration
 
 KEY = "sk-" + "j" * 40
 DRAW = ("--engine=transformers", "--maxlen=6", "--gpus=none")
@@ -291,6 +294,24 @@ def stub() -> Iterator[tuple[type[Stub], str]]:
 
 
 @pytest.mark.slow
+def test_a_mixture_answers_each_question_by_one_of_its_models(iteration: Path, models: Path, tmp_path: Path) -> None:
+    """Which one, the seed and the question decide; the answer is the one that this model gives alone."""
+    recipe = Recipe(model=str(iteration / "model"), engine="transformers", maxlen=6, pairs=1)
+    place = Place(gpus="none")
+    order = Order("mt_bench", recipe, tmp_path / "mixed", place, "", "", "", False, mixture=(str(models / "qwen3"),))
+    questions = {f"q{n}": [{"role": "user", "content": f"What is {n}?"}] for n in range(12)}
+    mixed = answers(order, questions, "turn1")
+    alone = {}
+    for name in (recipe.model, *order.mixture):
+        one = replace(order, recipe=replace(recipe, model=name), out=tmp_path / Path(name).name, mixture=())
+        alone[name] = answers(one, questions, "turn1")
+    assert mixed == {key: alone[order.model_for(key)][key] for key in questions}
+    assert {order.model_for(key) for key in questions} == set(alone)
+    assert alone[recipe.model] != alone[order.mixture[0]]
+    assert order.name == "mine-iter1+qwen3"
+
+
+@pytest.mark.slow
 def test_what_is_paid_for_is_kept(iteration: Path, tmp_path: Path, stub: tuple[type[Stub], str]) -> None:
     """A judge that dies at its third answer, then a kill; the last try asks for the rest alone."""
     server, url = stub
@@ -430,6 +451,13 @@ def test_bad_input_is_one_line_before_any_work(iteration: Path, tmp_path: Path) 
         (command(iteration, "mt_bench", away, good, f"--output_dir={tmp_path}"), 1, "gives no answer, asked 6 times"),
         (with_model(no_template), 1, "has no chat template"),
         (with_model(iteration.parent), 2, "is no model of a run"),
+        (
+            with_model(iteration / "model", "--mixture", "m"),
+            2,
+            "a mixture is no model of a run",
+        ),
+        (with_model(iteration / "model", "--mixture", "m", "m"), 2, "--mixture names a model twice"),
+        (["scripts/evaluate.sh", "--suite=open_llm", "--model=m", "--mixture=n"], 2, "--mixture is not for open_llm"),
         (with_model(iteration / "model", "--judge_url=http://me:secret@h/v1"), 2, "holds a password"),
         (["scripts/evaluate.sh", f"--model={iteration / 'model'}"], 2, "--suite is missing"),
         (fetch("open_llm"), 1, "the data set allenai/ai2_arc of the task arc_challenge is not here"),

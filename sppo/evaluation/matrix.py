@@ -85,6 +85,8 @@ def _tables(
     first = [played["ranker"][0, b] for b in range(1, len(models))]
     lengths = [first[0].lengths[1], *(each.lengths[0] for each in first)]
     mixture, value = von_neumann_winner(np.array(made["ranker"]["win_rates"]))
+    for name, matches in played.items():
+        made[name]["uniform"] = uniform(len(models), matches)
     second = [name for name in by_name if name != "ranker"]
     return {
         "models": [f"iter{i}" for i in models],
@@ -108,6 +110,24 @@ def compare(count: int, matches: dict[tuple[int, int], Match]) -> dict[str, list
         for name, value in zip(tables, (rate, high, low, controlled), strict=True):
             tables[name][a, b] = 1 - value
     return {name: [[round(float(x), 4) for x in row] for row in table] for name, table in tables.items()}
+
+
+def uniform(count: int, matches: dict[tuple[int, int], Match]) -> list[list[float]]:
+    """[win rate, low, high] against each model of the mixture of all: for each answer one is drawn, each as likely.
+
+    SPPO's theory is about this mixture, the average policy. P of the mixture is the mean of its models' P, so nothing
+    is drawn for it; a model against itself is 1/2.
+    """
+    by_prompt = {}  # P(b beats a), (N,); NaN where nobody answered
+    for (a, b), played in matches.items():
+        with np.errstate(invalid="ignore"):
+            by_prompt[a, b] = np.nansum(played.probability, (1, 2)) / np.isfinite(played.probability).sum((1, 2))
+    rates = []
+    for j in range(count):
+        others = [by_prompt[j, i] if i > j else 1 - by_prompt[i, j] for i in range(count) if i != j]
+        mixed = (np.sum(others, axis=0) + 0.5) / count
+        rates.append([round(x, 4) for x in interval(mixed[:, None, None])])
+    return rates
 
 
 def interval(probability: Array) -> tuple[float, float, float]:
@@ -182,6 +202,12 @@ def print_matrix(found: dict[str, Any]) -> None:
             ]
             lines.append([model, *cells, f"{tokens[i]:g}"])
         print("\n".join(columns(lines)))
+        if "uniform" in table:
+            against = ", ".join(
+                f"{m} in {_percent(rate)}% ({_percent(low)} to {_percent(high)})"
+                for m, (rate, low, high) in zip(models, table["uniform"], strict=True)
+            )
+            print(f"One of all of them, drawn for each answer, beats {against} ({name}).")
         last = table["length_controlled"][-1][0]
         print(f"At equal length {models[-1]} beats {models[0]} in {_percent(last)}% ({name}).")
     drawn = ", ".join(f"{m} {_percent(q)}%" for m, q in zip(models, mixture, strict=True) if q > 0)

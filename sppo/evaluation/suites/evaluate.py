@@ -29,7 +29,7 @@ def _suite(args: argparse.Namespace) -> ModuleType:
 def _order(recipe: Recipe, args: argparse.Namespace, out: Path, judge: str) -> Order:
     recipe = dataclasses.replace(recipe, pairs=1)
     place = (Place.of(args), args.questions, args.judge_url, args.judge_model or judge)
-    return Order(args.suite, recipe, out, *place, args.overwrite, args.leaderboard)
+    return Order(args.suite, recipe, out, *place, args.overwrite, args.leaderboard, tuple(args.mixture))
 
 
 def fetch(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -48,11 +48,15 @@ def evaluate(recipe: Recipe, args: argparse.Namespace) -> None:
     if not recipe.model:
         raise UsageError("--model is missing: which model the suite is for")
     model = Path(recipe.model).absolute()
+    if args.mixture and not args.output_dir:
+        raise UsageError("--output_dir is missing: a mixture is no model of a run, beside which its figures would go")
     if not args.output_dir and not is_iteration(model):
         raise UsageError(f"--output_dir is missing: {recipe.model} is no model of a run (<run>/iter<i>/model)")
     home = args.output_dir or model.parent
     suite = _suite(args)
-    policy_of(recipe).tokenizer()
+    for name in (recipe.model, *args.mixture):
+        revision = recipe.model_revision if name == recipe.model else ""
+        policy_of(dataclasses.replace(recipe, model=name, model_revision=revision)).tokenizer()
     order = _order(recipe, args, home / "suites" / args.suite, suite.JUDGE)
     asked = suite.questions(order)
     judge = Judge(order) if suite.JUDGE else None
@@ -67,5 +71,5 @@ def evaluate(recipe: Recipe, args: argparse.Namespace) -> None:
     for name, value in found["figures"].items():
         print(f"  {name}: {value:g}")
     print(f"  written: {figures}")
-    if home == model.parent:
+    if home == model.parent and not args.mixture:
         update_summary(home.parent)

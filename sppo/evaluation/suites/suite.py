@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,10 @@ Figures = dict[str, float]
 
 @dataclass
 class Order:
-    """What evaluate.sh was asked for. `out`: <output_dir>/suites/<suite>. `judge_model`: empty without a judge."""
+    """What evaluate.sh was asked for. `out`: <output_dir>/suites/<suite>. `judge_model`: empty without a judge.
+
+    `mixture`: models beside the recipe's, one of all of which answers each question.
+    """
 
     suite: str
     recipe: Recipe
@@ -42,12 +46,21 @@ class Order:
     judge_model: str
     overwrite: bool
     leaderboard: int = 1
+    mixture: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The model's name in the suite's files: of runs/x/iter3/model it is x-iter3."""
-        here = Path(self.recipe.model)
-        return f"{here.parts[-3]}-{here.parts[-2]}" if is_iteration(here) else public_name(self.recipe.model)
+        """The model's name in the suite's files: of runs/x/iter3/model it is x-iter3; of a mixture all names."""
+        return "+".join(map(_name, (self.recipe.model, *self.mixture)))
+
+    def model_for(self, question: str) -> str:
+        """The model that answers a question: of a mixture each is as likely, and the seed decides."""
+        return random.Random(f"{self.recipe.seed} {question}").choice((self.recipe.model, *self.mixture))
+
+
+def _name(model: str) -> str:
+    here = Path(model)
+    return f"{here.parts[-3]}-{here.parts[-2]}" if is_iteration(here) else public_name(model)
 
 
 def is_iteration(model: Path) -> bool:
@@ -59,8 +72,23 @@ def is_iteration(model: Path) -> bool:
 def answers(order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any) -> dict[str, str]:
     """The model's answer to each conversation, by its id, drawn into <out>/answers/<name>; "" where there is none.
 
-    `settings` win over the recipe's. What was drawn before is kept.
+    Of a mixture each model answers its share, in a directory of its own. `settings` win over the recipe's. What was
+    drawn before is kept.
     """
+    found: dict[str, str] = {}
+    for number, model in enumerate((order.recipe.model, *order.mixture)):
+        asked = {key: value for key, value in conversations.items() if order.model_for(key) == model}
+        if asked:
+            place = f"{name}/{number}" if order.mixture else name
+            revision = order.recipe.model_revision if not number else ""
+            found |= _drawn(order, asked, place, model=model, model_revision=revision, **settings)
+    if missing := len(conversations) - len(found):
+        print(f"evaluate: {missing} questions are too long for the model; their answers count as empty")
+    return {key: found.get(key, "") for key in conversations}
+
+
+def _drawn(order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any) -> dict[str, str]:
+    """One model's answers, by id, of the conversations that it can read."""
     out = order.out / "answers" / name
     prompts = out / "prompts.jsonl"
     lines = [json.dumps({"prompt_id": key, "prompt": value}) + "\n" for key, value in conversations.items()]
@@ -68,11 +96,8 @@ def answers(order: Order, conversations: dict[str, list[Message]], name: str, **
         temporary.write_text("".join(lines), encoding="utf-8")
     asked = {"prompts": str(prompts), "prompts_revision": "", "prompt_column": "prompt", "pairs": 1, **settings}
     recipe = dataclasses.replace(order.recipe, **asked)
-    drawn = draw(recipe, out, order.out / "logs", order.place, name, order.overwrite)
-    found = {row["prompt_id"]: row["responses"][0]["text"] for row in read_rows(drawn, ["prompt_id", "responses"])}
-    if missing := len(conversations) - len(found):
-        print(f"evaluate: {missing} questions are too long for the model; their answers count as empty")
-    return {key: found.get(key, "") for key in conversations}
+    drawn = draw(recipe, out, order.out / "logs", order.place, name.replace("/", "-"), order.overwrite)
+    return {row["prompt_id"]: row["responses"][0]["text"] for row in read_rows(drawn, ["prompt_id", "responses"])}
 
 
 class Judge:
