@@ -219,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="%(default)s")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/game"), help="%(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the model's game (42 to 46)")
     parser.add_argument("--only", choices=("tables", "model"), help="one of the two games")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -230,10 +231,11 @@ def main() -> None:
     if args.only != "tables":
         import model_game  # here: it imports torch
 
-        runs = model_game.played(args.work_dir.absolute())
-        (args.output_dir / "game-model.md").write_text(model_game.table(runs), encoding="utf-8")
+        runs = model_game.played(args.work_dir.absolute(), args.seeds)
+        made = model_game.table(runs, args.seeds)
+        (args.output_dir / "game-model.md").write_text(made, encoding="utf-8")
         model_game.picture(runs, args.output_dir / "game-model.png")
-        print(model_game.table(runs))
+        print(made)
 
 
 if __name__ == "__main__":

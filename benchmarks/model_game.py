@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from sppo.config import ROOT, flags
 from sppo.demo import CIRCLE, CLASSES, colour_class
 
 PREFERENCE = sigmoid(np.array(CIRCLE))  # (classes, classes)
-SEEDS = range(42, 47)
 ITERATIONS, PROMPTS, ANSWERS = 6, 96, 4  # of a run; for each iteration; for each held-out prompt
 EPOCHS = 2
 DRAWS = 1000  # of the bootstrap over prompts
@@ -95,17 +95,17 @@ def run(python: str, world: Path, directory: Path, seed: int, method: list[str])
     return Played(np.array(found[:-1]), found[-1])
 
 
-def played(work: Path, seeds: range = SEEDS) -> dict[str, list[Played]]:
+def played(work: Path, seeds: Sequence[int]) -> dict[str, list[Played]]:
     """By method: a run for each seed, two at a time. The world, so the first policy, is the same for all."""
     world = work / "world"
     with warm_python() as python, ThreadPoolExecutor(2) as pool:
         subprocess.run([python, "scripts/make_demo.py", *flags(output_dir=world, seed=42)], cwd=ROOT, check=True)
         lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
         (work / "prompts.jsonl").write_text("".join(lines[:PROMPTS]))
-        jobs = {
-            name: [pool.submit(run, python, world, work / f"{number}-{seed}", seed, method) for seed in seeds]
-            for number, (name, method) in enumerate(METHODS.items())
-        }
+        jobs: dict[str, list[Future[Played]]] = {name: [] for name in METHODS}
+        for seed in seeds:
+            for number, (name, method) in enumerate(METHODS.items()):
+                jobs[name].append(pool.submit(run, python, world, work / f"{number}-{seed}", seed, method))
         return {name: [job.result() for job in runs] for name, runs in jobs.items()}
 
 
@@ -118,20 +118,19 @@ def figures(runs: list[Played]) -> dict[str, Array]:
     return {"last": gap(policies), "mixture": gap(mixtures), "entropy": entropy, "average": average}
 
 
-def table(found: dict[str, list[Played]]) -> str:
+def table(found: dict[str, list[Played]], seeds: Sequence[int]) -> str:
     """game-model.md."""
-    seeds = len(next(iter(found.values())))
     best = von_neumann()
     width = np.mean([np.subtract(*gap_interval(x)[::-1]) for runs in found.values() for r in runs for x in r.shares])
     lines = [
         "# A model in a game that goes round in circles",
         "",
-        f"`python benchmarks/game.py --only model --output_dir docs`: the demo's small Mistral, {ITERATIONS} "
-        f"iterations of {PROMPTS} prompts by `run_sppo_mistral.sh` with `--ranker sppo.demo:circle`. Answers are of "
-        "four classes: their leading colour is of the first, second or third kind, each of which beats the next, or "
-        "there is no colour, which loses to all. The classes' shares are measured on 150 held-out prompts, "
+        f"`python benchmarks/game.py --only model --seeds {' '.join(map(str, seeds))}`: the demo's small Mistral, "
+        f"{ITERATIONS} iterations of {PROMPTS} prompts by `run_sppo_mistral.sh` with `--ranker sppo.demo:circle`. "
+        "Answers are of four classes: their leading colour is of the first, second or third kind, each of which beats "
+        "the next, or there is no colour, which loses to all. Shares are measured on 150 held-out prompts, "
         f"{ANSWERS} answers each: the gap's 95% interval (bootstrap over prompts) is {width:.3f} wide on average. "
-        f"Medians over {seeds} seeds of sampling and training, and in brackets the lowest and the highest. "
+        f"Medians over {len(seeds)} seeds of sampling and training, and in brackets the lowest and the highest. "
         "The gap is 0 where no class beats the policy more often than it is beaten; the policy that nothing beats has "
         f"shares of {', '.join(f'{x:.2f}' for x in best)}. *Mixture*: one of all models so far, the first too, drawn "
         "for each answer. *Mean weights*: `scripts/average.py` of the same models.",
@@ -149,7 +148,7 @@ def table(found: dict[str, list[Played]]) -> str:
         shown = [f"{np.median(c):.2f} ({c.min():.2f} to {c.max():.2f})" for c in cells]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     for name, runs in found.items():
-        lines += ["", f"{name}, seed {SEEDS[0]}: how often the row's answers beat the column's, by the judge", ""]
+        lines += ["", f"{name}, seed {seeds[0]}: how often the row's answers beat the column's, by the judge", ""]
         lines.append("| | " + " | ".join(f"iter{i}" for i in range(ITERATIONS + 1)) + " |")
         lines.append("|---" * (ITERATIONS + 2) + "|")
         for i, row in enumerate(runs[0].matrix()):

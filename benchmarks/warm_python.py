@@ -24,6 +24,8 @@ from pathlib import Path
 
 from sppo.common.loading import import_networks
 
+# a core for each command: two commands of two threads each would wait for each other. Read when torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # what stands in for python: it hands everything over, and ends as the fork ends
 CLIENT = """#!{python} -IS
 import json, os, socket, sys

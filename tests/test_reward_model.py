@@ -102,7 +102,7 @@ def test_logits_are_transformers_whatever_the_batch(rewards: Path, kind: str) ->
         order = random.Random(batch_tokens).sample(range(3), 3)
         found = dict(prompt_logits(RewardModel(rewards / kind, "cpu", batch_tokens), [items[i] for i in order]))
         for place, i in enumerate(order):
-            np.testing.assert_allclose(found[place], expected[i], atol=1e-5)
+            np.testing.assert_allclose(found[place], expected[i], atol=3e-5)  # float32, of sizes about 2
 
 
 def test_each_text_is_scored_once(rewards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

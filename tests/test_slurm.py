@@ -114,10 +114,10 @@ def test_a_node_dies_in_every_stage_of_a_slurm_job(slurm: cluster.Slurm, world: 
 def test_a_slurm_job_that_is_requeued_or_meets_its_time_limit_goes_on(
     slurm: cluster.Slurm, world: Path, tmp_path: Path
 ) -> None:
-    """Its time is two minutes. It is told 60 seconds before, or still earlier, as Slurm does; saves, and goes back into
-    the queue by itself. The disk is so slow that training alone takes longer."""
+    """Its time is three minutes. It is told 60 seconds before, or up to 60 still earlier, as Slurm does; saves, and
+    goes back into the queue by itself. The disk is so slow that training alone takes longer."""
     run = tmp_path / "run"
-    job = Job(slurm, world, run, "--time=2 --signal=B:USR1@60", delay=1.5)
+    job = Job(slurm, world, run, "--time=3 --signal=B:USR1@60", delay=1.5)
     job.wait(lambda: at_work(run, ONE[0]) or is_done(run, ONE[0]))
     slurm.ask("scontrol", "requeue", job.number)
     job.wait(lambda: at_work(run, ONE[2]) or is_done(run, ONE[2]))
