@@ -31,7 +31,8 @@ def import_networks(*more: str) -> None:
     collects = gc.isenabled()
     gc.disable()
     try:
-        hidden = [name for name in _UNUSED if name not in sys.modules]
+        # where transformers is imported in part, it knows already that they are installed
+        hidden = [name for name in _UNUSED if name not in sys.modules and "transformers" not in sys.modules]
         sys.modules.update(dict.fromkeys(hidden))  # None: an import of it fails, and it counts as not installed
         try:
             for name in _NETWORKS:
