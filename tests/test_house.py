@@ -210,9 +210,8 @@ def test_a_command_starts_without_what_it_does_not_use(tmp_path: Path) -> None:
     )
     done = tiny.run(tmp_path / "mine.py", PYTHONPATH=str(tiny.ROOT))
     assert done.stdout.splitlines() == ["['torch', 'transformers.modeling_utils']", "True 1.0"], done.stderr
-    # a command that has opened a tokenizer before: transformers then counts on both
+    # a command that has used transformers before, for a tokenizer, say: it then counts on both
     (tmp_path / "late.py").write_text(
-        "from transformers import AutoTokenizer\n"
         "from transformers.utils import is_scipy_available, is_sklearn_available\n"
         "print(is_scipy_available(), is_sklearn_available())\n"
         "from sppo.common.loading import import_networks\n"
