@@ -12,6 +12,7 @@ Two to three minutes a run on one core of two.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -186,7 +187,7 @@ def table(
         [
             "# Methods beside each other",
             "",
-            f"`python benchmarks/methods.py --output_dir docs --seeds {' '.join(map(str, seeds))}`, on 2 CPU cores. "
+            f"`python benchmarks/methods.py {' '.join(sys.argv[1:])}`, on 2 CPU cores. "
             f"Medians over the seeds ({len(seeds)}), in brackets the lowest and the highest. All is of the third "
             "iteration's model on 150 held-out prompts, win rates against the first model. What a method gains here it "
             "gains with the demo's settings (`recipes/sppo/demo.yaml`: beta 0.1, 12 steps an iteration), which were "
@@ -224,10 +225,14 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="%(default)s")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/methods"), help="%(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(42, 47)), help="%(default)s")
+    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=LOSSES, help="all; sppo is always there")
+    parser.add_argument("--estimators", choices=ESTIMATORS, nargs="+", default=ESTIMATORS, help="%(default)s")
     args = parser.parse_args()
     work, seeds = args.work_dir.absolute(), args.seeds
     work.mkdir(parents=True, exist_ok=True)
-    names = [(loss, estimator) for loss in LOSSES for estimator in ESTIMATORS]
+    asked = itertools.product(args.losses, args.estimators)
+    # the first is what the others begin with; iterated DPO is compared with trl's
+    names = list(dict.fromkeys([(LOSSES[0], ESTIMATORS[0]), *asked, ("sigmoid", ESTIMATORS[0])]))
     with warm_python() as python, ThreadPoolExecutor(2) as pool:
 
         def each(one: Callable[..., Path], *options: Any) -> list[Future[Path]]:
