@@ -106,7 +106,7 @@ def penalty_figures(run: Path) -> dict[str, Any]:
 def spread(values: list[float], percent: bool = False) -> str:
     """The median, and the lowest and the highest."""
     median, low, high = (100 * x if percent else x for x in (np.median(values), min(values), max(values)))
-    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+    return f"{median:.1f}" + (f" ({low:.1f} to {high:.1f})" if len(values) > 1 else "")
 
 
 def rows(found: dict[str, list[dict[str, Any]]], columns: dict[str, tuple[str, bool]]) -> list[str]:
@@ -180,6 +180,7 @@ def table(
     penalties: dict[str, list[dict[str, Any]]],
     curves: tuple[list[float], list[float]],
     seeds: list[int],
+    command: str,
 ) -> str:
     """methods.md."""
     apart = max(abs(a - b) for a, b in zip(*curves, strict=True))
@@ -187,7 +188,7 @@ def table(
         [
             "# Methods beside each other",
             "",
-            f"`python benchmarks/methods.py {' '.join(sys.argv[1:])}`, on 2 CPU cores. "
+            f"`python benchmarks/methods.py {command}`, on 2 CPU cores. "
             f"Medians over the seeds ({len(seeds)}), in brackets the lowest and the highest. All is of the third "
             "iteration's model on 150 held-out prompts, win rates against the first model. What a method gains here it "
             "gains with the demo's settings (`recipes/sppo/demo.yaml`: beta 0.1, 12 steps an iteration), which were "
@@ -230,9 +231,9 @@ def main() -> None:
     args = parser.parse_args()
     work, seeds = args.work_dir.absolute(), args.seeds
     work.mkdir(parents=True, exist_ok=True)
-    asked = itertools.product(args.losses, args.estimators)
+    wanted = itertools.product(args.losses, args.estimators)
     # the first is what the others begin with; iterated DPO is compared with trl's
-    names = list(dict.fromkeys([(LOSSES[0], ESTIMATORS[0]), *asked, ("sigmoid", ESTIMATORS[0])]))
+    names = list(dict.fromkeys([(LOSSES[0], ESTIMATORS[0]), *wanted, ("sigmoid", ESTIMATORS[0])]))
     with warm_python() as python, ThreadPoolExecutor(2) as pool:
 
         def each(one: Callable[..., Path], *options: Any) -> list[Future[Path]]:
@@ -251,7 +252,9 @@ def main() -> None:
         penalties = {name: [penalty_figures(job.result()) for job in jobs] for name, jobs in fined.items()}
     run, world = work / f"sigmoid-{ESTIMATORS[0]}-{seeds[0]}", work / f"world-{seeds[0]}"
     curves = dpo_against_trl(run, world, seeds[0], work / "trl")
-    made = table(methods, penalties, curves, seeds)
+    asked = {"seeds": seeds, "losses": args.losses, "estimators": args.estimators}
+    command = " ".join(f"--{key} {' '.join(map(str, values))}" for key, values in asked.items())
+    made = table(methods, penalties, curves, seeds, command)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "methods.md").write_text(made, encoding="utf-8")
     print(made)
