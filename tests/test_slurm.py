@@ -83,7 +83,7 @@ class Job:
     def end(self) -> str:
         """Wait for its end; the state in which it ended."""
         ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
-        cluster.wait_until(lambda: self.state() in ends, 480)
+        cluster.wait_until(lambda: self.state() in ends, 900)
         cluster.wait_until(lambda: nothing_left(self.run), 60)
         return self.state()
 
