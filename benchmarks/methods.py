@@ -6,7 +6,7 @@ Each method is the demo with that flag: its own world for each seed, three itera
 demo's ranker and its rule. Each length penalty is the demo with a judge that likes length (sppo.demo:biased). The runs
 are by run_sppo_mistral.sh, two at a time.
 Writes  <output_dir>/methods.md; the runs in <work_dir>, where a stopped one goes on.
-Two to three minutes a run on one core of two.
+A run takes one to two minutes, on one core.
 """
 
 from __future__ import annotations
