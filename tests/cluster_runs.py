@@ -12,7 +12,7 @@ from test_faults import STAGES, furnish, lines
 
 ONE = [stage for stage in STAGES if stage[0] == "iter1" and stage[1] != "report"]
 # the same on every machine: how many threads there are, and where the ranker is
-SAME = {"OMP_NUM_SAME": "1", "PYTHONPATH": str(tiny.ROOT / "tests")}
+SAME = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tiny.ROOT / "tests")}
 
 
 def make_world(models: Path, directory: Path) -> Path:
