@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -27,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from warm_python import warm_python
+from warm_python import call, warm_python
 
 from sppo.config import ROOT, flags
 from sppo.demo import colour_words
@@ -46,14 +44,6 @@ def driver(python: str, work: Path, name: str, seed: int, more: list[str]) -> Pa
     words += flags(prompts=world / "train.jsonl", eval_prompts=world / "heldout.jsonl", judge="sppo.demo:rule")
     call(python, [*words, *more], Path(f"{run}.log"))
     return run
-
-
-def call(python: str, words: list[str], log: Path) -> None:
-    environment = {**os.environ, "PYTHON": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with open(log, "ab") as out:
-        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)} failed; see {log}")
 
 
 def share_first_answers(run: Path, other: Path) -> None:

@@ -10,7 +10,6 @@ looked for that beats the policy, so a policy that does something else for each 
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from warm_python import warm_python
+from warm_python import call, warm_python
 
 from sppo.common.parquet import read_rows
 from sppo.common.preference import Array, sigmoid
@@ -74,7 +73,6 @@ def gap_interval(by_prompt: Array) -> tuple[float, float]:
 
 def run(python: str, world: Path, directory: Path, seed: int, method: list[str]) -> Played:
     """One run by the driver, then the answers of its mean weights. Started again, it goes on."""
-    environment = {**os.environ, "PYTHON": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     policy, average = world / "policy", directory / "average"
     common = flags(recipe=ROOT / "recipes" / "sppo" / "demo.yaml", seed=seed)
     driver = ["bash", "run_sppo_mistral.sh", *common, "--skip_preflight", *flags(run_dir=directory, name="game")]
@@ -86,11 +84,8 @@ def run(python: str, world: Path, directory: Path, seed: int, method: list[str])
     answers = [directory / f"answers-{number}" for number in range(len(models))]
     draw = [python, "scripts/generate.py", *common, *flags(prompts=world / "heldout.jsonl", pairs=ANSWERS)]
     commands += [[*draw, *flags(model=m, output_dir=out)] for m, out in zip(models, answers, strict=True)]
-    with open(f"{directory}.log", "ab") as log:
-        for command in commands:
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
-            if done.returncode:
-                raise SystemExit(f"{' '.join(command)} failed; see {log.name}")
+    for command in commands:
+        call(python, command, Path(f"{directory}.log"))
     found = [shares(out / "responses.parquet") for out in answers]
     return Played(np.array(found[:-1]), found[-1])
 

@@ -16,6 +16,7 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sppo.common.loading import import_networks
+from sppo.config import ROOT
 
 # a core for each command: two commands of two threads each would wait for each other. Read when torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,6 +67,15 @@ def warm_python() -> Iterator[str]:
         os.kill(server, signal.SIGKILL)
         os.waitpid(server, 0)
         shutil.rmtree(scratch)
+
+
+def call(python: str, words: list[str], log: Path) -> None:
+    """Run a command of the project with that Python, into the end of a log. Raises SystemExit where it fails."""
+    environment = {**os.environ, "PYTHON": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(log, "ab") as out:
+        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed; see {log}")
 
 
 def _serve(listener: socket.socket, client: str) -> None:

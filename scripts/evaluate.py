@@ -61,7 +61,7 @@ def main() -> None:
         raise UsageError("open_llm has no judge; --judge_url and --judge_model are for alpaca_eval and mt_bench")
     if args.suite == "open_llm" and args.mixture:
         raise UsageError("--mixture is not for open_llm: a mixture's accuracy is the mean of its models' accuracies")
-    if len({asked.get("model", recipe.model), *args.mixture}) <= len(args.mixture):
+    if len({recipe.model, *args.mixture}) <= len(args.mixture):
         raise UsageError("--mixture names a model twice")
     if args.suite != "open_llm" and args.leaderboard != 1:
         raise UsageError("--leaderboard is for --suite open_llm")

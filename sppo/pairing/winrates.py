@@ -77,8 +77,9 @@ class Statistics:
         self._sums["triples"] += n * k * (k - 1) * (k - 2) // 6
         self._sums["circles"] += round(intransitive_triples(logits).sum())
         self._sums["bias"] += position_bias(logits).sum()
+        y = lengths - lengths.mean(-1, keepdims=True)
         for name, values in (("score", scores), ("win_rate", win_rates)):
-            x, y = (v - v.mean(-1, keepdims=True) for v in (values, lengths))
+            x = values - values.mean(-1, keepdims=True)
             self._moments[name] += [(x * x).sum(), (y * y).sum(), (x * y).sum()]
 
     def add_pairs(self, rates: Array) -> None:
