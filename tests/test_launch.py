@@ -16,7 +16,7 @@ import tiny
 from sppo.common import cores
 from sppo.common.errors import UsageError
 from sppo.launch.devices import devices, groups
-from sppo.launch.logs import last_lines, overall
+from sppo.launch.logs import last_lines, overall, show_failure
 
 
 def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +109,21 @@ def test_a_library_s_warnings_are_not_taken_for_progress(tmp_path: Path) -> None
 
 
 CHAIN = [sys.executable, "-m", "sppo.launch.chain"]
+
+
+def test_what_a_rank_raised_is_shown_although_its_launcher_says_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["Traceback (most recent call last):", '  File "trainer.py", line 7, in save', "    write(path)",
+           "FileNotFoundError: no such file: optimizer.pt"]  # fmt: skip
+    launcher = ["Traceback (most recent call last):", '  File "api.py", line 383, in launch_agent', "    raise Child(",
+                "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ", *["===="] * 40]  # fmt: skip
+    (tmp_path / "train.1.log").write_text("\n".join([*own, *(f"[rank0]: {line}" for line in own), *launcher, ""]))
+    show_failure("train", "ended with code 1", tmp_path / "train.1.log")
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == 'FileNotFoundError: no such file: optimizer.pt (File "trainer.py", line 7, in save)'
+    assert sum("optimizer.pt" in line for line in said) == 1
+    assert not any("ChildFailedError" in line for line in said)
 
 
 def test_a_flag_of_the_chain_goes_to_every_stage_that_reads_it_and_to_no_other(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def last_lines(log: Path, count: int) -> list[str]:
 # a progress bar's done, total, time left, unit ("2.1prompt/s", or slower "3.2s/prompt") and tokens a second
 _BAR = re.compile(r"(\d+)/(\d+) \[[\d:]+<([\d:]+), *(?:[\d.?]+s/([a-z]+)|[\d.?]+([a-z]+)/s)(?:.* ([\d.]+) tok/s)?")
 _UNITS = {"it": "step"}  # transformers' trainer counts iterations, which are steps
+_RANK = re.compile(r"^\[rank\d+\]:( |$)")  # torch puts it before each line of a rank's traceback
 _OURS = re.compile(r"(generate|combine|preload|rank|train|eval)\b.*: ")  # else it is a library's warning
 
 
@@ -74,13 +75,33 @@ def show_ends(logs: list[Path], name: str) -> None:
         print(last_words(log) or (last_lines(log, 1) or [f"{name}: done"])[0].strip(), flush=True)
 
 
+def raised(lines: list[str]) -> list[str]:
+    """Of each Python traceback in a log the last place and the exception, once each.
+
+    Not of the launcher's own, which says no more than that a rank has failed.
+    """
+    found: dict[str, None] = {}
+    place = None  # None: not inside a traceback
+    for line in (_RANK.sub("", line) for line in lines):
+        if line.startswith("Traceback (most recent call last)"):
+            place = ""
+        elif place is not None and line.startswith("  File "):
+            place = line.strip()
+        elif place is not None and not line.startswith(" "):
+            if not line.startswith("torch.distributed.elastic."):
+                found[f"{line} ({place})"] = None
+            place = None
+    return list(found)
+
+
 def show_failure(what: str, reason: str, log: Path) -> None:
     """Say what failed and why, with the end of its log."""
     print(f"\n{what} {reason}; the end of {log}:", file=sys.stderr)
     print("\n".join(f"  | {line}" for line in last_lines(log, _TAIL)), file=sys.stderr)
-    # with several ranks and a launcher, our own error line may stand far above the end
-    said = dict.fromkeys(line for line in last_lines(log, 10000) if line.startswith("error: "))
-    print("\n".join(said), file=sys.stderr, flush=True)
+    # with several ranks and a launcher, our own error line, or a rank's traceback, may stand far above the end
+    lines = last_lines(log, 10000)
+    said = dict.fromkeys(line for line in lines if line.startswith("error: "))
+    print("\n".join([*raised(lines), *said]), file=sys.stderr, flush=True)
     if shutil.disk_usage(log.parent).free < _LEAST_FREE:  # then the log itself could not be written
         print(
             f"error: {log.parent}: the disk is full; make room and run the same command to go on",
