@@ -13,7 +13,7 @@ processes=2
 if [ "${1:-}" = --all ]; then
   shift
   which=()
-  processes=3 # what waits for a cluster leaves a core to the others
+  processes=4 # what waits for a cluster leaves its core to the others
   # the longest first, so that none is left alone at the end
   [ $# -gt 0 ] || set -- tests/test_slurm.py tests/test_ray.py tests/test_faults.py tests/test_*.py
   # the report is shown to a real browser, and jobs run under a real Slurm; where they cannot be had, those tests say so
@@ -37,4 +37,4 @@ fi
 .venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh recipes/*.slurm .ci/run
 # tests share the cores, each with several processes: a thread that waits must not spin on a core that another needs
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
-exec .venv/bin/python -m pytest --numprocesses "$processes" --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"
+exec .venv/bin/python -m pytest --numprocesses "$processes" --dist loadscope --no-loadscope-reorder "${which[@]}" "$@"

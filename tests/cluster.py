@@ -118,7 +118,9 @@ class Slurm:
         self.daemons[name].kill()
         self.daemons[name].wait()
         pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-        steps = [pid for pid in pids if f"SLURMD_NODENAME={name}\0".encode() in _read(pid, "environ")]
+        # another cluster's nodes may have the same names
+        own = (f"SLURM_CONF={self.root}/".encode(), f"SLURMD_NODENAME={name}\0".encode())
+        steps = [pid for pid in pids if all(word in _read(pid, "environ") for word in own)]
         watchers = {int(_read(pid, "stat").rpartition(b")")[2].split()[1] or 0) for pid in steps if _read(pid, "stat")}
         watchers = {pid for pid in watchers if _read(pid, "cmdline").startswith(b"slurmstepd")}
         for pid in (*watchers, *steps):

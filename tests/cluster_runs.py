@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import preferences
 import pyarrow.parquet as pq
+import pytest
 import tiny
+from filelock import FileLock
 from safetensors.torch import load_file
 from test_faults import STAGES, furnish, lines
 
@@ -15,10 +18,16 @@ ONE = [stage for stage in STAGES if stage[0] == "iter1" and stage[1] != "report"
 SAME = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tiny.ROOT / "tests")}
 
 
-def make_world(models: Path, directory: Path) -> Path:
-    """A directory with policy and prompts, and `whole`: the run of one machine."""
-    world = furnish(models, directory)
-    tiny.succeed(*command(world, world / "whole"), **SAME)
+def make_world(models: Path, factory: pytest.TempPathFactory) -> Path:
+    """A directory with policy and prompts, and `whole`: the run of one machine. Test processes make it once."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    world, made = root / "cluster-world", root / "cluster-world.made"
+    with FileLock(root / "cluster-world.lock"):
+        if not made.exists():
+            furnish(models, world)
+            tiny.succeed(*command(world, world / "whole"), **SAME)
+            made.touch()
     return world
 
 

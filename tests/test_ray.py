@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cluster_runs.make_world(models, tmp_path_factory.mktemp("world"))
+    return cluster_runs.make_world(models, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ SMALL = "--cpus-per-task=1 --mem=1000"
 
 @pytest.fixture(scope="module")
 def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cluster_runs.make_world(models, tmp_path_factory.mktemp("world"))
+    return cluster_runs.make_world(models, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -91,64 +91,6 @@ class Job:
         return self.slurm.ask("scontrol", "show", "hostnames", self.ask("NodeList")).split()
 
 
-def test_a_node_dies_in_every_stage_of_a_slurm_job(slurm: cluster.Slurm, world: Path, tmp_path: Path) -> None:
-    """Slurm puts the job back into the queue, and on whatever nodes it goes on. Nobody has to do anything."""
-    rng, run, hit = random.Random(13), tmp_path / "run", []
-    job = Job(slurm, world, run)
-    for number, stage in enumerate(ONE):
-        job.wait(lambda stage=stage: at_work(run, stage) or is_done(run, stage))
-        time.sleep(rng.random() * 0.2)
-        victim = job.nodes()[number % 2]  # the first is the one that the driver runs on
-        hit.append((stage[1], victim)) if not is_done(run, stage) else None
-        before = job.ask("Restarts")
-        slurm.kill(victim)
-        job.wait(lambda before=before: job.state() in ("PENDING", "COMPLETING") or job.ask("Restarts") != before, 90)
-        slurm.revive(victim)
-    print("killed in", hit)
-    assert len(hit) >= 5, hit
-    assert job.end() == "COMPLETED", job.shown()
-    assert int(job.ask("Restarts")) == len(ONE)
-    assert_same(world, run)
-
-
-def test_a_slurm_job_that_is_requeued_or_meets_its_time_limit_goes_on(
-    slurm: cluster.Slurm, world: Path, tmp_path: Path
-) -> None:
-    """Its time is three minutes. It is told 60 seconds before, or up to 60 still earlier, as Slurm does; saves, and
-    goes back into the queue by itself. The disk is so slow that training alone takes longer."""
-    run = tmp_path / "run"
-    job = Job(slurm, world, run, "--time=3 --signal=B:USR1@60", delay=1.5)
-    job.wait(lambda: at_work(run, ONE[0]) or is_done(run, ONE[0]))
-    slurm.ask("scontrol", "requeue", job.number)
-    job.wait(lambda: at_work(run, ONE[2]) or is_done(run, ONE[2]))
-    slurm.ask("scancel", "--signal=USR1", "--batch", job.number)  # as at a preemption
-    job.wait(lambda: job.shown().count("saved; back into the queue") >= 1)
-    assert job.end() == "COMPLETED", job.shown()
-    # by the signal, and at its time limit: how often it meets that depends on the machine
-    assert job.shown().count("saved; back into the queue") >= 2, job.shown()
-    assert_same(world, run)
-
-
-def test_a_slurm_job_whose_processes_are_killed_fails_and_the_same_command_goes_on(
-    slurm: cluster.Slurm, world: Path, tmp_path: Path
-) -> None:
-    run, said = tmp_path / "run", []
-    job = Job(slurm, world, run, delay=1)
-    job.wait(lambda: at_work(run, ONE[0]))
-    slurm.ask("scancel", job.number)
-    assert job.end() == "CANCELLED", job.shown()  # and does not go back into the queue
-    for stage, victim in ((ONE[0], b"--data_frac"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")):
-        job = Job(slurm, world, run, delay=1)
-        job.wait(lambda stage=stage, victim=victim: at_work(run, stage) and bool(pids(run, victim)))
-        os.kill(pids(run, victim)[-1], signal.SIGKILL)
-        assert job.end() == "FAILED", job.shown()
-        said.append(job.shown())
-    assert re.search(r"generate [0-2] .*; the end of ", said[0])
-    assert "=== iteration 1: train: failed; run the same command again" in said[1]
-    assert Job(slurm, world, run).end() == "COMPLETED"
-    assert_same(world, run)
-
-
 def pids(run: Path, name: bytes) -> list[int]:
     """The processes of a run with a script in their commands, but for those that only wait for it on another node."""
     found = []
@@ -164,63 +106,126 @@ def in_allocation(slurm: cluster.Slurm, *words: str | Path, gpus: bool = False) 
     return tiny.run(*salloc, *["--gpus-per-node=2", "--cpus-per-task=2"] * gpus, *words, **{**slurm.env, **SAME})
 
 
-def test_a_node_without_the_environment_is_named_before_any_work(
-    slurm: cluster.Slurm, world: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    words = [word for word in command(world, run, "--launcher=slurm", "--dry_run") if word != "--skip_preflight"]
-    (slurm.root / "n3.env").write_text("export PYTHONHOME=/nowhere\n")
-    refused = in_allocation(slurm, *words)
-    assert refused.returncode == 1
-    assert re.search(r"no +n3: cannot be used: ", refused.stdout), refused.stdout
-    assert "ready: no: 1 problem" in refused.stdout
-    (tmp_path / "old" / "peft-0.1.dist-info").mkdir(parents=True)
-    (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
-    (slurm.root / "n3.env").write_text(f"export PYTHONPATH={tmp_path / 'old'}:{tiny.ROOT}\n")
-    refused = in_allocation(slurm, *words)
-    (slurm.root / "n3.env").unlink()
-    assert refused.returncode == 1
-    assert re.search(r"no +n3: peft is 0\.1, and \S+ on n2; install one version", refused.stdout), refused.stdout
+class TestNodes:
+    """What happens on its nodes. Each class has a test process of its own in run_tests.sh --all, and so a Slurm."""
+
+    def test_a_node_dies_in_every_stage_of_a_slurm_job(self, slurm: cluster.Slurm, world: Path, tmp_path: Path) -> None:
+        """Slurm puts the job back into the queue, and on whatever nodes it goes on. Nobody has to do anything."""
+        rng, run, hit = random.Random(13), tmp_path / "run", []
+        job = Job(slurm, world, run)
+        for number, stage in enumerate(ONE):
+            job.wait(lambda stage=stage: at_work(run, stage) or is_done(run, stage))
+            time.sleep(rng.random() * 0.2)
+            victim = job.nodes()[number % 2]  # the first is the one that the driver runs on
+            hit.append((stage[1], victim)) if not is_done(run, stage) else None
+            before = job.ask("Restarts")
+            slurm.kill(victim)
+            job.wait(
+                lambda before=before: job.state() in ("PENDING", "COMPLETING") or job.ask("Restarts") != before, 90
+            )
+            slurm.revive(victim)
+        print("killed in", hit)
+        assert len(hit) >= 5, hit
+        assert job.end() == "COMPLETED", job.shown()
+        assert int(job.ask("Restarts")) == len(ONE)
+        assert_same(world, run)
+
+    def test_zero_3_over_two_machines_trains_what_one_machine_does(
+        self, slurm: cluster.Slurm, models: Path, tmp_path: Path
+    ) -> None:
+        """A process on each, by accelerate launch with machine rank, address and port."""
+        data = preferences.write(tmp_path / "data", preferences.rows(21))
+        words = ["bash", "scripts/pipeline.sh", *preferences.SMALL, "--num=2", "--gpus=none", f"--dataset={data}"]
+        words += [f"--model={models / 'qwen3'}", "--accelerate_config=cpu_zero3"]
+        tiny.succeed(*words, f"--output_dir={tmp_path / 'one' / 'model'}", **SAME)
+        shutil.rmtree(data / "reference")
+        done = in_allocation(slurm, *words, "--launcher=slurm", f"--output_dir={tmp_path / 'two' / 'model'}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 x 2 x 2 rows a step" in (tmp_path / "two" / "logs" / "train.1.log").read_text()
+        first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+        assert first.keys() == second.keys()
+        assert all(first[name].equal(second[name]) for name in first)
+
+    def test_a_disk_that_is_full_on_one_node_costs_nothing(
+        self, slurm: cluster.Slurm, world: Path, tmp_path: Path
+    ) -> None:
+        run = tmp_path / "run"
+        full = f"export SPPO_TEST_FULL={run}/iter1/data/responses\n"
+        full += f"export PYTHONPATH={tiny.ROOT}/tests/slow_disk:{tiny.ROOT}/tests:{tiny.ROOT}\n"
+        (slurm.root / "n3.env").write_text(full)
+        words = command(world, run, "--launcher=slurm")
+        refused = in_allocation(slurm, *words)
+        (slurm.root / "n3.env").unlink()
+        assert refused.returncode == 1, refused.stdout
+        assert "the disk is full; make room and run the same command to go on" in refused.stderr
+        done = in_allocation(slurm, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_same(world, run)
+
+    def test_each_step_sees_its_own_gpus(self, slurm: cluster.Slurm, tmp_path: Path) -> None:
+        """Two nodes of two GPUs: four shards at once, one GPU each. These GPUs are only named."""
+        mine = "os.environ['SLURMD_NODENAME'], os.environ['CUDA_VISIBLE_DEVICES']"
+        show = f"import os, time; print('mine:', {mine}); time.sleep(3)"
+        launch = [sys.executable, "-m", "sppo.launch", "shards", "--launcher=slurm", f"--logs={tmp_path}", "--name=x"]
+        done = in_allocation(slurm, *launch, "--", sys.executable, "-c", show, gpus=True)
+        assert done.returncode == 0, done.stderr
+        said = [re.search("mine: (.*)", (tmp_path / f"x-{i}.1.log").read_text())[1] for i in range(4)]
+        assert sorted(said) == ["n2 0", "n2 1", "n3 0", "n3 1"]
 
 
-def test_a_disk_that_is_full_on_one_node_costs_nothing(slurm: cluster.Slurm, world: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    full = f"export SPPO_TEST_FULL={run}/iter1/data/responses\n"
-    full += f"export PYTHONPATH={tiny.ROOT}/tests/slow_disk:{tiny.ROOT}/tests:{tiny.ROOT}\n"
-    (slurm.root / "n3.env").write_text(full)
-    words = command(world, run, "--launcher=slurm")
-    refused = in_allocation(slurm, *words)
-    (slurm.root / "n3.env").unlink()
-    assert refused.returncode == 1, refused.stdout
-    assert "the disk is full; make room and run the same command to go on" in refused.stderr
-    done = in_allocation(slurm, *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_same(world, run)
+class TestJobs:
+    """What happens to a job as a whole."""
 
+    def test_a_slurm_job_that_is_requeued_or_meets_its_time_limit_goes_on(
+        self, slurm: cluster.Slurm, world: Path, tmp_path: Path
+    ) -> None:
+        """Its time is three minutes. It is told 60 seconds before, or up to 60 still earlier, as Slurm does; saves, and
+        goes back into the queue by itself. The disk is so slow that training alone takes longer."""
+        run = tmp_path / "run"
+        job = Job(slurm, world, run, "--time=3 --signal=B:USR1@60", delay=1.5)
+        job.wait(lambda: at_work(run, ONE[0]) or is_done(run, ONE[0]))
+        slurm.ask("scontrol", "requeue", job.number)
+        job.wait(lambda: at_work(run, ONE[2]) or is_done(run, ONE[2]))
+        slurm.ask("scancel", "--signal=USR1", "--batch", job.number)  # as at a preemption
+        job.wait(lambda: job.shown().count("saved; back into the queue") >= 1)
+        assert job.end() == "COMPLETED", job.shown()
+        # by the signal, and at its time limit: how often it meets that depends on the machine
+        assert job.shown().count("saved; back into the queue") >= 2, job.shown()
+        assert_same(world, run)
 
-def test_zero_3_over_two_machines_trains_what_one_machine_does(
-    slurm: cluster.Slurm, models: Path, tmp_path: Path
-) -> None:
-    """A process on each, by accelerate launch with machine rank, address and port."""
-    data = preferences.write(tmp_path / "data", preferences.rows(21))
-    words = ["bash", "scripts/pipeline.sh", *preferences.SMALL, "--num=2", "--gpus=none", f"--dataset={data}"]
-    words += [f"--model={models / 'qwen3'}", "--accelerate_config=cpu_zero3"]
-    tiny.succeed(*words, f"--output_dir={tmp_path / 'one' / 'model'}", **SAME)
-    shutil.rmtree(data / "reference")
-    done = in_allocation(slurm, *words, "--launcher=slurm", f"--output_dir={tmp_path / 'two' / 'model'}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 x 2 x 2 rows a step" in (tmp_path / "two" / "logs" / "train.1.log").read_text()
-    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    assert first.keys() == second.keys()
-    assert all(first[name].equal(second[name]) for name in first)
+    def test_a_slurm_job_whose_processes_are_killed_fails_and_the_same_command_goes_on(
+        self, slurm: cluster.Slurm, world: Path, tmp_path: Path
+    ) -> None:
+        run, said = tmp_path / "run", []
+        job = Job(slurm, world, run, delay=1)
+        job.wait(lambda: at_work(run, ONE[0]))
+        slurm.ask("scancel", job.number)
+        assert job.end() == "CANCELLED", job.shown()  # and does not go back into the queue
+        for stage, victim in ((ONE[0], b"--data_frac"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")):
+            job = Job(slurm, world, run, delay=1)
+            job.wait(lambda stage=stage, victim=victim: at_work(run, stage) and bool(pids(run, victim)))
+            os.kill(pids(run, victim)[-1], signal.SIGKILL)
+            assert job.end() == "FAILED", job.shown()
+            said.append(job.shown())
+        assert re.search(r"generate [0-2] .*; the end of ", said[0])
+        assert "=== iteration 1: train: failed; run the same command again" in said[1]
+        assert Job(slurm, world, run).end() == "COMPLETED"
+        assert_same(world, run)
 
-
-def test_each_step_sees_its_own_gpus(slurm: cluster.Slurm, tmp_path: Path) -> None:
-    """Two nodes of two GPUs: four shards at once, one GPU each. These GPUs are only named."""
-    mine = "os.environ['SLURMD_NODENAME'], os.environ['CUDA_VISIBLE_DEVICES']"
-    show = f"import os, time; print('mine:', {mine}); time.sleep(3)"
-    launch = [sys.executable, "-m", "sppo.launch", "shards", "--launcher=slurm", f"--logs={tmp_path}", "--name=x"]
-    done = in_allocation(slurm, *launch, "--", sys.executable, "-c", show, gpus=True)
-    assert done.returncode == 0, done.stderr
-    said = [re.search("mine: (.*)", (tmp_path / f"x-{i}.1.log").read_text())[1] for i in range(4)]
-    assert sorted(said) == ["n2 0", "n2 1", "n3 0", "n3 1"]
+    def test_a_node_without_the_environment_is_named_before_any_work(
+        self, slurm: cluster.Slurm, world: Path, tmp_path: Path
+    ) -> None:
+        run = tmp_path / "run"
+        words = [word for word in command(world, run, "--launcher=slurm", "--dry_run") if word != "--skip_preflight"]
+        (slurm.root / "n3.env").write_text("export PYTHONHOME=/nowhere\n")
+        refused = in_allocation(slurm, *words)
+        assert refused.returncode == 1
+        assert re.search(r"no +n3: cannot be used: ", refused.stdout), refused.stdout
+        assert "ready: no: 1 problem" in refused.stdout
+        (tmp_path / "old" / "peft-0.1.dist-info").mkdir(parents=True)
+        (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
+        (slurm.root / "n3.env").write_text(f"export PYTHONPATH={tmp_path / 'old'}:{tiny.ROOT}\n")
+        refused = in_allocation(slurm, *words)
+        (slurm.root / "n3.env").unlink()
+        assert refused.returncode == 1
+        assert re.search(r"no +n3: peft is 0\.1, and \S+ on n2; install one version", refused.stdout), refused.stdout
