@@ -100,10 +100,10 @@ def spread(values: list[float], percent: bool = False) -> str:
 
 
 def rows(found: dict[str, list[dict[str, Any]]], columns: dict[str, tuple[str, bool]]) -> list[str]:
-    """A line a method, of the columns {key: (head, whether it is a share)}."""
+    """A line a method, of the columns {key: (head, whether it is a share)}; empty cells where a run lacks the key."""
     lines = ["| | " + " | ".join(head for head, _ in columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in found.items():
-        cells = [spread([run[key] for run in runs], share) for key, (_, share) in columns.items()]
+        cells = [spread([r[k] for r in runs], share) if k in runs[0] else "" for k, (_, share) in columns.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
