@@ -170,6 +170,7 @@ def table(
     penalties: dict[str, list[dict[str, Any]]],
     curves: tuple[list[float], list[float]],
     seeds: list[int],
+    penalty_seeds: list[int],
     command: str,
 ) -> str:
     """methods.md."""
@@ -191,7 +192,8 @@ def table(
             "The judge (`sppo.demo:biased`) gives a logit of 1 for each colour word more, as the rule would have it, "
             "and of 0.5 for each word more, whatever it is. `--length_penalty L` takes L of log-odds from a response "
             "for each mean length that it is longer than the other (`penalised` in `sppo/pairing/winrates.py`). "
-            "*Correlation*: of win rate and length in the first iteration's data, after the penalty.",
+            "*Correlation*: of win rate and length in the first iteration's data, after the penalty. "
+            f"Seeds: {' '.join(map(str, penalty_seeds))}.",
             "",
             *rows(penalties, PENALTY_COLUMNS),
             "",
@@ -216,6 +218,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="%(default)s")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/methods"), help="%(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(42, 47)), help="%(default)s")
+    parser.add_argument("--penalty_seeds", type=int, nargs="+", default=[42], help="of the length penalty; %(default)s")
     parser.add_argument("--losses", choices=LOSSES, nargs="+", default=LOSSES, help="all; sppo is always there")
     parser.add_argument("--estimators", choices=ESTIMATORS, nargs="+", default=ESTIMATORS, help="%(default)s")
     args = parser.parse_args()
@@ -226,25 +229,26 @@ def main() -> None:
     names = list(dict.fromkeys([(LOSSES[0], ESTIMATORS[0]), *wanted, ("sigmoid", ESTIMATORS[0])]))
     with warm_python() as python, ThreadPoolExecutor(2) as pool:
 
-        def each(one: Callable[..., Path], *options: Any) -> list[Future[Path]]:
-            return [pool.submit(one, python, work, seed, *options) for seed in seeds]
+        def each(one: Callable[..., Path], *options: Any, of: list[int] = seeds) -> list[Future[Path]]:
+            return [pool.submit(one, python, work, seed, *options) for seed in of]
 
         def make_world(_: str, __: Path, seed: int) -> Path:
             world = work / f"world-{seed}"
             call(python, [python, "scripts/make_demo.py", *flags(output_dir=world, seed=seed)], Path(f"{world}.log"))
             return world
 
-        for one in (each(make_world), each(method, *names[0])):  # the others begin with what these leave
+        # the others begin with what these leave
+        for one in (each(make_world, of=sorted({*seeds, *args.penalty_seeds})), each(method, *names[0])):
             wait(one)
         runs = {f"`{a}`, {b}": each(method, a, b) for a, b in names}
-        fined = {f"L = {x:g}": each(penalised, x) for x in PENALTIES}
+        fined = {f"L = {x:g}": each(penalised, x, of=args.penalty_seeds) for x in PENALTIES}
         methods = {name: [figures(job.result()) for job in jobs] for name, jobs in runs.items()}
         penalties = {name: [penalty_figures(job.result()) for job in jobs] for name, jobs in fined.items()}
     run, world = work / f"sigmoid-{ESTIMATORS[0]}-{seeds[0]}", work / f"world-{seeds[0]}"
     curves = dpo_against_trl(run, world, seeds[0], work / "trl")
-    asked = {"seeds": seeds, "losses": args.losses, "estimators": args.estimators}
+    asked = {"seeds": seeds, "penalty_seeds": args.penalty_seeds, "losses": args.losses, "estimators": args.estimators}
     command = " ".join(f"--{key} {' '.join(map(str, values))}" for key, values in asked.items())
-    made = table(methods, penalties, curves, seeds, command)
+    made = table(methods, penalties, curves, seeds, args.penalty_seeds, command)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "methods.md").write_text(made, encoding="utf-8")
     print(made)

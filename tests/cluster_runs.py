@@ -32,14 +32,14 @@ def make_world(models: Path, factory: pytest.TempPathFactory) -> Path:
 
 
 def command(world: Path, run: Path, *flags: str) -> list[str]:
-    """One iteration, in three shards; training in two processes.
+    """One iteration, in two shards; training in two processes.
 
     The ranker is a function, so that ranking starts at once: what these tests kill is much, and often. PairRM is
     killed in test_faults.py.
     """
     words = ["bash", "run_sppo_mistral.sh", "--name=run", "--model", world / "policy", "--ranker=tiny:longer"]
     words += ["--prompts", world / "prompts.jsonl", "--recipe=recipes/sppo/demo.yaml", "--engine=transformers"]
-    words += ["--iterations=1", "--pairs=3", "--maxlen=24", "--test_size=2", "--gpus=none", "--shards=3"]
+    words += ["--iterations=1", "--pairs=3", "--maxlen=24", "--test_size=2", "--gpus=none", "--shards=2"]
     words += ["--num_train_epochs=5", "--global_batch_size=8", "--batch_size=4", "--save_steps=1"]
     words += ["--learning_rate=1e-3", "--accelerate_config=multi_cpu", "--skip_preflight", "--run_dir", run, *flags]
     return [str(word) for word in words]
