@@ -326,6 +326,11 @@ def test_gpus_that_do_not_exist_or_that_pytorch_cannot_use(
             [],
             ["no generation: vLLM takes 0.9 of GPU 1.*0.5$", "no training.*Others use"],
         ),
+        (  # the anchor's network is whole on each GPU for a while
+            {"0": (80, 79), "1": (80, 79)},
+            ["--anchor=0.1"],
+            ["ok training: 44.9 GiB.* 1[5-9].. GiB of activations or the anchor's weights"],
+        ),
         ({"0": (80, 79)}, [], ["no training: 89.7 GiB"]),  # 12 bytes a number on one GPU
         ({"0": (80, 79)}, ["--use_peft"], ["ok training: 15.[0-9] GiB"]),  # the frozen weights as they are stored
         (

@@ -49,10 +49,11 @@ def check_memory(run: Run) -> Findings:
 def _training_fits(run: Run, shape: Shape) -> Finding:
     config, processes, _ = run.training
     fixed, activations = training_memory(run.recipe, shape, config, processes)
-    parts = "weights, gradients and optimiser in each process and about {} of activations"
+    passing = "activations or the anchor's weights" if run.recipe.anchor else "activations"
+    parts = f"weights, gradients and optimiser in each process and about {{}} of {passing}"
     if run.cpu or config.get("use_cpu"):
         here = processes // run.machines
-        parts = f"weights, gradients and optimiser in {many(here, 'process')} and about {{}} of activations"
+        parts = f"weights, gradients and optimiser in {many(here, 'process')} and about {{}} of {passing}"
         room, fixed, activations = run.main_memory, fixed * here, activations * here
         return fits("training", fixed, activations, room, parts, "Take a smaller model or --use_peft")
     room = min(free for _, free in run.cards.values())

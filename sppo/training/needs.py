@@ -38,7 +38,7 @@ def state_bytes(optim: str) -> int:
 
 
 def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], processes: int) -> tuple[int, int]:
-    """(bytes of weights, gradients and optimiser, bytes of activations) in one process of a training."""
+    """(bytes of weights, gradients and optimiser, bytes of what comes and goes) in one process of a training."""
     trained, state = trained_numbers(recipe, shape), state_bytes(recipe.optim)
     zero = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
     mixed = config.get("mixed_precision") == "bf16"
@@ -56,7 +56,9 @@ def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], proces
     tokens = recipe.batch_size * (recipe.pairs if recipe.loss_type == "sppo_all" else 2) * recipe.max_length
     layer = 34 * number // 2 * tokens * shape.hidden  # arXiv 2205.05198, without attention's scores
     kept = number * tokens * shape.hidden * shape.layers + layer
-    return int(fixed), int(moment + (kept if recipe.gradient_checkpointing else layer * shape.layers))
+    # the anchor's network (trainer.py, _find_anchor) is whole on each rank, but gone before the first step
+    anchor = (2 if mixed and (zero or recipe.use_peft) else 4) * shape.parameters * bool(recipe.anchor)
+    return int(fixed), int(max(anchor, moment + (kept if recipe.gradient_checkpointing else layer * shape.layers)))
 
 
 def checkpoint_bytes(recipe: Recipe, shape: Shape, config: dict[str, Any]) -> int:

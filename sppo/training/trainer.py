@@ -259,7 +259,7 @@ class SPPOTrainer(Trainer):
                 f"{self.table.homes[0] / self.table.key}.safetensors is gone, so this run cannot be resumed: "
                 "its policy is not the reference any more. Start again with --overwrite"
             )
-        self.reference = self._pass(self.model_wrapped, self.lean)
+        self.reference = self._pass(self.model_wrapped, self.lean, "reference")
         self._keep(self.table, self.reference, "reference")
 
     def _find_anchor(self, anchor: Anchor) -> torch.Tensor:
@@ -277,7 +277,7 @@ class SPPOTrainer(Trainer):
             network = load_causal_lm(anchor.policy, dtype, self.recipe.attn_implementation)
         lean = add_lean_forward(network) and self.lean
         with self.accelerator.autocast():
-            logps = self._pass(network.to(self.args.device), lean)
+            logps = self._pass(network.to(self.args.device), lean, "anchor")
         self._keep(anchor.table, logps, "anchor")
         return logps
 
@@ -298,8 +298,11 @@ class SPPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
-    def _pass(self, model: Any, lean: bool) -> torch.Tensor:
-        """(S,): a model's log-prob of every response. The ranks share the rows and make the same number of passes."""
+    def _pass(self, model: Any, lean: bool, whose: str) -> torch.Tensor:
+        """(S,): a model's log-prob of every response; `whose` names it in progress.
+
+        The ranks share the rows and make the same number of passes.
+        """
         size, training = len(self.train_dataset.sequence_rates), model.training
         model.eval()
         ranks, rank, batch_size = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.batch_size
@@ -307,7 +310,7 @@ class SPPOTrainer(Trainer):
         order = (-lengths).argsort(kind="stable")
         parts = even_parts(lengths[order], -(-len(order) // (batch_size * ranks)) * ranks)
         table = torch.zeros(size, device=self.args.device)
-        with progress(len(order), "reference log-probs", "row") as bar:
+        with progress(len(order), f"{whose} log-probs", "row") as bar:
             for first in range(0, len(parts), ranks):
                 mine = order[list(parts[first + rank])]
                 # a rank without rows runs too, so that all ranks make the same number of passes
