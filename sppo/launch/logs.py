@@ -88,7 +88,7 @@ def raised(lines: list[str]) -> list[str]:
         elif place is not None and line.startswith("  File "):
             place = line.strip()
         elif place is not None and not line.startswith(" "):
-            if not line.startswith("torch.distributed.elastic."):
+            if not line.startswith("torch.distributed.elastic.multiprocessing.errors.ChildFailedError"):
                 found[f"{line} ({place})"] = None
             place = None
     return list(found)
