@@ -57,6 +57,12 @@ class Job:
     def shown(self) -> str:
         return (self.run / "logs" / f"run-{self.number}.log").read_text()
 
+    def told(self) -> str:
+        """For a test that fails: the job's log, and what Slurm and Python said in the newest log of its work."""
+        newest = max(self.run.glob("iter*/logs/*.log"), key=lambda path: path.stat().st_mtime)
+        lines = [line for line in newest.read_text().splitlines() if re.search(r"^slurm|^srun|Error|signal", line)]
+        return "\n".join([self.shown(), f"{newest}:", *lines])
+
     def ask(self, field: str) -> str:
         answer = self.slurm.ask("scontrol", "show", "job", self.number)
         found = re.search(rf"\b{field}=(\S+)", answer)
@@ -76,8 +82,8 @@ class Job:
         deadline = time.monotonic() + seconds
         while not moment():
             state = self.state()
-            assert state not in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED") or moment(), f"{state}\n{self.shown()}"
-            assert time.monotonic() < deadline, f"that moment did not come\n{self.shown()}"
+            assert state not in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED") or moment(), f"{state}\n{self.told()}"
+            assert time.monotonic() < deadline, f"that moment did not come\n{self.told()}"
             time.sleep(0.05)
 
     def end(self) -> str:
@@ -126,7 +132,7 @@ class TestNodes:
             slurm.revive(victim)
         print("killed in", hit)
         assert len(hit) >= 5, hit
-        assert job.end() == "COMPLETED", job.shown()
+        assert job.end() == "COMPLETED", job.told()
         assert int(job.ask("Restarts")) == len(ONE)
         assert_same(world, run)
 
@@ -188,7 +194,7 @@ class TestJobs:
         job.wait(lambda: at_work(run, ONE[2]) or is_done(run, ONE[2]))
         slurm.ask("scancel", "--signal=USR1", "--batch", job.number)  # as at a preemption
         job.wait(lambda: job.shown().count("saved; back into the queue") >= 1)
-        assert job.end() == "COMPLETED", job.shown()
+        assert job.end() == "COMPLETED", job.told()
         # by the signal, and at its time limit: how often it meets that depends on the machine
         assert job.shown().count("saved; back into the queue") >= 2, job.shown()
         assert_same(world, run)
