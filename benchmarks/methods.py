@@ -41,9 +41,13 @@ def driver(python: str, work: Path, name: str, seed: int, more: list[str]) -> Pa
     world, run = work / f"world-{seed}", work / f"{name}-{seed}"
     words = ["bash", "run_sppo_mistral.sh", "--split_prompts", "--skip_preflight", "--gpus=none"]
     words += flags(recipe=RECIPE, seed=seed, name="demo", run_dir=run, model=world / "policy")
-    words += flags(prompts=world / "train.jsonl", eval_prompts=world / "heldout.jsonl", judge="sppo.demo:rule")
-    call(python, [*words, *more], Path(f"{run}.log"))
+    call(python, [*words, *flags(prompts=world / "train.jsonl"), *more], Path(f"{run}.log"))
     return run
+
+
+def judged(work: Path, seed: int) -> list[str]:
+    """What answers are drawn to, and their second judge."""
+    return flags(eval_prompts=work / f"world-{seed}" / "heldout.jsonl", judge="sppo.demo:rule")
 
 
 def share_first_answers(run: Path, other: Path) -> None:
@@ -61,13 +65,17 @@ def method(python: str, work: Path, seed: int, loss: str, estimator: str) -> Pat
     name, first = f"{loss}-{estimator}", work / f"{LOSSES[0]}-{ESTIMATORS[0]}-{seed}"
     if (loss, estimator) != (LOSSES[0], ESTIMATORS[0]):
         share_first_answers(first, work / f"{name}-{seed}")
-    own = flags(ranker=work / f"world-{seed}" / "ranker", loss_type=loss, estimator=estimator)
-    return driver(python, work, name, seed, own)
+    world = work / f"world-{seed}"
+    run = driver(python, work, name, seed, flags(ranker=world / "ranker", loss_type=loss, estimator=estimator))
+    words = [python, "scripts/report.py", "--gpus=none", *judged(work, seed)]  # of the last iteration alone
+    words += flags(recipe=run / "iter3/recipe.yaml", run_dir=run, iteration=3, base=world / "policy", seed=seed)
+    call(python, words, Path(f"{run}.log"))
+    return run
 
 
 def penalised(python: str, work: Path, seed: int, penalty: float) -> Path:
     own = flags(ranker="sppo.demo:biased", length_penalty=penalty)
-    return driver(python, work, f"penalty-{penalty:g}", seed, [*own, "--evaluate"])
+    return driver(python, work, f"penalty-{penalty:g}", seed, [*own, *judged(work, seed), "--evaluate"])
 
 
 def figures(run: Path) -> dict[str, Any]:
