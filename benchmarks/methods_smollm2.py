@@ -4,7 +4,8 @@
 
 Each method is run_sppo_smollm2.sh's run with that flag and one iteration. The first model's held-out answers, the
 first responses and their ranking do not depend on the method, and are made once.
-Writes  <output_dir>/methods-smollm2.md; the runs in <work_dir>, where a stopped one goes on.
+Writes  <output_dir>/methods-smollm2.md, a row as soon as its run has ended; the runs in <work_dir>, where a stopped one
+        goes on.
 A run takes some minutes, on two cores; `sppo_all` trains on all eight responses, and takes four times as long.
 """
 
@@ -98,7 +99,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1, help="%(default)s")
     args = parser.parse_args()
     work = args.work_dir.absolute()
-    work.mkdir(parents=True, exist_ok=True)
+    for directory in (work, args.output_dir):
+        directory.mkdir(parents=True, exist_ok=True)
     model, prompts = work / "SmolLM2-135M-Instruct", work / "prompts"
     call([sys.executable, "scripts/make_smollm2.py", "--output_dir", model], work / "model.log")
     made = flags(output_dir=prompts, seed=args.seed)
@@ -115,9 +117,8 @@ def main() -> None:
         for estimator in ESTIMATORS[:1] if alone else ESTIMATORS:
             name = f"`{loss}`, {'both' if alone else estimator}"
             found[name] = [figures(method(work, model, loss, estimator, more))]
-    text = table(found, args.iterations, f"--seed {args.seed} --iterations {args.iterations}", same)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "methods-smollm2.md").write_text(text, encoding="utf-8")
+            text = table(found, args.iterations, f"--seed {args.seed} --iterations {args.iterations}", same)
+            (args.output_dir / "methods-smollm2.md").write_text(text, encoding="utf-8")
     print(text)
 
 
