@@ -187,8 +187,9 @@ def table(
         [
             "# Methods beside each other",
             "",
-            f"`python benchmarks/methods.py {command}`, on 2 CPU cores. "
-            f"Medians over the seeds ({len(seeds)}), in brackets the lowest and the highest. All is of the third "
+            f"`python benchmarks/methods.py {command}`, on 2 CPU cores, two runs at a time: *training, s*, of one "
+            f"iteration, is noisy. Medians over the seeds ({len(seeds)}), in brackets the lowest and the highest. "
+            "All is of the third "
             "iteration's model on 150 held-out prompts, win rates against the first model. What a method gains here it "
             "gains with the demo's settings (`recipes/sppo/demo.yaml`: beta 0.1, 12 steps an iteration), which were "
             "chosen for `sppo` with the paper's estimator, and not for each method.",
