@@ -28,6 +28,7 @@ from sppo.config import ROOT, flags
 
 # their losses read which response is preferred, and not by how much
 ORDER_ONLY = ("sigmoid", "hinge", "ipo", "kto_pair")
+PROMPTS = 96  # of an iteration, as in run_sppo_smollm2.sh
 COLUMNS = {
     "followed": ("followed, %", True),
     "followed_seen": ("seen, %", True),
@@ -103,7 +104,7 @@ def main() -> None:
         directory.mkdir(parents=True, exist_ok=True)
     model, prompts = work / "SmolLM2-135M-Instruct", work / "prompts"
     call([sys.executable, "scripts/make_smollm2.py", "--output_dir", model], work / "model.log")
-    made = flags(output_dir=prompts, seed=args.seed)
+    made = flags(output_dir=prompts, seed=args.seed, train=PROMPTS * args.iterations)
     call([sys.executable, "scripts/make_instructions.py", *made], work / "prompts.log")
     more = flags(seed=args.seed, iterations=args.iterations)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -112,7 +113,7 @@ def main() -> None:
     found["first model"] = [base["base"]]
     # later iterations draw from policies that may differ
     same = args.iterations == 1 and same_pairs(paper, released)
-    for loss in LOSSES:
+    for loss in sorted(LOSSES, key=lambda name: name == "sppo_all"):  # which takes longest
         alone = same and loss in ORDER_ONLY
         for estimator in ESTIMATORS[:1] if alone else ESTIMATORS:
             name = f"`{loss}`, {'both' if alone else estimator}"
