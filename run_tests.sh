@@ -19,10 +19,10 @@ apt() { # Debian packages, while pip installs its own; where they cannot be had,
 }
 # the report is shown to a real browser, and jobs run under a real Slurm
 if [ "${1:-}" = --all ]; then apt & fi
+unset PYTHONDONTWRITEBYTECODE # what the tests import is compiled once, and not in each of their processes
 bash scripts/install.sh tests
 wait
 unset VIRTUAL_ENV PYTHON
-unset PYTHONDONTWRITEBYTECODE # what the tests import is compiled once, and not in each of their processes
 which=(-m "not slow")
 processes=2
 if [ "${1:-}" = --all ]; then

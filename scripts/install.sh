@@ -33,7 +33,7 @@ if ! { [ -x .venv/bin/python ] && usable .venv/bin/python && .venv/bin/python -m
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 later='' # the tests use a part of all modules: each is compiled when it is first imported, which is half of the time
-if [ "$what" = tests ]; then later=--no-compile; fi
+if [ "$what" = tests ] && [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then later=--no-compile; fi
 log=.venv/install.log
 quietly() { "$@" >> "$log" 2>&1 || { echo "error: failed: $*; the end of $log:" >&2; tail -n 25 "$log" >&2; exit 1; }; }
 gpu=false
