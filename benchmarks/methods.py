@@ -116,13 +116,16 @@ def rows(found: dict[str, list[dict[str, Any]]], columns: dict[str, tuple[str, b
     return lines
 
 
-METHOD_COLUMNS = {
-    "rule_win_rate": ("rule, %", True),
-    "ranker_win_rate": ("ranker, %", True),
+HEALTH = {  # of answers, in every table of methods
     "mean_tokens": ("tokens", False),
     "empty": ("empty, %", True),
     "repeated": ("repeated, %", True),
     "cut": ("cut, %", True),
+}
+METHOD_COLUMNS = {
+    "rule_win_rate": ("rule, %", True),
+    "ranker_win_rate": ("ranker, %", True),
+    **HEALTH,
     "train_seconds": ("training, s", False),
 }
 PENALTY_COLUMNS = {

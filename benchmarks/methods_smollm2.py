@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow.parquet as pq
-from methods import ESTIMATORS, LOSSES, figures, rows, share_first_answers
+from methods import ESTIMATORS, HEALTH, LOSSES, figures, rows, share_first_answers
+from warm_python import call
 
 from sppo.common.files import read_json
 from sppo.config import ROOT, flags
@@ -34,22 +34,16 @@ COLUMNS = {
     "followed_seen": ("seen, %", True),
     "followed_unseen": ("unseen, %", True),
     "ranker_win_rate": ("win rate, %", True),
-    "mean_tokens": ("tokens", False),
-    "empty": ("empty, %", True),
-    "repeated": ("repeated, %", True),
-    "cut": ("cut, %", True),
+    **HEALTH,
     "base_perplexity": ("base perplexity", False),
     "train_seconds": ("training, s", False),
 }
 
 
-def call(words: list[str | Path], log: Path) -> None:
-    """Run a command of the project. Raises SystemExit where it fails."""
-    with open(log, "ab") as out:
-        environment = {**os.environ, "PYTHON": sys.executable}
-        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, words))} failed; see {log}")
+def run_command(words: list[str], log: Path) -> None:
+    """Run a command of the project on all cores, with the Hub where there is one. Raises SystemExit where it fails."""
+    threads, offline = str(len(os.sched_getaffinity(0))), os.environ.get("HF_HUB_OFFLINE", "0")
+    call(sys.executable, words, log, OMP_NUM_THREADS=threads, HF_HUB_OFFLINE=offline)
 
 
 def method(work: Path, model: Path, loss: str, estimator: str, more: list[str]) -> Path:
@@ -60,7 +54,7 @@ def method(work: Path, model: Path, loss: str, estimator: str, more: list[str]) 
     words = [sys.executable, "scripts/run.py", "--split_prompts", "--evaluate", "--skip_preflight", *more]
     words += flags(recipe=ROOT / "recipes/sppo/smollm2.yaml", name="smollm2", model=model, run_dir=run)
     words += flags(prompts=work / "prompts/train.jsonl", eval_prompts=work / "prompts/heldout.jsonl")
-    call([*words, *flags(loss_type=loss, estimator=estimator)], Path(f"{run}.log"))
+    run_command([*words, *flags(loss_type=loss, estimator=estimator)], Path(f"{run}.log"))
     return run
 
 
@@ -103,9 +97,9 @@ def main() -> None:
     for directory in (work, args.output_dir):
         directory.mkdir(parents=True, exist_ok=True)
     model, prompts = work / "SmolLM2-135M-Instruct", work / "prompts"
-    call([sys.executable, "scripts/make_smollm2.py", "--output_dir", model], work / "model.log")
+    run_command([sys.executable, "scripts/make_smollm2.py", *flags(output_dir=model)], work / "model.log")
     made = flags(output_dir=prompts, seed=args.seed, train=PROMPTS * args.iterations)
-    call([sys.executable, "scripts/make_instructions.py", *made], work / "prompts.log")
+    run_command([sys.executable, "scripts/make_instructions.py", *made], work / "prompts.log")
     more = flags(seed=args.seed, iterations=args.iterations)
     found: dict[str, list[dict[str, Any]]] = {}
     paper, released = (method(work, model, LOSSES[0], estimator, more) for estimator in ESTIMATORS)

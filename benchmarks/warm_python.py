@@ -69,9 +69,12 @@ def warm_python() -> Iterator[str]:
         shutil.rmtree(scratch)
 
 
-def call(python: str, words: list[str], log: Path) -> None:
-    """Run a command of the project with that Python, into the end of a log. Raises SystemExit where it fails."""
-    environment = {**os.environ, "PYTHON": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def call(python: str, words: list[str], log: Path, **more: str) -> None:
+    """Run a command of the project with that Python, into the end of a log. Raises SystemExit where it fails.
+
+    On one thread and without the Hub, unless `more`, which goes into the environment, says otherwise.
+    """
+    environment = {**os.environ, "PYTHON": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
     with open(log, "ab") as out:
         done = subprocess.run(words, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False)
     if done.returncode:
