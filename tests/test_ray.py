@@ -5,6 +5,7 @@ What it must equal is the local run `whole` (cluster_runs.make_world). Every fau
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -58,6 +59,15 @@ def busy_nodes(ray: Any, run: Path) -> list[Any]:
     return found
 
 
+def trainers() -> list[int]:
+    """Ray's workers that hold a part of a training: Ray names them so while they do."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            found += [int(path.parent.name)] if path.read_bytes().startswith(b"ray::train") else []
+    return found
+
+
 def said(run: Path) -> str:
     return Path(f"{run}.log").read_text()
 
@@ -93,11 +103,8 @@ def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) ->
         assert process.wait(120) != 0
         cluster.wait_until(lambda: nothing_left(run), 60)
     process = drive(ray, world, run)
-    tiny.wait_for(process, lambda: "step" in said(run) or bool(tiny.processes(run, b"run_sppo.py")))
-    worker = next(
-        int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if p.read_bytes().startswith(b"ray::train")
-    )
-    os.kill(worker, signal.SIGKILL)
+    tiny.wait_for(process, lambda: bool(tiny.processes(run, b"run_sppo.py")) and bool(trainers()))
+    os.kill(trainers()[0], signal.SIGKILL)
     assert process.wait(240) == 0, said(run)
     assert_same(world, run)
 

@@ -69,11 +69,13 @@ class Job:
         return found[1] if found else ""
 
     def state(self) -> str:
-        """Its state. One that was requeued need not wait its two minutes, but until its first start has ended."""
+        """Its state. One that was requeued need not wait its two minutes, but until all is over that was asked of its
+        former start: a signal that a dead node did not take is sent again a minute later, and would end the new one."""
         state = self.ask("JobState")
         if state != "PENDING":
             self.pending = time.monotonic()
-        elif time.monotonic() > self.pending + 8 and self.ask("Reason") == "BeginTime":
+        held = time.monotonic() > self.pending + 10 and self.ask("Reason") == "BeginTime"
+        if held and not re.search("REQUEST_(SIGNAL|TERMINATE|ABORT|KILL)", self.slurm.ask("sdiag")):
             self.slurm.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
         return state
 
