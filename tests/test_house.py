@@ -197,6 +197,31 @@ def test_without_a_fitting_python_uv_brings_one(tmp_path: Path, uv: bool) -> Non
         assert "or install uv" in done.stderr
 
 
+@pytest.mark.parametrize("setting", ["extra-index-url='https://a/simple https://b/simple'", "client-cert='/own.pem'"])
+def test_uv_installs_from_where_pip_would_or_pip_does(tmp_path: Path, setting: str) -> None:
+    """Who has packages from an index of their own must not get them from elsewhere. Scripts stand for pip and uv."""
+    bin = tmp_path / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    answer = f'case "$*" in *"config list") echo "global.{setting}" ;; *) echo "$@" >> {tmp_path}/pip ;; esac'
+    (bin / "python").write_text(f"#!/bin/bash\n{answer}\n")
+    (bin / "uv").write_text(f'#!/bin/bash\necho "$UV_INDEX: $@" >> {tmp_path}/uv\n')
+    for name in ("python", "uv"):
+        (bin / name).chmod(0o755)
+    for name in ("setup.py", "requirements.lock", "scripts/install.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tiny.ROOT / name, tmp_path / name)
+    done = subprocess.run(["bash", tmp_path / "scripts" / "install.sh", "vllm"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    by = "uv" if "index" in setting else "pip"
+    lines = [line for line in (tmp_path / by).read_text().splitlines() if "requirements.lock" in line]
+    assert len(lines) == 1
+    assert "-e .[vllm" in lines[0]
+    if by == "uv":
+        assert lines[0].startswith("https://a/simple https://b/simple: pip install")
+    else:
+        assert not (tmp_path / "uv").exists()
+
+
 def test_a_command_starts_without_what_it_does_not_use(tmp_path: Path) -> None:
     """And afterwards a user's ranker can import it all the same, and garbage is collected."""
     (tmp_path / "mine.py").write_text(
