@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from warm_python import call, warm_python
+from warm_python import call, share_first_answers, warm_python
 
 from sppo.config import ROOT, flags
 from sppo.demo import colour_words
@@ -50,21 +49,9 @@ def judged(work: Path, seed: int) -> list[str]:
     return flags(eval_prompts=work / f"world-{seed}" / "heldout.jsonl", judge="sppo.demo:rule")
 
 
-def share_first_answers(run: Path, other: Path) -> None:
-    """What does not depend on the method: the first model's held-out answers, the first responses and rankings."""
-    if not other.exists():
-        shutil.copytree(run / "iter0", other / "iter0")
-        data = other / "iter1" / "data"
-        data.mkdir(parents=True)
-        for path in (run / "iter1" / "data").iterdir():
-            if path.name.split(".")[0] in ("responses", "ranking", "ranker"):
-                (shutil.copytree if path.is_dir() else shutil.copy2)(path, data / path.name)
-
-
 def method(python: str, work: Path, seed: int, loss: str, estimator: str) -> Path:
     name, first = f"{loss}-{estimator}", work / f"{LOSSES[0]}-{ESTIMATORS[0]}-{seed}"
-    if (loss, estimator) != (LOSSES[0], ESTIMATORS[0]):
-        share_first_answers(first, work / f"{name}-{seed}")
+    share_first_answers(first, work / f"{name}-{seed}")
     world = work / f"world-{seed}"
     run = driver(python, work, name, seed, flags(ranker=world / "ranker", loss_type=loss, estimator=estimator))
     words = [python, "scripts/report.py", "--gpus=none", *judged(work, seed)]  # of the last iteration alone

@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow.parquet as pq
-from methods import ESTIMATORS, HEALTH, LOSSES, figures, rows, share_first_answers
-from warm_python import call
+from methods import ESTIMATORS, HEALTH, LOSSES, figures, rows
+from warm_python import call, share_first_answers
 
 from sppo.common.files import read_json
 from sppo.config import ROOT, flags
@@ -49,8 +49,7 @@ def run_command(words: list[str], log: Path) -> None:
 def method(work: Path, model: Path, loss: str, estimator: str, more: list[str]) -> Path:
     """One run; its directory."""
     run, first = work / f"{loss}-{estimator}", work / f"{LOSSES[0]}-{ESTIMATORS[0]}"
-    if run != first:
-        share_first_answers(first, run)
+    share_first_answers(first, run)
     words = [sys.executable, "scripts/run.py", "--split_prompts", "--evaluate", "--skip_preflight", *more]
     words += flags(recipe=ROOT / "recipes/sppo/smollm2.yaml", name="smollm2", model=model, run_dir=run)
     words += flags(prompts=work / "prompts/train.jsonl", eval_prompts=work / "prompts/heldout.jsonl")

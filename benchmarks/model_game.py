@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from warm_python import call, warm_python
+from warm_python import call, share_first_answers, warm_python
 
 from sppo.common.parquet import read_rows
 from sppo.common.preference import Array, sigmoid
@@ -71,8 +71,12 @@ def gap_interval(by_prompt: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def run(python: str, world: Path, directory: Path, seed: int, method: list[str]) -> Played:
-    """One run by the driver, then the answers of its mean weights. Started again, it goes on."""
+def run(python: str, world: Path, directory: Path, seed: int, method: list[str], first: Path) -> Played:
+    """One run by the driver, then the answers of its models and of their mean weights. Started again, it goes on.
+
+    `first` is a run of that seed: what does not depend on the method is taken from it.
+    """
+    share_first_answers(first, directory, "answers-0")
     policy, average = world / "policy", directory / "average"
     common = flags(recipe=ROOT / "recipes" / "sppo" / "demo.yaml", seed=seed)
     driver = ["bash", "run_sppo_mistral.sh", *common, "--skip_preflight", *flags(run_dir=directory, name="game")]
@@ -97,10 +101,14 @@ def played(work: Path, seeds: Sequence[int]) -> dict[str, list[Played]]:
         subprocess.run([python, "scripts/make_demo.py", *flags(output_dir=world, seed=42)], cwd=ROOT, check=True)
         lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
         (work / "prompts.jsonl").write_text("".join(lines[:PROMPTS]))
-        jobs: dict[str, list[Future[Played]]] = {name: [] for name in METHODS}
-        for seed in seeds:
-            for number, (name, method) in enumerate(METHODS.items()):
-                jobs[name].append(pool.submit(run, python, world, work / f"{number}-{seed}", seed, method))
+        jobs: dict[str, list[Future[Played]]] = {}
+        for number, (name, method) in enumerate(METHODS.items()):
+            jobs[name] = [
+                pool.submit(run, python, world, work / f"{number}-{seed}", seed, method, work / f"0-{seed}")
+                for seed in seeds
+            ]
+            if number == 0:
+                wait(jobs[name])
         return {name: [job.result() for job in runs] for name, runs in jobs.items()}
 
 

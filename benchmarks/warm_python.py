@@ -149,3 +149,18 @@ def _become(told: dict, files: list[int], client: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1 if code else 0)
+
+
+def share_first_answers(run: Path, other: Path, answers: str = "iter0") -> None:
+    """Copy what does not depend on the method from one run to another that has not begun: the first model's held-out
+    answers (a directory of the run), the first responses and their rankings."""
+    if other == run or other.exists():
+        return
+    data = other.with_name(f"{other.name}.new") / "iter1" / "data"
+    shutil.rmtree(data.parents[1], ignore_errors=True)
+    data.mkdir(parents=True)
+    shutil.copytree(run / answers, data.parents[1] / answers)
+    for path in (run / "iter1" / "data").iterdir():
+        if path.name.split(".")[0] in ("responses", "ranking", "ranker"):
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, data / path.name)
+    data.parents[1].rename(other)
