@@ -5,8 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 
-from sppo.common.errors import UsageError
+from sppo.common.errors import SPPOError, UsageError
+
+
+@dataclass
+class GPU:
+    """One that nvidia-smi lists; memory in bytes."""
+
+    index: str
+    uuid: str
+    name: str
+    memory: int
+    free: int
+
+
+def list_gpus() -> list[GPU]:
+    """What nvidia-smi lists. Raises SPPOError where it lists nothing that can be read."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
+        rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+        return [GPU(row[0], row[1], row[2], int(row[-2]) << 20, int(row[-1]) << 20) for row in rows]
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        said = " ".join(str(getattr(error, "stdout", "") or error).split())
+        raise SPPOError(f"nvidia-smi does not list the GPUs ({said}); see to the driver, or pass --gpus none") from None
 
 
 def devices(gpus: str) -> list[str]:

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from sppo.common.files import read_json, write_json
 from sppo.common.findings import main_memory
 from sppo.common.manifest import versions
 from sppo.config import ROOT
+from sppo.launch.devices import list_gpus
 from sppo.launch.machine import own_address
 
 _TRIES, _PAUSE = 5, 5  # of looking at machines some of which leave; seconds between two
@@ -112,13 +112,10 @@ def _code() -> str:
 
 
 def _gpus() -> list[list[Any]]:
-    """[name, all bytes, free bytes] of each GPU that nvidia-smi lists."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    """[name, all bytes, free bytes] of each GPU; none where there is no nvidia-smi."""
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-        rows = [[part.strip() for part in line.split(",")] for line in lines if line.strip()]
-        return [[row[0], int(row[1]) << 20, int(row[2]) << 20] for row in rows]
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return [[gpu.name, gpu.memory, gpu.free] for gpu in list_gpus()]
+    except SPPOError:
         return []
 
 

@@ -12,12 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 from sppo.common import cores
-from sppo.common.errors import SPPOError
 from sppo.common.findings import Finding, Findings, Run, main_memory, many, no, note, ok, size
 from sppo.common.manifest import version_of
 from sppo.config import ROOT
 from sppo.generation.checks import data_bytes
 from sppo.generation.engines import pick_engine
+from sppo.launch.devices import list_gpus
 from sppo.launch.nodes import look
 from sppo.training.needs import checkpoint_bytes, model_bytes
 
@@ -104,32 +104,20 @@ def check_gpus(run: Run) -> Findings:
         if said := watch.warning():
             yield note(f"{said}; the hours below are an idle machine's")
         return
-    listed = _nvidia_smi()
+    listed = list_gpus()
     for name in run.gpus:
-        matches = [card for card in listed if name == card[0] or (len(name) > 4 and card[1].startswith(name))]
+        matches = [card for card in listed if name == card.index or (len(name) > 4 and card.uuid.startswith(name))]
         if name.startswith("MIG-"):
             yield note(f"{name}: the memory of a MIG slice is not checked")
         elif len(matches) != 1:
-            there = ", ".join(card[0] for card in listed) or "none"
+            there = ", ".join(card.index for card in listed) or "none"
             yield no(f"GPU {name} does not exist; nvidia-smi shows {there}. Change --gpus or CUDA_VISIBLE_DEVICES")
         else:
-            _, _, product, total, free = matches[0]
-            run.cards[name] = total, free
-            yield ok(f"GPU {name}: {product}, {size(free)} of {size(total)} free")
+            gpu = matches[0]
+            run.cards[name] = gpu.memory, gpu.free
+            yield ok(f"GPU {name}: {gpu.name}, {size(gpu.free)} of {size(gpu.memory)} free")
     if run.cards:
         yield _rate_of_gpu(run, next(iter(run.cards)))
-
-
-def _nvidia_smi() -> list[tuple[str, str, str, int, int]]:
-    """(index, uuid, name, all bytes, free bytes) of each GPU. Raises SPPOError."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60)
-        rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-        return [(row[0], row[1], row[2], int(row[-2]) << 20, int(row[-1]) << 20) for row in rows]
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        said = " ".join(str(getattr(error, "stdout", "") or error).split())
-        raise SPPOError(f"nvidia-smi does not list the GPUs ({said}); see to the driver, or pass --gpus none") from None
 
 
 def _rate_of_gpu(run: Run, name: str) -> Finding:
