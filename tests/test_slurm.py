@@ -51,7 +51,7 @@ class Job:
         slow = {"PYTHONPATH": f"{tiny.ROOT}/tests/slow_disk:{tiny.ROOT}/tests", "SPPO_TEST_SLOW": str(run)}
         slow["SPPO_TEST_DELAY"] = str(delay)
         shown = tiny.succeed(*command(world, run, *flags), **{**slurm.env, **SAME, **slow})
-        self.pending = time.monotonic()
+        self.pending, self.asked, self.answer = time.monotonic(), 0.0, ""
         self.number = re.search(r"submitted: job (\d+)", shown)[1]
 
     def shown(self) -> str:
@@ -64,8 +64,10 @@ class Job:
         return "\n".join([self.shown(), f"{newest}:", *lines])
 
     def ask(self, field: str) -> str:
-        answer = self.slurm.ask("scontrol", "show", "job", self.number)
-        found = re.search(rf"\b{field}=(\S+)", answer)
+        """What Slurm knows of it, at most a second old: to be asked all the time would keep a core busy."""
+        if time.monotonic() > self.asked + 1:
+            self.answer, self.asked = self.slurm.ask("scontrol", "show", "job", self.number), time.monotonic()
+        found = re.search(rf"\b{field}=(\S+)", self.answer)
         return found[1] if found else ""
 
     def state(self) -> str:
@@ -77,6 +79,7 @@ class Job:
         held = time.monotonic() > self.pending + 10 and self.ask("Reason") == "BeginTime"
         if held and not re.search("REQUEST_(SIGNAL|TERMINATE|ABORT|KILL)", self.slurm.ask("sdiag")):
             self.slurm.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+            self.asked = 0.0
         return state
 
     def wait(self, moment: Callable[[], bool], seconds: float = 240) -> None:
@@ -96,6 +99,7 @@ class Job:
         return self.state()
 
     def nodes(self) -> list[str]:
+        self.wait(lambda: self.ask("NodeList") not in ("", "(null)"))
         return self.slurm.ask("scontrol", "show", "hostnames", self.ask("NodeList")).split()
 
 

@@ -206,7 +206,7 @@ def wait_until(moment: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not moment():
         assert time.monotonic() < deadline, "that moment did not come"
-        time.sleep(0.001)
+        time.sleep(0.02)  # what lasts for a moment only lasts longer on a slow disk
 
 
 def processes(directory: Path, name: bytes = b"") -> list[Path]:
