@@ -227,9 +227,9 @@ def test_a_command_starts_without_what_it_does_not_use(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import gc, sys\n"
         "from sppo.common.loading import import_networks\n"
-        "import_networks()\n"
-        "print(sorted({'sklearn', 'scipy', 'torch', 'transformers.modeling_utils'} & set(sys.modules)))\n"
-        "import scipy.optimize, sklearn.metrics\n"
+        "import_networks('transformers.trainer')\n"
+        "print(sorted({'sklearn', 'scipy', 'datasets', 'torch', 'transformers.modeling_utils'} & set(sys.modules)))\n"
+        "import datasets, scipy.optimize, sklearn.metrics\n"
         "from transformers import AutoModelForCausalLM\n"
         "print(gc.isenabled(), sklearn.metrics.roc_auc_score([0, 1], [0.2, 0.7]))\n"
     )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import tiny
 
 from sppo.common import cores
 from sppo.common.errors import UsageError
+from sppo.launch import machine
 from sppo.launch.devices import devices, groups
 from sppo.launch.logs import last_lines, overall, show_failure
 
@@ -332,3 +334,19 @@ def test_an_interrupted_driver_leaves_no_process(tmp_path: Path, signum: int, co
     os.kill(process.pid, signum)
     assert process.wait(30) == code
     assert_all_gone(tmp_path, 3)
+
+
+def test_one_process_on_a_cpu_has_the_environment_that_accelerate_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = ["--config_file", "recipes/accelerate_configs/cpu.yaml", "train.py"]
+    theirs, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    expected = prepare_simple_launcher_cmd_env(theirs)[1]
+    args = Namespace(devices="", accelerate_config="cpu", machines=1)
+    command, ours = machine.command(args, ["--beta=0.1"])
+    assert command[1].endswith("run_sppo.py")
+    assert command[2:] == ["--beta=0.1"]
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"):
+        assert ours[name] == expected[name], name

@@ -85,9 +85,9 @@ def test_in_bfloat16_they_agree_as_far_as_it_goes(smollm2: Path, tmp_path: Path)
 
 
 def run_flags(smollm2: Path, directory: Path, *flags: str) -> list[str]:
-    words: list[Any] = ["bash", "run_sppo_mistral.sh", "--model", smollm2, "--prompts", prompts(directory, 12)]
+    words: list[Any] = ["bash", "run_sppo_mistral.sh", "--model", smollm2, "--prompts", prompts(directory, 8)]
     words += ["--recipe", "recipes/sppo/smollm2.yaml", "--name", "smollm2", "--run_dir", directory / "run"]
-    words += ["--gpus=none", "--iterations=1", "--pairs=3", "--maxlen=24", "--global_batch_size=4", "--batch_size=4"]
+    words += ["--gpus=none", "--iterations=1", "--pairs=2", "--maxlen=16", "--global_batch_size=4", "--batch_size=4"]
     return [*map(str, words), "--save_steps=1", "--skip_preflight", *flags]
 
 
@@ -120,8 +120,8 @@ def test_an_iteration_killed_once_ends_whole(
     assert not (run / "iter1" / "model").exists()
     assert "done: 1 iterations" in tiny.succeed(*words)
     rows = pq.read_table(run / "iter1/data/responses.parquet").to_pylist()
-    assert len(rows) == 12
-    assert all(len(row["responses"]) == 3 for row in rows)
+    assert len(rows) == 8
+    assert all(len(row["responses"]) == 2 for row in rows)
     manifest = read_json(run / "iter1/model/sppo_manifest.json")
     assert manifest["agreement"]["mean_difference"] < 1e-4
     steps = [line["step"] for line in preferences.metrics(run / "iter1/model")]

@@ -1,11 +1,13 @@
 """One machine's part of a training: `accelerate launch` for its devices, which meet those of the other machines.
 
+One process on a CPU starts at once: there is nothing to launch.
+
     python -m sppo.launch.machine --machines 4 --rank 2 --meeting FILE --devices 0,1 --accelerate_config C.yaml -- ...
 
 Machine 0 finds a free port and writes its address into the meeting file, on the shared disk; the others wait for that.
 Reads   the accelerate config, the meeting file.
 Writes  the meeting file (machine 0); what sppo/run_sppo.py writes.
-Exit codes: those of accelerate launch; 1 where machine 0 does not come.
+Exit codes: those of what it starts; 1 where machine 0 does not come.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from sppo.common.cores import own
 from sppo.common.errors import SPPOError, run_main
@@ -25,6 +28,8 @@ from sppo.launch.processes import environment
 from sppo.training.launching import training_config
 
 _PATIENCE = 300  # seconds in which machine 0 must have come
+# what a config for one process on a CPU may say and yet leave accelerate launch nothing to do
+_PLAIN = {"compute_environment", "distributed_type", "num_machines", "num_processes", "mixed_precision", "use_cpu"}
 
 
 def own_address(peer: str) -> str:
@@ -54,10 +59,14 @@ def meet(meeting: Path, rank: int, peer: str) -> tuple[str, int]:
     return place["address"], place["port"]
 
 
-def command(args: argparse.Namespace, arguments: list[str]) -> tuple[list[str], int]:
-    """(the command that trains on this machine, the processes that it starts)."""
-    path, config, processes = training_config(args.devices.split(","), args.accelerate_config, args.machines)
+def command(args: argparse.Namespace, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(the command that trains on this machine, its environment)."""
+    devices = args.devices.split(",")
+    path, config, processes = training_config(devices, args.accelerate_config, args.machines)
     here = processes // args.machines
+    train = [str(ROOT / "sppo" / "run_sppo.py"), *arguments]
+    if config["distributed_type"] == "NO" and config.get("use_cpu") and config.keys() <= _PLAIN:
+        return [sys.executable, *train], _alone(config)
     address, port = meet(args.meeting, args.rank, args.peer)
     if config["distributed_type"] == "MULTI_CPU":  # accelerate launch would start one process, without a word
         words = [sys.executable, "-m", "torch.distributed.run"]
@@ -68,7 +77,15 @@ def command(args: argparse.Namespace, arguments: list[str]) -> tuple[list[str], 
         words += flags(config_file=path, num_processes=processes, main_process_port=port)
         if args.machines > 1:
             words += flags(num_machines=args.machines, machine_rank=args.rank, main_process_ip=address)
-    return [*words, str(ROOT / "sppo" / "run_sppo.py"), *arguments], here
+    return [*words, *train], environment(None, len(own(0, here)) if "" in devices and here > 1 else 0)
+
+
+def _alone(config: dict[str, Any]) -> dict[str, str]:
+    """The environment that accelerate launch gives to one process on a CPU, without its seconds of imports."""
+    import psutil
+
+    accelerate = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": str(config.get("mixed_precision", "no"))}
+    return environment(None, psutil.cpu_count(logical=False) or 1) | accelerate
 
 
 def main() -> None:
@@ -83,10 +100,8 @@ def main() -> None:
     parser.add_argument("--accelerate_config", required=True)
     split = sys.argv.index("--")
     args = parser.parse_args(sys.argv[1:split])
-    words, here = command(args, sys.argv[split + 1 :])
-    on_cpu = "" in args.devices.split(",")
-    env = environment(None, len(own(0, here)) if on_cpu and here > 1 else 0)
-    os.execvpe(words[0], words, env)  # noqa: S606 - signals reach accelerate itself
+    words, env = command(args, sys.argv[split + 1 :])
+    os.execvpe(words[0], words, env)  # noqa: S606 - signals reach it itself
 
 
 if __name__ == "__main__":
