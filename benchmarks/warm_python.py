@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sppo.common.loading import import_networks
+from sppo.common.importing import import_networks
 from sppo.config import ROOT
 
 # a core for each command: two commands of two threads each would wait for each other. Read when torch is imported

@@ -226,7 +226,7 @@ def test_a_command_starts_without_what_it_does_not_use(tmp_path: Path) -> None:
     """And afterwards a user's ranker can import it all the same, and garbage is collected."""
     (tmp_path / "mine.py").write_text(
         "import gc, sys\n"
-        "from sppo.common.loading import import_networks\n"
+        "from sppo.common.importing import import_networks\n"
         "import_networks('transformers.trainer')\n"
         "print(sorted({'sklearn', 'scipy', 'datasets', 'torch', 'transformers.modeling_utils'} & set(sys.modules)))\n"
         "import datasets, scipy.optimize, sklearn.metrics\n"
@@ -239,7 +239,7 @@ def test_a_command_starts_without_what_it_does_not_use(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(
         "from transformers.utils import is_scipy_available, is_sklearn_available\n"
         "print(is_scipy_available(), is_sklearn_available())\n"
-        "from sppo.common.loading import import_networks\n"
+        "from sppo.common.importing import import_networks\n"
         "import_networks()\n"
         "from transformers.models.deberta_v2 import modeling_deberta_v2\n"
     )

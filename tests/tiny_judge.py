@@ -1,24 +1,47 @@
-"""A tiny judge for the suites: it says m or M where AlpacaEval asks, and "Rating: [[8]]" where MT-Bench does."""
+"""A tiny judge for the suites: it says m or M where AlpacaEval asks, and "Rating: [[8]]" where MT-Bench does.
+
+python tests/tiny_judge.py      train it anew into tests/data/golden/tiny-judge; minutes on a CPU
+"""
 
 from __future__ import annotations
 
 import random
 import re
+import shutil
 import string
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny
 
 from sppo.common.files import read_json
 from sppo.evaluation.suites import mt_bench
 
+TRAINED = tiny.GOLDEN / "tiny-judge"
 RATING = ("Rating: [[8]]", "Rating: [[4]]")  # of a first turn, of a second
 LETTERS = string.printable + "éü\ufffd\ufffd"
 SHORT, STEPS = 100, 300  # steps with the prompts' ends alone first, then with whole prompts
 
 
 def make(directory: Path) -> Path:
-    """Train it, in half a minute: the end of the prompt decides what it answers, and the text between m and M."""
+    """The trained judge, in float32."""
+    shutil.copytree(TRAINED, directory)
+    convert(directory / "model.safetensors", "float32")
+    return directory
+
+
+def convert(weights: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    converted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(weights).items()}
+    save_file(converted, weights, {"format": "pt"})
+
+
+def train(directory: Path) -> None:
+    """Train it: the end of the prompt decides what it answers, and the text between m and M. Kept in bfloat16."""
     import torch
     from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
     from alpaca_eval.utils import prompt_to_chatml
@@ -65,4 +88,8 @@ def make(directory: Path) -> Path:
         schedule.step()
     model.generation_config.eos_token_id = [stop]
     model.save_pretrained(directory)
-    return directory
+    convert(directory / "model.safetensors", "bfloat16")
+
+
+if __name__ == "__main__":
+    train(TRAINED)

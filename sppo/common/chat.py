@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.files import read_json
+from sppo.common.importing import import_networks
 from sppo.formats import Message
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedToke
 
     Raises SPPOError if it has none, or no chat template.
     """
+    import_networks()  # which transformers imports for a tokenizer too
     from transformers import AutoTokenizer
 
     try:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,40 +11,6 @@ from typing import Any
 
 from sppo.common.errors import SPPOError, first_line, out_of_memory
 from sppo.common.policy import Policy
-
-# transformers imports them where they are installed: for assisted decoding, for the losses of object detection, and to
-# see whether its trainer has been given one of datasets' own
-_UNUSED = ("sklearn", "scipy", "datasets")
-_NETWORKS = ("torch", "transformers.modeling_utils", "transformers.generation.utils")
-
-
-def import_networks(*more: str) -> None:
-    """Import torch, what every network of transformers stands on, and `more`: the same in two thirds of the time.
-
-    That is the larger part of a short command. So without packages that nothing here uses through transformers, and
-    without the garbage collector, which would walk through all modules again and again; they stay out of its later
-    walks too.
-    """
-    if all(name in sys.modules for name in (*_NETWORKS, *more)):
-        return
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        # where transformers is imported in part, it knows already that they are installed
-        hidden = [name for name in _UNUSED if name not in sys.modules and "transformers" not in sys.modules]
-        sys.modules.update(dict.fromkeys(hidden))  # None: an import of it fails, and it counts as not installed
-        try:
-            for name in (*_NETWORKS, *(name for name in more if name.startswith("transformers"))):
-                importlib.import_module(name)
-        finally:
-            for name in hidden:
-                del sys.modules[name]
-        for name in more:
-            importlib.import_module(name)
-        gc.freeze()
-    finally:
-        if collects:
-            gc.enable()
 
 
 @contextmanager

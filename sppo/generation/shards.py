@@ -13,8 +13,8 @@ from typing import Any
 from sppo.common import chat
 from sppo.common.cores import Watch, without_gpu
 from sppo.common.errors import SPPOError
+from sppo.common.importing import import_networks
 from sppo.common.journal import Journal
-from sppo.common.loading import import_networks
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.parquet import write_parquet

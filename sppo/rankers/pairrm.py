@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.common.errors import SPPOError
 from sppo.common.files import digest, read_json
-from sppo.common.loading import import_networks
+from sppo.common.importing import import_networks
 from sppo.common.model_files import model_identity, resolve, snapshot
 from sppo.config import Recipe
 from sppo.rankers import device_and_dtype, prompt_identity, prompt_renderer

@@ -19,7 +19,8 @@ from torch import nn
 from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
-from sppo.common.loading import flash_attention, import_networks, loading
+from sppo.common.importing import import_networks
+from sppo.common.loading import flash_attention, loading
 from sppo.common.model_files import model_identity, resolve
 from sppo.config import Recipe
 from sppo.formats import Message, Pair

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.common.errors import INTERRUPTED, SPPOError, leave
 from sppo.common.files import write_json
-from sppo.common.loading import add_adapter, import_networks, load_causal_lm, load_config
+from sppo.common.importing import TRAINER, import_networks
+from sppo.common.loading import add_adapter, load_causal_lm, load_config
 from sppo.config import Recipe
 from sppo.training.checkpoints import check_parts, only_plain_values, resume_point, tidy, told_when_full
 from sppo.training.save import finish
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def train(training: Training) -> None:
     """Train into output_dir, on every rank of an accelerate launch."""
-    import_networks("transformers.trainer")
+    import_networks(TRAINER)
     import torch
 
     recipe, work, stage = training.recipe, training.work, training.stage

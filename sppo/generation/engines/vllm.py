@@ -6,7 +6,8 @@ from itertools import islice
 from typing import Any
 
 from sppo.common.files import read_json
-from sppo.common.loading import import_networks, prepare_vllm, vllm_dtype
+from sppo.common.importing import import_networks
+from sppo.common.loading import prepare_vllm, vllm_dtype
 from sppo.common.policy import Policy
 from sppo.config import Recipe
 from sppo.generation.engines import Finished, Request, Response
