@@ -35,8 +35,9 @@ log=.venv/install.log
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 compile=--compile-bytecode # the tests use a part of all modules: each is compiled when it is first imported
 if [ "$what" = tests ] && [ -z "${PYTHONDONTWRITEBYTECODE:-}" ]; then compile=--no-compile; fi
+constraints=() # pip's own; where uv is given the lock too, it would not read them from its environment
 uv_takes_pips_settings() { # uv does not read them; where pip has one that is not known here, pip itself installs
-  local line key value
+  local line key value file
   while IFS= read -r line; do
     key=${line%%=*} value=${line#*=?}
     value=${value%?}
@@ -45,7 +46,7 @@ uv_takes_pips_settings() { # uv does not read them; where pip has one that is no
       index-url) export UV_DEFAULT_INDEX=$value ;;
       extra-index-url) export UV_INDEX=$value ;;
       find-links) export UV_FIND_LINKS=${value// /,} ;;
-      constraint) export UV_CONSTRAINT=$value ;;
+      constraint) constraints=() && for file in $value; do constraints+=(--constraint "$file"); done ;;
       cert) export SSL_CERT_FILE=$value ;;
       default-timeout | timeout | disable-pip-version-check | cache-dir | no-cache-dir | progress-bar | quiet) ;;
       *) return 1 ;;
@@ -55,7 +56,7 @@ uv_takes_pips_settings() { # uv does not read them; where pip has one that is no
 }
 install() { # uv needs a quarter of pip's time
   if $fast; then
-    .venv/bin/uv pip install --python .venv/bin/python $compile "$@" >> "$log" 2>&1 && return
+    .venv/bin/uv pip install --python .venv/bin/python $compile ${constraints[@]+"${constraints[@]}"} "$@" >> "$log" 2>&1 && return
     echo "install: uv cannot install: $*; now pip" >> "$log"
   fi
   pip install "${compile/--compile-bytecode/--compile}" "$@"

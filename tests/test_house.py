@@ -197,7 +197,10 @@ def test_without_a_fitting_python_uv_brings_one(tmp_path: Path, uv: bool) -> Non
         assert "or install uv" in done.stderr
 
 
-@pytest.mark.parametrize("setting", ["extra-index-url='https://a/simple https://b/simple'", "client-cert='/own.pem'"])
+@pytest.mark.parametrize(
+    "setting",
+    ["extra-index-url='https://a/simple https://b/simple'", "constraint='/a.txt /b.txt'", "client-cert='/own.pem'"],
+)
 def test_uv_installs_from_where_pip_would_or_pip_does(tmp_path: Path, setting: str) -> None:
     """Who has packages from an index of their own must not get them from elsewhere. Scripts stand for pip and uv."""
     bin = tmp_path / ".venv" / "bin"
@@ -212,12 +215,14 @@ def test_uv_installs_from_where_pip_would_or_pip_does(tmp_path: Path, setting: s
         shutil.copy(tiny.ROOT / name, tmp_path / name)
     done = subprocess.run(["bash", tmp_path / "scripts" / "install.sh", "vllm"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    by = "uv" if "index" in setting else "pip"
+    by = "pip" if "client" in setting else "uv"
     lines = [line for line in (tmp_path / by).read_text().splitlines() if "requirements.lock" in line]
     assert len(lines) == 1
     assert "-e .[vllm" in lines[0]
-    if by == "uv":
+    if "index" in setting:
         assert lines[0].startswith("https://a/simple https://b/simple: pip install")
+    elif "constraint" in setting:
+        assert "--constraint /a.txt --constraint /b.txt --constraint requirements.lock" in lines[0]
     else:
         assert not (tmp_path / "uv").exists()
 
