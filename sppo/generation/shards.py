@@ -13,7 +13,6 @@ from typing import Any
 from sppo.common import chat
 from sppo.common.cores import Watch, without_gpu
 from sppo.common.errors import SPPOError
-from sppo.common.importing import import_networks
 from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
@@ -69,7 +68,6 @@ def generate_shards(
 
 def _generate(source: Source, stages: list[Stage], label: str, world_size: int) -> None:
     """Draw what the shards' journals do not hold, and write each shard as soon as it is whole."""
-    import_networks()
     recipe, policy, engine = source.recipe, source.policy, stages[0].settings["engine"]
     tokenizer = policy.tokenizer()
     stops, identity = policy.stop_ids(tokenizer), chat.tokenizer_identity(tokenizer)
