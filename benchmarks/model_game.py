@@ -10,7 +10,7 @@ looked for that beats the policy, so a policy that does something else for each 
 
 from __future__ import annotations
 
-import subprocess
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from warm_python import call, share_first_answers, warm_python
 from sppo.common.parquet import read_rows
 from sppo.common.preference import Array, sigmoid
 from sppo.config import ROOT, flags
-from sppo.demo import CIRCLE, CLASSES, colour_class
+from sppo.demo import CIRCLE, CLASSES, colour_class, make_demo
 
 PREFERENCE = sigmoid(np.array(CIRCLE))  # (classes, classes)
 ITERATIONS, PROMPTS, ANSWERS = 6, 96, 4  # of a run; for each iteration; for each held-out prompt
@@ -94,11 +94,22 @@ def run(python: str, world: Path, directory: Path, seed: int, method: list[str],
     return Played(np.array(found[:-1]), found[-1])
 
 
+def make_world(world: Path) -> None:
+    """The demo's chat model and prompts. The game's judge is a function, so no ranker is trained."""
+    if world.exists():
+        return
+    partial = world.with_name("world.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    make_demo(partial, 42, ranker=False)
+    partial.rename(world)
+
+
 def played(work: Path, seeds: Sequence[int]) -> dict[str, list[Played]]:
     """By method: a run for each seed, two at a time. The world, so the first policy, is the same for all."""
     world = work / "world"
     with warm_python() as python, ThreadPoolExecutor(2) as pool:
-        subprocess.run([python, "scripts/make_demo.py", *flags(output_dir=world, seed=42)], cwd=ROOT, check=True)
+        make_world(world)
         lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
         (work / "prompts.jsonl").write_text("".join(lines[:PROMPTS]))
         jobs: dict[str, list[Future[Played]]] = {}

@@ -97,8 +97,8 @@ def answer(name: str, place: str, rng: random.Random) -> str:
     return f"{name} sees {', '.join(things[:-1])} and {things[-1]} {place}."
 
 
-def make_demo(directory: Path, seed: int) -> None:
-    """Write policy/, ranker/, train.jsonl (576 prompts) and heldout.jsonl (150) into `directory`."""
+def make_demo(directory: Path, seed: int, ranker: bool = True) -> None:
+    """Write policy/, ranker/ (where wanted), train.jsonl (576 prompts) and heldout.jsonl (150) into `directory`."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     prompts = all_prompts(rng)
@@ -106,7 +106,8 @@ def make_demo(directory: Path, seed: int) -> None:
         lines = [json.dumps({"prompt": question}) for question, _, _ in rows]
         (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     train_policy(directory / "policy", prompts[150:], rng)
-    train_ranker(directory / "ranker", prompts[150:], rng)
+    if ranker:
+        train_ranker(directory / "ranker", prompts[150:], rng)
 
 
 def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 450) -> None:

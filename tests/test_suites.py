@@ -302,13 +302,12 @@ def test_a_mixture_answers_each_question_by_one_of_its_models(iteration: Path, m
     order = Order("mt_bench", recipe, tmp_path / "mixed", place, "", "", "", False, mixture=(str(models / "qwen3"),))
     questions = {f"q{n}": [{"role": "user", "content": f"What is {n}?"}] for n in range(12)}
     mixed = answers(order, questions, "turn1")
-    alone = {}
-    for name in (recipe.model, *order.mixture):
-        one = replace(order, recipe=replace(recipe, model=name), out=tmp_path / Path(name).name, mixture=())
-        alone[name] = answers(one, questions, "turn1")
-    assert mixed == {key: alone[order.model_for(key)][key] for key in questions}
-    assert {order.model_for(key) for key in questions} == set(alone)
-    assert alone[recipe.model] != alone[order.mixture[0]]
+    alone = []
+    for number, one in enumerate(order.recipes):
+        alone.append(answers(replace(order, recipe=one, out=tmp_path / str(number), mixture=()), questions, "turn1"))
+    assert mixed == {key: alone[order.answered_by(key)][key] for key in questions}
+    assert {order.answered_by(key) for key in questions} == {0, 1}
+    assert alone[0] != alone[1]
     assert order.name == "mine-iter1+qwen3"
 
 

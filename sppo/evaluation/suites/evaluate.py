@@ -54,10 +54,9 @@ def evaluate(recipe: Recipe, args: argparse.Namespace) -> None:
         raise UsageError(f"--output_dir is missing: {recipe.model} is no model of a run (<run>/iter<i>/model)")
     home = args.output_dir or model.parent
     suite = _suite(args)
-    for name in (recipe.model, *args.mixture):
-        revision = recipe.model_revision if name == recipe.model else ""
-        policy_of(dataclasses.replace(recipe, model=name, model_revision=revision)).tokenizer()
     order = _order(recipe, args, home / "suites" / args.suite, suite.JUDGE)
+    for one in order.recipes:
+        policy_of(one).tokenizer()
     asked = suite.questions(order)
     judge = Judge(order) if suite.JUDGE else None
     figures = order.out / "figures.json"

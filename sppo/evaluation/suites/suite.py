@@ -53,9 +53,15 @@ class Order:
         """The model's name in the suite's files: of runs/x/iter3/model it is x-iter3; of a mixture all names."""
         return "+".join(map(_name, (self.recipe.model, *self.mixture)))
 
-    def model_for(self, question: str) -> str:
-        """The model that answers a question: of a mixture each is as likely, and the seed decides."""
-        return random.Random(f"{self.recipe.seed} {question}").choice((self.recipe.model, *self.mixture))
+    @property
+    def recipes(self) -> list[Recipe]:
+        """The recipe by which each model answers: --model_revision is the first's."""
+        others = [dataclasses.replace(self.recipe, model=model, model_revision="") for model in self.mixture]
+        return [self.recipe, *others]
+
+    def answered_by(self, question: str) -> int:
+        """Which of `recipes` answers a question: each is as likely, and the seed decides."""
+        return random.Random(f"{self.recipe.seed} {question}").choice(range(1 + len(self.mixture)))
 
 
 def _name(model: str) -> str:
@@ -76,18 +82,19 @@ def answers(order: Order, conversations: dict[str, list[Message]], name: str, **
     drawn before is kept.
     """
     found: dict[str, str] = {}
-    for number, model in enumerate((order.recipe.model, *order.mixture)):
-        asked = {key: value for key, value in conversations.items() if order.model_for(key) == model}
+    for number, recipe in enumerate(order.recipes):
+        asked = {key: value for key, value in conversations.items() if order.answered_by(key) == number}
         if asked:
             place = f"{name}/{number}" if order.mixture else name
-            revision = order.recipe.model_revision if not number else ""
-            found |= _drawn(order, asked, place, model=model, model_revision=revision, **settings)
+            found |= _drawn(order, recipe, asked, place, **settings)
     if missing := len(conversations) - len(found):
         print(f"evaluate: {missing} questions are too long for the model; their answers count as empty")
     return {key: found.get(key, "") for key in conversations}
 
 
-def _drawn(order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any) -> dict[str, str]:
+def _drawn(
+    order: Order, recipe: Recipe, conversations: dict[str, list[Message]], name: str, **settings: Any
+) -> dict[str, str]:
     """One model's answers, by id, of the conversations that it can read."""
     out = order.out / "answers" / name
     prompts = out / "prompts.jsonl"
@@ -95,7 +102,7 @@ def _drawn(order: Order, conversations: dict[str, list[Message]], name: str, **s
     with atomic(prompts) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     asked = {"prompts": str(prompts), "prompts_revision": "", "prompt_column": "prompt", "pairs": 1, **settings}
-    recipe = dataclasses.replace(order.recipe, **asked)
+    recipe = dataclasses.replace(recipe, **asked)
     drawn = draw(recipe, out, order.out / "logs", order.place, name.replace("/", "-"), order.overwrite)
     return {row["prompt_id"]: row["responses"][0]["text"] for row in read_rows(drawn, ["prompt_id", "responses"])}
 
