@@ -8,7 +8,7 @@ network, so what is seen is the method and nothing else. The gap of a policy is 
 the von Neumann winner, which nothing beats more often than it is beaten. Then the same with a real model through the
 real pipeline (model_game.py).
 Writes  <output_dir>/game.md (a table, medians over the seeds) and game.png, in some seconds on a CPU; game-model.md and
-        game-model.png, in about half an hour on two cores, with the runs in <work_dir>, where a stopped one goes on.
+        game-model.png, in about 20 minutes on two cores, with the runs in <work_dir>, where a stopped one goes on.
 """
 
 from __future__ import annotations

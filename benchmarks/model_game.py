@@ -25,7 +25,7 @@ from sppo.config import ROOT, flags
 from sppo.demo import CIRCLE, CLASSES, colour_class, make_demo
 
 PREFERENCE = sigmoid(np.array(CIRCLE))  # (classes, classes)
-ITERATIONS, PROMPTS, ANSWERS = 6, 96, 4  # of a run; for each iteration; for each held-out prompt
+ITERATIONS, PROMPTS, ANSWERS = 6, 96, 3  # of a run; for each iteration; for each held-out prompt
 EPOCHS = 2
 DRAWS = 1000  # of the bootstrap over prompts
 ANCHOR = 0.1
