@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with everything the tests need (vLLM's CPU build too), then run ruff, shellcheck and pytest.
 #   bash run_tests.sh                    what a newcomer runs: every stage, one loop, vLLM once; some minutes
-#   bash run_tests.sh --all              everything else too, as .ci/run does; half an hour or more on two cores
+#   bash run_tests.sh --all              everything else too, as .ci/run does; 20 to 40 minutes on two cores
 #   bash run_tests.sh --gpu              what only a GPU shows; a few minutes, with every GPU that is visible
 #   bash run_tests.sh [--all | --gpu] [pytest's arguments]
 set -euo pipefail

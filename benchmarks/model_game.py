@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +71,16 @@ def gap_interval(by_prompt: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def run(python: str, world: Path, directory: Path, seed: int, method: list[str], first: Path) -> Played:
+def run(
+    python: str, world: Path, directory: Path, seed: int, method: list[str], first: Future[Played] | None
+) -> Played:
     """One run by the driver, then the answers of its models and of their mean weights. Started again, it goes on.
 
-    `first` is a run of that seed: what does not depend on the method is taken from it.
+    `first` is the first method's run of that seed: what does not depend on the method is taken from it.
     """
-    share_first_answers(first, directory, "answers-0")
+    if first:
+        first.result()
+        share_first_answers(directory.parent / f"0-{seed}", directory, "answers-0")
     policy, average = world / "policy", directory / "average"
     common = flags(recipe=ROOT / "recipes" / "sppo" / "demo.yaml", seed=seed)
     driver = ["bash", "run_sppo_mistral.sh", *common, "--skip_preflight", *flags(run_dir=directory, name="game")]
@@ -114,12 +118,11 @@ def played(work: Path, seeds: Sequence[int]) -> dict[str, list[Played]]:
         (work / "prompts.jsonl").write_text("".join(lines[:PROMPTS]))
         jobs: dict[str, list[Future[Played]]] = {}
         for number, (name, method) in enumerate(METHODS.items()):
+            firsts = next(iter(jobs.values()), [None] * len(seeds))
             jobs[name] = [
-                pool.submit(run, python, world, work / f"{number}-{seed}", seed, method, work / f"0-{seed}")
-                for seed in seeds
+                pool.submit(run, python, world, work / f"{number}-{seed}", seed, method, first)
+                for seed, first in zip(seeds, firsts, strict=True)
             ]
-            if number == 0:
-                wait(jobs[name])
         return {name: [job.result() for job in runs] for name, runs in jobs.items()}
 
 
