@@ -76,7 +76,9 @@ def table(found: dict[str, list[dict[str, Any]]], iterations: int, command: str,
             f"`python benchmarks/methods_smollm2.py {command}`, on CPU cores. One seed, {iterations} iteration"
             f"{'s' if iterations > 1 else ''} of the run in the README, with `recipes/sppo/smollm2.yaml`, whose "
             "learning rate and beta were chosen for `sppo` with the paper's estimator, and not for each method. "
-            "All is of 96 held-out prompts with 4 answers each: differences of some points are noise.",
+            "All is of 96 held-out prompts with 4 answers each: differences of some points are noise. Which prompts "
+            "are trained on matters as much: the README's run of seed 42 has others in its first iteration, and then "
+            "follows 42.4%.",
             *([both] if same else []),
             "",
             *rows(found, COLUMNS),
