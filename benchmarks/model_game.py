@@ -10,7 +10,6 @@ looked for that beats the policy, so a policy that does something else for each 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,22 +97,12 @@ def run(
     return Played(np.array(found[:-1]), found[-1])
 
 
-def make_world(world: Path) -> None:
-    """The demo's chat model and prompts. The game's judge is a function, so no ranker is trained."""
-    if world.exists():
-        return
-    partial = world.with_name("world.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    make_demo(partial, 42, ranker=False)
-    partial.rename(world)
-
-
 def played(work: Path, seeds: Sequence[int]) -> dict[str, list[Played]]:
     """By method: a run for each seed, two at a time. The world, so the first policy, is the same for all."""
     world = work / "world"
     with warm_python() as python, ThreadPoolExecutor(2) as pool:
-        make_world(world)
+        if not world.exists():
+            make_demo(world, 42, ranker=False)  # the game's judge is a function
         lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
         (work / "prompts.jsonl").write_text("".join(lines[:PROMPTS]))
         jobs: dict[str, list[Future[Played]]] = {}

@@ -9,8 +9,6 @@ Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interr
 """
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -33,12 +31,7 @@ def main() -> None:
         return
     from sppo.demo import make_demo
 
-    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    make_demo(partial, recipe.seed)
-    (partial / "seed.json").write_text(json.dumps(recipe.seed))
-    os.rename(partial, args.output_dir)
+    make_demo(args.output_dir, recipe.seed)
 
 
 if __name__ == "__main__":

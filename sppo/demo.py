@@ -11,6 +11,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,22 @@ def answer(name: str, place: str, rng: random.Random) -> str:
 
 
 def make_demo(directory: Path, seed: int, ranker: bool = True) -> None:
-    """Write policy/, ranker/ (where wanted), train.jsonl (576 prompts) and heldout.jsonl (150) into `directory`."""
+    """policy/, ranker/ (where wanted), train.jsonl (576 prompts), heldout.jsonl (150) and seed.json in `directory`,
+    which appears when all of it is made."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     rng = random.Random(seed)
     torch.manual_seed(seed)
     prompts = all_prompts(rng)
     for name, rows in (("heldout", prompts[:150]), ("train", prompts[150:726])):
         lines = [json.dumps({"prompt": question}) for question, _, _ in rows]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    train_policy(directory / "policy", prompts[150:], rng)
+        (partial / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    train_policy(partial / "policy", prompts[150:], rng)
     if ranker:
-        train_ranker(directory / "ranker", prompts[150:], rng)
+        train_ranker(partial / "ranker", prompts[150:], rng)
+    (partial / "seed.json").write_text(json.dumps(seed))
+    partial.rename(directory)
 
 
 def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 450) -> None:

@@ -61,7 +61,7 @@ class Order:
 
     def answered_by(self, question: str) -> int:
         """Which of `recipes` answers a question: each is as likely, and the seed decides."""
-        return random.Random(f"{self.recipe.seed} {question}").choice(range(1 + len(self.mixture)))
+        return random.Random(f"{self.recipe.seed} {question}").randrange(1 + len(self.mixture))
 
 
 def _name(model: str) -> str:
