@@ -96,8 +96,13 @@ def test_all_shards_progress_in_one_line(tmp_path: Path) -> None:
     for log, bar in zip(logs, bars, strict=True):
         log.write_text(f"generate: rows\n{bar}")
     assert overall(logs) == "20 of 59 prompts, 2 shards, 1000 tok/s, 1:01:29 left"
-    logs[0].write_text("train:  30%|x | 3/10 [00:10<00:20, 3.10s/it]")
+    logs[0].write_text("train: going on\n 30%|x | 3/10 [00:10<00:20, 3.10s/it]")
     assert overall(logs[:1]) == "3 of 10 steps, 00:20 left"
+    with open(logs[0], "a") as log:  # a checkpoint is saved, as transformers shows it
+        log.write("\n\nWriting model shards: 100%|x | 1/1 [00:00<00:00, 98it/s]\x1b[A")
+    assert overall(logs[:1]) == "3 of 10 steps, 00:20 left"
+    logs[0].write_text("train: going on\nLoading weights: 100%|x | 21/21 [00:00<00:00, 9348.37it/s]\n")
+    assert overall(logs[:1]) == "train: going on"
     logs[0].write_text("reference log-probs:  50%|x | 8/16 [00:10<00:10, 2.10row/s]")
     assert overall(logs[:1]) == "8 of 16 rows, 00:10 left"
 

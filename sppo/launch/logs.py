@@ -37,16 +37,25 @@ def last_lines(log: Path, count: int) -> list[str]:
 
 # a progress bar's done, total, time left, unit ("2.1prompt/s", or slower "3.2s/prompt") and tokens a second
 _BAR = re.compile(r"(\d+)/(\d+) \[[\d:]+<([\d:]+), *(?:[\d.?]+s/([a-z]+)|[\d.?]+([a-z]+)/s)(?:.* ([\d.]+) tok/s)?")
-_UNITS = {"it": "step"}  # transformers' trainer counts iterations, which are steps
+# the trainer counts iterations, which are steps, and names its bar nothing; with a name ("Loading weights: 100%|") it
+# is a library's bar of something else
+_UNITS = {"it": "step"}
+_NAMED = re.compile(r"[A-Za-z].*\d%\|")
 _RANK = re.compile(r"^\[rank\d+\]:( |$)")  # torch puts it before each line of a rank's traceback
 _OURS = re.compile(r"(generate|combine|preload|rank|train|eval)\b.*: ")  # else it is a library's warning
+
+
+def _bar(line: str) -> re.Match[str] | None:
+    """The progress bar of a stage of ours in a line, if there is one."""
+    bar = _BAR.search(line)
+    return None if bar and (bar[4] or bar[5]) in _UNITS and _NAMED.search(line[: bar.start()]) else bar
 
 
 def overall(logs: list[Path]) -> str:
     """All shards' progress in one line, from the progress bars at the ends of their logs."""
     done, total, rate, left, unit = 0, 0, 0.0, (0, "0:00"), ""
     for log in logs:
-        bars = [bar for line in last_lines(log, 5) if (bar := _BAR.search(line))]
+        bars = [bar for line in last_lines(log, 5) if (bar := _bar(line))]
         if bars:
             bar = bars[-1]
             done, total = done + int(bar[1]), total + int(bar[2])
