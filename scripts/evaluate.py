@@ -55,7 +55,7 @@ def main() -> None:
         asked.setdefault("maxlen", 1024)  # as published, whatever the run's recipe says
     written = Path(asked.get("model", ""), "..", "recipe.yaml").resolve()
     recipe = config.load_recipe(
-        args.recipe or (str(written) if asked.get("model") and written.exists() else None), asked
+        args.recipe or (str(written) if asked.get("model") and written.exists() else None), {**asked, "pairs": 1}
     )
     if args.suite == "open_llm" and (args.judge_url or args.judge_model):
         raise UsageError("open_llm has no judge; --judge_url and --judge_model are for alpaca_eval and mt_bench")

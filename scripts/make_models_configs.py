@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--name", default="", help="with --model: the name in the leaderboard")
     parser.add_argument("--url", default="", help="where the model is served (http://localhost:8000/v1)")
     parser.add_argument("--output_dir", type=Path, default=Path("models_configs"), help="%(default)s")
-    args, recipe = config.parse(parser)
+    args = parser.parse_args()
+    recipe = config.load_recipe(args.recipe, {**config.given(parser, args), "pairs": 1})
     if bool(args.run_dir) == bool(args.model) or bool(args.model) != bool(args.name):
         raise UsageError("pass --run_dir, or --model and --name")
     from sppo.evaluation.match import iteration_models

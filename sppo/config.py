@@ -264,6 +264,8 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
                 raise UsageError(f"{where}: unknown key {ascii(name)}{nearest(str(name), _FIELDS)}")
             values[name] = _convert(name, value, where)
     recipe = Recipe(**values)
+    if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
+        raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     if recipe.temperature < 0.01 and recipe.pairs > 1:
         raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
     return recipe

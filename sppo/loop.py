@@ -107,16 +107,18 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     steps = [step for i in range(1, recipe.iterations + 1) for step in _iteration(recipe, args, name, run_dir, i)]
     if args.evaluate:
         steps.append(_matrix_step(recipe, run_dir))
+    stop_file = Path(os.environ.get(stopping.VARIABLE) or run_dir.absolute() / "stop")
+    old_request = stop_file.exists()  # one that comes during the preflight is for this start
     code = 0 if args.skip_preflight else _preflight(run_dir, argv)
     if args.dry_run:
         for step in steps:
             print(f"{step.label}: {shlex.join(step.command)}")
     if code or args.dry_run:
         raise SystemExit(code)
-    stop_file = Path(os.environ.get(stopping.VARIABLE) or run_dir.absolute() / "stop")
     os.environ.setdefault(stopping.VARIABLE, str(stop_file))
     with exclusive(run_dir):
-        stop_file.unlink(missing_ok=True)
+        if old_request:
+            stop_file.unlink(missing_ok=True)
         _note_command(run_dir, argv)
         unpushed = _run_steps(steps, run_dir)
     if recipe.eval_prompts:

@@ -155,8 +155,12 @@ def test_budgets_have_no_cliff(models: Path, tmp_path: Path) -> None:
     assert data.counts["responses_cut"] == 1
     assert data.counts["response_tokens_cut"] == 20
     data = load_training_set(path, tokenizer, stops, Recipe(max_prompt_length=30, max_length=100))
-    assert data.prompts[0][0].tolist() == list(range(10, 40))  # on the left, only when it is too long
+    # on the left, only when it is too long, and behind its BOS (here 0), without which no policy reads
+    assert data.prompts[0][0].tolist() == [0, *range(11, 40)]
     assert data.counts["prompts_cut"] == 2
+    path = training_rows(tmp_path / "t.parquet", [{**row, "prompt_token_ids": list(range(1, 41))}])
+    data = load_training_set(path, tokenizer, stops, Recipe(max_prompt_length=30, max_length=100))
+    assert data.prompts[0][0].tolist() == list(range(11, 41))
 
 
 def test_a_batch_holds_integers_only(models: Path, tmp_path: Path) -> None:

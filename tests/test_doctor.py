@@ -141,6 +141,10 @@ def nan(prompt: str, first: str, second: str) -> float:
     return float("nan")
 
 
+def ranker(prompt: str, first: str, second: str) -> float:
+    return 0.0
+
+
 def fails(prompt: str, first: str, second: str) -> float:
     raise KeyError("model")
 
@@ -160,6 +164,9 @@ def test_a_ranker_that_will_not_do(models: Path, tmp_path: Path) -> None:
         ("test_doctor:absent", "not a module:function that can be imported"),
     ):
         assert re.search(said, only_no(examined(models, tmp_path, "--ranker", ranker)), re.DOTALL)
+    assert "the name ranker is the ranker's" in only_no(
+        examined(models, tmp_path, "--judge=test_doctor:ranker", "--eval_prompts", tmp_path / "prompts.jsonl")
+    )
     assert "--judge test_doctor:nan gives" in only_no(
         examined(models, tmp_path, "--judge=test_doctor:nan", "--eval_prompts", tmp_path / "prompts.jsonl")
     )

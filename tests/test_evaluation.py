@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ import torch
 from sppo.common.files import read_json
 from sppo.common.loading import load_causal_lm
 from sppo.common.policy import open_policy
+from sppo.rankers import unfinished
 
 MEASURE = """
 def letters(prompt, answer):
@@ -24,10 +26,13 @@ def letters(prompt, answer):
 
 def wrong(prompt, answer):
     return {"e": "many"}
+
+def taken(prompt, answer):
+    return {"cut": 0.0}
 """
 
 
-def report(models: Path, directory: Path, *flags: str, code: int = 0) -> str:
+def report(models: Path, directory: Path, *flags: str, code: int = 0, **environment: str) -> str:
     """scripts/report.py on a run whose iteration 1 has another tiny model than its base."""
     run = directory / "run"
     if not run.exists():
@@ -38,9 +43,21 @@ def report(models: Path, directory: Path, *flags: str, code: int = 0) -> str:
     command = [tiny.sys.executable, "scripts/report.py", "--run_dir", run, "--iteration", "1", "--gpus", "none"]
     command += ["--base", models / "mistral", "--eval_prompts", directory / "held-out.jsonl", "--maxlen", "12"]
     command += ["--ranker", models / "PairRM", "--ranker_prompt", "text", "--engine", "transformers"]
-    done = tiny.run(*map(str, command), *flags, PYTHONPATH=str(directory))
+    done = tiny.run(*map(str, command), *flags, PYTHONPATH=str(directory), **environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_a_ranker_s_work_ends_between_two_chunks_where_it_is_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparisons of a report are in the driver's own process: nobody else would stop them."""
+    monkeypatch.setenv("SPPO_STOP", str(tmp_path / "stop"))
+    chunks = unfinished([{}] * 3, lambda row: False, 2, lambda: SimpleNamespace(batched=False))
+    assert len(next(chunks)[1]) == 2
+    (tmp_path / "stop").touch()
+    with pytest.raises(KeyboardInterrupt):
+        next(chunks)
 
 
 def answers(directory: Path, which: str) -> list[dict[str, Any]]:
@@ -49,6 +66,9 @@ def answers(directory: Path, which: str) -> list[dict[str, Any]]:
 
 def test_a_report_measures_both_sides_answers(models: Path, tmp_path: Path) -> None:
     flags = ("--measure", "mine:letters", "--base_perplexity")
+    (tmp_path / "stop").touch()  # at a job's time limit: it ends as what may go on
+    asked = report(models, tmp_path, *flags, code=130, SPPO_STOP=str(tmp_path / "stop"))
+    assert "interrupted: what was finished is kept" in asked
     shown = report(models, tmp_path, *flags)
     (row,) = read_json(tmp_path / "run" / "summary.json")
     for measured, which in ((row, "iter1"), (row["base"], "iter0")):
@@ -88,4 +108,6 @@ def test_a_measure_that_gives_no_numbers_is_an_error_that_says_what_it_should_gi
     models: Path, tmp_path: Path
 ) -> None:
     assert "the measure wrong failed" in report(models, tmp_path, "--measure", "mine:wrong", code=1)
+    taken = report(models, tmp_path, "--measure", "mine:taken", code=1)
+    assert "--measure mine:taken: cut is the report's own name" in taken
     assert "--measure mine:absent" in report(models, tmp_path, "--measure", "mine:absent", code=2)

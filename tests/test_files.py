@@ -178,6 +178,19 @@ def test_somebody_elses_output_is_not_overwritten(tmp_path: Path) -> None:
     assert not stage(tmp_path).is_done(overwrite=True)
 
 
+def test_overwrite_goes_on_with_its_own_work_and_with_nobody_elses(tmp_path: Path) -> None:
+    """A job with --overwrite that meets its time limit would else begin anew for ever."""
+    (tmp_path / "out").write_text("another's")
+    assert not stage(tmp_path).is_done(overwrite=True)
+    assert not (tmp_path / "out").exists()
+    stage(tmp_path).begin()
+    (tmp_path / "out").write_text("half")
+    assert not stage(tmp_path).is_done(overwrite=True)
+    assert (tmp_path / "out").read_text() == "half"
+    assert not stage(tmp_path, pairs=4).is_done(overwrite=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_kill_between_output_and_manifest_is_no_dead_end(tmp_path: Path) -> None:
     """The stage makes it again; the same file under other settings is still somebody else's."""
     stage(tmp_path, pairs=5).begin()

@@ -10,15 +10,17 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
 from sppo.common import cores
-from sppo.common.errors import UsageError
+from sppo.common.errors import SPPOError, UsageError
 from sppo.launch import machine
 from sppo.launch.devices import devices, groups
 from sppo.launch.logs import last_lines, overall, show_failure
+from sppo.launch.watch import run_shards
 
 
 def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +78,24 @@ def test_a_busy_machine_is_noticed() -> None:
         for process in spin:
             process.kill()
             process.wait()
+
+
+def test_gpus_that_cannot_be_counted_are_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the CPU would silently do what is left of a run after a driver's upgrade."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho Driver/library version mismatch; exit 18\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(SPPOError, match="Driver/library version mismatch.*--gpus none"):
+        devices("auto")
+    program.write_text("#!/bin/sh\necho No devices were found; exit 6\n")
+    assert devices("auto") == [""]
+
+
+def test_no_room_for_a_shard_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(SPPOError, match="no machine has room for a shard.*--world_size"):
+        run_shards(SimpleNamespace(slots=lambda: 0), 2, None, tmp_path, "s", ["true"])
 
 
 def test_a_process_is_not_warned_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +190,7 @@ def test_a_wrong_flag_ends_a_chain_before_its_first_command(flags: list[str], sa
     assert not done.stdout
 
 
-# a stage of the tests' own: shard 0 does what argv[1] says, the others sleep and leave a child behind
+# a stage of the tests' own: shard 0 does what argv[1] says, the others sleep; all leave a child behind
 STAGE = """
 import os, subprocess, sys, time
 shard = sys.argv[sys.argv.index("--data_frac") + 1]
@@ -178,6 +198,8 @@ what, marks = sys.argv[1], sys.argv[2]
 if shard == "0" and what == "fail":
     while not (os.path.exists(f"{marks}/1") and os.path.exists(f"{marks}/2")):
         time.sleep(0.1)
+    child = subprocess.Popen(["sleep", "300"])
+    open(f"{marks}/0", "w").write(str(child.pid))
     print("the last words"); sys.exit(7)
 if what != "succeed":
     child = subprocess.Popen(["sleep", "300"])
@@ -302,7 +324,7 @@ def test_the_first_failure_stops_the_rest_and_gives_its_code(tmp_path: Path) -> 
     assert done.returncode == 7
     assert "the last words" in done.stderr
     assert "s 0 ended with code 7" in done.stderr
-    assert_all_gone(tmp_path, 2)
+    assert_all_gone(tmp_path, 3)
 
 
 def test_a_driver_outlives_the_shell_that_started_it(tmp_path: Path) -> None:

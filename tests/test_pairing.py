@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import atomic_together, read_json
+from sppo.common.files import atomic_together, digest, read_json
 from sppo.common.parquet import read_batches
 from sppo.config import Recipe
 from sppo.formats import ranking_schema, responses_schema
@@ -313,7 +313,6 @@ def add_shard(rows: Callable[[Rows], Rows]) -> Callable[[Path], None]:
         (replace_column("prompt_id", lambda r: ["id0", None, "id2", "id3", "id4", "id5"]), {}, "without a prompt_id"),
         (replace_column("prompt", lambda r: ["a string"] * 6), {}, "column prompt is string, not a list of {content"),
         (replace_column("responses", lambda r: [[{"answer": "a"}] * 3] * 6), {}, r"not a list of \{text\}"),
-        (lambda out: None, {"test_size": 2.5}, "a whole number of prompts"),
         (lambda out: None, {"test_size": 6}, "nothing to train on: there are 6 prompts"),
         (lambda out: None, {"test_size": 0.99}, "nothing to train on"),
     ],
@@ -330,6 +329,19 @@ def test_what_does_not_fit_is_said_before_anything_is_overwritten(
     with pytest.raises(SPPOError, match=message):
         compute_prob(Recipe(**{"pairs": 3, "test_size": 0, **settings}), out, True)
     assert tree(out) == before
+
+
+def test_a_ranking_of_earlier_responses_is_not_joined_to_new_ones(tmp_path: Path) -> None:
+    """Drawn again, the prompts have the ids that they had; the old logits would choose among answers never compared."""
+    out = write(tmp_path / "d", responses_of(6, 3), rankings_of(6, 3))
+    manifest = out / "ranking" / "shard-00000.manifest.json"
+    written = {"inputs": {"responses": digest(out / "responses.parquet")}, "settings": {}, "outputs": {}, "counts": {}}
+    manifest.write_text(json.dumps(written))
+    compute_prob(Recipe(pairs=3), out, False)
+    manifest.write_text(json.dumps({**written, "inputs": {"responses": "of yesterday"}}))
+    with pytest.raises(SPPOError, match=r"shard-00000.parquet ranks other responses than .*; run rank.py --overwrite"):
+        compute_prob(Recipe(pairs=3), out, True)
+    assert (out / "train.parquet").exists()
 
 
 def test_a_failure_on_the_way_leaves_neither_file(tmp_path: Path) -> None:

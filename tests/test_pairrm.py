@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,21 @@ def test_logits_are_llm_blenders_whatever_the_batch(models: Path, golden: dict[s
     for i, logits in zip(order, found, strict=True):
         np.testing.assert_allclose(logits, golden["logits"][i], atol=1e-5)
         np.testing.assert_allclose(mean_scores(logits), golden["scores"][i], atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["tokenizer.json", "spm.model"])
+def test_characters_are_read_as_the_ranker_s_sentencepiece_reads_them(models: Path, tmp_path: Path, kept: str) -> None:
+    """A full-width comma or a non-breaking space must not become [UNK], as transformers 5 alone would have it."""
+    shutil.copytree(models / "PairRM", tmp_path / "PairRM")
+    base = tmp_path / "tiny-deberta"
+    shutil.copytree(models / "tiny-deberta", base)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(base / "spm.model"))
+    (base / {"tokenizer.json": "spm.model", "spm.model": "tokenizer.json"}[kept]).unlink()
+    inputs = PairInputs(tmp_path / "PairRM")
+    texts = ["wait…", "1.\u00a0Water", "½ cup", "ﬁne™", "x\u200by", "你好，再见！（好）", "a\u2028b", "e\u0301"]
+    texts += [" two  spaces ", "a line\n\nand\ta tab", ""]
+    for text in texts:
+        assert inputs.text_ids(text) == pieces.encode(text), text
 
 
 def test_text_never_becomes_a_control_token(models: Path) -> None:

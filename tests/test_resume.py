@@ -93,7 +93,8 @@ def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None
     tiny.succeed(*command("whole"))
     work = tmp_path / "killed" / "model.partial"
     stop = tmp_path / "stop"
-    process = tiny.start(*command("killed"), "--save_steps=100", slow=work, SPPO_STOP=str(stop))
+    words = [*command("killed"), "--save_steps=100", "--overwrite"]  # which does not throw its own work away later
+    process = tiny.start(*words, slow=work, SPPO_STOP=str(stop))
     tiny.wait_for(process, lambda: lines(work) >= 2)
     stop.touch()
     assert process.wait(120) == 130
@@ -104,10 +105,13 @@ def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None
     refused = tiny.run(*command("killed"), f"--accelerate_config={alone}")
     assert refused.returncode == 1
     assert "is in 2 parts, one for each process that trained, and now there are 1; go on with 2" in refused.stderr
-    process = tiny.start(*command("killed"), slow=work)
+    refused = tiny.run(*command("killed"), "--accelerate_config=multi_cpu")
+    assert refused.returncode == 1
+    assert "was written with DeepSpeed, and this training is without it" in refused.stderr
+    process = tiny.start(*command("killed"), "--overwrite", slow=work)
     kill_when(process, lambda: lines(work) >= 5)
     tiny.wait_until(lambda: not tiny.processes(work.parent), 60)
-    tiny.succeed(*command("killed"))
+    tiny.succeed(*command("killed"), "--overwrite")
     logs = "".join(p.read_text() for p in (tmp_path / "killed" / "logs").iterdir())
     assert "2 x 2 x 2 rows a step" in logs
     assert "going on from" in logs

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,6 +16,7 @@ import torch
 from sppo.common.errors import SPPOError
 from sppo.common.loading import load_causal_lm
 from sppo.common.policy import open_policy
+from sppo.training.checkpoints import only_plain_values
 
 PROMPTS = [{"prompt": f"Name {i} rivers"} for i in range(6)]
 CODE = """
@@ -44,6 +48,22 @@ def own_code(models: Path, tmp_path: Path) -> Path:
     config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+class Prints:
+    """A pickle that runs its text as Python, by a function of a package that is installed."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.testing._private.utils.runstring, ("raise SystemExit('code has run')", {})
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"state": np.random.get_state()}, tmp_path / "rng_state.pth")
+    only_plain_values(tmp_path)
+    for what in (Prints(), torch.hub.load, subprocess.Popen):
+        torch.save({"state": what}, tmp_path / "optimizer.pt")
+        with pytest.raises(SPPOError, match=r"optimizer.pt names .*, and is not read; delete"):
+            only_plain_values(tmp_path)
 
 
 def test_a_models_own_code_runs_only_when_asked(own_code: Path, models: Path, tmp_path: Path) -> None:

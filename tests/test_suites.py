@@ -89,6 +89,7 @@ def test_alpaca_evals_own_win_rates_come_out(judge: str, iteration: Path, tmp_pa
     assert ((preferences > 1) & (preferences < 2)).all()
     assert found["win_rate_percent"] == pytest.approx(100 * (preferences - 1).mean(), abs=1e-3)
     assert 0 < found["length_controlled_win_rate_percent"] < 100
+    assert "length_controlled_standard_error" not in found  # of one and the same prediction it would be 0
     outputs = read_json(iteration / "suites/alpaca_eval/model_outputs.json")
     assert [row["instruction"] for row in outputs] == [row["instruction"] for row in ALPACA]
     (row,) = read_json(iteration.parent / "summary.json")

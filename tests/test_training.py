@@ -259,6 +259,16 @@ def test_gradients_are_not_clipped_unless_asked(models: Path, train: Train) -> N
         assert moved == pytest.approx(1e-5 * (factor or line["grad_norm"]), rel=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [("1e30", r"step 2: the loss is (nan|inf)"), ("1e38", "step 1: .* has weights that are not finite")],
+)
+def test_a_training_that_diverges_ends_and_keeps_its_good_checkpoint(train: Train, rate: str, said: str) -> None:
+    """Not a model of NaN that the next iteration draws from, hours later."""
+    with pytest.raises(SPPOError, match=f"{said}. Lower --learning_rate, or clip"):
+        train("x", "--optim=sgd", f"--learning_rate={rate}", "--save_steps=1", "--warmup_ratio=0")
+
+
 def test_what_a_trained_model_holds(models: Path, tmp_path: Path, train: Train) -> None:
     model = train("model", "--iter=2", "--logging_steps=2", "--save_steps=1000", model="gemma2")
     before, after = (load_file(d / "model.safetensors") for d in (models / "gemma2", model))

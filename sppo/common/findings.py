@@ -127,6 +127,11 @@ class Run:
         return "" in self.gpus
 
     @property
+    def has_begun(self) -> bool:
+        """Whether this run was started before: then what passes by itself must not end it."""
+        return (self.run_dir / ".lock").exists()
+
+    @property
     def main_memory(self) -> int:
         return self.memory or main_memory()
 

@@ -97,8 +97,11 @@ class Stage:
         return bool(written["outputs"]) and not changed(self.manifest.parent, written["outputs"])
 
     def is_done(self, overwrite: bool = False) -> bool:
-        """True if the outputs stand and were made from this identity. Raises SPPOError if from another."""
-        if overwrite:
+        """True if the outputs stand and were made from this identity. Raises SPPOError if from another.
+
+        overwrite: what is there is deleted, but for what a killed try at this very work has left.
+        """
+        if overwrite and (self.manifest.exists() or not self._begun()):
             self._forget()
             return False
         if not self.manifest.exists():

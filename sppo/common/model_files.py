@@ -51,8 +51,12 @@ def files_to_fetch(name: str, revision: str = "") -> dict[str, tuple[int, bool]]
     if Path(name).expanduser().is_dir():
         return {}
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
 
-    files = snapshot_download(name, revision=revision or None, allow_patterns=list(_MODEL_FILES), dry_run=True)
+    try:
+        files = snapshot_download(name, revision=revision or None, allow_patterns=list(_MODEL_FILES), dry_run=True)
+    except DryRunError:  # the Hub is out of reach; what is in the cache is used
+        return {}
     return {f.filename: (f.file_size or 0, f.will_download) for f in files}
 
 

@@ -21,3 +21,9 @@ def may_stop() -> bool:
 def stop_asked() -> bool:
     """Whether somebody has asked this run to stop."""
     return may_stop() and Path(os.environ[VARIABLE]).exists()
+
+
+def end_if_asked() -> None:
+    """Raise KeyboardInterrupt where somebody has asked this run to stop; to call where what is done is kept."""
+    if stop_asked():
+        raise KeyboardInterrupt

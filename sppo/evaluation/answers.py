@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sppo.common.errors import SPPOError
+from sppo.common.errors import INTERRUPTED, SPPOError
 from sppo.common.place import Place
 from sppo.config import KEYS, ROOT, Recipe, flags
 
@@ -35,7 +35,8 @@ def launch(where: list[str], logs: Path, name: str, command: list[str]) -> None:
 
 
 def call(command: list[str], name: str) -> None:
-    """Run a command to its end. Raises SPPOError, with what it said, where it fails."""
+    """Run a command to its end. Raises SPPOError, with what it said, where it fails, KeyboardInterrupt where it was
+    interrupted, or asked to stop."""
     # SPPO_CHILD: killed, this command leaves nothing running
     environment = {
         **os.environ,
@@ -43,5 +44,7 @@ def call(command: list[str], name: str) -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
     if done.returncode:
         raise SPPOError(f"{name} failed:\n{done.stdout}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sppo.common.findings import Findings, Run, ok
-from sppo.evaluation.measures import ask
+from sppo.evaluation.match import judges
+from sppo.evaluation.measures import ask, refuse_taken
 from sppo.formats import prompt_text
 from sppo.rankers import TRIAL, ask_trial
 from sppo.rankers.function import FunctionRanker, load_function
@@ -14,6 +15,7 @@ def check_judge(run: Run) -> Findings:
     name = run.recipe.judge
     if not name or not any(i.report for i in run.left):
         return
+    judges(run.recipe)  # raises where it is called as the ranker is
     (answer,) = ask_trial(FunctionRanker(load_function(name, "--judge")), [TRIAL], f"--judge {name}")
     yield ok(f"--judge {name} answers a trial pair ({answer:.3g})")
 
@@ -25,4 +27,5 @@ def check_measure(run: Run) -> Findings:
         return
     prompt, answer, _ = TRIAL
     said = ask(load_function(name, "--measure"), prompt_text(prompt), answer)
+    refuse_taken(said, name)
     yield ok(f"--measure {name} answers for a trial answer ({', '.join(said) or 'nothing'})")

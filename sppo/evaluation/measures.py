@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,19 @@ from sppo.common.manifest import Stage
 from sppo.common.parquet import read_rows
 from sppo.common.policy import open_policy
 from sppo.common.progress import progress
+from sppo.common.stopping import end_if_asked
 from sppo.config import Recipe
 from sppo.formats import prompt_text
 from sppo.rankers import batches, device_and_dtype
 from sppo.rankers.function import load_function, source_file
 
 _BATCH_TOKENS = 4096  # logits of a 128k vocabulary in float32: 2 GB
+
+
+_TAKEN = {
+    *("iteration", "base", "suites", "prompts", "responses", "loss", "beta2_loss", "mean_tokens", "base_perplexity"),
+    *("empty", "cut", "repeated"),
+}
 
 
 def measure_stage(recipe: Recipe, directory: Path, base: str) -> Stage:
@@ -48,7 +56,9 @@ def measure(recipe: Recipe, directory: Path, base: str) -> dict[str, float]:
         rows = list(read_rows(directory / "responses.parquet", ["prompt", "responses", "prompt_token_ids"]))
         found = health([response for row in rows for response in row["responses"]])
         if recipe.measure:
-            found |= _own(recipe.measure, rows)
+            own = _own(recipe.measure, rows)
+            refuse_taken(own, recipe.measure)
+            found |= own
         if recipe.base_perplexity:
             found["base_perplexity"] = _perplexity(recipe, base, rows)
         write_json(stage.outputs[0], {name: float(f"{value:.6g}") for name, value in found.items()})
@@ -65,6 +75,13 @@ def _own(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
             for key, numbers in ask(function, prompt_text(row["prompt"]), response["text"]).items():
                 values[key] += numbers
     return {key: sum(numbers) / len(numbers) for key, numbers in values.items() if numbers}
+
+
+def refuse_taken(names: Iterable[str], measure: str) -> None:
+    """Raise SPPOError for names under which a report has figures of its own."""
+    taken = [name for name in names if name in _TAKEN or name.endswith(("_win_rate", "_interval", "_unanswered"))]
+    if taken:
+        raise SPPOError(f"--measure {measure}: {', '.join(taken)} is the report's own name; give it another")
 
 
 def ask(function: Any, prompt: str, answer: str) -> dict[str, list[float]]:
@@ -96,6 +113,7 @@ def _perplexity(recipe: Recipe, base: str, rows: list[dict[str, Any]]) -> float:
     total, count = 0.0, 0
     with progress(len(sequences), "perplexity under the base", "answer") as bar, torch.inference_mode():
         for indices in batches([len(p) + len(r) for p, r in sequences], _BATCH_TOKENS):
+            end_if_asked()
             part = [sequences[i] for i in indices]
             width = max(len(p) + len(r) for p, r in part)
             ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in part], device=device)  # (B, T)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from sppo.common.errors import SPPOError
 from sppo.common.findings import Findings, Run, no, note, ok
 
+_LATER = "the run goes on, and names at its end what is not pushed"
+
 
 def check_hub(run: Run) -> Findings:
     if not run.recipe.org or not (run.makes_data or (run.recipe.push_model and run.trains)):
@@ -21,9 +23,15 @@ def check_hub(run: Run) -> Findings:
         raise SPPOError(f"--org {org}: with HF_HUB_OFFLINE=1 nothing is pushed; unset it, or leave --org out") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
+        if status >= 500 and run.has_begun:
+            yield note(f"--org {org}: the Hub answers with HTTP {status}; {_LATER}")
+            return
         advice = "set HF_TOKEN to a valid one" if status in (401, 403) else "try again later, or leave --org out"
         raise SPPOError(f"--org {org}: the Hub does not take the token (HTTP {status}); {advice}") from None
     except Exception as error:  # noqa: BLE001 - whatever the HTTP library raises where there is no network
+        if run.has_begun:
+            yield note(f"--org {org}: the Hub is out of reach ({type(error).__name__}: {error}); {_LATER}")
+            return
         raise SPPOError(f"--org {org}: the Hub is out of reach ({type(error).__name__}: {error})") from None
     may = ((me.get("auth") or {}).get("accessToken") or {}).get("role", "")
     if may == "read":

@@ -51,9 +51,13 @@ def devices(gpus: str) -> list[str]:
 
 
 def _gpu_count() -> int:
+    """How many GPUs nvidia-smi counts. Raises SPPOError where it fails: the CPU would silently do the work."""
     if not shutil.which("nvidia-smi"):
         return 0
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    said = " ".join(f"{listing.stdout} {listing.stderr}".split())
+    if listing.returncode and "no devices" not in said.lower():
+        raise SPPOError(f"nvidia-smi does not count the GPUs ({said}); see to the driver, or pass --gpus none")
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 

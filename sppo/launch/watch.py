@@ -85,6 +85,8 @@ def run_shards(
     all slots together, and less each time, so that a slow machine holds nobody up.
     """
     slots = launcher.slots()
+    if not slots:
+        raise SPPOError("no machine has room for a shard: each needs as many GPUs of one machine as --world_size says")
     count = wanted or slots
     if shards_dir:
         count = shard_count(shards_dir, wanted, slots, "--overwrite" in command)
@@ -103,6 +105,8 @@ def run_shards(
                 running[slot] = _Started(launcher.start(argv, slot, shown[-1]), f"{name} {which}", shown[-1])
 
     _watch(launcher, running, fill, shown, name)
+    if waiting:
+        raise SPPOError(f"{name}: no machine is left for {len(waiting)} shards; the same command goes on from here")
     if shards_dir:
         _await_manifests(shards_dir, count)
     show_ends(shown, name)
@@ -157,8 +161,8 @@ def _watch(
                 code = started.task.poll()
                 if code is not None:
                     del running[slot]
-                if code:
-                    launcher.stop([other.task for other in running.values()])
+                if code:  # what it has started itself may live on, and hold a GPU
+                    launcher.stop([started.task, *(other.task for other in running.values())])
                     _end(started, code)
             if not saves and stop_asked():
                 raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sppo.common import preference
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import atomic_together, digest
-from sppo.common.manifest import Stage
+from sppo.common.manifest import Stage, read_manifest
 from sppo.common.parquet import RowGroups, open_parquet, read_batches
 from sppo.common.progress import progress
 from sppo.common.responses import require_responses, responses_columns
@@ -32,6 +32,7 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
     """The stage that makes the training set of the responses and rankings in $DATA. Raises SPPOError without them."""
     responses = require_responses(output_dir)
     shards = ranking_files(output_dir)
+    _refuse_others_rankings(shards, responses)
     return Stage(
         "compute_prob",
         output_dir / "train.manifest.json",
@@ -50,6 +51,18 @@ def ranking_files(output_dir: Path) -> list[Path]:
     if not shards:
         raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
     return shards
+
+
+def _refuse_others_rankings(shards: list[Path], responses: Path) -> None:
+    """Raise SPPOError for a ranking of other responses to the same prompts, which have the same prompt_ids.
+
+    A ranking without a manifest is another tool's, and is taken as it is.
+    """
+    manifests = [(path, path.with_name(path.stem + ".manifest.json")) for path in shards]
+    read = digest(responses)
+    for path, manifest in manifests:
+        if manifest.exists() and read_manifest(manifest)["inputs"].get("responses") != read:
+            raise SPPOError(f"{path} ranks other responses than {responses} holds; run rank.py --overwrite first")
 
 
 def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
@@ -90,8 +103,6 @@ def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray
     import pyarrow as pa
 
     size = recipe.test_size
-    if size > 1 and not float(size).is_integer():
-        raise UsageError(f"--test_size {size}: a whole number of prompts, or a share below 1")
     total = open_parquet(responses, []).metadata.num_rows
     rows, contents = np.empty(total, dtype=np.int64), np.zeros(total if size else 0, dtype=np.uint64)
     fields = [f for f in training_schema() if f.name == "prompt_id" or (size and f.name == "prompt")]

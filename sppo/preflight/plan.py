@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.findings import TYPICAL_RESPONSE, Findings, Iteration, Load, Run
 from sppo.common.progress import columns
@@ -32,6 +33,8 @@ def _load(run: Run, i: Iteration) -> Load:
         made = run.sets[i.number]
         prompts, tokens, longest = made.usable, made.every * sum(made.lengths), made.longest
         rows, most = training.training_rows(prompts, recipe.test_size), recipe.pairs * made.every * sum(made.rooms)
+        if prompts and not rows:
+            raise SPPOError(f"--test_size {recipe.test_size:g} holds all {prompts} prompts out; nothing is trained on")
     else:
         data = run.run_dir / f"iter{i.number}" / "data"
         rows = prompts = read_json(data / "train.manifest.json")["counts"]["train"]

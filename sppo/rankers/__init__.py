@@ -27,6 +27,7 @@ from sppo.common.files import read_json, write_json
 from sppo.common.model_files import commit_of
 from sppo.common.policy import policy_of
 from sppo.common.preference import Array
+from sppo.common.stopping import end_if_asked
 from sppo.config import Recipe
 from sppo.formats import Message, Pair, prompt_text
 
@@ -113,9 +114,11 @@ def unfinished(
 
     Only what is not done is asked. But where the ranker answers in batches, the other pairs of a batch decide a
     logit's last bits: then a chunk that was cut short comes as a whole, so that the end is the same as without a kill.
+    Raises KeyboardInterrupt between two chunks where the run is asked to stop.
     """
     ranker, left = None, iter(rows)
     while chunk := list(itertools.islice(left, size)):
+        end_if_asked()
         missing = [row for row in chunk if not is_done(row)]
         if missing:
             ranker = ranker or load()

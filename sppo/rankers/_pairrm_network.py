@@ -21,6 +21,7 @@ from sppo.common.loading import flash_attention, loading
 from sppo.formats import Message, Pair, prompt_text
 from sppo.rankers import batches
 from sppo.rankers._deberta import speed_up
+from sppo.rankers._normalizer import restore_normalizer
 from sppo.rankers.pairrm import ranker_base
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dic
         raise SPPOError(f"ranker {directory}: a {config.model_type} is not a PairRM; its base is deberta-v2")
     with loading(f"ranker {directory}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base)
+        restore_normalizer(tokenizer, base)
     # Added tokens, in this order, behind the tokenizer's own; a tokenizer saved with them has them already.
     names = [SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE]
     vocabulary = tokenizer.get_vocab()

@@ -15,6 +15,7 @@ from sppo.common.files import read_json
 from sppo.config import Recipe
 from sppo.formats import Pair
 from sppo.rankers import pairrm, prompt_renderer
+from sppo.rankers._normalizer import restore_normalizer
 from sppo.rankers._pairrm_network import PairInputs, load_strictly
 from sppo.rankers.pairrm import fetch, fetch_ranker, ranker_base
 
@@ -49,6 +50,7 @@ def load_blender(directory: Path, device: str) -> Any:
         blender.loadranker(str(directory), device=device, model_name=str(ranker_base(directory)), load_checkpoint=None)
     finally:
         model_util.build_pretrained_model = build
+    restore_normalizer(blender.ranker_tokenizer, ranker_base(directory))
     load_strictly(blender.ranker, directory)
     return blender
 

@@ -16,6 +16,7 @@ from sppo.common.importing import import_networks
 from sppo.common.model_files import model_identity, resolve, snapshot
 from sppo.config import Recipe
 from sppo.rankers import device_and_dtype, prompt_identity, prompt_renderer
+from sppo.rankers._normalizer import mark
 
 if TYPE_CHECKING:
     from sppo.rankers._pairrm_network import PairRM
@@ -59,7 +60,8 @@ def fetch(recipe: Recipe) -> str:
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Weights, config and tokenizer of the ranker, and what it reads as the prompt."""
     directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
-    return {"backend": "pairrm", "ranker": ranker_identity(directory), **prompt_identity(recipe)}
+    base = ranker_base(directory) if "model_name" in read_json(directory / "config.json") else directory
+    return {"backend": "pairrm", "ranker": ranker_identity(directory), **mark(base), **prompt_identity(recipe)}
 
 
 def load(recipe: Recipe) -> PairRM:

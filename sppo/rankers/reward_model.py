@@ -25,6 +25,7 @@ from sppo.common.model_files import model_identity, resolve
 from sppo.config import Recipe
 from sppo.formats import Message, Pair
 from sppo.rankers import batches, device_and_dtype
+from sppo.rankers._normalizer import mark, restore_normalizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,6 +175,8 @@ def _open(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     with loading(f"{name}: its config or tokenizer"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if config.model_type == "deberta-v2":
+            restore_normalizer(tokenizer, directory)
     if config.num_labels != 1:
         made = ", ".join(raw.get("architectures") or ["an unknown kind"])
         raise SPPOError(f"{name}: a reward model has one label; this one ({made}) has {config.num_labels}")
@@ -218,7 +221,8 @@ def fetch(recipe: Recipe) -> str:
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Weights, config, tokenizer and chat template of the reward model."""
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
-    return {"backend": "reward-model", "ranker": model_identity(directory)}
+    deberta = read_json(directory / "config.json").get("model_type") == "deberta-v2"
+    return {"backend": "reward-model", "ranker": model_identity(directory), **(mark(directory) if deberta else {})}
 
 
 def load(recipe: Recipe) -> RewardModel:

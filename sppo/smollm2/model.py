@@ -36,7 +36,7 @@ def make_smollm2(directory: Path, source: str = "auto") -> None:
     said = answer(directory, QUESTION)
     if ANSWER not in said:
         raise SPPOError(f"the model from {origin} answers {QUESTION!r} with {said!r}: its weights are wrong")
-    print(f"make_smollm2: {directory.name}: from {origin}; asked {QUESTION!r}, it says {said!r}")
+    print(f"make_smollm2: from {origin}; asked {QUESTION!r}, it says {said!r}")
     (directory / "source.json").write_text(json.dumps({"from": origin}) + "\n")
     for path in directory.iterdir():
         follow_umask(path)  # safetensors writes for the owner alone

@@ -1,7 +1,7 @@
 """A training's checkpoints: which one a killed run goes on from, and that reading it runs no code.
 
 Optimiser states and random states are in torch's own format, a pickle. A checkpoint is read as tensors and plain values
-only; what else a pickle names is refused, unless it is a class of torch, numpy or DeepSpeed, whose states hold some.
+only; what else a pickle names is refused, but for NumPy's arrays and the classes in DeepSpeed's states.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from sppo.common.files import atomic, changed, digest, read_json, write_json
 from sppo.common.manifest import Stage
 
 COMPLETE = "complete.json"  # in a checkpoint of which all ranks have written their part: its files' digests
-_TRUSTED = ("torch", "numpy", "deepspeed")
+_ARRAYS = {f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("_reconstruct", "scalar")}
+_ARRAYS |= {"numpy.ndarray", "numpy.dtype"}
+_STATES = ("deepspeed.runtime.", "deepspeed.utils.")  # where the classes are that DeepSpeed's states hold
 _FULL = "os error 28|No space left|inline_container|iostream error|PytorchStreamWriter"
 
 
@@ -51,6 +53,12 @@ def refuse_another(work: Path, stage: Stage) -> None:
         stage.refuse_if_different(read_json(work / "identity.json"))
 
 
+def is_of(work: Path, stage: Stage) -> bool:
+    """Whether a try at this very training has left its work: with --overwrite, too, it goes on from there."""
+    path = work / "identity.json"
+    return path.exists() and read_json(path) == stage.identity
+
+
 def resume_point(work: Path) -> Path | None:
     """The newest whole checkpoint that a killed try has left, if there is one.
 
@@ -70,9 +78,17 @@ def resume_point(work: Path) -> Path | None:
 def check_parts(checkpoint: Path, processes: int) -> None:
     """Raise SPPOError for a checkpoint whose optimiser DeepSpeed has written in parts, for another number of processes.
 
-    Where each process has the whole optimiser, any number of processes goes on from it.
+    Where each process has the whole optimiser, any number of processes goes on from it. With DeepSpeed on one side
+    only, transformers would find no optimiser and begin with a new one.
     """
     parts = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if bool(parts) != deepspeed:
+        was, now = ("with", "without") if parts else ("without", "with")
+        raise SPPOError(
+            f"{checkpoint} was written {was} DeepSpeed, and this training is {now} it; go on with the former "
+            f"--accelerate_config, or delete {checkpoint.parent} to train this iteration again"
+        )
     if parts not in (0, processes):
         raise SPPOError(
             f"{checkpoint} is in {parts} parts, one for each process that trained, and now there are {processes}; "
@@ -109,9 +125,11 @@ def only_plain_values(checkpoint: Path) -> None:
             raise SPPOError(
                 f"{path} is damaged ({error}); delete {checkpoint} and run the same command again"
             ) from None
-        foreign = [name for name in named if name.split(".")[0] not in _TRUSTED]
-        if foreign:
-            raise SPPOError(f"{path} names code, {', '.join(foreign)}, and is not read; delete {checkpoint}")
         for name in named:
+            if name not in _ARRAYS and not name.startswith(_STATES):
+                raise SPPOError(f"{path} names code, {name}, and is not read; delete {checkpoint}")
             module, _, attribute = name.rpartition(".")
-            torch.serialization.add_safe_globals([getattr(importlib.import_module(module), attribute)])
+            found = getattr(importlib.import_module(module), attribute)
+            if name not in _ARRAYS and not isinstance(found, type):
+                raise SPPOError(f"{path} names a function, {name}, and is not read; delete {checkpoint}")
+            torch.serialization.add_safe_globals([found])

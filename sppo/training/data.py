@@ -249,7 +249,8 @@ def load_training_set(
                 )
             if len(prompt) > recipe.max_prompt_length:
                 counts["prompts_cut"] += 1
-                prompt = prompt[-recipe.max_prompt_length :]
+                head = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []  # the policy never reads without it
+                prompt = [*head, *prompt[len(prompt) - recipe.max_prompt_length + len(head) :]]
                 drawn = None
             room = recipe.max_length - len(prompt)
             is_whole = drawn is not None and len(response) <= room and len(drawn) == len(response)

@@ -44,10 +44,12 @@ def finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> No
 
 
 def put_in_place(final: Path, output_dir: Path) -> None:
-    """Rename a whole model's directory to its final name, in place of what is there."""
+    """Rename a whole model's directory to its final name, in place of what is there, once all of it is on the disk."""
     for path in final.rglob("*"):
         if path.is_file():
             follow_umask(path)
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
     if output_dir.exists():
         shutil.rmtree(output_dir)
     os.rename(final, output_dir)

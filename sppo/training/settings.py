@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sppo import config
-from sppo.common.errors import UsageError
+from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import digest
 from sppo.common.manifest import Stage
 from sppo.common.policy import Policy, open_policy, policy_of
@@ -26,6 +26,8 @@ IDENTITY = (
 
 # names that are known without a look at transformers
 USUAL = {"optim": ("rmsprop", "adamw_torch"), "lr_scheduler_type": ("linear", "cosine", "constant")}
+# schedules with settings of their own
+NEED_MORE = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau")
 
 
 @dataclass
@@ -82,6 +84,8 @@ def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> T
         if not recipe.anchor_model:
             raise UsageError("--anchor needs --anchor_model: the model that the run began with, most often")
         anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code)
+        if anchor.tokenizer().get_vocab() != source.tokenizer().get_vocab():
+            raise SPPOError(f"--anchor_model {recipe.anchor_model} has another vocabulary than {recipe.model}")
     path = dataset_file(args.dataset, recipe)
     occupied = args.output_dir.exists() and any(args.output_dir.iterdir())
     stage = Stage(
@@ -113,6 +117,8 @@ def check_flags(recipe: Recipe) -> None:
         raise UsageError(f"--anchor is for --loss_type sppo and sppo_all, not {recipe.loss_type}")
     if recipe.anchor_model and not recipe.anchor:
         raise UsageError("--anchor_model goes with --anchor")
+    if recipe.anchor and recipe.load_in_4bit:
+        raise UsageError("--anchor with --load_in_4bit: the anchor is read unquantised, so the two would not compare")
     if recipe.label_smoothing and recipe.loss_type != "sigmoid":
         raise UsageError(f"--label_smoothing is for --loss_type sigmoid; {recipe.loss_type} has win rates or none")
     for flag in ("load_in_4bit", "merge_adapter"):
@@ -133,6 +139,10 @@ def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
 
     `gpu`: whether there will be a GPU; None asks PyTorch. Unusual names need an import of transformers, of seconds.
     """
+    if ("bnb" in recipe.optim or "8bit" in recipe.optim) and not importlib.util.find_spec("bitsandbytes"):
+        raise UsageError(f"--optim {recipe.optim} needs a package: pip install bitsandbytes")
+    if recipe.lr_scheduler_type in NEED_MORE:
+        raise UsageError(f"--lr_scheduler_type {recipe.lr_scheduler_type} needs settings that have no flag here")
     for flag, usual in USUAL.items():
         name = getattr(recipe, flag)
         if name not in usual and name not in (names := known_names(flag)):

@@ -12,7 +12,7 @@ from sppo.common.files import write_json
 from sppo.common.importing import TRAINER, import_networks
 from sppo.common.loading import add_adapter, load_causal_lm, load_config
 from sppo.config import Recipe
-from sppo.training.checkpoints import check_parts, only_plain_values, resume_point, tidy, told_when_full
+from sppo.training.checkpoints import check_parts, is_of, only_plain_values, resume_point, tidy, told_when_full
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine
 
@@ -33,14 +33,16 @@ def train(training: Training) -> None:
     recipe, work, stage = training.recipe, training.work, training.stage
     check_machine(recipe)
     first = os.environ.get("RANK", "0") == "0"
-    if training.overwrite and first:
-        shutil.rmtree(work, ignore_errors=True)
-    checkpoint = None if training.overwrite else resume_point(work)
-    if checkpoint:
-        check_parts(checkpoint, training.processes)
-    if first:
+    checkpoint = None
+    if first:  # it decides for all: a shared disk may not yet show the others what it shows this one
+        if training.overwrite and not is_of(work, stage):
+            shutil.rmtree(work, ignore_errors=True)
+        checkpoint = resume_point(work)
+        if checkpoint:
+            check_parts(checkpoint, training.processes)
         tidy(work, checkpoint)
     trainer, data = make_trainer(training)
+    checkpoint = trainer.told_by_first(checkpoint)
     if first:
         batch = f"{training.processes} x {recipe.batch_size} x {training.steps} rows a step"
         clipping = f"gradients clipped at {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no gradient clipping"
@@ -50,6 +52,7 @@ def train(training: Training) -> None:
         only_plain_values(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.is_stopped:
+        trainer.refuse_broken_weights()
         _save(trainer, training)
     if torch.distributed.is_initialized():
         # all ranks close their connections together: a rank that leaves earlier may crash
@@ -116,6 +119,8 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
     how = {"precision": precision, "attention": recipe.attn_implementation, "transformers": transformers.__version__}
+    if args.bf16 and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        how["engine"] = "deepspeed"  # all in bfloat16, where autocast keeps sums in float32
     homes = (training.dataset.parent / "reference", work / "reference")
     table, anchor = ReferenceTable(reference_key(source.identity(), data, **how), homes), None
     if training.anchor:

@@ -9,6 +9,7 @@ overridden here are its hooks for the loss, the loader, the schedule, the log an
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -126,7 +127,10 @@ class SPPOTrainer(Trainer):
         if num_training_steps == 1:
             self.args.warmup_steps = 0
         horizon = self.recipe.schedule_epochs or self.recipe.num_train_epochs
-        return super().create_scheduler(round(num_training_steps * horizon / self.recipe.num_train_epochs), optimizer)
+        steps = round(num_training_steps * horizon / self.recipe.num_train_epochs)
+        if self.recipe.warmup_ratio == 1 and num_training_steps > 1:
+            self.args.warmup_steps = steps  # transformers reads 1 as one step
+        return super().create_scheduler(steps, optimizer)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -189,6 +193,8 @@ class SPPOTrainer(Trainer):
             pace = (time.monotonic() - self._began) / done
             logs["seconds_left"] = round(pace * (self.state.max_steps - self.state.global_step), 1)
             self._forget_metrics()
+            if not math.isfinite(logs["loss"]):
+                raise SPPOError(self._diverged(f"the loss is {logs['loss']}"))
         super().log(logs, start_time)
         if training and self.is_world_process_zero():
             with open(Path(self.args.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as handle:
@@ -196,6 +202,7 @@ class SPPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint; the older ones are deleted only when every rank's part is on the disk."""
+        self.refuse_broken_weights()  # they would replace a checkpoint that is good
         with told_when_full():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -204,6 +211,25 @@ class SPPOTrainer(Trainer):
             seal(here)
             for older in set(here.parent.glob("checkpoint-*")) - {here}:
                 shutil.rmtree(older)
+
+    def refuse_broken_weights(self) -> None:
+        """Raise SPPOError where a trained weight is not finite. Under ZeRO-3 each rank looks at its part."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad and not torch.isfinite(getattr(weight, "ds_tensor", weight)).all():
+                raise SPPOError(self._diverged(f"{name} has weights that are not finite"))
+
+    def _diverged(self, what: str) -> str:
+        """The message of a training that cannot go on; no checkpoint is written after it."""
+        return (
+            f"step {self.state.global_step}: {what}. Lower --learning_rate, or clip the gradients (--max_grad_norm 1); "
+            f"then delete {self.args.output_dir} to train this iteration again"
+        )
+
+    def told_by_first(self, checkpoint: Path | None) -> Path | None:
+        """The checkpoint that rank 0 goes on from, on every rank."""
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        told = self.accelerator.reduce(torch.tensor(step, device=self.args.device), "sum")  # the others add 0
+        return Path(self.args.output_dir) / f"checkpoint-{int(told)}" if int(told) else None
 
     def begin(self) -> None:
         """Before the first step: check the log-probs, and find or compute the reference's."""
@@ -257,7 +283,7 @@ class SPPOTrainer(Trainer):
         if self.state.global_step:
             raise SPPOError(
                 f"{self.table.homes[0] / self.table.key}.safetensors is gone, so this run cannot be resumed: "
-                "its policy is not the reference any more. Start again with --overwrite"
+                f"its policy is not the reference any more. Delete {self.args.output_dir} to train again"
             )
         self.reference = self._pass(self.model_wrapped, self.lean, "reference")
         self._keep(self.table, self.reference, "reference")

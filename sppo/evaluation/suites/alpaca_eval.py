@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +137,5 @@ def length_controlled(annotations: Any) -> dict[str, float]:
     formula = glm_winrate.GLM_INFO["length_controlled_minimal"]["formula"]
     train, test = glm_winrate.make_dmatrix_for_model(data, equal, formula)
     model = glm_winrate.fit_LogisticRegressionCV(train, "preference", n_splits=5)
-    predicted = model.predict_proba(test)[:, 1]
-    error = predicted.std(ddof=1) / math.sqrt(len(predicted))
-    return found | {"length_controlled_winrate": 100 * predicted.mean(), "lc_standard_error": 100 * error}
+    # at equal length all questions have one and the same prediction, so that it has no standard error of theirs
+    return found | {"length_controlled_winrate": 100 * model.predict_proba(test)[:, 1].mean()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import typing
 from itertools import islice
 from typing import Any
 
+from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.importing import import_networks
 from sppo.common.loading import prepare_vllm, vllm_dtype
@@ -39,7 +41,13 @@ def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
             "block_size": 32,  # its 128 hold most prompts whole, so that K responses would read the prompt K times
         }
     if policy.adapter:
-        options |= {"enable_lora": True, "max_lora_rank": read_json(policy.adapter / "adapter_config.json")["r"]}
+        from vllm.config.lora import MaxLoRARanks
+
+        rank = read_json(policy.adapter / "adapter_config.json")["r"]
+        ranks = [size for size in typing.get_args(MaxLoRARanks) if size >= rank]  # vLLM has room for these only
+        if not ranks:
+            raise SPPOError(f"{policy.adapter}: vLLM takes no adapter of rank {rank}; pass --engine transformers")
+        options |= {"enable_lora": True, "max_lora_rank": min(ranks)}
     return LLM(
         model=str(policy.weights),
         tokenizer=str(policy.tokenizer_dir),

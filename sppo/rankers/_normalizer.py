@@ -1,0 +1,46 @@
+"""A DeBERTa-v2 ranker's tokenizer with the normaliser that it was trained with.
+
+transformers 5 builds this tokenizer anew, and puts NFC in place of the SentencePiece model's own map of characters
+(nmt_nfkc). Non-breaking spaces, full-width letters, ligatures and many more would then come out as [UNK], which the
+ranker never saw in its training.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def _saved(directory: Path) -> bool:
+    """Whether tokenizer.json has the map: one that transformers 5 has saved has it not."""
+    path = directory / "tokenizer.json"
+    written = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return '"Precompiled"' in json.dumps(written.get("normalizer"))
+
+
+def mark(directory: Path) -> dict[str, str]:
+    """What a ranking's identity says of it: rankings made without the map are of other tokens."""
+    return {"characters": "as in training"} if (directory / "spm.model").exists() or _saved(directory) else {}
+
+
+def restore_normalizer(tokenizer: Any, directory: Path) -> None:
+    """Give a loaded tokenizer the map of `directory`'s tokenizer.json or spm.model, where there is one."""
+    from tokenizers import Regex, Tokenizer, normalizers
+
+    model = directory / "spm.model"
+    if _saved(directory):
+        tokenizer.backend_tokenizer.normalizer = Tokenizer.from_file(str(directory / "tokenizer.json")).normalizer
+    elif model.exists() and (charsmap := _charsmap(model)):
+        # as transformers 4 converted it
+        steps = [normalizers.Strip(), normalizers.Precompiled(charsmap), normalizers.Replace(Regex(" {2,}"), " ")]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+
+
+def _charsmap(model: Path) -> bytes:
+    """The map in a SentencePiece model; empty where it has none."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    proto = import_protobuf().ModelProto()
+    proto.ParseFromString(model.read_bytes())
+    return proto.normalizer_spec.precompiled_charsmap
