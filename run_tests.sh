@@ -4,8 +4,10 @@
 #   bash run_tests.sh --all              everything else too, as .ci/run does; 20 to 40 minutes on two cores
 #   bash run_tests.sh --gpu              what only a GPU shows; a few minutes, with every GPU that is visible
 #   bash run_tests.sh [--all | --gpu] [pytest's arguments]
+# Exit codes: 0 all passed, else that of what failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' run_tests.sh; exit 0 ;; esac
 apt() { # Debian packages, while pip installs its own; where they cannot be had, their tests say so
   local need=() log
   log=$(mktemp)

@@ -7,8 +7,10 @@ scissors with unequal stakes, or a random table. Each method's own update is don
 network, so what is seen is the method and nothing else. The gap of a policy is 2 (max_i P(i > policy) - 1/2): 0 for
 the von Neumann winner, which nothing beats more often than it is beaten. Then the same with a real model through the
 real pipeline (model_game.py).
+Reads   nothing.
 Writes  <output_dir>/game.md (a table, medians over the seeds) and game.png, in some seconds on a CPU; game-model.md and
         game-model.png, in about 20 minutes on two cores, with the runs in <work_dir>, where a stopped one goes on.
+Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations

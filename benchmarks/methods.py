@@ -5,8 +5,10 @@
 Each method is the demo with that flag: its own world for each seed, three iterations, held-out answers judged by the
 demo's ranker and its rule. Each length penalty is the demo with a judge that likes length (sppo.demo:biased). The runs
 are by run_sppo_mistral.sh, two at a time.
+Reads   nothing.
 Writes  <output_dir>/methods.md; the runs in <work_dir>, where a stopped one goes on.
 A run takes one to two minutes, on one core.
+Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations

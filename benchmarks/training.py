@@ -18,6 +18,9 @@ forward; with LoRA 6, as no weight's own gradient is needed.
 
 trl runs with its reference model beside the policy, with its reference log-probs computed first, and with that and
 batches grouped by length (transformers' train_sampling_strategy). Ours groups within a step.
+Reads   runs/SmolLM2-135M-Instruct, for smollm2 alone.
+Writes  nothing; it prints its tables.
+Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations
