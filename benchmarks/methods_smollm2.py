@@ -4,7 +4,7 @@
 
 Each method is run_sppo_smollm2.sh's run with that flag and one iteration. The first model's held-out answers, the
 first responses and their ranking do not depend on the method, and are made once.
-Reads   nothing.
+Reads   SmolLM2-135M-Instruct, from the Hub or PyPI.
 Writes  <output_dir>/methods-smollm2.md, a row as soon as its run has ended; the runs in <work_dir>, where a stopped one
         goes on.
 A run takes some minutes, on two cores; `sppo_all` trains on all eight responses, and takes four times as long.

@@ -10,7 +10,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 what=${1:-core}
-case $what in core | vllm | tests) ;; -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' scripts/install.sh; exit 0 ;; *) echo "error: core, vllm or tests, not $what" >&2; exit 2 ;; esac
+case $what in
+  core | vllm | tests) ;;
+  -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' scripts/install.sh; exit 0 ;;
+  *) echo "error: core, vllm or tests, not $what" >&2; exit 2 ;;
+esac
 stamp=.venv/installed-$what-$(cat setup.py requirements.lock scripts/install.sh | cksum | cut -d' ' -f1)
 [ ! -e "$stamp" ] || exit 0
 

@@ -264,11 +264,16 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
                 raise UsageError(f"{where}: unknown key {ascii(name)}{nearest(str(name), _FIELDS)}")
             values[name] = _convert(name, value, where)
     recipe = Recipe(**values)
-    if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
-        raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
+    require_whole_hold_out(recipe)
     if recipe.temperature < 0.01 and recipe.pairs > 1:
         raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
     return recipe
+
+
+def require_whole_hold_out(recipe: Recipe) -> None:
+    """Raises UsageError for a hold-out of a part of a prompt."""
+    if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
+        raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
 
 
 def require_pairs(recipe: Recipe) -> None:

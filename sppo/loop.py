@@ -21,7 +21,7 @@ from pathlib import Path
 from sppo import config
 from sppo.common import stopping
 from sppo.common.errors import INTERRUPTED, WRONG_USE, SPPOError, UsageError
-from sppo.common.files import atomic, exclusive, read_json
+from sppo.common.files import atomic, exclusive, has_begun, read_json
 from sppo.common.manifest import Stage
 from sppo.common.place import Place, add_place_flags
 from sppo.common.shards import Slice, known_count
@@ -149,8 +149,7 @@ def _run_steps(steps: list[Step], run_dir: Path) -> list[str]:
         if step.is_done():
             print(f"=== {step.label}: done", flush=True)
             continue
-        if stopping.stop_asked():
-            raise KeyboardInterrupt
+        stopping.end_if_asked()
         code = _call(step.label, step.command)
         if code == INTERRUPTED and stopping.stop_asked():
             print(f"=== {step.label}: stopped, as asked; run the same command to go on from here", flush=True)
@@ -308,7 +307,7 @@ def _preflight(run_dir: Path, argv: list[str]) -> int:
 
     In a run that has begun nobody else may be at work; in a run that has not, nothing is written.
     """
-    with exclusive(run_dir) if (run_dir / ".lock").exists() else contextlib.nullcontext():
+    with exclusive(run_dir) if has_begun(run_dir) else contextlib.nullcontext():
         return _wait([sys.executable, str(ROOT / "scripts/doctor.py"), *argv])
 
 

@@ -50,7 +50,7 @@ def own_code(models: Path, tmp_path: Path) -> Path:
     return directory
 
 
-class Prints:
+class RunsCode:
     """A pickle that runs its text as Python, by a function of a package that is installed."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -60,7 +60,7 @@ class Prints:
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     torch.save({"state": np.random.get_state()}, tmp_path / "rng_state.pth")
     only_plain_values(tmp_path)
-    for what in (Prints(), torch.hub.load, subprocess.Popen):
+    for what in (RunsCode(), torch.hub.load, subprocess.Popen):
         torch.save({"state": what}, tmp_path / "optimizer.pt")
         with pytest.raises(SPPOError, match=r"optimizer.pt names .*, and is not read; delete"):
             only_plain_values(tmp_path)

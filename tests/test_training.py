@@ -263,10 +263,15 @@ def test_gradients_are_not_clipped_unless_asked(models: Path, train: Train) -> N
     ("rate", "said"),
     [("1e30", r"step 2: the loss is (nan|inf)"), ("1e38", "step 1: .* has weights that are not finite")],
 )
-def test_a_training_that_diverges_ends_and_keeps_its_good_checkpoint(train: Train, rate: str, said: str) -> None:
-    """Not a model of NaN that the next iteration draws from, hours later."""
+def test_a_training_that_diverges_ends_and_makes_nothing_of_it(
+    tmp_path: Path, train: Train, rate: str, said: str
+) -> None:
+    """Not a model of NaN that the next iteration draws from, hours later, nor a checkpoint in a good one's place."""
     with pytest.raises(SPPOError, match=f"{said}. Lower --learning_rate, or clip"):
         train("x", "--optim=sgd", f"--learning_rate={rate}", "--save_steps=1", "--warmup_ratio=0")
+    assert not (tmp_path / "x").exists()
+    saved = [path.parent.name for path in (tmp_path / "x.partial").glob("checkpoint-*/complete.json")]
+    assert saved == (["checkpoint-1"] if rate == "1e30" else [])
 
 
 def test_what_a_trained_model_holds(models: Path, tmp_path: Path, train: Train) -> None:

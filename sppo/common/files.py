@@ -107,6 +107,11 @@ def changed(directory: Path, digests: dict[str, str]) -> list[str]:
     return [n for n, sha in digests.items() if not (directory / n).is_file() or digest(directory / n) != sha]
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Whether a run was started here before: `exclusive` has locked the directory."""
+    return (run_dir / ".lock").exists()
+
+
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Lock a directory for this process. Raises SPPOError where another process has it."""

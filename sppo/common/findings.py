@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sppo.common.files import has_begun
 from sppo.common.policy import Policy
 from sppo.common.shape import Shape
 from sppo.config import Recipe
@@ -129,7 +130,7 @@ class Run:
     @property
     def has_begun(self) -> bool:
         """Whether this run was started before: then what passes by itself must not end it."""
-        return (self.run_dir / ".lock").exists()
+        return has_begun(self.run_dir)
 
     @property
     def main_memory(self) -> int:

@@ -24,9 +24,7 @@ from sppo.rankers import batches, device_and_dtype
 from sppo.rankers.function import load_function, source_file
 
 _BATCH_TOKENS = 4096  # logits of a 128k vocabulary in float32: 2 GB
-
-
-_TAKEN = {
+_TAKEN = {  # the report's own names
     *("iteration", "base", "suites", "prompts", "responses", "loss", "beta2_loss", "mean_tokens", "base_perplexity"),
     *("empty", "cut", "repeated"),
 }
@@ -56,9 +54,7 @@ def measure(recipe: Recipe, directory: Path, base: str) -> dict[str, float]:
         rows = list(read_rows(directory / "responses.parquet", ["prompt", "responses", "prompt_token_ids"]))
         found = health([response for row in rows for response in row["responses"]])
         if recipe.measure:
-            own = _own(recipe.measure, rows)
-            refuse_taken(own, recipe.measure)
-            found |= own
+            found |= _own(recipe.measure, rows)
         if recipe.base_perplexity:
             found["base_perplexity"] = _perplexity(recipe, base, rows)
         write_json(stage.outputs[0], {name: float(f"{value:.6g}") for name, value in found.items()})
@@ -74,6 +70,7 @@ def _own(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
         for response in row["responses"]:
             for key, numbers in ask(function, prompt_text(row["prompt"]), response["text"]).items():
                 values[key] += numbers
+    refuse_taken(values, name)
     return {key: sum(numbers) / len(numbers) for key, numbers in values.items() if numbers}
 
 

@@ -19,7 +19,7 @@ from sppo.common.errors import INTERRUPTED, SPPOError
 from sppo.common.files import write_json
 from sppo.common.manifest import SHARED, await_written
 from sppo.common.shards import COUNT, shard_count, shard_paths
-from sppo.common.stopping import stop_asked
+from sppo.common.stopping import end_if_asked, stop_asked
 from sppo.launch.logs import new_log, overall, show_ends, show_failure
 from sppo.launch.nodes import Answer
 from sppo.training.launching import training_config
@@ -164,8 +164,8 @@ def _watch(
                 if code:  # what it has started itself may live on, and hold a GPU
                     launcher.stop([started.task, *(other.task for other in running.values())])
                     _end(started, code)
-            if not saves and stop_asked():
-                raise KeyboardInterrupt
+            if not saves:
+                end_if_asked()
             fill()
             if time.monotonic() - reported > _REPORT:
                 reported = time.monotonic()

@@ -17,7 +17,7 @@ from sppo.common.manifest import Stage, read_manifest
 from sppo.common.parquet import RowGroups, open_parquet, read_batches
 from sppo.common.progress import progress
 from sppo.common.responses import require_responses, responses_columns
-from sppo.config import Recipe
+from sppo.config import Recipe, require_whole_hold_out
 from sppo.formats import content_id, training_schema
 from sppo.pairing import winrates
 from sppo.pairing.join import Rankings, hash64, prompt_ids
@@ -32,7 +32,6 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
     """The stage that makes the training set of the responses and rankings in $DATA. Raises SPPOError without them."""
     responses = require_responses(output_dir)
     shards = ranking_files(output_dir)
-    _refuse_others_rankings(shards, responses)
     return Stage(
         "compute_prob",
         output_dir / "train.manifest.json",
@@ -53,14 +52,13 @@ def ranking_files(output_dir: Path) -> list[Path]:
     return shards
 
 
-def _refuse_others_rankings(shards: list[Path], responses: Path) -> None:
+def _refuse_others_rankings(shards: list[Path], responses: Path, read: str) -> None:
     """Raise SPPOError for a ranking of other responses to the same prompts, which have the same prompt_ids.
 
-    A ranking without a manifest is another tool's, and is taken as it is.
+    read: the digest of `responses`. A ranking without a manifest is another tool's, and is taken as it is.
     """
-    manifests = [(path, path.with_name(path.stem + ".manifest.json")) for path in shards]
-    read = digest(responses)
-    for path, manifest in manifests:
+    for path in shards:
+        manifest = path.with_suffix(".manifest.json")
         if manifest.exists() and read_manifest(manifest)["inputs"].get("responses") != read:
             raise SPPOError(f"{path} ranks other responses than {responses} holds; run rank.py --overwrite first")
 
@@ -75,6 +73,7 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     train, test = output_dir / "train.parquet", output_dir / "test.parquet"
     schema = responses_columns(responses)
     stage = pairing_stage(recipe, output_dir)
+    _refuse_others_rankings(shards, responses, stage.inputs["responses"])
     if not overwrite and stage.is_done():
         print(f"compute_prob: done: {train}")
         return
@@ -103,6 +102,7 @@ def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray
     import pyarrow as pa
 
     size = recipe.test_size
+    require_whole_hold_out(recipe)
     total = open_parquet(responses, []).metadata.num_rows
     rows, contents = np.empty(total, dtype=np.int64), np.zeros(total if size else 0, dtype=np.uint64)
     fields = [f for f in training_schema() if f.name == "prompt_id" or (size and f.name == "prompt")]

@@ -239,10 +239,7 @@ def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dic
     weights_path = directory / "model.safetensors"
     if not weights_path.exists():
         raise SPPOError(f"ranker {directory}: no model.safetensors in it (pickled weights are not read)")
-    if "model_name" in raw:  # llm-blender/PairRM
-        base = ranker_base(directory)
-    else:  # llm-blender/PairRM-hf
-        base = directory
+    base = ranker_base(directory)
     with loading(f"ranker {directory}"):
         config = AutoConfig.from_pretrained(base)
     if config.model_type != "deberta-v2":

@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 def ranker_base(directory: Path) -> Path:
     """Config and tokenizer of the base model that a ranker's config.json names, without the base's weights.
 
-    A copy in the cache is taken as it is, so that all shards read the same one.
+    A copy in the cache is taken as it is, so that all shards read the same one. In the layout of llm-blender/PairRM-hf
+    they are the ranker's own.
     """
-    name = read_json(directory / "config.json")["model_name"]
+    name = read_json(directory / "config.json").get("model_name")
+    if name is None:
+        return directory
     for local in (directory / name, Path(name)):
         if local.is_dir():
             return local.resolve()
@@ -37,17 +40,15 @@ def ranker_base(directory: Path) -> Path:
 def fetch_ranker(name: str, revision: str) -> Path:
     """The ranker's directory, with what its base model has to give, in the cache after this."""
     directory = resolve(name, revision, "ranker")
-    if "model_name" in read_json(directory / "config.json"):
-        ranker_base(directory)
+    ranker_base(directory)
     return directory
 
 
 def ranker_identity(directory: Path) -> str:
     """A fingerprint of a ranker and of its base model's config and tokenizer."""
-    own = model_identity(directory)
-    if "model_name" not in read_json(directory / "config.json"):
+    own, base = model_identity(directory), ranker_base(directory)
+    if base == directory:
         return own
-    base = ranker_base(directory)
     files = sorted(f for pattern in ("*.json", "spm.model") for f in base.glob(pattern))
     return f"{own}+{hashlib.sha256(''.join(f.name + digest(f) for f in files).encode()).hexdigest()}"
 
@@ -60,8 +61,8 @@ def fetch(recipe: Recipe) -> str:
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Weights, config and tokenizer of the ranker, and what it reads as the prompt."""
     directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
-    base = ranker_base(directory) if "model_name" in read_json(directory / "config.json") else directory
-    return {"backend": "pairrm", "ranker": ranker_identity(directory), **mark(base), **prompt_identity(recipe)}
+    own = {"ranker": ranker_identity(directory), **mark(ranker_base(directory))}
+    return {"backend": "pairrm", **own, **prompt_identity(recipe)}
 
 
 def load(recipe: Recipe) -> PairRM:

@@ -75,6 +75,11 @@ def resume_point(work: Path) -> Path | None:
     return None
 
 
+def under_deepspeed() -> bool:
+    """Whether `accelerate launch` has started this process under DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def check_parts(checkpoint: Path, processes: int) -> None:
     """Raise SPPOError for a checkpoint whose optimiser DeepSpeed has written in parts, for another number of processes.
 
@@ -82,8 +87,7 @@ def check_parts(checkpoint: Path, processes: int) -> None:
     only, transformers would find no optimiser and begin with a new one.
     """
     parts = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if bool(parts) != deepspeed:
+    if bool(parts) != under_deepspeed():
         was, now = ("with", "without") if parts else ("without", "with")
         raise SPPOError(
             f"{checkpoint} was written {was} DeepSpeed, and this training is {now} it; go on with the former "

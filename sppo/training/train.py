@@ -12,7 +12,15 @@ from sppo.common.files import write_json
 from sppo.common.importing import TRAINER, import_networks
 from sppo.common.loading import add_adapter, load_causal_lm, load_config
 from sppo.config import Recipe
-from sppo.training.checkpoints import check_parts, is_of, only_plain_values, resume_point, tidy, told_when_full
+from sppo.training.checkpoints import (
+    check_parts,
+    is_of,
+    only_plain_values,
+    resume_point,
+    tidy,
+    told_when_full,
+    under_deepspeed,
+)
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine
 
@@ -119,7 +127,7 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
     how = {"precision": precision, "attention": recipe.attn_implementation, "transformers": transformers.__version__}
-    if args.bf16 and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if args.bf16 and under_deepspeed():
         how["engine"] = "deepspeed"  # all in bfloat16, where autocast keeps sums in float32
     homes = (training.dataset.parent / "reference", work / "reference")
     table, anchor = ReferenceTable(reference_key(source.identity(), data, **how), homes), None
@@ -160,7 +168,7 @@ def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArgum
     from transformers import TrainingArguments
 
     gpu = torch.cuda.is_available()
-    if not gpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if not gpu and under_deepspeed():
         import deepspeed.ops
 
         # communication through shared memory would be compiled for a minute, and needs a compiler
