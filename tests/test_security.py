@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ import torch
 from sppo.common.errors import SPPOError
 from sppo.common.loading import load_causal_lm
 from sppo.common.policy import open_policy
+from sppo.config import Recipe
+from sppo.rankers import reward_model
+from sppo.rankers._pairrm_network import PairRM
+from sppo.rankers.llm_blender import load_blender
 from sppo.training.checkpoints import only_plain_values
 
 PROMPTS = [{"prompt": f"Name {i} rivers"} for i in range(6)]
@@ -64,6 +71,70 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
         torch.save({"state": what}, tmp_path / "optimizer.pt")
         with pytest.raises(SPPOError, match=r"optimizer.pt names .*, and is not read; delete"):
             only_plain_values(tmp_path)
+
+
+OWN = """
+import os
+import pathlib
+
+pathlib.Path(os.environ["SPPO_TEST_MARK"]).touch()
+from transformers import DebertaV2Config as Own, DebertaV2Tokenizer as OwnTokenizer
+"""
+
+
+def plant(directory: Path, part: str) -> Path:
+    """Give a model's directory a Python file that leaves a mark when it runs, as its config or its tokenizer."""
+    (directory / "own.py").write_text(f"{OWN}# {directory}")  # the same text would not be imported twice
+    change = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    if part == "tokenizer":
+        change = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer"] * 2}}
+    path = directory / ("config.json" if part == "config" else "tokenizer_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return directory
+
+
+def as_pairrm(world: Path) -> None:
+    PairRM(world / "PairRM", "cpu", 4096)
+
+
+def by_llm_blender(world: Path) -> None:
+    load_blender(world / "PairRM", "cpu")
+
+
+def as_reward_model(world: Path) -> None:
+    shutil.copy(world / "PairRM" / "model.safetensors", world / "tiny-deberta")
+    reward_model.fetch(Recipe(ranker=str(world / "tiny-deberta")))
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+@pytest.mark.parametrize("load", [as_pairrm, by_llm_blender, as_reward_model])
+def test_a_rankers_own_code_never_runs(
+    load: Callable[[Path], None], part: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a question whether it may appear on the terminal. In a path that llm-blender takes for another model."""
+    world, mark = tmp_path / "delphi", tmp_path / "mark"
+    for name in ("PairRM", "tiny-deberta"):
+        shutil.copytree(models / name, world / name)
+    plant(world / "tiny-deberta", part)
+    monkeypatch.setenv("SPPO_TEST_MARK", str(mark))
+    monkeypatch.setattr("sys.stdin", asked := io.StringIO("y\n" * 4))
+    try:
+        load(world)  # a tokenizer's code is left alone where transformers has one of its own for the model
+    except SPPOError as error:
+        assert "code" in str(error) or "no chat template" in str(error)  # noqa: PT017 - either way is right
+    assert not mark.exists()
+    assert asked.tell() == 0
+
+
+def test_every_loader_says_whose_code_may_run() -> None:
+    """A loader of transformers that is not told asks on the terminal."""
+    for path in [p for folder in ("sppo", "scripts") for p in (tiny.ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Attribute) and called.attr in ("from_pretrained", "from_config"):
+                named = getattr(called.value, "id", "")
+                told = "trust_remote_code" in [keyword.arg for keyword in node.keywords]
+                assert told or not named.startswith("Auto"), f"{path}, line {node.lineno}"
 
 
 def test_a_models_own_code_runs_only_when_asked(own_code: Path, models: Path, tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
     except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exceptions
-        raise SPPOError(f"model {directory}: its tokenizer cannot be loaded: {first_line(error)}") from None
+        hint = "; --trust_remote_code runs the code that comes with it" if "trust_remote_code" in str(error) else ""
+        raise SPPOError(f"model {directory}: its tokenizer cannot be loaded: {first_line(error)}{hint}") from None
     if not tokenizer.chat_template:
         raise SPPOError(
             f"model {directory} has no chat template, so it is no chat model. Start from its instruct version, "

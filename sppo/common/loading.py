@@ -21,7 +21,10 @@ def loading(what: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - every reader raises its own
         if isinstance(error, SPPOError) or out_of_memory(error):
             raise
-        raise SPPOError(f"{what} cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from None
+        said = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in said:  # transformers' advice is to let it run
+            said = "it needs Python code that comes with it, which is not run"
+        raise SPPOError(f"{what} cannot be loaded: {said}") from None
 
 
 def flash_attention() -> None:

@@ -241,11 +241,11 @@ def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dic
         raise SPPOError(f"ranker {directory}: no model.safetensors in it (pickled weights are not read)")
     base = ranker_base(directory)
     with loading(f"ranker {directory}"):
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if config.model_type != "deberta-v2":
         raise SPPOError(f"ranker {directory}: a {config.model_type} is not a PairRM; its base is deberta-v2")
     with loading(f"ranker {directory}: its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         restore_normalizer(tokenizer, base)
     # Added tokens, in this order, behind the tokenizer's own; a tokenizer saved with them has them already.
     names = [SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE]

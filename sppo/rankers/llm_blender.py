@@ -2,7 +2,8 @@
 
 llm-blender 0.0.2 wants two attributes that transformers 5 no longer has; they are put back here, if missing. Its loader
 would first fetch the base model's own weights, pickled ones, only to overwrite them, and would accept a checkpoint that
-does not fit. Here the network is made from the base's config, and the checkpoint is read strictly.
+does not fit. Here the network is made from the base's config, and the checkpoint is read strictly. Its loader of
+tokenizers lets the Python code of a model run whose path has "phi" in it; here no such code runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
+from sppo.common.loading import loading
 from sppo.config import Recipe
 from sppo.formats import Pair
 from sppo.rankers import pairrm, prompt_renderer
@@ -39,18 +41,22 @@ def load_blender(directory: Path, device: str) -> Any:
         transformers.PreTrainedTokenizerBase.batch_encode_plus = transformers.PreTrainedTokenizerBase.__call__
     try:
         import llm_blender
+        from llm_blender.blender import blender_utils
         from llm_blender.pair_ranker import model_util
     except ImportError as error:
         raise SPPOError(
             f"--ranker_backend llm-blender is not installed ({error}); pip install '.[llm-blender]'"
         ) from None
-    build, model_util.build_pretrained_model = model_util.build_pretrained_model, _from_config
+    base = ranker_base(directory)
+    loaders = model_util.build_pretrained_model, blender_utils.build_tokenizer
+    model_util.build_pretrained_model, blender_utils.build_tokenizer = _from_config, _tokenizer
     try:
         blender = llm_blender.Blender()
-        blender.loadranker(str(directory), device=device, model_name=str(ranker_base(directory)), load_checkpoint=None)
+        with loading(f"ranker {directory}"):
+            blender.loadranker(str(directory), device=device, model_name=str(base), load_checkpoint=None)
     finally:
-        model_util.build_pretrained_model = build
-    restore_normalizer(blender.ranker_tokenizer, ranker_base(directory))
+        model_util.build_pretrained_model, blender_utils.build_tokenizer = loaders
+    restore_normalizer(blender.ranker_tokenizer, base)
     load_strictly(blender.ranker, directory)
     return blender
 
@@ -59,9 +65,17 @@ def _from_config(model_type: str, model_name: str, **_: Any) -> Any:
     """What llm-blender would load with weights that the checkpoint then replaces."""
     from transformers import AutoConfig, AutoModel
 
-    model = AutoModel.from_config(AutoConfig.from_pretrained(model_name))
+    config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+    model = AutoModel.from_config(config, trust_remote_code=False)
     model.config.out_hidden_state_size = model.config.hidden_size
     return model
+
+
+def _tokenizer(model_name: str, **_: Any) -> Any:
+    """The base's tokenizer, which has a padding token of its own, whatever the path to it is called."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
 
 
 class LLMBlender:

@@ -201,9 +201,10 @@ def _load_strictly(directory: Path, dtype: torch.dtype) -> nn.Module:
     with loading(f"ranker {directory}"):
         network, report = AutoModelForSequenceClassification.from_pretrained(
             directory,
+            trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,  # the report names them
+            ignore_mismatched_sizes=True,  # the report names them
+            **options,
         )
     wrong = [f"{what.replace('_', ' ')} {sorted(map(str, found))[:4]}" for what, found in report.items() if found]
     if wrong:

