@@ -141,8 +141,10 @@ def test_a_damaged_first_line_costs_no_item_and_mixes_no_identities(tmp_path: Pa
     again = Journal(tmp_path / "j", IDENTITY)
     assert again.read("p") == {"n": 1}
     again.close()
-    other = Journal(tmp_path / "j", {"inputs": {"a": 2}, "settings": {}})
-    assert not other.done
+    kept = (tmp_path / "j").read_bytes()
+    with pytest.raises(SPPOError, match="first line is damaged, and none of its items was made under these inputs"):
+        Journal(tmp_path / "j", {"inputs": {"a": 2}, "settings": {}})
+    assert (tmp_path / "j").read_bytes() == kept
 
 
 def test_two_processes_cannot_share_a_journal_or_a_run(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from sppo.common.errors import SPPOError
 from sppo.common.locks import lock
 
+KEEP_BOTH = "Use another --output_dir or --run_dir to keep both, or --overwrite to make it again."
+
 
 class Journal:
     """Finished items of a shard, one line each, so that a killed process loses only what it had not finished.
@@ -19,9 +21,12 @@ class Journal:
     A line is a checksum, the item's key and its JSON. The first line holds the identity (inputs and settings) that the
     items were made under. The identity is part of every line's checksum, so items of another identity are not taken. A
     damaged line (the last one before a kill) is dropped, and its item is made again. Only offsets are in memory.
+
+    Raises SPPOError where it holds items of another identity, and leaves them as they are. `advice`: what the message
+    says one can do. overwrite: such items are deleted instead; those of this identity are kept.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], overwrite: bool = False, advice: str = KEEP_BOTH) -> None:
         self.path = path
         self.done: dict[str, int] = {}
         self.dropped = 0
@@ -32,6 +37,12 @@ class Journal:
             self._owner = lock(self._file, path)
         except BlockingIOError:
             raise SPPOError(f"another process is writing {path}; wait for it or stop it") from None
+        try:
+            if not overwrite:
+                refuse_another(path, identity, advice)
+        except SPPOError:
+            self._release()
+            raise
         self._scan(identity)
 
     def _scan(self, identity: dict[str, Any]) -> None:
@@ -45,7 +56,7 @@ class Journal:
                 self.done[item["key"]] = end
             end += len(line)
         if not self.done and (_decode(header) or {}).get("identity") != identity:
-            # no item in it: another identity's empty journal, or a kill while the first line was written
+            # no item of this identity: an empty journal, a kill while the first line was written, or --overwrite
             self._file.truncate(0)
             self._append({"identity": identity}, b"")
             return
@@ -94,11 +105,43 @@ class Journal:
             self._owner.unlink(missing_ok=True)
 
 
-def journal_identity(path: Path) -> dict[str, Any] | None:
-    """The identity that the items of a journal were made under; None where it has no item or no readable first line."""
+def refuse_another(path: Path, identity: dict[str, Any], advice: str = KEEP_BOTH) -> None:
+    """Raise SPPOError where a journal holds items of another identity. Names what differs; changes nothing.
+
+    A damaged first line names no identity. Then the items tell: one that fits this identity is enough.
+    """
+    if not path.exists():
+        return
     with open(path, "rb") as handle:
-        header, work = _decode(handle.readline()), handle.readline()
-    return header["identity"] if header and work else None
+        header = _decode(handle.readline())
+        items = (line for line in handle if line.endswith(b"\n"))  # a kill leaves the last one without its end
+        first = next(items, b"")
+        if not first or (header and header["identity"] == identity):
+            return
+        if header:
+            found = differences(header["identity"], identity)
+            raise SPPOError(
+                "\n  ".join([f"{path} holds work made under other inputs or settings:", *found]) + f"\n{advice}"
+            )
+        salt = json.dumps(identity, sort_keys=True).encode()
+        if not any(_decode(line, salt) for line in (first, *items)):
+            raise SPPOError(
+                f"{path}: its first line is damaged, and none of its items was made under these inputs and settings. "
+                f"Run the command that it was made with, which keeps them. {advice}"
+            )
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two identities, a line each: its name, what is there, what is asked for now."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    return [] if old == new else [f"{where}: {_short(old)} there, {_short(new)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _checksum(body: bytes, salt: bytes) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sppo.common.errors import SPPOError
 from sppo.common.files import changed, digest, read_json, write_json
-from sppo.common.journal import journal_identity
+from sppo.common.journal import KEEP_BOTH, differences, refuse_another
 
 SHARED = "SPPO_SHARED"  # set by a cluster's launcher: other machines write what this process reads
 _VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
@@ -104,8 +104,8 @@ class Stage:
         if overwrite and (self.manifest.exists() or not self._begun()):
             self._forget()
             return False
+        self.refuse_others()
         if not self.manifest.exists():
-            self._check_journal()
             foreign = [str(p) for p in self.outputs if p.exists()]
             if foreign and not self._begun():
                 raise SPPOError(
@@ -113,10 +113,7 @@ class Stage:
                     "move it away, or pass --overwrite"
                 )
             return False
-        written = read_manifest(self.manifest)
-        self.refuse_if_different(written)
-        intact = self._intact(written)
-        if not intact:
+        if not self._intact(read_manifest(self.manifest)):
             print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
             return False
         for left in (self._marker, self.journal):  # by a kill between the manifest and the end
@@ -154,30 +151,16 @@ class Stage:
         for path in [self.manifest, self._marker, *self.outputs, *([self.journal] if self.journal else [])]:
             path.unlink(missing_ok=True)
 
-    def _check_journal(self) -> None:
-        """Raise SPPOError where the journal holds items of another identity: they are not to be deleted."""
-        identity = journal_identity(self.journal) if self.journal and self.journal.exists() else None
-        if identity:
-            self.refuse_if_different(identity)
+    def refuse_others(self) -> None:
+        """Raise SPPOError where what is here, finished or begun, was made from another identity. Changes nothing."""
+        if self.manifest.exists():
+            self.refuse_if_different(read_manifest(self.manifest))
+        elif self.journal:
+            refuse_another(self.journal, self.identity)
 
     def refuse_if_different(self, other: dict[str, Any]) -> None:
         """Raise SPPOError naming what differs between `other` (inputs and settings) and this stage."""
-        changed = _differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity)
+        changed = differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity)
         if changed:
-            raise SPPOError(
-                f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:\n  "
-                + "\n  ".join(changed)
-                + "\nUse another --output_dir or --run_dir to keep both, or --overwrite to make it again."
-            )
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
-    return [] if old == new else [f"{where}: {_short(old)} there, {_short(new)} now"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+            about = f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:"
+            raise SPPOError("\n  ".join([about, *changed]) + f"\n{KEEP_BOTH}")

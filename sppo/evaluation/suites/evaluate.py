@@ -59,6 +59,8 @@ def evaluate(recipe: Recipe, args: argparse.Namespace) -> None:
         policy_of(one).tokenizer()
     asked = suite.questions(order)
     judge = Judge(order) if suite.JUDGE else None
+    if judge:
+        judge.refuse_another()
     figures = order.out / "figures.json"
     if judge and (order.overwrite or not figures.exists()):
         judge.server.check_serves(order.judge_model)

@@ -106,9 +106,10 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
     stage = figures_stage(order, {"model": policy.identity()}, settings, ("results.json",))
     if stage.is_done(order.overwrite):
         return
-    stage.begin()
     model = _engine(order, policy)
-    journal = Journal(order.out / "answers.journal", {"model": stage.inputs["model"], "engine": type(model).__name__})
+    identity = {"model": stage.inputs["model"], "engine": type(model).__name__}
+    journal = Journal(order.out / "answers.journal", identity, order.overwrite)
+    stage.begin()
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(model, name, kept(getattr(model, name), name, journal))
     figures: Figures = {}

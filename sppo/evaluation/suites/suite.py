@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.common.chat_server import TOO_MUCH, ChatServer
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.files import atomic, digest, write_json
-from sppo.common.journal import Journal
+from sppo.common.journal import Journal, refuse_another
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.parquet import read_rows
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 Figures = dict[str, float]
+_OTHER_JUDGE = (
+    "These judgements are kept. Finish with that --judge_model, use another --output_dir to keep both, or --overwrite "
+    "to drop them."
+)
 
 
 @dataclass
@@ -113,8 +117,13 @@ class Judge:
     def __init__(self, order: Order) -> None:
         self.model = order.judge_model
         self.server = ChatServer(order.judge_url, "--judge_url", "--judge_model", concurrency=8, timeout=300)
-        self._path = order.out / "judgements.journal"
+        self._path, self._overwrite = order.out / "judgements.journal", order.overwrite
         self._identity = {"suite": order.suite, "judge": order.judge_model}
+
+    def refuse_another(self) -> None:
+        """Raise SPPOError where another judge's judgements are here, unless --overwrite drops them."""
+        if not self._overwrite:
+            refuse_another(self._path, self._identity, _OTHER_JUDGE)
 
     def choices(
         self, requests: Sequence[dict[str, Any]], is_answer: Callable[[dict[str, Any]], bool], wanted: str
@@ -125,7 +134,7 @@ class Judge:
         kind): the rest need not be paid for then. What is no answer is not kept, and asked again the next time.
         """
         keys = [hashlib.sha256(json.dumps(r, sort_keys=True).encode()).hexdigest() for r in requests]
-        journal = Journal(self._path, self._identity)
+        journal = Journal(self._path, self._identity, self._overwrite, _OTHER_JUDGE)
         found = {key: journal.read(key) for key in dict.fromkeys(keys) if key in journal.done}
         left = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         first = 0 if found else 3
