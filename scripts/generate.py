@@ -34,7 +34,11 @@ def main() -> None:
 
     part = config.parse_part(args.prompts_part)
     if args.only_prompts:
-        print(f"generate: {Source.of(recipe, part, args.output_dir).total} prompts")
+        source = Source.of(recipe, part, args.output_dir)
+        if not args.overwrite:
+            source.refuse_others(args.output_dir, args.frac_len)
+        source.keep(args.output_dir)
+        print(f"generate: {source.total} prompts")
         return
     shards = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]
     generate_shards(recipe, args.output_dir, shards, part, args.world_size, args.overwrite)

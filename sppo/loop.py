@@ -24,7 +24,7 @@ from sppo.common.errors import INTERRUPTED, WRONG_USE, SPPOError, UsageError
 from sppo.common.files import atomic, exclusive, has_begun, read_json
 from sppo.common.manifest import Stage
 from sppo.common.place import Place, add_place_flags
-from sppo.common.shards import Slice, known_count
+from sppo.common.shards import Slice, as_begun, known_count
 from sppo.config import ROOT, Recipe, flags
 from sppo.hub.push import SCRIPT, check_name
 from sppo.hub.push import command as push_command
@@ -247,8 +247,8 @@ def _drawing_stages(recipe: Recipe, args: argparse.Namespace, data: Path, part: 
         raise SPPOError(f"{data} is not whole")
     source, count = Source.of(recipe, part, data), known_count(data / "responses")
     count = count or len(groups(devices(args.gpus), args.world_size))  # a version that kept no count had one a device
-    shards = [source.stage(data, Slice(0, i, count)) for i in range(count)]
-    return [*shards, combine_stage(data, count, recipe.pairs)]
+    slices = as_begun([Slice(0, i, count) for i in range(count)], data / "responses")
+    return [*(source.stage(data, part) for part in slices), combine_stage(data, count, recipe.pairs)]
 
 
 def _data_stages(recipe: Recipe, args: argparse.Namespace, here: Path, part: tuple[int, int]) -> list[Stage]:
@@ -262,7 +262,8 @@ def _data_stages(recipe: Recipe, args: argparse.Namespace, here: Path, part: tup
         raise SPPOError(f"{data} is not whole")
     recipe = pinned(recipe, here.parent / "iter1" / "data")
     count = known_count(data / "ranking") or len(devices(args.gpus))
-    ranking = [rank_stage(recipe, data, Slice(0, i, count)) for i in range(count)]
+    slices = as_begun([Slice(0, i, count) for i in range(count)], data / "ranking")
+    ranking = [rank_stage(recipe, data, part) for part in slices]
     return [*_drawing_stages(recipe, args, data, part), *ranking, pairing_stage(recipe, data)]
 
 

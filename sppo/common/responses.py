@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sppo.common.errors import SPPOError
 from sppo.common.manifest import await_written
 from sppo.common.parquet import open_parquet
-from sppo.common.shards import begun_shards
+from sppo.common.shards import begun_shards, known_count
 from sppo.formats import REQUIRED, responses_schema
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ def require_responses(output_dir: Path) -> Path:
     numbers = begun_shards(output_dir / "responses")
     if not numbers:
         raise SPPOError(f"{path} does not exist; draw the responses first, with scripts/generate.py")
+    count = known_count(output_dir / "responses") or max(numbers) + 1
     command = shlex.join(["python", "scripts/combine_generate.py", "--output_dir", str(output_dir)])
-    raise SPPOError(f"{path} does not exist; put its shards together first: {command} --numgpu {max(numbers) + 1}")
+    raise SPPOError(f"{path} does not exist; put its shards together first: {command} --numgpu {count}")
 
 
 def responses_columns(path: Path) -> pa.Schema:

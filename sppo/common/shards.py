@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import read_json
+from sppo.common.files import read_json, write_json
 
-COUNT = "shards.json"  # beside the shards: how many there are
+COUNT = "shards.json"  # beside the shards: how many there are, and how they share the rows
+_SUFFIXES = (".parquet", ".manifest.json", ".manifest.json.started", ".journal")  # of a shard's files
 
 
 @dataclass
 class Slice:
-    """Which rows of N are this shard's: [data_frac * frac_len, (data_frac + 1) * frac_len), 0 meaning all.
+    """Which rows of N are this shard's: [data_frac * frac_len, (data_frac + 1) * frac_len).
 
-    Without a frac_len, `numgpu` shards share them evenly: frac_len = ceil(N / numgpu).
+    Without a frac_len, the n = `numgpu` shards share them evenly: [i * N // n, (i + 1) * N // n). An older version
+    gave each ceil(N / n), and left none for the last ones; what it has begun goes on so (`rounded_up`).
     """
 
     frac_len: int
     data_frac: int
     numgpu: int = 1
+    rounded_up: bool = False
 
     def bounds(self, total: int) -> tuple[int, int]:
         if self.data_frac < 0 or self.frac_len < 0 or self.numgpu < 1:
             raise UsageError("--frac_len and --data_frac are 0 or more, --numgpu 1 or more")
-        length = self.frac_len or -(-total // self.numgpu)
         if not self.frac_len and self.data_frac >= self.numgpu:
             raise UsageError(f"--data_frac {self.data_frac} is beyond --numgpu {self.numgpu}; the first is 0")
-        return min(self.data_frac * length, total), min((self.data_frac + 1) * length, total)
+        length, i = self.frac_len, self.data_frac
+        if length or self.rounded_up:
+            length = length or -(-total // self.numgpu)
+            return min(i * length, total), min((i + 1) * length, total)
+        return i * total // self.numgpu, (i + 1) * total // self.numgpu
+
+    def count(self, total: int) -> int:
+        """How many shards there are. By hand, --frac_len comes without --numgpu."""
+        return max(self.numgpu, -(-total // self.frac_len)) if self.frac_len else self.numgpu
 
 
 def parse_shards(text: str) -> list[int]:
@@ -44,7 +54,14 @@ def parse_shards(text: str) -> list[int]:
 
 def known_count(directory: Path) -> int:
     """How many shards an earlier start laid out in a directory; 0 where none did."""
-    return int(read_json(directory / COUNT)["shards"]) if (directory / COUNT).exists() else 0
+    path = directory / COUNT
+    if not path.exists():
+        return 0
+    found = read_json(path)
+    count = found.get("shards") if isinstance(found, dict) else None
+    if not isinstance(count, int) or count < 1:
+        raise SPPOError(f"{path} is damaged: no number of shards in it; delete it and run the stage again")
+    return count
 
 
 def begun_shards(directory: Path) -> list[int]:
@@ -52,18 +69,44 @@ def begun_shards(directory: Path) -> list[int]:
     return [int(p.name[6:11]) for p in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
 
 
+def as_begun(shards: list[Slice], directory: Path) -> list[Slice]:
+    """The shards as they were cut where they are begun: by today's rule, or by an older version's."""
+    begun = begun_shards(directory)
+    rounded_up = bool(begun) and not (known_count(directory) and "even" in read_json(directory / COUNT))
+    return [replace(shard, rounded_up=rounded_up) for shard in shards]
+
+
+def lay_out(directory: Path, count: int, overwrite: bool = False) -> None:
+    """Note how many shards there are, before the first one begins.
+
+    overwrite: what an earlier layout has beyond them is deleted. Raises SPPOError where there are more or fewer.
+    """
+    begun = set(begun_shards(directory))
+    if begun and not overwrite:
+        if (known := known_count(directory)) not in (0, count):
+            raise SPPOError(
+                f"{directory} is made in {known} shards, not in {count}; pass --numgpu {known}, or --overwrite"
+            )
+        return
+    for number in begun:
+        if number >= count:
+            for suffix in _SUFFIXES:
+                (directory / f"shard-{number:05d}{suffix}").unlink(missing_ok=True)
+    write_json(directory / COUNT, {"shards": count, "even": True})
+
+
 def shard_count(directory: Path, wanted: int, slots: int, overwrite: bool = False) -> int:
     """How many shards a stage has: as many as it began with, else `wanted`, else a slot each.
 
     So a run goes on with other GPUs than it began with. Raises SPPOError where other shards are wanted than there are.
     """
-    known = 0 if overwrite else known_count(directory)
+    begun = [] if overwrite else begun_shards(directory)
+    known = known_count(directory) if begun else 0
     if wanted and known not in (0, wanted):
         raise SPPOError(f"{directory} is made in {known} shards; leave --shards out, or pass --overwrite")
     if known or wanted:
         return known or wanted
     # begun by a version that kept no count: it started a shard on each device, all at once
-    begun = [] if overwrite else begun_shards(directory)
     return max([slots, *(number + 1 for number in begun)])
 
 

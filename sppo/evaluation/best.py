@@ -20,10 +20,11 @@ from sppo.common.files import atomic, digest
 from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
-from sppo.common.parquet import read_rows, write_parquet
+from sppo.common.parquet import open_parquet, read_rows, write_parquet
 from sppo.common.place import Place
 from sppo.common.preference import Array, probability, strength
 from sppo.common.progress import progress
+from sppo.common.rankings import check_rankings, ranking_files
 from sppo.common.shards import Slice
 from sppo.config import ROOT, Recipe, flags
 from sppo.evaluation.answers import call, draw, launch, settings
@@ -134,7 +135,9 @@ def _ranked(recipe: Recipe, out: Path, rows: list[dict[str, Any]]) -> dict[str, 
     ranker gave no finite answer is in no shard.
     """
     texts, found = {row["prompt_id"]: _texts(row) for row in rows}, {}
-    for path in sorted((out / "ranking").glob("shard-*.parquet")):
+    files, responses = ranking_files(out), out / "responses.parquet"
+    check_rankings(files, responses, digest(responses), open_parquet(responses, []).metadata.num_rows)
+    for path in files:
         for row in read_rows(path, ["prompt_id", "logits"]):
             logits = np.array(row["logits"], dtype=np.float64)
             best = int(strength(logits[None], recipe.estimator)[0].argmax())

@@ -13,7 +13,7 @@ from sppo.common.files import digest
 from sppo.common.manifest import Stage, read_manifest
 from sppo.common.parquet import read_rows, write_parquet
 from sppo.common.responses import require_responses
-from sppo.common.shards import shard_paths
+from sppo.common.shards import known_count, shard_paths
 from sppo.config import Recipe
 from sppo.formats import responses_schema
 from sppo.generation.prompts import fingerprint, load_prompts
@@ -72,15 +72,12 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
 
 
 def _finished_shards(directory: Path, numgpu: int) -> list[dict[str, Any]]:
-    """The manifests of the shards. Raises SPPOError where one is not finished, or there are more than numgpu."""
+    """The manifests of the shards. Raises SPPOError where one is not finished, or more were laid out."""
     if numgpu < 1:
         raise UsageError(f"--numgpu {numgpu}: 1 or more")
     shards = [shard_paths(directory, i)[:2] for i in range(numgpu)]
-    extra = sorted(p.name for p in directory.glob("shard-*.parquet") if p not in [s[0] for s in shards])
-    if extra:
-        raise SPPOError(
-            f"{directory} holds shards beyond --numgpu {numgpu}: {', '.join(extra)}; another run's? Move them away"
-        )
+    if numgpu < (known := known_count(directory)):
+        raise SPPOError(f"{directory} is made in {known} shards, so there are some beyond --numgpu {numgpu}")
     absent = [str(m) for _, m in shards if not m.exists()]
     if absent:
         raise SPPOError(f"shards that are not finished: {', '.join(absent)}; run generate.py for them")

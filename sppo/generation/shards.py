@@ -19,7 +19,7 @@ from sppo.common.model_files import public_name
 from sppo.common.parquet import write_parquet
 from sppo.common.policy import Policy
 from sppo.common.progress import progress
-from sppo.common.shards import Slice
+from sppo.common.shards import Slice, as_begun, lay_out
 from sppo.config import Recipe
 from sppo.formats import Message, responses_schema
 from sppo.generation.combine import combine
@@ -51,7 +51,8 @@ def generate_shards(
     $DATA/responses.parquet is made of it at once.
     """
     source = Source.of(recipe, part, output_dir)
-    missing = []
+    directory, missing = output_dir / "responses", []
+    shards = shards if overwrite else as_begun(shards, directory)
     for shard in shards:
         stage = source.stage(output_dir, shard)
         if stage.is_done(overwrite):
@@ -59,10 +60,12 @@ def generate_shards(
         else:
             missing.append(stage)
     if missing:
+        source.keep(output_dir)
+        lay_out(directory, shards[0].count(source.total), overwrite)
         first, last = shards[0].data_frac, shards[-1].data_frac
         _generate(source, missing, f"shard {first}" if first == last else f"shards {first} to {last}", world_size)
     rows = source.stage(output_dir, shards[0]).settings["rows"]
-    if shards == [Slice(shards[0].frac_len, 0)] and rows == [0, source.total]:
+    if len(shards) == shards[0].numgpu == 1 and rows == [0, source.total]:
         combine(output_dir, 1, recipe.pairs, overwrite)
 
 

@@ -16,7 +16,7 @@ from sppo.common.errors import SPPOError
 from sppo.common.manifest import Stage, read_manifest
 from sppo.common.parquet import read_rows, write_parquet
 from sppo.common.policy import Policy, policy_of
-from sppo.common.shards import Slice, shard_paths
+from sppo.common.shards import Slice, as_begun, known_count, shard_paths
 from sppo.config import Recipe
 from sppo.generation.engines import pick_engine, prompt_seed
 from sppo.generation.prompts import Prompt, fingerprint, load_prompts
@@ -43,7 +43,7 @@ class Source:
 
     @classmethod
     def of(cls, recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Source:
-        """The recipe's policy and prompts; of the prompts every n-th from the i-th on, part = (i, n)."""
+        """The recipe's policy and prompts; of the prompts every n-th from the i-th on, part = (i, n). Only reads."""
         policy = policy_of(recipe)
         kept = _kept(recipe, part, output_dir)
         if kept and kept.manifest.exists() and kept.stands():
@@ -55,12 +55,16 @@ class Source:
             total, mark = len(prompts), fingerprint(prompts)
             ids = sorted((p.prompt_id for p in prompts), key=lambda i: prompt_seed(recipe.seed, i))
             sampled = set(ids[:SAMPLED])
-            if kept and total >= LARGE:
-                write_parquet(kept.outputs[0], _schema(), map(_row, prompts), batch=4096)
-                kept.finish({"prompts": total}, fingerprint=mark, sampled=sorted(sampled))
-                prompts = kept.outputs[0]
         inputs = {"model": policy.identity(), "prompts": mark, "prompts_total": total}
         return cls(recipe, part, policy, total, inputs, sampled, prompts)
+
+    def keep(self, output_dir: Path) -> None:
+        """Keep a large file's prompts in $DATA/prompts.parquet, so that the next process need not read the file."""
+        kept = _kept(self.recipe, self.part, output_dir)
+        if kept and isinstance(self.prompts, list) and self.total >= LARGE:
+            write_parquet(kept.outputs[0], _schema(), map(_row, self.prompts), batch=4096)
+            kept.finish({"prompts": self.total}, fingerprint=self.inputs["prompts"], sampled=sorted(self.sampled))
+            self.prompts = kept.outputs[0]
 
     def rows(self, start: int, stop: int) -> list[Prompt]:
         """The prompts of these rows."""
@@ -69,6 +73,12 @@ class Source:
         columns = ["prompt_id", "messages", "skip"]
         found = read_rows(self.prompts, columns, start, stop)
         return [Prompt(row["prompt_id"], json.loads(row["messages"]), row["skip"]) for row in found]
+
+    def refuse_others(self, output_dir: Path, frac_len: int = 0) -> None:
+        """Raise SPPOError where a shard here was made otherwise, before any process begins. Changes nothing."""
+        count = known_count(output_dir / "responses")
+        for shard in as_begun([Slice(frac_len, i, count) for i in range(count)], output_dir / "responses"):
+            self.stage(output_dir, shard).refuse_others()
 
     def stage(self, output_dir: Path, shard: Slice) -> Stage:
         """The stage that makes a shard."""

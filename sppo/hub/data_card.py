@@ -32,7 +32,8 @@ def data_card(repo: str, tag: str, splits: list[str], output_dir: Path) -> str:
     train = read_json(output_dir / "train.manifest.json")
     responses = output_dir / "responses.manifest.json"
     drawn = read_json(responses) if responses.exists() else {}
-    ranked = [read_json(p) for p in sorted((output_dir / "ranking").glob("*.manifest.json"))]
+    manifests = [(output_dir / "ranking" / name).with_suffix(".manifest.json") for name in train["inputs"]["ranking"]]
+    ranked = [read_json(path) for path in manifests if path.exists()]
     counts, k = train["counts"], train["settings"]["pairs"]
     rows = counts["train"] + counts["test"]
     head = DatasetCardData(

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sppo.common.errors import INTERRUPTED, SPPOError
-from sppo.common.files import write_json
 from sppo.common.manifest import SHARED, await_written
-from sppo.common.shards import COUNT, shard_count, shard_paths
+from sppo.common.shards import shard_count, shard_paths
 from sppo.common.stopping import end_if_asked, stop_asked
 from sppo.launch.logs import new_log, overall, show_ends, show_failure
 from sppo.launch.nodes import Answer
@@ -90,7 +89,6 @@ def run_shards(
     count = wanted or slots
     if shards_dir:
         count = shard_count(shards_dir, wanted, slots, "--overwrite" in command)
-        write_json(shards_dir / COUNT, {"shards": count})
     waiting, running, shown = list(range(count)), {}, []
 
     def fill() -> None:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from sppo.common import preference
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import atomic_together, digest
-from sppo.common.manifest import Stage, read_manifest
+from sppo.common.manifest import Stage
 from sppo.common.parquet import RowGroups, open_parquet, read_batches
 from sppo.common.progress import progress
+from sppo.common.rankings import check_rankings, ranking_files
 from sppo.common.responses import require_responses, responses_columns
 from sppo.config import Recipe, require_whole_hold_out
 from sppo.formats import content_id, training_schema
@@ -44,25 +45,6 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
     )
 
 
-def ranking_files(output_dir: Path) -> list[Path]:
-    """The rankings in $DATA. Raises SPPOError where there are none."""
-    shards = sorted((output_dir / "ranking").glob("*.parquet"))
-    if not shards:
-        raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
-    return shards
-
-
-def _refuse_others_rankings(shards: list[Path], responses: Path, read: str) -> None:
-    """Raise SPPOError for a ranking of other responses to the same prompts, which have the same prompt_ids.
-
-    read: the digest of `responses`. A ranking without a manifest is another tool's, and is taken as it is.
-    """
-    for path in shards:
-        manifest = path.with_suffix(".manifest.json")
-        if manifest.exists() and read_manifest(manifest)["inputs"].get("responses") != read:
-            raise SPPOError(f"{path} ranks other responses than {responses} holds; run rank.py --overwrite first")
-
-
 def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     """Write $DATA/train.parquet and test.parquet from $DATA/responses.parquet and $DATA/ranking.
 
@@ -73,7 +55,7 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     train, test = output_dir / "train.parquet", output_dir / "test.parquet"
     schema = responses_columns(responses)
     stage = pairing_stage(recipe, output_dir)
-    _refuse_others_rankings(shards, responses, stage.inputs["responses"])
+    check_rankings(shards, responses, stage.inputs["responses"], open_parquet(responses, []).metadata.num_rows)
     if not overwrite and stage.is_done():
         print(f"compute_prob: done: {train}")
         return

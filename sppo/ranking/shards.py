@@ -24,7 +24,7 @@ from sppo.common.parquet import open_parquet, read_rows, write_parquet
 from sppo.common.preference import mean_scores
 from sppo.common.progress import progress
 from sppo.common.responses import require_responses, responses_columns
-from sppo.common.shards import Slice, shard_paths
+from sppo.common.shards import Slice, as_begun, lay_out, shard_paths
 from sppo.config import Recipe
 from sppo.formats import Message, Pair, is_conversation, ranking_schema
 from sppo.rankers import Ranker, pinned
@@ -94,20 +94,25 @@ def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite:
 
     Prompts that a killed try had finished are in the journal and are not asked again (see rankers.unfinished).
     """
-    responses_columns(require_responses(output_dir))
+    responses = require_responses(output_dir)
+    responses_columns(responses)
+    directory, total = output_dir / "ranking", open_parquet(responses, []).metadata.num_rows
+    parts = parts if overwrite else as_begun(parts, directory)
     named = _with_model(pinned(recipe, output_dir), output_dir)
     load = functools.cache(lambda: rankers.backend(named).load(named))
     for part in parts:
-        _rank_shard(named, rank_stage(recipe, output_dir, part), part.data_frac, load, overwrite)
+        stage = rank_stage(recipe, output_dir, part)
+        if stage.is_done(overwrite):
+            print(f"rank: shard {part.data_frac} is done: {stage.outputs[0]}")
+        else:
+            lay_out(directory, part.count(total), overwrite)
+            _rank_shard(named, stage, part.data_frac, load)
 
 
-def _rank_shard(recipe: Recipe, stage: Stage, shard: int, load: Callable[[], Ranker], overwrite: bool) -> None:
+def _rank_shard(recipe: Recipe, stage: Stage, shard: int, load: Callable[[], Ranker]) -> None:
     path = stage.outputs[0]
     responses = path.parent.parent / "responses.parquet"
     (start, stop), total = stage.settings["rows"], open_parquet(responses, []).metadata.num_rows
-    if stage.is_done(overwrite):
-        print(f"rank: shard {shard} is done: {path}")
-        return
     stage.begin()
     journal = Journal(stage.journal, stage.identity)
     rows = _slice(responses, start, stop, recipe.pairs)
