@@ -119,9 +119,11 @@ class World:
         tokenizer.save_pretrained(directory)
         return directory
 
-    def adapter(self, **config: Any) -> Path:
+    def adapter(self, weights: bool = True, **config: Any) -> Path:
         written = {"peft_type": "LORA", "base_model_name_or_path": str(self.d / "gone"), "r": 8, **config}
         self.file("adapter/adapter_config.json", json.dumps({k: v for k, v in written.items() if v is not None}))
+        if weights:
+            self.file("adapter/adapter_model.safetensors", "")
         return self.d / "adapter"
 
     # data

@@ -105,7 +105,7 @@ def cut_short(model: Path) -> None:
         (change_template("{% for", "{{ bos_token }}{% for"), r"begins with 2 <\|begin_of_text\|>; take all but one"),
         (other_end, r"ends an answer with '<\|eot_id\|>', token ids \[4\].*Add 4 to eos_token_id"),
         (lambda model: (model / "chat_template.jinja").unlink(), r"no chat template.*instruct version"),
-        (pickled, "no .safetensors in it .pickled weights are not read.; convert it first"),
+        (pickled, "no model.safetensors in it .pickled weights, .*convert it first"),
         (cut_short, "missing or damaged"),
         (
             lambda model: (model / "config.json").write_text('{"model_type": "lama"}'),

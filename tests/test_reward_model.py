@@ -206,7 +206,7 @@ def spoil_config(directory: Path, **values: Any) -> None:
         (lambda d: spoil_config(d, auto_map={"AutoModelForSequenceClassification": "x.Y"}), "code that comes with"),
         (lambda d: spoil_config(d, model_type="unheard-of"), "config or tokenizer cannot be loaded"),
         (lambda d: spoil_config(d, source_prefix_id=5), "--ranker_backend pairrm"),
-        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "no .safetensors"),
+        (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "no model.safetensors in it"),
         (lambda d: (d / "chat_template.jinja").unlink(), "no chat template"),
         (lambda d: (d / "config.json").rename(d / "adapter_config.json"), "merge a LoRA adapter"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from sppo.common.files import digest, read_json
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _MODEL_FILES = ("*.safetensors", *_SMALL_FILES)
 _CODE_FILES = ("*.py",)  # only with trust_remote_code
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def json_object(path: Path, *keys: str) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def resolve(
         raise SPPOError(f"no {what} given; pass --{what}")
     path = Path(name).expanduser()
     if path.is_dir():
-        if not any((path / f).exists() for f in ("config.json", "adapter_config.json")):
+        if not any((path / f).exists() for f in ("config.json", _ADAPTER_CONFIG)):
             hint = "; its training did not finish" if Path(f"{path}.partial").exists() else ""
             raise SPPOError(f"{path} is a directory without a config.json, so not a {what}{hint}")
         return path
@@ -44,6 +47,47 @@ def resolve(
         raise SPPOError(f"{what} {name}: no such directory")
     files = (_MODEL_FILES if weights else _SMALL_FILES) + (_CODE_FILES if remote_code else ())
     return snapshot(name, revision, what, files)
+
+
+def is_adapter(directory: Path, what: str = "model", on_hub: Iterable[str] = ()) -> bool:
+    """Whether a directory holds a LoRA adapter; if not, it holds a model. Decided here alone, from all its files.
+
+    `on_hub`: files that belong to it and are not here yet. Raises SPPOError for a directory that is both, because
+    transformers puts an adapter that lies beside a model on the model, and vLLM does not; and for one that is neither.
+    """
+    names = {path.name for path in directory.iterdir()} | set(on_hub)
+    weights = names & {_WEIGHTS, _INDEX}
+    adapter = sorted(name for name in names if name == _ADAPTER_CONFIG or name.startswith("adapter_model."))
+    if "config.json" in names and weights and adapter:
+        raise SPPOError(
+            f"{what} {directory} holds a model and an adapter's files too ({', '.join(adapter)}), so it is not clear "
+            "which of the two is meant. Move the adapter's files to a directory of their own: this one is then the "
+            "model, and that one the adapter on the base that its adapter_config.json names"
+        )
+    wanted = _ADAPTER_WEIGHTS if _ADAPTER_CONFIG in names else _WEIGHTS
+    if wanted not in names and not (wanted == _WEIGHTS and weights):
+        raise SPPOError(
+            f"{what} {directory}: no {wanted} in it (pickled weights, and .safetensors of other names, are not read); "
+            "convert it first"
+        )
+    if len(weights) == 2 and _WEIGHTS not in _indexed(directory):
+        raise SPPOError(
+            f"{what} {directory} has {_WEIGHTS} and an index of other files. transformers reads the first, vLLM the "
+            f"others; remove {_WEIGHTS}, or {_INDEX} with the files that it names"
+        )
+    return _ADAPTER_CONFIG in names
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files of a model's weights: those that its index names, else model.safetensors; none where there are none."""
+    if (directory / _INDEX).exists():
+        return sorted(directory / name for name in _indexed(directory))
+    return [path for path in (directory / _WEIGHTS,) if path.exists()]
+
+
+def _indexed(directory: Path) -> set[str]:
+    """Names of the files in a model's index."""
+    return set(json_object(directory / _INDEX, "weight_map")["weight_map"].values())
 
 
 def files_to_fetch(name: str, revision: str = "") -> dict[str, tuple[int, bool]]:
@@ -61,19 +105,15 @@ def files_to_fetch(name: str, revision: str = "") -> dict[str, tuple[int, bool]]
 
 
 def weight_shapes(directory: Path) -> dict[str, list[int]]:
-    """Each tensor's shape, from the headers of the safetensors files that the index names (without one: of all).
+    """Each tensor's shape, from the headers of weight_files.
 
     Raises SPPOError where there are none, or one is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({directory / name for name in read_json(index)["weight_map"].values()})
-    else:
-        files = sorted(directory.glob("*.safetensors"))
+    files = weight_files(directory)
     if not files:
-        raise SPPOError(f"{directory}: no .safetensors in it (pickled weights are not read); convert it first")
+        raise SPPOError(f"{directory}: no {_WEIGHTS} in it (pickled weights are not read); convert it first")
     shapes: dict[str, list[int]] = {}
     for file in files:
         try:
@@ -134,7 +174,7 @@ def model_identity(path: Path, code: bool = False) -> str:
     sha = hashlib.sha256()
     skip = {"sppo_manifest.json", "trainer_state.json", "all_results.json", "train_results.json"}
     patterns = _MODEL_FILES + (_CODE_FILES if code else ())
-    for file in sorted({f for pattern in patterns for f in path.glob(pattern)}):
+    for file in sorted({f for pattern in patterns for f in path.glob(pattern)} | {*weight_files(path)}):
         if file.name not in skip and file.is_file():
             sha.update(f"{file.name}:{digest(file)}\n".encode())
     return sha.hexdigest()

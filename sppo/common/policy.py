@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from sppo.common import chat
 from sppo.common.errors import SPPOError
-from sppo.common.model_files import json_object, model_identity, resolve
+from sppo.common.model_files import (
+    files_to_fetch,
+    is_adapter,
+    json_object,
+    model_identity,
+    resolve,
+    weight_files,
+)
 from sppo.config import Recipe
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ class Policy:
 
     def bytes(self) -> int:
         """Size of the weights on disk."""
-        return sum(f.stat().st_size for f in self.weights.glob("*.safetensors"))
+        return sum(f.stat().st_size for f in weight_files(self.weights))
 
     def context(self) -> int | None:
         """The longest sequence, in tokens, that its config allows; None if it does not say."""
@@ -65,26 +72,34 @@ class Policy:
 def open_policy(name: str, revision: str = "", remote_code: bool = False, weights: bool = True) -> Policy:
     """The policy of that name: a model, or a LoRA adapter whose base its adapter_config.json names.
 
-    `weights`: False leaves on the Hub those that are not in the cache. Raises SPPOError for one that is nowhere or
-    whose weights are pickled.
+    `weights`: False leaves on the Hub those that are not in the cache. Raises SPPOError for one that is nowhere, is not
+    clear (see is_adapter), or whose weights are pickled.
     """
-    directory = resolve(name, revision, remote_code=remote_code, weights=weights)
-    if (directory / "config.json").exists():
+    directory, has_adapter = _open(name, revision, "model", remote_code, weights)
+    if not has_adapter:
         json_object(directory / "config.json")
-        policy = Policy(directory, None, directory, remote_code)
-    else:
-        base = resolve(*adapter_base(directory), "base model", remote_code, weights)
-        own = (directory / "tokenizer_config.json").exists()
-        policy = Policy(base, directory, directory if own else base, remote_code)
-    for part in filter(None, (policy.weights, policy.adapter) if weights else ()):
-        if not any(part.glob("*.safetensors")):
-            raise SPPOError(f"model {part}: no .safetensors in it (pickled weights are not read); convert it first")
-    return policy
+        return Policy(directory, None, directory, remote_code)
+    base, is_stacked = _open(*adapter_base(directory), "base model", remote_code, weights)
+    if is_stacked:
+        raise SPPOError(f"adapter {directory}: its base model {base} is an adapter too; merge it into its own base")
+    own = (directory / "tokenizer_config.json").exists()
+    return Policy(base, directory, directory if own else base, remote_code)
+
+
+def _open(name: str, revision: str, what: str, remote_code: bool, weights: bool) -> tuple[Path, bool]:
+    """(the directory of that name, whether it holds an adapter)."""
+    directory = resolve(name, revision, what, remote_code, weights)
+    found = is_adapter(directory, what, () if weights else files_to_fetch(name, revision))
+    if missing := [file.name for file in weight_files(directory) if weights and not file.exists()]:
+        raise SPPOError(f"{what} {directory}: {missing[0]}, which its index names, is missing; fetch the model again")
+    return directory, found
 
 
 def adapter_base(directory: Path) -> tuple[str, str]:
-    """(name, revision) of the model that a LoRA adapter belongs on."""
+    """(name, revision) of the model that a LoRA adapter belongs on. Raises SPPOError for another kind of adapter."""
     config = json_object(directory / "adapter_config.json", "base_model_name_or_path")
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise SPPOError(f"adapter {directory} is of the kind {kind}, and only LoRA is read; merge it into its base")
     return config["base_model_name_or_path"], config.get("revision") or ""
 
 

@@ -21,7 +21,7 @@ from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.importing import import_networks
 from sppo.common.loading import flash_attention, loading
-from sppo.common.model_files import model_identity, resolve
+from sppo.common.model_files import is_adapter, model_identity, resolve
 from sppo.config import Recipe
 from sppo.formats import Message, Pair
 from sppo.rankers import batches, device_and_dtype
@@ -168,8 +168,8 @@ def _open(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     raw = read_json(directory / "config.json")
     if "model_name" in raw or "source_prefix_id" in raw:
         raise SPPOError(f"{name} is a PairRM, not a reward model; pass --ranker_backend pairrm")
-    if not any(directory.glob("*.safetensors")):
-        raise SPPOError(f"{name}: no .safetensors in it (pickled weights are not read)")
+    if is_adapter(directory, "ranker"):
+        raise SPPOError(f"{name} is an adapter; merge it into its base model first")
     if _CLASSIFIER in (raw.get("auto_map") or {}):
         raise SPPOError(f"{name} needs code that comes with its weights, which is not run; take another reward model")
     with loading(f"{name}: its config or tokenizer"):

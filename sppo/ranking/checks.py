@@ -9,7 +9,7 @@ from typing import Any
 
 from sppo import rankers
 from sppo.common.findings import Findings, Load, Run, no, note, ok, parameters_text, size
-from sppo.common.model_files import files_to_fetch, parameters, weight_shapes
+from sppo.common.model_files import files_to_fetch, parameters, weight_files, weight_shapes
 from sppo.rankers import TRIAL, ask_trial, pinned, prompt_renderer
 
 # The share of the device's matrix rate that ranking reaches, measured: docs/benchmarks.md, docs/gpu.md.
@@ -49,7 +49,7 @@ def check_ranker(run: Run) -> Findings:
     if kind != "function":
         shapes = weight_shapes(where)
         run.ranker_parameters, run.ranker_reads_pairs = parameters(shapes), kind != "reward_model"
-        on_disk = sum(f.stat().st_size for f in where.glob("*.safetensors"))
+        on_disk = sum(f.stat().st_size for f in weight_files(where))
         told += f": {parameters_text(run.ranker_parameters)}, {size(on_disk)}"
         room = min((free for _, free in run.cards.values()), default=0)
         if run.cards and 2 * run.ranker_parameters > room:

@@ -10,7 +10,7 @@ from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.manifest import Stage
-from sppo.common.model_files import weight_shapes
+from sppo.common.model_files import weight_files, weight_shapes
 from sppo.common.policy import Policy, open_policy
 from sppo.training.save import copy_files, put_in_place
 
@@ -34,7 +34,7 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
     stage = Stage(
         "average",
         output_dir / "sppo_manifest.json",
-        [output_dir / file.name for file in sorted(first.weights.glob("*.safetensors"))],
+        [output_dir / file.name for file in weight_files(first.weights)],
         {"models": [policy.identity() for policy in policies]},
         {},
     )
