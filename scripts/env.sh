@@ -10,4 +10,9 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
   fi
 fi
-export PYTHON PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# No file of the current directory runs as a module: `python -m` looks there first, and so does Python for an empty entry
+# of PYTHONPATH.
+PYTHONPATH=:${PYTHONPATH:-}:
+while [[ $PYTHONPATH == *::* ]]; do PYTHONPATH=${PYTHONPATH//::/:}; done
+PYTHONPATH=$root${PYTHONPATH%:} PYTHONSAFEPATH=1
+export PYTHON PYTHONPATH PYTHONSAFEPATH

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sppo.common.errors import UsageError
+from sppo.common.search_path import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # every module in sppo/rankers whose name does not begin with _ is one
 RANKER_BACKENDS = ("auto", *sorted(p.stem.replace("_", "-") for p in (ROOT / "sppo/rankers").glob("[a-z]*.py")))
 DEFAULT_RECIPE = ROOT / "recipes" / "sppo" / "released.yaml"

@@ -18,9 +18,8 @@ import os
 import sys
 from pathlib import Path
 
-# Python puts the directory of a script, here sppo/, on the path, where our modules would hide others of the same name.
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo.common.errors import DONE, die_with_parent, leave, run_main
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from bad_input import World
 
 from sppo.common.errors import SPPOError
 from sppo.common.loading import load_causal_lm
@@ -135,6 +139,69 @@ def test_every_loader_says_whose_code_may_run() -> None:
                 named = getattr(called.value, "id", "")
                 told = "trust_remote_code" in [keyword.arg for keyword in node.keywords]
                 assert told or not named.startswith("Auto"), f"{path}, line {node.lineno}"
+
+
+EVIL = "import os, pathlib\npathlib.Path(os.environ['SPPO_TEST_MARK']).touch()\nraise SystemExit('it ran')\n"
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of a user: files that are called as libraries are, and a ranker of the user's own."""
+    directory = tmp_path / "evil"
+    directory.mkdir()
+    for name in ("yaml", "json", "argparse", "numpy", "torch", "accelerate", "sppo", "sitecustomize"):
+        (directory / f"{name}.py").write_text(EVIL)
+    (directory / "mine.py").write_text("def longer(prompt, a, b): return len(a) - len(b)\n")
+    monkeypatch.setenv("SPPO_TEST_MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    for name in ("PYTHONSAFEPATH", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    return directory
+
+
+def shell(directory: Path, *words: str | Path, **environment: str) -> str:
+    """What a command says that ends well in a directory."""
+    command = list(map(str, words))
+    done = subprocess.run(command, cwd=directory, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", ["", ":", "::/nowhere::"])
+def test_no_file_of_the_current_directory_runs(evil: Path, path: str) -> None:
+    """With and without empty entries in the user's own PYTHONPATH."""
+    for script in ("scripts/generate.sh", "scripts/pipeline.sh", "run_sppo_mistral.sh"):
+        assert (
+            "--learning_rate" in shell(evil, "bash", tiny.ROOT / script, "--help", PYTHONPATH=path) or "gen" in script
+        )
+    shown = shell(evil, "bash", "-c", f". {tiny.ROOT}/scripts/env.sh; echo $PYTHONPATH", PYTHONPATH=path)
+    assert shown.strip() == f"{tiny.ROOT}{':/nowhere' * bool(path.strip(':'))}"
+    assert not (evil.parent / "mark").exists()
+
+
+def test_a_ranker_of_the_current_directory_runs_in_children_and_nothing_else_there(evil: Path) -> None:
+    """A launch of shards, started by hand with `python -m`, of Python's own -c and of rank.py."""
+    (evil / "sppo.py").unlink()  # Python itself runs it for `python -m sppo.launch`, before any code of ours
+    data = World(evil.parent, evil, pytest.MonkeyPatch()).responses()
+    launch = [sys.executable, "-m", "sppo.launch", "shards", "--gpus=none", f"--logs={evil.parent / 'logs'}", "--"]
+    here = {"PYTHONPATH": str(tiny.ROOT)}
+    shown = shell(evil, *launch, sys.executable, "-c", "import yaml; print('yaml', yaml.__file__)", **here)
+    assert "site-packages" in shown
+    rank = [f"--output_dir={data}", "--ranker=mine:longer", "--pairs=2", "--ranker_prompt=text"]
+    shell(evil, *launch, sys.executable, tiny.ROOT / "scripts" / "rank.py", *rank, **here)
+    assert pq.read_table(data / "ranking" / "shard-00000.parquet")["logits"].to_pylist()[0] == [[0, -1], [1, 0]]
+    assert not (evil.parent / "mark").exists()
+
+
+def test_no_script_hides_a_library(tmp_path: Path) -> None:
+    """`import doctor` in a user's module is not scripts/doctor.py, nor `import loop` sppo/loop.py."""
+    (tmp_path / "mine.py").write_text(
+        "import importlib.util\nprint(*map(importlib.util.find_spec, ('doctor', 'loop')))"
+    )
+    for folder in ("scripts", "sppo"):
+        probe = f"import sys; sys.path.insert(0, {str(tiny.ROOT / folder)!r}); import sppo, mine"
+        path = f"{tiny.ROOT}:{tmp_path}"
+        assert shell(tmp_path, sys.executable, "-Pc", probe, PYTHONPATH=path).strip() == "None None"
 
 
 def test_a_models_own_code_runs_only_when_asked(own_code: Path, models: Path, tmp_path: Path) -> None:

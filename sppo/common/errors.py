@@ -12,6 +12,8 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+from sppo.common.search_path import ROOT, search_path
+
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the disk is full; make room and run the same command to go on"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see to its permissions, or name another path"),
@@ -20,7 +22,6 @@ _ADVICE = {
     errno.ENAMETOOLONG: "name a shorter path",
 }
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-ROOT = Path(__file__).resolve().parent.parent.parent
 OLDEST_PYTHON = (3, 11)
 CHILD = "SPPO_CHILD"  # set by generate.sh, pipeline.sh and evaluation/answers.py for what they start
 
@@ -87,6 +88,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     `finally` blocks run. Anything that is not an SPPOError is a bug or the machine's trouble: its traceback is shown.
     What a script of ours started dies with it; what a user started outlives the shell.
     """
+    os.environ.update(search_path())  # for all that this command starts
     if CHILD in os.environ:
         die_with_parent()
     if sys.version_info < OLDEST_PYTHON:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sppo.common.errors import INTERRUPTED, SPPOError
 from sppo.common.place import Place
+from sppo.common.search_path import search_path
 from sppo.config import KEYS, ROOT, Recipe, flags
 
 
@@ -38,11 +39,7 @@ def call(command: list[str], name: str) -> None:
     """Run a command to its end. Raises SPPOError, with what it said, where it fails, KeyboardInterrupt where it was
     interrupted, or asked to stop."""
     # SPPO_CHILD: killed, this command leaves nothing running
-    environment = {
-        **os.environ,
-        "SPPO_CHILD": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = {**os.environ, **search_path(), "SPPO_CHILD": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt

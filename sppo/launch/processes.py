@@ -9,15 +9,14 @@ import time
 from pathlib import Path
 
 from sppo.common.errors import die_with_parent
-from sppo.config import ROOT
+from sppo.common.search_path import search_path
 
 GRACE = 15  # seconds between asking a process to stop and killing it
 
 
 def environment(device: str | None, threads: int = 0) -> dict[str, str]:
     """What a stage's command needs: our library, its device (None: as it stands), how many threads (0: one a core)."""
-    env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env = {**os.environ, **search_path()}
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = device
     if threads:

@@ -17,7 +17,7 @@ from typing import Any
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.manifest import SHARED
 from sppo.common.place import Place
-from sppo.config import ROOT
+from sppo.common.search_path import search_path
 from sppo.launch.nodes import Answer
 from sppo.launch.processes import GRACE
 
@@ -47,7 +47,8 @@ def run_command(argv: list[str], env: dict[str, str], log: str, directory: str) 
 
     if not os.path.exists(argv[0]):
         argv = [sys.executable, *argv[1:]]  # a machine may have its Python elsewhere
-    path = os.pathsep.join(filter(None, [env["PYTHONPATH"], os.environ.get("PYTHONPATH")]))
+    theirs = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # an empty entry is this directory
+    path = os.pathsep.join([env["PYTHONPATH"], *theirs])
     own = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # Ray sets it to num_cpus
     environment = {**own, **env, "PYTHONPATH": path}
     with open(log, "ab") if log else contextlib.nullcontext(subprocess.PIPE) as out:
@@ -185,7 +186,7 @@ class Launcher:
         import ray
 
         env = {key: value for key, value in os.environ.items() if key.startswith(_TRAVEL)}
-        env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        env |= search_path()
         env |= {"CUDA_VISIBLE_DEVICES": ""} if self.cpu else {}
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         remote = ray.remote(run_command).options(name=self.name, **options)

@@ -19,6 +19,7 @@ from sppo.generation.checks import data_bytes
 from sppo.generation.engines import pick_engine
 from sppo.launch.devices import list_gpus
 from sppo.launch.nodes import look
+from sppo.launch.processes import environment
 from sppo.training.needs import checkpoint_bytes, model_bytes
 
 _LOOK = 0.5  # seconds in which it is seen whether the cores are busy
@@ -123,9 +124,8 @@ def check_gpus(run: Run) -> Findings:
 def _rate_of_gpu(run: Run, name: str) -> Finding:
     """Ask PyTorch, in a process of its own, whether it can use the GPU, and measure its matrix rate."""
     code = "from sppo.preflight.plan import matrix_rate; import torch; print(torch.cuda.is_available(), matrix_rate())"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": name, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=600
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(name), check=False, timeout=600
     )
     words = (done.stdout.splitlines() or [""])[-1].split()
     if done.returncode or words[0] != "True":
