@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from bad_input import World
+from bad_input import World, call
 
+from sppo.common.console import Console, printable
 from sppo.common.errors import SPPOError
 from sppo.common.loading import load_causal_lm
 from sppo.common.policy import open_policy
@@ -191,6 +193,42 @@ def test_a_ranker_of_the_current_directory_runs_in_children_and_nothing_else_the
     shell(evil, *launch, sys.executable, tiny.ROOT / "scripts" / "rank.py", *rank, **here)
     assert pq.read_table(data / "ranking" / "shard-00000.parquet")["logits"].to_pylist()[0] == [[0, -1], [1, 0]]
     assert not (evil.parent / "mark").exists()
+
+
+def test_controls_of_other_peoples_texts_are_shown_by_name(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column's name, an exception's message, the end of a log: nothing of them moves the cursor."""
+    assert printable("a\tb\n\x1b[2J\x9b\r\u202e é 目录 🙂") == "a\tb\n\\x1b[2J\\x9b\\r\\u202e é 目录 🙂"
+    assert printable("at https://me:secret@host/x?y") == "at https://***@host/x?y"
+    monkeypatch.chdir(tiny.ROOT)
+    w = World(tmp_path, models, monkeypatch)
+    w.file("hostile.py", "def f(*_): raise ValueError('\x1b]0;evil\x07 \u202e')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    log = ["sppo.launch", "shards", "--gpus=none", f"--logs={tmp_path / 'logs'}", "--"]
+    for command in (
+        w.generate(w.file("p.jsonl", '{"\\u001b[2Jevil": "a"}')),
+        w.rank(w.responses(), tmp_path, "--ranker=hostile:f"),
+        [*log, "bash", "-c", "printf 'error: \\033[2Jevil\\302\\233\\n'; exit 3"],
+    ):
+        code, said = call(command, {})
+        assert code != 0
+        assert "evil" in said
+        said = said.replace("\rshard 0", "")  # the progress bar
+        assert not [c for c in said if c != "\n" and unicodedata.category(c) in ("Cc", "Cf")], ascii(said)
+
+
+def test_a_progress_bar_moves_and_a_flag_reaches_bash_to_the_letter(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    console = Console(shown)
+    console.write("\r\x1b[Agenerate: 3/4\r")
+    assert shown.getvalue() == "\r\x1b[Agenerate: 3/4\\r"
+    text = "one\n\ttwo \x1b[2J \u202e 'three'"
+    line = (
+        f'words=$("{sys.executable}" -m sppo.launch.chain generate "$@"); eval "$words"; printf %s "${{generate[@]}}"'
+    )
+    flags = [f"--system_prompt={text}", "--model=m", "--prompt=p", f"--out_path={tmp_path}"]
+    assert f"--system_prompt={text}--" in shell(tiny.ROOT, "bash", "-c", line, "bash", *flags)
 
 
 def test_no_script_hides_a_library(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+from sppo.common.console import use_console
 from sppo.common.search_path import ROOT, search_path
 
 _ADVICE = {
@@ -88,6 +89,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     `finally` blocks run. Anything that is not an SPPOError is a bug or the machine's trouble: its traceback is shown.
     What a script of ours started dies with it; what a user started outlives the shell.
     """
+    use_console()
     os.environ.update(search_path())  # for all that this command starts
     if CHILD in os.environ:
         die_with_parent()

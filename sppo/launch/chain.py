@@ -136,13 +136,18 @@ def main() -> None:
     what, argv = sys.argv[1], sys.argv[2:]
     parser, share = {"generate": (generate_parser(), generate), "pipeline": (pipeline_parser(), pipeline)}[what]
     if {"--help", "-h"} & set(argv):
-        print(f"printf %s {shlex.quote(parser.format_help())}; exit 0")
+        _tell_bash(f"printf %s {shlex.quote(parser.format_help())}; exit 0")
         return
     args, recipe = config.parse(parser, argv)  # also: a wrong value ends here
     if what == "generate":
         config.require_pairs(recipe)
     words = share(args, config.given(parser, args))
-    print("\n".join(f"{name}=({shlex.join(array)})" for name, array in words.items()))
+    _tell_bash("\n".join(f"{name}=({shlex.join(array)})" for name, array in words.items()))
+
+
+def _tell_bash(text: str) -> None:
+    """Write to stdout what the script evaluates: to the letter, where print() would show a control character's name."""
+    sys.stdout.buffer.write(text.encode() + b"\n")
 
 
 if __name__ == "__main__":

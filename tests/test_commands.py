@@ -1,0 +1,50 @@
+"""How commands behave towards the shell, the file system and what a user hands to them: flags, functions, output."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from bad_input import World
+
+
+@pytest.fixture
+def world(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.chdir(tiny.ROOT)
+    return World(tmp_path, models, monkeypatch)
+
+
+def bash(line: str, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash with `words` behind its "$@", and the code of a pipe's first command."""
+    command = ["bash", "-c", f"set -o pipefail; {line}", "bash", sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT, check=False, **more)
+
+
+GONE = ['"$@" | true', '"$@" >&-', '"$@" > /dev/full', '"$@" >&- 2>&- <&-', '"$@" 2>&1 | true']
+
+
+@pytest.mark.parametrize("line", GONE)
+def test_work_is_done_although_nobody_reads_what_is_said(world: World, line: str) -> None:
+    """A pipe whose reader has gone, a closed stdout, a full disk: the end is the same and so is the exit code.
+
+    The ranker writes to file 1 past Python, which would be a file of ours where stdout is closed.
+    """
+    data = world.responses()
+    world.file("noisy.py", "import os\ndef f(_, a, b): return os.write(1, b'noise' * 20000) * 0 + len(a) - len(b)\n")
+    line = f"PYTHONPATH={world.d} {line}"
+    for command in (world.rank(data, world.d, "--ranker=noisy:f"), world.pair(data)):
+        done = bash(line, *command)
+        assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr
+    found = pq.read_table(data / "ranking" / "shard-00000.parquet")["logits"].to_pylist()
+    assert found[0] == [[0, -1], [1, 0]]
+    assert pq.read_table(data / "train.parquet").num_rows == 2
+
+
+def test_a_failure_keeps_its_code_although_nobody_reads_what_is_said(world: World) -> None:
+    for line in GONE:
+        assert bash(line, *world.pair(world.d, "--nonsense")).returncode == 2
+        assert bash(line, *world.pair(world.d)).returncode == 1
