@@ -1,11 +1,15 @@
-"""What a model's directory is and what of it is read; adapters."""
+"""What a model's directory is and what of it is read; adapters; a training that is asked to stop."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import preferences
@@ -15,12 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sppo import run_sppo
-from sppo.common.errors import SPPOError
+from sppo.common import stopping
+from sppo.common.errors import INTERRUPTED, SPPOError, _terminated
 from sppo.common.loading import load_causal_lm
 from sppo.common.model_files import is_adapter, model_identity, weight_shapes
 from sppo.common.policy import open_policy
 from sppo.config import Recipe
 from sppo.rankers import reward_model
+from sppo.training import passes, train
+from sppo.training.trainer import SPPOTrainer
 
 IDS = torch.arange(5, 25)[None]  # (1, 20): any tokens
 
@@ -151,3 +158,107 @@ def test_a_model_is_known_by_all_weights_that_are_read(models: Path, tmp_path: P
     before = model_identity(directory)
     save_file({k: w + 1 for k, w in weights.items()}, directory / "parts" / "one.safetensors", {"format": "pt"})
     assert model_identity(directory) != before
+
+
+# A request to stop
+
+
+@pytest.fixture
+def stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file that asks to stop. SIGTERM is taken as by run_main, and leave() ends the command and not the tests."""
+    monkeypatch.setenv(stopping.VARIABLE, str(tmp_path / "stop"))
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(train, "leave", leave)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    yield tmp_path / "stop"
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_pass_that_is_stopped_or_killed_is_gone_on_with(
+    models: Path, dataset: Path, tmp_path: Path, stop: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The reference's pass is killed and then stopped, the anchor's is stopped: tables, losses and weights come out as
+    from a training that nobody disturbed, to the bit, and what was kept is not computed again."""
+    anchor = f"--anchor_model={tiny.lora(models / 'llama3', tmp_path / 'anchor')}"
+    own, after = SPPOTrainer.logps, SimpleNamespace(calls=0, moment=-1, what=stop.touch)
+
+    def counted(self: SPPOTrainer, *args: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():  # else it is a step
+            after.calls += 1
+            if after.calls == after.moment:
+                after.what()
+        return own(self, *args)
+
+    monkeypatch.setattr(SPPOTrainer, "logps", counted)
+    monkeypatch.setattr(passes, "_KEPT_EVERY", 2)
+
+    def start(name: str, moment: int = -1, what: Callable[[], Any] = stop.touch) -> int:
+        """How many batches went through a network without a gradient; two of them compare lean and plain log-probs."""
+        data = tmp_path / f"data-{name}"
+        shutil.copytree(dataset, data, ignore=shutil.ignore_patterns("reference"), dirs_exist_ok=True)
+        after.calls, after.moment, after.what = 0, moment, what
+        stop.unlink(missing_ok=True)
+        run_training(models / "llama3", data, tmp_path / name, "--anchor=0.3", anchor)
+        return after.calls
+
+    def killed() -> None:
+        raise RuntimeError("killed")
+
+    whole = start("whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        start("cut", 2 + 6, killed)  # in the sixth batch of the reference: four are kept
+    with pytest.raises(SystemExit) as ended:
+        start("cut", 2 + 3)  # in the third of those that were missing, which is the seventh
+    assert ended.value.code == INTERRUPTED
+    tables = list((tmp_path / "data-cut" / "reference").iterdir())
+    assert len(tables) == 1  # a part of one
+    assert 0 < int(load_file(tables[0])["logps"].isnan().sum()) < 42
+    each = (whole - 2) // 2  # batches of one pass
+    with pytest.raises(SystemExit):
+        start("cut", 2 + each - 7 + 3)  # in the third of the anchor's
+    assert after.calls == 2 + each - 7 + 3
+    assert start("cut") == 2 + each - 3
+    assert "stopped, as asked; the log-probs that were computed are kept" in capsys.readouterr().out
+
+    names = sorted(path.name for path in (tmp_path / "data-whole" / "reference").iterdir())
+    assert len(names) == 2
+    assert names == sorted(path.name for path in (tmp_path / "data-cut" / "reference").iterdir())
+    for name in names:
+        one, other = (load_file(tmp_path / f"data-{run}" / "reference" / name)["logps"] for run in ("whole", "cut"))
+        assert one.equal(other)
+    times = ("tokens_per_second", "seconds_left")
+    lines = [
+        [{k: v for k, v in line.items() if k not in times} for line in preferences.metrics(tmp_path / run)]
+        for run in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]
+    before, now = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
+    assert all(before[name].equal(now[name]) for name in before)
+
+
+def test_a_request_to_stop_is_heard_while_a_network_is_loaded(
+    models: Path, dataset: Path, tmp_path: Path, stop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a large model takes minutes. Nothing of it can be kept, so it ends at once."""
+
+    def slow(*_: Any) -> None:
+        stop.touch()
+        for _second in range(200):
+            time.sleep(0.1)
+        pytest.fail("it was not heard")
+
+    monkeypatch.setattr(train, "load_causal_lm", slow)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(models / "qwen3", dataset, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt), stopping.heard():  # asked before
+        pytest.fail("it was not heard")
+    stop.unlink()
+    with stopping.heard():
+        pass
+    stop.touch()
+    time.sleep(1.2)  # nothing comes once it is over
+    assert os.environ[stopping.VARIABLE] == str(stop)

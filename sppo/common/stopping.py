@@ -8,9 +8,14 @@ that it is in. The same command goes on from there; it takes the file away first
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "SPPO_STOP"
+_SECONDS = 0.5  # between two looks for the file
 
 
 def may_stop() -> bool:
@@ -27,3 +32,26 @@ def end_if_asked() -> None:
     """Raise KeyboardInterrupt where somebody has asked this run to stop; to call where what is done is kept."""
     if stop_asked():
         raise KeyboardInterrupt
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Raise KeyboardInterrupt as soon as somebody asks this run to stop: for loading, which has nothing to keep.
+
+    A thread looks for the request, and hands it to this process's main thread as a SIGTERM (see errors.run_main).
+    """
+    end_if_asked()
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(_SECONDS):
+            if stop_asked():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                return
+
+    if may_stop():
+        threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()

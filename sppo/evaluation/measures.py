@@ -17,7 +17,7 @@ from sppo.common.manifest import Stage
 from sppo.common.parquet import read_rows
 from sppo.common.policy import open_policy
 from sppo.common.progress import progress
-from sppo.common.stopping import end_if_asked
+from sppo.common.stopping import end_if_asked, heard
 from sppo.config import Recipe
 from sppo.formats import prompt_text
 from sppo.rankers import batches, device_and_dtype
@@ -102,7 +102,8 @@ def _perplexity(recipe: Recipe, base: str, rows: list[dict[str, Any]]) -> float:
 
     device, dtype = device_and_dtype()
     policy = open_policy(base, recipe.model_revision, recipe.trust_remote_code)
-    network = load_causal_lm(policy, dtype).to(device).eval()
+    with heard():
+        network = load_causal_lm(policy, dtype).to(device).eval()
     answers = [(row["prompt_token_ids"], r["token_ids"]) for row in rows for r in row["responses"]]
     sequences = [(prompt, response) for prompt, response in answers if response]
     if not sequences:

@@ -27,7 +27,7 @@ from sppo.common.files import read_json, write_json
 from sppo.common.model_files import commit_of
 from sppo.common.policy import policy_of
 from sppo.common.preference import Array
-from sppo.common.stopping import end_if_asked
+from sppo.common.stopping import end_if_asked, heard
 from sppo.config import Recipe
 from sppo.formats import Message, Pair, prompt_text
 
@@ -121,7 +121,9 @@ def unfinished(
         end_if_asked()
         missing = [row for row in chunk if not is_done(row)]
         if missing:
-            ranker = ranker or load()
+            if ranker is None:
+                with heard():
+                    ranker = load()
             yield ranker, chunk if ranker.batched else missing
 
 

@@ -48,6 +48,10 @@ class TrainingSet(torch.utils.data.Dataset):
     def __getitem__(self, place: Place) -> Place:
         return place  # batch() puts the rows of its places together
 
+    def sequences(self, row: int) -> torch.Tensor:
+        """The numbers of a row's responses."""
+        return torch.arange(self.first[row], self.first[row + 1])
+
     def lengths(self) -> np.ndarray:
         """(N,): tokens of each row's longest sequence, which decides how wide its batch is."""
         sides = zip(self.prompts, self.responses, strict=True)
@@ -90,7 +94,7 @@ class TrainingSet(torch.utils.data.Dataset):
             "positions": torch.cat(positions),
             "runs": [torch.from_numpy(run) for run in runs],
             "widths": [int(lengths[run[0]]) for run in runs],
-            "sequence": torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index]),
+            "sequence": torch.cat([self.sequences(i) for i in index]),
             "row": torch.arange(len(index)).repeat_interleave(torch.tensor(counts)),
             "pair": torch.tensor(
                 [(s + self.pair[i][0], s + self.pair[i][1]) for s, i in zip(starts, index, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -18,10 +19,24 @@ from sppo.training.data import TrainingSet
 
 @dataclass
 class ReferenceTable:
-    """Where the table of one policy over one data set is kept: beside the data, else in the run's own directory."""
+    """Where the table of one policy over one data set is kept: beside the data, else in the run's own directory.
+
+    `whole`: False for what a pass that was broken off has computed; the rest of such a table is NaN.
+    """
 
     key: str
     homes: tuple[Path, ...]
+    whole: bool = True
+
+    def part(self, batches: str) -> ReferenceTable:
+        """Where a pass keeps what it has; `batches`: what decides which responses share a batch."""
+        return ReferenceTable(f"{self.key}.{batches}", self.homes, whole=False)
+
+    def remove(self) -> None:
+        """Delete it, as far as it is here and may be deleted."""
+        for home in self.homes:
+            with contextlib.suppress(OSError):
+                (home / f"{self.key}.safetensors").unlink()
 
     def load(self, size: int) -> tuple[torch.Tensor, Path] | None:
         """The table, (size,) float32, and its file; None where there is none that is whole."""
@@ -37,7 +52,7 @@ class ReferenceTable:
             except (SafetensorError, KeyError, OSError) as error:
                 print(f"train: {path} is damaged ({error}); its log-probs are computed again")
                 continue
-            if table.shape == (size,) and table.isfinite().all():
+            if table.shape == (size,) and (table.isfinite().all() or not self.whole):
                 return table, path
         return None
 

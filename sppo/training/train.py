@@ -11,6 +11,7 @@ from sppo.common.errors import INTERRUPTED, SPPOError, leave
 from sppo.common.files import write_json
 from sppo.common.importing import TRAINER, import_networks
 from sppo.common.loading import add_adapter, load_causal_lm, load_config
+from sppo.common.stopping import heard
 from sppo.config import Recipe
 from sppo.training.checkpoints import (
     check_parts,
@@ -49,7 +50,8 @@ def train(training: Training) -> None:
         if checkpoint:
             check_parts(checkpoint, training.processes)
         tidy(work, checkpoint)
-    trainer, data = make_trainer(training)
+    with heard():
+        trainer, data = make_trainer(training)
     checkpoint = trainer.told_by_first(checkpoint)
     if first:
         batch = f"{training.processes} x {recipe.batch_size} x {training.steps} rows a step"
@@ -58,7 +60,11 @@ def train(training: Training) -> None:
         write_json(work / "identity.json", stage.identity)
     if checkpoint:
         only_plain_values(checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        if not trainer.is_stopped:
+            raise
     if not trainer.is_stopped:
         trainer.refuse_broken_weights()
         _save(trainer, training)
@@ -68,7 +74,9 @@ def train(training: Training) -> None:
         torch.distributed.destroy_process_group()
     if trainer.is_stopped:
         if first:
-            print(f"train: stopped, as asked, and saved at step {trainer.state.global_step}", flush=True)
+            step = trainer.state.global_step
+            kept = f"saved at step {step}" if step else "the log-probs that were computed are kept"
+            print(f"train: stopped, as asked; {kept}", flush=True)
         leave(INTERRUPTED)
     if first:
         metrics = {"iteration": training.iteration, **_summary(work / "metrics.jsonl")}
@@ -96,8 +104,9 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
 
     from sppo.training.data import load_training_set
     from sppo.training.logps import add_lean_forward
+    from sppo.training.passes import Anchor
     from sppo.training.reference import ReferenceTable, reference_key
-    from sppo.training.trainer import Anchor, SPPOTrainer, disable_dropout
+    from sppo.training.trainer import SPPOTrainer, disable_dropout
 
     recipe, source, work = training.recipe, training.source, training.work
     tokenizer = source.tokenizer()

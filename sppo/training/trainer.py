@@ -12,25 +12,21 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sppo.common.errors import SPPOError
-from sppo.common.loading import load_causal_lm
-from sppo.common.policy import Policy
-from sppo.common.progress import progress
 from sppo.common.stopping import may_stop, stop_asked
 from sppo.config import Recipe
 from sppo.training.checkpoints import seal, told_when_full
-from sppo.training.data import Batches, Place, StepBatches, TrainingSet, even_parts
-from sppo.training.logps import CHUNK_TOKENS, add_lean_forward, response_logps
+from sppo.training.data import Batches, Place, StepBatches, TrainingSet
+from sppo.training.logps import CHUNK_TOKENS, response_logps
 from sppo.training.loss import anchored_loss, preference_loss, sppo_all_loss
+from sppo.training.passes import Anchor, find_anchor, find_reference
 from sppo.training.reference import ReferenceTable, agreement, describe
 
 # groups by length in which a micro-batch's responses go through the network; a GPU waits for smaller ones
@@ -39,30 +35,6 @@ METRICS = (
     "rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/chosen_target rewards/rejected_target "
     "logps/chosen logps/rejected"
 ).split()
-
-
-class Anchor(NamedTuple):
-    """What --anchor pulls towards, where its log-probs are kept, and the precision that the policy is loaded in."""
-
-    policy: Policy
-    table: ReferenceTable
-    dtype: Any
-
-
-@contextmanager
-def unsharded(deepspeed: Any) -> Iterator[None]:
-    """A network that is loaded in here is whole, also under ZeRO-3."""
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    config = getattr(deepspeed, "dschf", None)
-    if config is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(config)
 
 
 class SPPOTrainer(Trainer):
@@ -101,9 +73,10 @@ class SPPOTrainer(Trainer):
         if deepspeed is not None:
             # with the optimiser offloaded, DeepSpeed would put its own Adam in the place of any optimiser
             deepspeed.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
-        if not self.is_fsdp_enabled and (deepspeed is None or deepspeed.zero_stage < 3):
-            # weights that are spread over the ranks would be gathered again for each part
-            self.data_collator = partial(data.batch, pad_id=pad_id, parts=_PARTS, part_tokens=_PART_TOKENS)
+        # weights that are spread over the ranks would be gathered again for each part
+        spread = self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
+        self.parts = 1 if spread else _PARTS
+        self.data_collator = partial(data.batch, pad_id=pad_id, parts=self.parts, part_tokens=_PART_TOKENS)
 
     def get_train_dataloader(self) -> Batches:
         """Every rank's own batches; no other sampler shares them out or repeats rows to come out even."""
@@ -141,7 +114,7 @@ class SPPOTrainer(Trainer):
         rows, however they were dealt.
         """
         data, beta, rows = self.train_dataset, self.recipe.beta, inputs["rows"]
-        logps = self._logps(model, inputs, self.lean)  # (S,)
+        logps = self.logps(model, inputs, self.lean)  # (S,)
         ratios = logps - self.reference.to(logps.device)[inputs["sequence"]]
         pair = inputs["pair"][:rows]  # (B, 2)
         a, b = ratios[pair].unbind(1)
@@ -166,7 +139,7 @@ class SPPOTrainer(Trainer):
         micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         return losses.sum() * (micro_batches / inputs["step_rows"])
 
-    def _logps(self, model: Any, inputs: dict[str, Any], lean: bool) -> torch.Tensor:
+    def logps(self, model: Any, inputs: dict[str, Any], lean: bool) -> torch.Tensor:
         """(S,): log-probability of each of the batch's responses."""
         ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["positions"]
         if lean:
@@ -236,10 +209,11 @@ class SPPOTrainer(Trainer):
     def begin(self) -> None:
         """Before the first step: check the log-probs, and find or compute the reference's."""
         self._began, self._first_step = time.monotonic(), self.state.global_step
+        self.end_if_asked()
         self._check_lean()
-        self._find_reference()
+        self.reference = find_reference(self)
         if self.anchor is not None:
-            self.pull = self.recipe.anchor * (self._find_anchor(self.anchor) - self.reference)
+            self.pull = self.recipe.anchor * (find_anchor(self, self.anchor) - self.reference)
         self.agreement = agreement(self.reference, self.train_dataset)
         if self.agreement and self.is_world_process_zero():
             print(f"train: {describe(self.agreement)}", flush=True)
@@ -257,7 +231,7 @@ class SPPOTrainer(Trainer):
         model, training = self.model_wrapped, self.model_wrapped.training
         model.eval()
         if self.lean:
-            lean, plain = (self._logps(model, batch, way).float() for way in (True, False))
+            lean, plain = (self.logps(model, batch, way).float() for way in (True, False))
             tolerance = 1e-4 if self.accelerator.mixed_precision == "no" else 2e-2
             apart = ((lean - plain).abs() / plain.abs().clamp(min=1)).max()
             self.lean = self.accelerator.reduce(apart, "sum").item() <= tolerance * self.accelerator.num_processes
@@ -274,89 +248,11 @@ class SPPOTrainer(Trainer):
         asked = torch.tensor(float(self.is_world_process_zero() and stop_asked()), device=self.args.device)
         return self.accelerator.reduce(asked, "sum").item() > 0
 
-    def _find_reference(self) -> None:
-        """Fill `reference`: the table of an earlier run, or the policy's own log-probs before its first step.
-
-        A resumed run needs it: its policy is no longer the reference.
-        """
-        self.reference = self._look_up(self.table, "reference")
-        if self.reference is not None:
-            return
-        if self.state.global_step:
-            raise SPPOError(
-                f"{self.table.homes[0] / self.table.key}.safetensors is gone, so this run cannot be resumed: "
-                f"its policy is not the reference any more. Delete {self.args.output_dir} to train again"
-            )
-        self.reference = self._pass(self.model_wrapped, self.lean, "reference")
-        self._keep(self.table, self.reference, "reference")
-
-    def _find_anchor(self, anchor: Anchor) -> torch.Tensor:
-        """(S,): log pi_0 of every response, from the table of an earlier run, or from the anchor's own network.
-
-        For its pass that network is whole on every rank, beside the policy, also where the policy's is sharded.
-        """
-        found = self._look_up(anchor.table, "anchor")
-        if found is not None:
-            return found
-        deepspeed = self.accelerator.state.deepspeed_plugin
-        half = deepspeed is not None and self.accelerator.mixed_precision == "bf16"
-        with unsharded(deepspeed):
-            dtype = torch.bfloat16 if half else anchor.dtype
-            network = load_causal_lm(anchor.policy, dtype, self.recipe.attn_implementation)
-        lean = add_lean_forward(network) and self.lean
-        with self.accelerator.autocast():
-            logps = self._pass(network.to(self.args.device), lean, "anchor")
-        self._keep(anchor.table, logps, "anchor")
-        return logps
-
-    def _look_up(self, table: ReferenceTable, whose: str) -> torch.Tensor | None:
-        """(S,): what an earlier run has kept; None where there is none. Only rank 0 looks, so that all ranks agree."""
-        size = len(self.train_dataset.sequence_rates)
-        found = table.load(size) if self.is_world_process_zero() else None
-        shared = torch.zeros(size + 1)
-        if found is not None:
-            shared[:size], shared[size] = found[0], 1
-            print(f"train: found the {whose}'s log-probs in {found[1]}")
-        shared = self.accelerator.reduce(shared.to(self.args.device), "sum")
-        return shared[:size] if shared[size] else None
-
-    def _keep(self, table: ReferenceTable, logps: torch.Tensor, whose: str) -> None:
-        if self.is_world_process_zero():
-            print(f"train: the {whose}'s log-probs are kept in {table.save(logps.cpu())}")
-        self.accelerator.wait_for_everyone()
-
-    @torch.no_grad()
-    def _pass(self, model: Any, lean: bool, whose: str) -> torch.Tensor:
-        """(S,): a model's log-prob of every response; `whose` names it in progress.
-
-        The ranks share the rows and make the same number of passes.
-        """
-        size, training = len(self.train_dataset.sequence_rates), model.training
-        model.eval()
-        ranks, rank, batch_size = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.batch_size
-        lengths = self.train_dataset.lengths()
-        order = (-lengths).argsort(kind="stable")
-        parts = even_parts(lengths[order], -(-len(order) // (batch_size * ranks)) * ranks)
-        table = torch.zeros(size, device=self.args.device)
-        with progress(len(order), f"{whose} log-probs", "row") as bar:
-            for first in range(0, len(parts), ranks):
-                mine = order[list(parts[first + rank])]
-                # a rank without rows runs too, so that all ranks make the same number of passes
-                places = [Place(int(i)) for i in (mine if len(mine) else order[-1:])]
-                batch = self._prepare_inputs(self.data_collator(places))
-                logps = self._logps(model, batch, lean).float()
-                if len(mine):
-                    table[batch["sequence"]] = logps
-                bar.update(sum(map(len, parts[first : first + ranks])))
-        model.train(training)
-        table = self.accelerator.reduce(table, "sum")
-        if not table.isfinite().all():
-            bad = (~table.isfinite()).nonzero().flatten().tolist()
-            raise SPPOError(
-                f"the model's log-probs are not finite for {len(bad)} responses, the first are {bad[:10]}; "
-                "its weights are damaged or too large for this precision"
-            )
-        return table
+    def end_if_asked(self) -> None:
+        """Raise KeyboardInterrupt, on all ranks, where training shall stop before its first step."""
+        if self.stop_asked():
+            self.is_stopped = True
+            raise KeyboardInterrupt
 
 
 class _Flow(TrainerCallback):

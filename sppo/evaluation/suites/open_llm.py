@@ -19,6 +19,7 @@ from sppo.common.loading import prepare_vllm, vllm_dtype
 from sppo.common.manifest import version_of
 from sppo.common.policy import Policy, policy_of
 from sppo.common.progress import progress
+from sppo.common.stopping import end_if_asked, heard
 from sppo.config import read_yaml
 from sppo.evaluation.suites.suite import Figures, Judge, Order, figures_stage, finish
 
@@ -106,7 +107,8 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
     stage = figures_stage(order, {"model": policy.identity()}, settings, ("results.json",))
     if stage.is_done(order.overwrite):
         return
-    model = _engine(order, policy)
+    with heard():
+        model = _engine(order, policy)
     identity = {"model": stage.inputs["model"], "engine": type(model).__name__}
     journal = Journal(order.out / "answers.journal", identity, order.overwrite)
     stage.begin()
@@ -163,6 +165,7 @@ def kept(ask: Callable[..., list[Any]], kind: str, journal: Journal) -> Callable
         with progress(len(requests), kind, "request") as bar:
             for start in range(0, len(requests), CHUNK):
                 chunk = range(start, min(start + CHUNK, len(requests)))
+                end_if_asked()
                 if not all(keys[i] in journal.done for i in chunk):
                     for i, answer in zip(chunk, ask([requests[i] for i in chunk], disable_tqdm=True), strict=True):
                         journal.add(keys[i], {"answer": answer})

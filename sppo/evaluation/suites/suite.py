@@ -20,6 +20,7 @@ from sppo.common.model_files import public_name
 from sppo.common.parquet import read_rows
 from sppo.common.place import Place
 from sppo.common.progress import progress
+from sppo.common.stopping import end_if_asked
 from sppo.config import Recipe
 from sppo.evaluation.answers import draw
 from sppo.formats import Message
@@ -146,6 +147,7 @@ class Judge:
                         if is_answer(choice):
                             journal.add(some[index], choice)
                         bar.update()
+                        end_if_asked()
                     if not journal.done:
                         raise self._no_answer(found[some[0]], wanted)
         finally:
