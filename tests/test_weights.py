@@ -1,4 +1,4 @@
-"""What a model's directory is and what of it is read; adapters; a training that is asked to stop."""
+"""What a model's directory is and what of it is read; adapters; stops, and the first step, of a training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sppo.common.policy import open_policy
 from sppo.config import Recipe
 from sppo.rankers import reward_model
 from sppo.training import passes, train
-from sppo.training.trainer import SPPOTrainer
+from sppo.training.trainer import SPPOTrainer, disable_dropout
 
 IDS = torch.arange(5, 25)[None]  # (1, 20): any tokens
 
@@ -158,6 +158,110 @@ def test_a_model_is_known_by_all_weights_that_are_read(models: Path, tmp_path: P
     before = model_identity(directory)
     save_file({k: w + 1 for k, w in weights.items()}, directory / "parts" / "one.safetensors", {"format": "pt"})
     assert model_identity(directory) != before
+
+
+# A training begins at its reference, and its weights move
+
+
+def opt(directory: Path) -> Path:
+    """An OPT whose config has dropout, which it applies by itself."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    fast = tiny.tokenizer(special, "<|im_start|>", "<|im_end|>", "<|endoftext|>", tiny.QWEN3_TEMPLATE, adds_bos=False)
+    size = tiny.shape(fast, ffn_dim=96, word_embed_proj_dim=64, dropout=0.1, attention_dropout=0.1)
+    return tiny.save(directory, OPTForCausalLM, OPTConfig(**size), fast, [fast.eos_token_id])
+
+
+def mixtral(directory: Path, **settings: Any) -> Path:
+    """A mixture of experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from sppo.demo import CHAT_TEMPLATE
+
+    fast = tiny.tokenizer(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", "</s>", CHAT_TEMPLATE)
+    config = MixtralConfig(**tiny.shape(fast, num_local_experts=4, num_experts_per_tok=2, **settings))
+    return tiny.save(directory, MixtralForCausalLM, config, fast, [fast.eos_token_id])
+
+
+def test_dropout_is_off_wherever_a_module_keeps_it(tmp_path: Path) -> None:
+    policy = open_policy(str(opt(tmp_path / "opt")))
+    network = load_causal_lm(policy, torch.float32).train()
+    assert not network(input_ids=IDS).logits.equal(network(input_ids=IDS).logits)
+    disable_dropout(network)
+    assert network(input_ids=IDS).logits.equal(network(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["opt", "mixtral"])
+def test_a_policy_that_is_not_its_reference_at_the_first_step_is_an_error(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Dropout that stays on, and the noise of a router, which disable_dropout does not know."""
+    if family == "opt":
+        monkeypatch.setattr("sppo.training.trainer.disable_dropout", lambda _: None)
+        model, named = opt(tmp_path / family), r"dropout 0.1, attention_dropout 0.1"
+    else:
+        model, named = mixtral(tmp_path / family, router_jitter_noise=0.1), r"router_jitter_noise 0.1"
+    said = rf"are 0.0\d+ nats a token apart, and rounding makes at most 0.001.*its config has .*{named}"
+    with pytest.raises(SPPOError, match=said):
+        run_training(model, dataset, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("checkpoint-*"))
+
+
+def rewards_of_the_first_step(model: Path) -> list[float]:
+    line = preferences.metrics(model)[0]
+    return [line["rewards/chosen"], line["rewards/rejected"]]
+
+
+def test_a_reference_whose_table_is_damaged_is_noticed(models: Path, dataset: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data, ignore=shutil.ignore_patterns("reference"))
+    done = run_training(models / "qwen3", data, tmp_path / "one")
+    assert rewards_of_the_first_step(done) == pytest.approx([0, 0], abs=1e-4)
+    (table,) = (data / "reference").iterdir()
+    save_file({"logps": load_file(table)["logps"] + 5}, table)
+    with pytest.raises(SPPOError, match=f"or a damaged {table.name} .delete it"):
+        run_training(models / "qwen3", data, tmp_path / "two")
+
+
+def no_gradient(network: Any) -> None:
+    for weight in network.parameters():
+        weight.register_hook(torch.zeros_like)
+
+
+def frozen(network: Any) -> None:
+    network.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(no_gradient, "the gradient of each trained weight is 0"), (frozen, "all its weights are frozen")],
+    ids=["no gradient", "frozen"],
+)
+def test_weights_that_do_not_move_are_an_error(
+    models: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, said: str
+) -> None:
+    load = train.load_causal_lm
+
+    def loaded(*args: Any) -> Any:
+        network = load(*args)
+        change(network)
+        return network
+
+    monkeypatch.setattr(train, "load_causal_lm", loaded)
+    with pytest.raises(SPPOError, match=said):
+        run_training(models / "qwen3", dataset, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [(), ("--loss_type=sigmoid", "--label_smoothing=0.5")])
+def test_a_loss_that_asks_for_nothing_is_no_error(models: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Win rates of 1/2, and a smoothing of 1/2: the gradient is 0 because it should be."""
+    rows = preferences.rows(8)
+    for row in rows:
+        row |= {"chosen_probs": 0.5, "chosen_probs_win": 0.5, "chosen_probs_lose": 0.5}
+    out = run_training(models / "qwen3", preferences.write(tmp_path / "data", rows), tmp_path / "out", *flags)
+    assert preferences.metrics(out)[0]["grad_norm"] == pytest.approx(0, abs=1e-3)
 
 
 # A request to stop

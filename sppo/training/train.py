@@ -132,6 +132,8 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     if recipe.use_peft:
         transformers.set_seed(recipe.seed)  # a new adapter begins at random
         model = add_adapter(model, source, lora)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise SPPOError(f"model {source.weights}: all its weights are frozen, so there is nothing to train")
     disable_dropout(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"

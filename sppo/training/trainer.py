@@ -24,6 +24,7 @@ from sppo.common.stopping import may_stop, stop_asked
 from sppo.config import Recipe
 from sppo.training.checkpoints import seal, told_when_full
 from sppo.training.data import Batches, Place, StepBatches, TrainingSet
+from sppo.training.first_step import FirstStep
 from sppo.training.logps import CHUNK_TOKENS, response_logps
 from sppo.training.loss import anchored_loss, preference_loss, sppo_all_loss
 from sppo.training.passes import Anchor, find_anchor, find_reference
@@ -60,6 +61,7 @@ class SPPOTrainer(Trainer):
         self.chunks = -(-recipe.batch_size * data.most_response_tokens() // CHUNK_TOKENS)
         self.reference: torch.Tensor | None = None  # (S,): log pi_t of every response
         self.agreement: dict[str, float] = {}  # see reference.agreement
+        self.first_step: FirstStep | None = None  # while that is made
         self.is_stopped = False  # before its end, because somebody asked for it
         super().__init__(
             model=model,
@@ -116,6 +118,8 @@ class SPPOTrainer(Trainer):
         data, beta, rows = self.train_dataset, self.recipe.beta, inputs["rows"]
         logps = self.logps(model, inputs, self.lean)  # (S,)
         ratios = logps - self.reference.to(logps.device)[inputs["sequence"]]
+        if self.first_step:
+            self.first_step.note(logps, ratios, inputs)
         pair = inputs["pair"][:rows]  # (B, 2)
         a, b = ratios[pair].unbind(1)
         p, p_win, p_lose = data.win_rates.to(logps.device)[inputs["index"][:rows]].unbind(1)
@@ -217,8 +221,15 @@ class SPPOTrainer(Trainer):
         self.agreement = agreement(self.reference, self.train_dataset)
         if self.agreement and self.is_world_process_zero():
             print(f"train: {describe(self.agreement)}", flush=True)
+        self.first_step = FirstStep(self.accelerator, at_reference=not self.state.global_step)
         self._began = time.monotonic()
         self._forget_metrics()
+
+    def check_first_step(self) -> None:
+        """Raise SPPOError where the gradients of the first step show that training cannot be right."""
+        if self.first_step:
+            self.first_step.check(self.model_wrapped, self.model.config, f"{self.table.key}.safetensors")
+            self.first_step = None
 
     @torch.no_grad()
     def _check_lean(self) -> None:
@@ -264,6 +275,9 @@ class _Flow(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.trainer.begin()
 
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.trainer.check_first_step()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         last = state.global_step >= state.max_steps
         if not last and self.trainer.stop_asked():
@@ -277,8 +291,9 @@ class _Flow(TrainerCallback):
 def disable_dropout(model: PreTrainedModel) -> None:
     """No dropout: the reference's log-probs must be those of the policy before its first step."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        # attention that applies it in a function, not in a module
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        # what a module applies in a function: OPT's `dropout`, Bloom's `hidden_dropout`, attention's own
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

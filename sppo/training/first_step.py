@@ -1,0 +1,71 @@
+"""What the first step of a training must show: that it begins at its reference, and that its weights get a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from sppo.common.errors import SPPOError
+from sppo.common.health import AGREEING
+
+_ROUNDING = 1e-3  # nats a token, in float32: a hundred times what was seen; a dropout of 0.1 is a hundred times more
+
+
+class FirstStep:
+    """Sums over the micro-batches of a training's first step; `check` raises SPPOError for what they must not be.
+
+    at_reference: whether no step was made before, so that the policy is the reference still.
+    """
+
+    def __init__(self, accelerator: Accelerator, at_reference: bool) -> None:
+        self.accelerator, self.at_reference = accelerator, at_reference
+        # nats a token between policy and reference, summed over responses; responses; |d loss / d log-prob|, summed
+        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+
+    def note(self, logps: torch.Tensor, ratios: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Add a micro-batch. logps, ratios: (S,), the policy's log-probs, and less the reference's."""
+        rows, width = inputs["input_ids"].shape
+        tokens = torch.bincount(inputs["positions"] // width, minlength=rows)  # (S,)
+        self.sums[0] += (ratios.detach().abs() / tokens).sum()
+        self.sums[1] += rows
+        if logps.requires_grad:
+            logps.register_hook(self._note_gradient)
+
+    def _note_gradient(self, gradient: torch.Tensor) -> None:
+        self.sums[2] += gradient.abs().sum()
+
+    def check(self, network: torch.nn.Module, config: Any, where: str) -> None:
+        """Look at the sums of all ranks, and at the gradients of `network` before the step is made.
+
+        where: the file of the reference's log-probs.
+        """
+        apart, responses, pull = self.accelerator.reduce(self.sums, "sum").tolist()
+        limit = _ROUNDING if self.accelerator.mixed_precision == "no" else AGREEING
+        if self.at_reference and not apart / responses <= limit:
+            raise SPPOError(
+                f"the policy is its own reference before the first step, but the log-probs of the two are "
+                f"{apart / responses:.2g} nats a token apart, and rounding makes at most {limit:g}. Usual reasons: "
+                f"dropout or noise that stays on in training ({_random_parts(config)}; set it to 0 in the model's "
+                f"config.json), code of the model's own that computes something else in training, or a damaged {where} "
+                "(delete it to compute it again)"
+            )
+        # where the loss asks for nothing, as for win rates of 1/2, there is no gradient, and that is right
+        if pull and self.accelerator.clip_grad_norm_(network.parameters(), float("inf")) == 0:
+            raise SPPOError(
+                "the loss asks for other log-probs at the first step, but the gradient of each trained weight is 0, so "
+                "training would change nothing. Usual reasons: what is trained has no part in the log-probs (look at "
+                "--lora_target_modules), its weights are frozen, or the two responses of each pair are the same"
+            )
+
+
+def _random_parts(config: Any) -> str:
+    """What in a model's config looks like dropout or noise, with its value."""
+    values = {**config.to_dict(), **config.get_text_config().to_dict()}
+    found = [
+        f"{name} {value:g}"
+        for name, value in values.items()
+        if isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter", "noise"))
+    ]
+    return f"its config has {', '.join(found)}" if found else "its config names none"
