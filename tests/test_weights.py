@@ -29,7 +29,7 @@ from sppo.rankers import reward_model
 from sppo.training import passes, train
 from sppo.training.trainer import SPPOTrainer, disable_dropout
 
-IDS = torch.arange(5, 25)[None]  # (1, 20): any tokens
+IDS = torch.arange(5, 300)[None]  # (1, 295): most of the vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,46 @@ def test_a_model_is_known_by_all_weights_that_are_read(models: Path, tmp_path: P
     before = model_identity(directory)
     save_file({k: w + 1 for k, w in weights.items()}, directory / "parts" / "one.safetensors", {"format": "pt"})
     assert model_identity(directory) != before
+
+
+# An adapter that is merged
+
+
+def unmerged(adapter: Path, base: Path) -> torch.Tensor:
+    """The logits of peft's own network."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return PeftModel.from_pretrained(network, adapter).eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("modules", ["embed_tokens,lm_head", "embed_tokens", "lm_head,q_proj"])
+def test_what_is_merged_is_what_was_trained_also_on_tied_embeddings(
+    models: Path, dataset: Path, tmp_path: Path, modules: str
+) -> None:
+    """In memory, as the transformers engine draws, and as the copy of --merge_adapter. Merged into the weights that
+    embedding and head share, each would get the changes of both."""
+    base = models / "gemma2"
+    flags = [f"--lora_target_modules={modules}", "--lora_alpha=64", "--merge_adapter", "--learning_rate=2e-2"]
+    out = run_training(base, dataset, tmp_path / "out", "--use_peft", *flags)
+    trained = unmerged(out, base)
+    assert (trained - logits(base)).abs().max() > 0.5
+    torch.testing.assert_close(logits(out), trained, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(out / "merged"), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_that_changes_the_network_is_an_error(
+    models: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run_training(
+        models / "gemma2", dataset, tmp_path / "out", "--use_peft", "--lora_target_modules=lm_head",
+        "--learning_rate=2e-2", "--lora_alpha=64",
+    )  # fmt: skip
+    monkeypatch.setattr("sppo.common.loading._untie", lambda _: None)
+    with pytest.raises(SPPOError, match=r"cannot be merged into its base: .* nats a token apart"):
+        logits(out)
 
 
 # A training begins at its reference, and its weights move

@@ -12,6 +12,9 @@ from typing import Any
 from sppo.common.errors import SPPOError, first_line, out_of_memory
 from sppo.common.policy import Policy
 
+# nats a token by which merging an adapter may change log-probs, in float32 and more, and in half precision
+_ROUNDING, _ROUNDING_HALF = 1e-3, 0.2
+
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
@@ -76,7 +79,7 @@ def load_causal_lm(
             raise SPPOError(f"model {policy.weights}: weights missing or of another shape: {', '.join(absent[:4])}")
     if policy.adapter is None or not merge:
         return network
-    return _adapted(network, policy.adapter).merge_and_unload()
+    return _merged(_adapted(network, policy.adapter), policy.adapter)
 
 
 def _adapted(network: Any, adapter: Path, is_trainable: bool = False) -> Any:
@@ -86,6 +89,53 @@ def _adapted(network: Any, adapter: Path, is_trainable: bool = False) -> Any:
 
         warnings.filterwarnings("error", message="Found missing adapter keys")
         return PeftModel.from_pretrained(network, adapter, is_trainable=is_trainable)
+
+
+def _merged(adapted: Any, adapter: Path) -> Any:
+    """The network with its adapter merged in. Raises SPPOError where it would not be the adapter's network any more."""
+    wanted = _some_logps(adapted)
+    _untie(adapted.get_base_model())
+    merged = adapted.merge_and_unload()
+    apart = (_some_logps(merged) - wanted).abs().mean().item()
+    limit = _ROUNDING_HALF if merged.dtype.itemsize == 2 else _ROUNDING
+    if not apart <= limit:
+        raise SPPOError(
+            f"adapter {adapter} cannot be merged into its base: the log-probs of the two are {apart:.2g} nats a token "
+            f"apart, and rounding makes at most {limit:g}. Draw with --engine vllm, which does not merge, without "
+            "--merge_adapter; or train an adapter on other modules (--lora_target_modules)"
+        )
+    return merged
+
+
+def _untie(network: Any) -> None:
+    """Give the head weights of its own where they are the embedding's and an adapter is on one of the two.
+
+    Each is merged for itself: in shared weights both would get the changes of both.
+    """
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    ends = [network.get_input_embeddings(), network.get_output_embeddings()]
+    if not any(isinstance(end, LoraLayer) for end in ends):
+        return
+    embedding, head = (end.get_base_layer() if isinstance(end, LoraLayer) else end for end in ends)
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for config in (network.config, network.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _some_logps(network: Any) -> Any:
+    """Log-probs of a few tokens of a text that means nothing, (2, 15): to compare two networks by."""
+    import torch
+
+    rows = network.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(32, device=network.device) * 7919 % rows).view(2, 16)  # from all over the vocabulary
+    was_training = network.training
+    with torch.no_grad():
+        logits = network.eval()(input_ids=ids, use_cache=False).logits[:, :-1]  # (2, 15, V)
+    network.train(was_training)
+    return torch.log_softmax(logits.double(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
 def add_adapter(network: Any, policy: Policy, new: Any) -> Any:
