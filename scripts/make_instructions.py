@@ -9,14 +9,13 @@ Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interr
 """
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
+from sppo.common.directories import appearing, target_of
 from sppo.common.errors import SPPOError, UsageError, run_main
 from sppo.common.files import read_json
 
@@ -39,16 +38,11 @@ def main() -> None:
             raise SPPOError(f"{args.output_dir} was made with {made}; use another --run_dir or --output_dir")
         print(f"make_instructions: done: {args.output_dir}")
         return
-    if args.output_dir.exists():
-        raise SPPOError(f"{args.output_dir} is there, and this script did not make it; choose another --output_dir")
     from sppo.smollm2.instructions import make_instructions
 
-    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    make_instructions(partial, args.train, args.held_out, recipe.seed)
-    (partial / "made.json").write_text(json.dumps(wanted) + "\n")
-    os.rename(partial, args.output_dir)
+    with appearing(target_of(args.output_dir)) as final:
+        make_instructions(final, args.train, args.held_out, recipe.seed)
+        (final / "made.json").write_text(json.dumps(wanted) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interr
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo.common.errors import SPPOError, run_main
+from sppo.common.directories import appearing, target_of
+from sppo.common.errors import run_main
 from sppo.common.files import read_json
 
 
@@ -30,15 +29,10 @@ def main() -> None:
     if (directory / "source.json").exists():
         print(f"make_smollm2: done: {directory}, from {read_json(directory / 'source.json')['from']}")
         return
-    if directory.exists():
-        raise SPPOError(f"{directory} is there, and this script did not make it; choose another --output_dir")
     from sppo.smollm2.model import make_smollm2
 
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    make_smollm2(partial, args.source)
-    os.rename(partial, directory)
+    with appearing(target_of(directory)) as final:
+        make_smollm2(final, args.source)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import json
 import math
 import random
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sppo.common.directories import appearing, target_of
 from sppo.common.progress import progress
 from sppo.rankers._pairrm_network import CANDIDATE, CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRMModel
 
@@ -101,20 +101,17 @@ def answer(name: str, place: str, rng: random.Random) -> str:
 def make_demo(directory: Path, seed: int, ranker: bool = True) -> None:
     """policy/, ranker/ (where wanted), train.jsonl (576 prompts), heldout.jsonl (150) and seed.json in `directory`,
     which appears when all of it is made."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     rng = random.Random(seed)
     torch.manual_seed(seed)
     prompts = all_prompts(rng)
-    for name, rows in (("heldout", prompts[:150]), ("train", prompts[150:726])):
-        lines = [json.dumps({"prompt": question}) for question, _, _ in rows]
-        (partial / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    train_policy(partial / "policy", prompts[150:], rng)
-    if ranker:
-        train_ranker(partial / "ranker", prompts[150:], rng)
-    (partial / "seed.json").write_text(json.dumps(seed))
-    partial.rename(directory)
+    with appearing(target_of(directory)) as final:
+        for name, rows in (("heldout", prompts[:150]), ("train", prompts[150:726])):
+            lines = [json.dumps({"prompt": question}) for question, _, _ in rows]
+            (final / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        train_policy(final / "policy", prompts[150:], rng)
+        if ranker:
+            train_ranker(final / "ranker", prompts[150:], rng)
+        (final / "seed.json").write_text(json.dumps(seed))
 
 
 def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 450) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sppo import config
 from sppo.common import stopping
+from sppo.common.directories import target_of, work_of
 from sppo.common.errors import INTERRUPTED, WRONG_USE, SPPOError, UsageError
 from sppo.common.files import atomic, exclusive, has_begun, read_json
 from sppo.common.manifest import Stage
@@ -272,7 +273,7 @@ def _training_stages(args: argparse.Namespace, training: list[str], here: Path) 
     from sppo.training.launching import training_config
     from sppo.training.settings import prepare
 
-    if not (here / "model" / "sppo_manifest.json").exists() or (here / "model.partial").exists():
+    if not (here / "model" / "sppo_manifest.json").exists() or work_of(target_of(here / "model")).exists():
         raise SPPOError(f"{here / 'model'} is not whole")
     if args.launcher == "local":
         processes = training_config(devices(args.gpus), args.accelerate_config)[2]

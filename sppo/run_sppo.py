@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     from sppo.training.train import train
 
-    train(training)
+    with training.at_work() if os.environ.get("RANK", "0") == "0" else nullcontext():
+        train(training)
     if training.processes > 1 and "WORLD_SIZE" in os.environ:
         leave(DONE)  # gloo's threads may abort a rank in the interpreter's own end, when its work is done
 

@@ -170,8 +170,8 @@ FLAGS: list[Case] = [
     ("report on no prompts", lambda w: ["scripts/report.py", f"--run_dir={w.d}", "--iteration=1", "--base=b"], 2, "--eval_prompts is missing"),
     ("a measure that is not there", lambda w: _report(w, "--measure=json:no_such"), 2, "--measure"),
     ("no prompts to make", lambda w: ["scripts/make_instructions.py", f"--output_dir={w.d}/p", "--train=0"], 2, "from 1 to 10000"),
-    ("prompts where others are", lambda w: ["scripts/make_instructions.py", f"--output_dir={w.d}"], 1, "did not make it"),
-    ("SmolLM2 where another model is", lambda w: ["scripts/make_smollm2.py", f"--output_dir={w.model()}"], 1, "did not make it"),
+    ("prompts where others are", lambda w: ["scripts/make_instructions.py", f"--output_dir={w.file('o/x', 'mine').parent}"], 1, "did not make"),
+    ("SmolLM2 where another model is", lambda w: ["scripts/make_smollm2.py", f"--output_dir={w.model()}"], 1, "did not make"),
     ("half a character", lambda w: w.generate(w.good(), "--system_prompt=\udcff"), 2, "UTF-8"),
 ]  # fmt: skip
 
@@ -241,7 +241,7 @@ ENVIRONMENT: list[Case] = [
     ("output_dir is a file", lambda w: w.generate(w.good(), f"--output_dir={w.file('o', 'mine')}"), 1, "o"),
     ("output_dir in a file", lambda w: w.pair(w.file("o", "mine") / "data"), 1, "draw the responses first"),
     ("the model's directory is a file", lambda w: w.train(None, f"--output_dir={w.file('o', 'mine')}"), 1, "o"),
-    ("the model's directory has another's model", lambda w: w.train(None, f"--output_dir={w.file('m/notes.txt', 'mine').parent}"), 1, "move it away"),
+    ("the model's directory has another's model", lambda w: w.train(None, f"--output_dir={w.file('m/notes.txt', 'mine').parent}"), 1, "notes.txt. They would be lost"),
     ("run_dir is a file", lambda w: w.loop(f"--run_dir={w.file('o', 'mine')}"), 1, "o"),
     ("output_dir is read-only", lambda w: w.generate(w.good(), f"--output_dir={_locked(w.file('o/x', 'mine').parent)}"), 1, "Permission denied"),
     ("a model's name offline", lambda w: w.of_model("gpt2"), 1, "the Hub does not give it"),

@@ -262,7 +262,8 @@ def test_a_disk_that_is_too_small(models: Path, tmp_path: Path, monkeypatch: pyt
     )
     assert model_bytes(run.recipe, run.shape, run.training[0]) == 4 * run.shape.parameters
     (tmp_path / "file").touch()
-    assert "cannot be written to" in only_no(examined(models, tmp_path, "--run_dir", tmp_path / "file" / "run"))
+    found = only_no(examined(models, tmp_path, "--run_dir", tmp_path / "file" / "run"))
+    assert "a file stands where a directory should be" in found
 
 
 # GPUs, as nvidia-smi tells them

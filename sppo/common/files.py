@@ -25,7 +25,11 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_together(paths: list[Path]) -> Iterator[list[Path]]:
-    """A temporary path beside each of `paths`: none is renamed unless all are whole and fsynced."""
+    """A temporary path beside each of `paths`: none is renamed unless all are whole and fsynced.
+
+    Of a path that is a link, beside the file that it leads to: the link stays.
+    """
+    paths = [Path(os.path.realpath(path)) if path.is_symlink() else path for path in paths]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,11 +64,79 @@ def lock(handle: IO[Any], path: Path) -> Path | None:
         try:
             with open(owner, "x", encoding="utf-8") as out:
                 out.write(mine)
+            atexit.register(_remove_if_of, owner, mine)
             print(f"{path.parent}: this disk has no file locks; {owner.name} stands for one", flush=True)
             return owner
         except FileExistsError:
             _remove_if_dead(owner)
     raise BlockingIOError(errno.EWOULDBLOCK, "another process has it")
+
+
+@dataclass
+class Held:
+    """A lock that this process has on a file, until it lets go or ends."""
+
+    path: Path
+    handle: IO[str]
+    owner: Path | None  # see lock
+
+    def write(self, text: str) -> None:
+        """Make `text` the file's content, in place: a renamed file would be another one, without the lock."""
+        self.handle.seek(0)
+        self.handle.truncate()
+        self.handle.write(text)
+        self.handle.flush()
+        os.fsync(self.handle.fileno())
+
+    def release(self) -> None:
+        self.handle.close()
+        if self.owner:
+            self.owner.unlink(missing_ok=True)
+
+
+def hold(path: Path, patience: float = 0) -> Held:
+    """Lock the file at `path`, which is made if it is not there. Whoever holds it may delete it.
+
+    Raises BlockingIOError where another process has it for longer than `patience`, in seconds.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release()
+        try:
+            held = Held(path, handle, lock(handle, path))
+        except BlockingIOError:
+            handle.close()
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
+            continue
+        if path.exists() and os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
+            return held
+        held.release()  # who had it before has deleted the file, and the lock on that is worth nothing
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock on `path`, a file for this alone. Raises SPPOError where another process is doing `what`."""
+    try:
+        held = hold(path)
+    except BlockingIOError:
+        raise SPPOError(f"another process {what}; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        held.release()
+
+
+def _remove_if_of(owner: Path, mine: str) -> None:
+    """Remove an owner's file where it is still this process's: one that ends without letting go leaves none behind."""
+    try:
+        if owner.read_text(encoding="utf-8") == mine:
+            owner.unlink()
+    except OSError:
+        pass
 
 
 def _remove_if_dead(owner: Path) -> None:

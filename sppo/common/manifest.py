@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from sppo.common.errors import SPPOError
 from sppo.common.files import changed, digest, read_json, write_json
 from sppo.common.journal import KEEP_BOTH, differences, refuse_another
+from sppo.common.locks import Held, hold
 
 SHARED = "SPPO_SHARED"  # set by a cluster's launcher: other machines write what this process reads
 _VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
@@ -79,6 +81,7 @@ class Stage:
     settings: dict[str, Any]
     journal: Path | None = None
     started: float = field(default_factory=time.monotonic)
+    _held: Held | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -97,11 +100,16 @@ class Stage:
         return bool(written["outputs"]) and not changed(self.manifest.parent, written["outputs"])
 
     def is_done(self, overwrite: bool = False) -> bool:
-        """True if the outputs stand and were made from this identity. Raises SPPOError if from another.
+        """True if the outputs stand and were made from this identity. Raises SPPOError if from another, and where they
+        could not be written.
 
         overwrite: what is there is deleted, but for what a killed try at this very work has left.
         """
+        for path in (*self.outputs, self.manifest):
+            if path.is_dir():
+                raise SPPOError(f"{path}: a directory stands where a file is to be written; move it away")
         if overwrite and (self.manifest.exists() or not self._begun()):
+            self._hold()
             self._forget()
             return False
         self.refuse_others()
@@ -116,28 +124,53 @@ class Stage:
         if not self._intact(read_manifest(self.manifest)):
             print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
             return False
-        for left in (self._marker, self.journal):  # by a kill between the manifest and the end
-            if left is not None and left.exists():
-                left.unlink(missing_ok=True)
+        self._sweep()
         return True
+
+    def _sweep(self) -> None:
+        """Delete what a kill between the manifest and the end has left; a process that is at its end does so itself."""
+        left = [path for path in (self.journal, self._marker) if path is not None and path.exists()]
+        if left:
+            with suppress(BlockingIOError):
+                held = hold(self._marker)
+                for path in {*left, self._marker}:
+                    path.unlink()
+                held.release()
 
     @property
     def _marker(self) -> Path:
         return self.manifest.with_name(self.manifest.name + ".started")
 
     def begin(self) -> None:
-        """Note that this stage has begun, so that outputs without a manifest are known as its own after a kill."""
-        write_json(self._marker, self.identity)
+        """Lock the outputs for this process until finish(), and note that this stage has begun.
+
+        So outputs without a manifest are known as its own after a kill. Raises SPPOError where another process is
+        making them, or has made others meanwhile.
+        """
+        self._hold()
+        if self.manifest.exists():
+            self.refuse_if_different(read_manifest(self.manifest))
+        if not self._begun():
+            self._held.write(json.dumps(self.identity))
+
+    def _hold(self) -> None:
+        if self._held is None:
+            try:
+                self._held = hold(self._marker)
+            except BlockingIOError:
+                what = self.outputs[0] if self.outputs else self.manifest.parent
+                raise SPPOError(f"{self.name}: another process is making {what}; wait for it or stop it") from None
 
     def _begun(self) -> bool:
-        return self._marker.exists() and read_json(self._marker) == self.identity
+        """Whether a try at this very work has begun. The marker is empty while nothing is known but that it is held."""
+        return self._marker.exists() and self._marker.stat().st_size > 0 and read_json(self._marker) == self.identity
 
     def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Write the manifest: the outputs are complete from here on."""
         manifest = {
             "stage": self.name,
             **self.identity,
-            "outputs": {p.name: digest(p) for p in self.outputs},
+            "outputs": {p.relative_to(self.manifest.parent).as_posix(): digest(p) for p in self.outputs},
             "counts": counts,
             **more,
             "versions": versions(),
@@ -145,11 +178,15 @@ class Stage:
         }
         write_json(self.manifest, manifest)
         self._marker.unlink(missing_ok=True)
+        if self._held is not None:
+            self._held.release()
+            self._held = None
         return manifest
 
     def _forget(self) -> None:
-        for path in [self.manifest, self._marker, *self.outputs, *([self.journal] if self.journal else [])]:
+        for path in [self.manifest, *self.outputs, *([self.journal] if self.journal else [])]:
             path.unlink(missing_ok=True)
+        self._held.write("")
 
     def refuse_others(self) -> None:
         """Raise SPPOError where what is here, finished or begun, was made from another identity. Changes nothing."""

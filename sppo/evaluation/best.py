@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ def best_of_n(recipe: Recipe, out: Path, place: Place, knockout: bool, overwrite
         print(f"best_of_n: done: {stage.outputs[0]}")
         return
     if overwrite:
-        shutil.rmtree(out / "knockout", ignore_errors=True)
+        _forget_games(out / "knockout")
     if knockout:
         own = flags(n=recipe.pairs, output_dir=out)
         play = [sys.executable, str(ROOT / "scripts/best_of_n.py"), *settings(recipe, "best_of_n"), *own, "--knockout"]
@@ -88,7 +88,7 @@ def best_of_n(recipe: Recipe, out: Path, place: Place, knockout: bool, overwrite
     counts |= {"equal to an earlier one": sum(len(row["responses"]) - len(set(_texts(row))) for row in rows)}
     counts |= _comparisons(recipe.pairs, knockout, [choice for _, choice in chosen]) | more
     stage.finish(counts, ranker=recipe.ranker)
-    shutil.rmtree(out / "knockout", ignore_errors=True)
+    _forget_games(out / "knockout")
     print(f"best_of_n: {stage.outputs[0]}: {json.dumps(counts)}")
 
 
@@ -107,6 +107,14 @@ def _stage(recipe: Recipe, out: Path, responses: Path, knockout: bool) -> Stage:
         },
         out / "knockout" / "agreement.journal",
     )
+
+
+def _forget_games(directory: Path) -> None:
+    """Delete the journals of a knock-out, and their directory where nothing else is in it."""
+    for journal in directory.glob("*.journal"):
+        journal.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def _texts(row: dict[str, Any]) -> list[str]:

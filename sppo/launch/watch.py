@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sppo.common.directories import check_place, refuse_busy
 from sppo.common.errors import INTERRUPTED, SPPOError
 from sppo.common.manifest import SHARED, await_written
 from sppo.common.shards import shard_count, shard_paths
@@ -120,6 +121,8 @@ def run_training(launcher: Launcher, accelerate_config: str, logs: Path, argumen
     training = prepare(arguments, processes)
     if training.is_done():
         return
+    refuse_busy(training.output_dir)
+    check_place(training.output_dir)
     check_machine(training.recipe, gpu="" not in names)
     log = new_log(logs, "train")
     part = ["--machines", str(machines), "--devices", ",".join(names), "--accelerate_config", str(path)]

@@ -59,6 +59,7 @@ def examine(run: Run) -> dict[str, list[Finding]]:
         ("memory", generation.check_memory),
         ("memory", training.check_memory),
         ("ranker", ranking.check_download),
+        ("disk", machine.check_outputs),
         ("disk", machine.check_disk),
         ("ranker", ranking.check_ranker),
         ("report", generation.check_held_out),

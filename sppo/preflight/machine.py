@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from sppo.common import cores
+from sppo.common.directories import check_place, check_writable, refuse_unknown, target_of
 from sppo.common.findings import Finding, Findings, Run, main_memory, many, no, note, ok, size
 from sppo.common.manifest import version_of
 from sppo.config import ROOT
@@ -143,12 +143,27 @@ def existing(path: Path) -> Path:
     return path
 
 
+def check_outputs(run: Run) -> Findings:
+    """Whether what is left to be made can be written: directories are writable, and none stands in a file's place."""
+    directories, files = [], [run.run_dir / "report.html"]
+    for i in run.left:
+        here = run.run_dir / f"iter{i.number}"
+        directories += [here / "data"] * i.data + [here / "eval"] * i.report + [here / "logs"]
+        files += [run.run_dir / "summary.json"] * i.report
+        if i.training:
+            model = target_of(here / "model")
+            refuse_unknown(model, "train")
+            check_place(model)
+    for path in directories:
+        check_writable(path)
+    if taken := [str(path) for path in files if path.is_dir()]:
+        yield no(f"{', '.join(taken)}: a directory stands where a file is to be written; move it away")
+
+
 def check_disk(run: Run) -> Findings:
     from huggingface_hub import constants
 
     here, cache = existing(run.run_dir), existing(Path(constants.HF_HUB_CACHE))
-    if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
-        yield no(f"{here} cannot be written to; use another --run_dir")
     usual = sum(data_bytes(load, load.response_tokens(run.recipe)) for load in run.loads)
     most = sum(data_bytes(load, load.most_tokens) for load in run.loads)
     models, checkpoints = 0, 0

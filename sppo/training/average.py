@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from sppo.common import chat
+from sppo.common.directories import MANIFEST, appearing, refuse_overlap, refuse_unknown, target_of
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.manifest import Stage
-from sppo.common.model_files import weight_files, weight_shapes
+from sppo.common.model_files import public_name, weight_files, weight_shapes
 from sppo.common.policy import Policy, open_policy
-from sppo.training.save import copy_files, put_in_place
+from sppo.training.save import copy_files, finish_model
 
 
 def average(models: list[str], output_dir: Path, overwrite: bool = False) -> None:
@@ -21,7 +21,9 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
     Means are taken in float64, one tensor in memory at a time. The directory appears when it is whole. Raises SPPOError
     for adapters, and for models that differ in their weights' names and shapes, their tokenizer or chat template.
     """
+    target = target_of(output_dir)
     policies = [open_policy(model) for model in models]
+    refuse_overlap(target, [policy.weights for policy in policies])
     if adapters := [model for model, policy in zip(models, policies, strict=True) if policy.adapter]:
         raise SPPOError(
             f"{adapters[0]} is an adapter, and the mean of adapters is no mean of models; pass merged copies"
@@ -30,26 +32,18 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
     shapes = weight_shapes(first.weights)
     for policy in others:
         _refuse_different(first, policy, shapes)
-    work = output_dir.with_name(output_dir.name + ".partial")
-    stage = Stage(
-        "average",
-        output_dir / "sppo_manifest.json",
-        [output_dir / file.name for file in weight_files(first.weights)],
-        {"models": [policy.identity() for policy in policies]},
-        {},
-    )
-    if stage.is_done(overwrite):
+    stage = Stage("average", target / MANIFEST, [], {"models": [policy.identity() for policy in policies]}, {})
+    refuse_unknown(target, stage.name)
+    if not overwrite and stage.is_done():
         print(f"average: done: {output_dir}")
         return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    copy_files(first.weights, work, ("config.json", "generation_config.json", "model.safetensors.index.json"))
-    copy_files(first.tokenizer_dir, work, chat.TOKENIZER_FILES)
-    for path in stage.outputs:
-        _mean_file(path.name, policies, work / path.name)
-    stage.manifest, stage.outputs = work / "sppo_manifest.json", [work / path.name for path in stage.outputs]
-    stage.finish({"models": len(models), "weights": len(shapes)}, models=models)
-    put_in_place(work, output_dir)
+    with appearing(target, stage.name) as final:
+        copy_files(first.weights, final, ("config.json", "generation_config.json", "model.safetensors.index.json"))
+        copy_files(first.tokenizer_dir, final, chat.TOKENIZER_FILES)
+        for path in weight_files(first.weights):
+            _mean_file(path.name, policies, final / path.name)
+        counts = {"models": len(models), "weights": len(shapes)}
+        finish_model(stage, final, counts, models=models, model_names=[public_name(model) for model in models])
     print(f"average: {output_dir}: the mean of {len(models)} models")
 
 

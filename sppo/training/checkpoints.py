@@ -11,11 +11,11 @@ import importlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sppo.common.directories import FINAL, delete
 from sppo.common.errors import SPPOError
 from sppo.common.files import atomic, changed, digest, read_json, write_json
 from sppo.common.manifest import Stage
@@ -102,9 +102,9 @@ def check_parts(checkpoint: Path, processes: int) -> None:
 
 def tidy(work: Path, checkpoint: Path | None) -> None:
     """Remove what an earlier try left half done, and the metrics of steps that will be made again."""
-    shutil.rmtree(work / "final", ignore_errors=True)
-    for other in set(work.glob("checkpoint-*")) - {checkpoint}:
-        shutil.rmtree(other)
+    for other in {work / FINAL, *work.glob("checkpoint-*")} - {checkpoint}:
+        if other.exists():
+            delete(other)
     metrics = work / "metrics.jsonl"
     if metrics.exists():
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.common import chat
-from sppo.common.files import follow_umask, read_json, sync_directory, write_json
+from sppo.common.directories import MANIFEST, delete, put_in_place
+from sppo.common.files import digest, read_json, write_json
 from sppo.common.loading import load_causal_lm, load_config
+from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.policy import Policy
 from sppo.training.model_card import write_card
 from sppo.training.settings import IDENTITY, Training
+
+OTHERS = ("README.md", "metrics.jsonl")  # of a model's files: see finish_model
 
 if TYPE_CHECKING:
     from sppo.training.data import TrainingSet
@@ -36,24 +39,22 @@ def finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> No
         copy_files(source.weights, final, tuple(p.name for p in source.weights.glob("*.py")))
     shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
     write_card(final, training.recipe, training.data_name, stage.inputs["dataset"], metrics, data.counts, IDENTITY)
-    stage.manifest = final / "sppo_manifest.json"
-    stage.outputs = sorted(p for p in final.iterdir() if p.suffix in (".safetensors", ".json") and p != stage.manifest)
-    stage.finish(data.counts, model=model, model_name=public_name(model), **metrics)
-    put_in_place(final, training.output_dir)
-    shutil.rmtree(work)
+    finish_model(stage, final, data.counts, model=model, model_name=public_name(model), **metrics)
+    put_in_place(final, training.output_dir, stage.name)
+    delete(work)
 
 
-def put_in_place(final: Path, output_dir: Path) -> None:
-    """Rename a whole model's directory to its final name, in place of what is there, once all of it is on the disk."""
-    for path in final.rglob("*"):
-        if path.is_file():
-            follow_umask(path)
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-    if output_dir.exists():
-        shutil.rmtree(output_dir)
-    os.rename(final, output_dir)
-    sync_directory(output_dir.parent)
+def finish_model(stage: Stage, final: Path, counts: dict[str, Any], **more: Any) -> None:
+    """Write the manifest into a model's directory. It knows every file there, those in subdirectories too.
+
+    `outputs` are those that decide what follows: where one changes, the model is not what was made. The `others` tell
+    about it, and a person may change them.
+    """
+    stage.manifest = final / MANIFEST
+    files = sorted(path for path in final.rglob("*") if path.is_file() and path != stage.manifest)
+    stage.outputs = [path for path in files if path.name not in OTHERS]
+    others = {path.relative_to(final).as_posix(): digest(path) for path in files if path.name in OTHERS}
+    stage.finish(counts, others=others, **more)
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:

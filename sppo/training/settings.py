@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sppo import config
+from sppo.common.directories import MANIFEST, refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import digest
 from sppo.common.manifest import Stage
@@ -23,6 +25,9 @@ IDENTITY = (
     "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
     "chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
 ).split()
+
+# Seconds in which a try that is being stopped may end: Ray starts a training again as soon as it has lost a machine.
+_PATIENCE = 30
 
 # names that are known without a look at transformers
 USUAL = {"optim": ("rmsprop", "adamw_torch"), "lr_scheduler_type": ("linear", "cosine", "constant")}
@@ -49,20 +54,31 @@ class Training:
     @property
     def work(self) -> Path:
         """Where everything is until the model is whole."""
-        return self.output_dir.with_name(self.output_dir.name + ".partial")
+        return work_of(self.output_dir)
 
     def is_done(self) -> bool:
         """Whether output_dir holds this very training's model. Raises SPPOError if it, or what a killed try left, holds
-        another's."""
-        if self.overwrite:
-            return False
-        if self.stage.is_done():
+        another's, and for a directory that may not be replaced."""
+        if not self.overwrite and self.stage.is_done():
             if os.environ.get("RANK", "0") == "0":
                 print(f"train: done: {self.output_dir}")
-                shutil.rmtree(self.work, ignore_errors=True)  # what a kill at the very end has left
+                sweep(self.output_dir)
             return True
-        refuse_another(self.work, self.stage)
+        if not self.overwrite:
+            refuse_another(self.work, self.stage)
+        refuse_unknown(self.output_dir, self.stage.name)
         return False
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Hold the work directory, from before anything in it is deleted until the model is in place: for rank 0.
+
+        Raises SPPOError where another process is making this model, or has made it meanwhile.
+        """
+        with working(self.output_dir, _PATIENCE):
+            if not self.overwrite and self.stage.stands():
+                raise SPPOError(f"{self.output_dir} was made by another process meanwhile; nothing is left to do")
+            yield
 
 
 def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> Training:
@@ -87,11 +103,12 @@ def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> T
         if anchor.tokenizer().get_vocab() != source.tokenizer().get_vocab():
             raise SPPOError(f"--anchor_model {recipe.anchor_model} has another vocabulary than {recipe.model}")
     path = dataset_file(args.dataset, recipe)
-    occupied = args.output_dir.exists() and any(args.output_dir.iterdir())
+    output_dir = target_of(args.output_dir)
+    refuse_overlap(output_dir, [part for part in (source.weights, source.adapter) if part])
     stage = Stage(
         "train",
-        args.output_dir / "sppo_manifest.json",
-        [args.output_dir] if occupied else [],
+        output_dir / MANIFEST,
+        [],
         inputs={
             **{"model": source.identity(), "dataset": digest(path)},
             **({"anchor": anchor.identity()} if anchor else {}),
@@ -102,9 +119,7 @@ def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> T
         },
     )
     name = args.dataset if args.dataset.count("/") == 1 and not Path(args.dataset).exists() else path.name
-    return Training(
-        recipe, args.iter, args.overwrite, source, anchor, path, name, args.output_dir, processes, steps, stage
-    )
+    return Training(recipe, args.iter, args.overwrite, source, anchor, path, name, output_dir, processes, steps, stage)
 
 
 def check_flags(recipe: Recipe) -> None:

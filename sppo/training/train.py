@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from typing import TYPE_CHECKING, Any
 
+from sppo.common.directories import clear
 from sppo.common.errors import INTERRUPTED, SPPOError, leave
 from sppo.common.files import write_json
 from sppo.common.importing import TRAINER, import_networks
@@ -45,7 +45,7 @@ def train(training: Training) -> None:
     checkpoint = None
     if first:  # it decides for all: a shared disk may not yet show the others what it shows this one
         if training.overwrite and not is_of(work, stage):
-            shutil.rmtree(work, ignore_errors=True)
+            clear(work)
         checkpoint = resume_point(work)
         if checkpoint:
             check_parts(checkpoint, training.processes)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sppo.common.directories import delete
 from sppo.common.errors import SPPOError
 from sppo.common.stopping import may_stop, stop_asked
 from sppo.config import Recipe
@@ -187,7 +187,7 @@ class SPPOTrainer(Trainer):
             here = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             seal(here)
             for older in set(here.parent.glob("checkpoint-*")) - {here}:
-                shutil.rmtree(older)
+                delete(older)
 
     def refuse_broken_weights(self) -> None:
         """Raise SPPOError where a trained weight is not finite. Under ZeRO-3 each rank looks at its part."""

@@ -7,6 +7,7 @@ file must not end because its page cannot be drawn.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sppo.common.directories import work_of
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.parquet import read_rows
@@ -125,7 +127,7 @@ def _iteration(here: Path, number: int, row: dict[str, Any] | None, reader: _Rea
         found.rates, found.lengths = known
     metrics = model / "metrics.jsonl"
     if not metrics.exists():
-        metrics = here / "model.partial" / "metrics.jsonl"  # a training that is going on
+        metrics = work_of(Path(os.path.realpath(model))) / "metrics.jsonl"  # a training that is going on
     lines = (reader.text(metrics) or "").splitlines()
     steps = {line["step"]: line for line in map(_line, lines) if "step" in line}  # a repeated step: the last
     found.steps = [steps[i] for i in sorted(steps)]

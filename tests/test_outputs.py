@@ -1,0 +1,237 @@
+"""Outputs: what is deleted, links, locks, and whether every file that is read later is what was written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import preferences
+import pytest
+from safetensors.torch import load_file
+
+from sppo import run_sppo
+from sppo.common import directories
+from sppo.common.directories import appearing, clear, delete, target_of, unknown_files, work_of, working
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import atomic, digest, read_json, write_json
+from sppo.common.findings import Iteration, Run
+from sppo.config import Recipe
+from sppo.preflight.machine import check_outputs
+from sppo.training.average import average
+
+
+def state(directory: Path) -> dict[str, bytes]:
+    """Every file and its content."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = read_json(path)
+    change(content)
+    write_json(path, content)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return preferences.write(tmp_path_factory.mktemp("data"), preferences.rows(4))
+
+
+def train(models: Path, data: Path, output_dir: Path, *flags: str, model: Path | None = None) -> Path:
+    """run_sppo.py's main, in this process."""
+    words = [f"--model={model or models / 'llama3'}", f"--dataset={data}", f"--output_dir={output_dir}", *flags]
+    run_sppo.main([*preferences.SMALL, *words])
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def trained(models: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model; tests work on copies of it."""
+    return train(models, data, tmp_path_factory.mktemp("trained") / "model")
+
+
+def test_a_directory_with_other_files_is_refused_and_nothing_in_it_is_touched(
+    models: Path, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    """It was deleted, without --overwrite: a thesis, or with the run's own directory the whole run."""
+    run = tmp_path / "run"
+    two = [str(shutil.copytree(trained, run / f"iter{i}" / "model")) for i in (1, 2)]
+    (tmp_path / "thesis" / "chapters").mkdir(parents=True)
+    (tmp_path / "thesis" / "chapters" / "one.tex").write_text("years of work")
+    before = state(tmp_path)
+    refusals: list[tuple[Path, type[SPPOError], str]] = [
+        (tmp_path / "thesis", SPPOError, "did not make: chapters/one.tex"),
+        (run, UsageError, "holds .*, a model that is read"),
+        (run / "iter1", UsageError, "holds .*, a model that is read"),
+        (run / "iter1" / "model", UsageError, "is .*, a model that is read"),
+        (run / "iter1" / "model" / "mean", UsageError, "is in .*, a model that is read"),
+        (tmp_path, UsageError, "holds .*, a model that is read"),
+        (Path(), UsageError, "is the current directory"),
+        (Path(".."), UsageError, "a directory above the current one"),
+        (Path("/"), UsageError, "a directory above the current one"),
+    ]
+    for where, kind, said in refusals:
+        for overwrite in (False, True):
+            with pytest.raises(kind, match=said):
+                average(two, where, overwrite)
+            with pytest.raises(SPPOError, match=r"did not make|a model that is read|the current|have no config"):
+                train(models, data, where, *["--overwrite"] * overwrite, model=run / "iter1" / "model")
+            assert state(tmp_path) == before
+    other = shutil.copytree(trained, tmp_path / "other")
+    with pytest.raises(SPPOError, match="the work of another stage, train"):
+        average(two, other, overwrite=True)
+    assert state(other) == state(trained)
+
+
+def test_a_file_that_came_into_a_finished_model_is_not_lost(
+    models: Path, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(trained, tmp_path / "model")
+    (model / "notes").mkdir()
+    (model / "notes" / "mine.txt").write_text("mine")
+    train(models, data, model)  # it is done, and stays so
+    before = state(tmp_path)
+    with pytest.raises(SPPOError, match="did not make: notes/mine.txt"):
+        train(models, data, model, "--overwrite", "--beta=0.5")
+    assert state(tmp_path) == before
+    shutil.rmtree(model / "notes")
+    train(models, data, model, "--overwrite", "--beta=0.5")
+    assert read_json(model / "sppo_manifest.json")["settings"]["beta"] == 0.5
+    assert not work_of(model).exists()
+
+
+def test_a_models_manifest_knows_every_file_and_an_older_ones_is_understood(trained: Path, tmp_path: Path) -> None:
+    written = read_json(trained / "sppo_manifest.json")
+    names = set(state(trained)) - {"sppo_manifest.json"}
+    assert {*written["outputs"], *written["others"]} == names
+    assert {"chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(written["outputs"])
+    assert all(digest(trained / n) == sha for n, sha in {**written["outputs"], **written["others"]}.items())
+    older = shutil.copytree(trained, tmp_path / "older")
+
+    def as_before(manifest: dict[str, Any]) -> None:
+        del manifest["others"]
+        manifest["outputs"] = {k: v for k, v in manifest["outputs"].items() if k.endswith((".json", ".safetensors"))}
+
+    edit(older / "sppo_manifest.json", as_before)
+    (older / "merged").mkdir()
+    (older / "merged" / "model-00001-of-00002.safetensors").touch()
+    (older / "merged" / "chat_template.jinja").touch()
+    assert not unknown_files(older)
+    for name in ("my_eval.py", "merged/notes.txt", "results.csv", "a/config.json"):
+        (older / name).parent.mkdir(exist_ok=True)
+        (older / name).write_text("mine")
+    (older / "link").symlink_to(trained)
+    assert unknown_files(older) == ["a/config.json", "link", "merged/notes.txt", "my_eval.py", "results.csv"]
+
+
+def test_only_what_carries_our_marker_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for remove in (clear, delete):
+        with pytest.raises(SPPOError, match="no work directory of this project"):
+            remove(tmp_path / "mine")
+    work_of(tmp_path / "x").mkdir()
+    (work_of(tmp_path / "x") / "notes.txt").write_text("mine")
+    with pytest.raises(SPPOError, match=r"this project did not make it \(notes.txt\)"), appearing(tmp_path / "x"):
+        pytest.fail("it was begun")
+    assert state(tmp_path) == {"x.partial/notes.txt": b"mine"}
+    (work_of(tmp_path / "x") / "notes.txt").unlink()
+    with appearing(tmp_path / "x") as final:
+        (final / "made").write_text("1")
+    assert state(tmp_path) == {"x/made": b"1"}
+    with pytest.raises(ZeroDivisionError), working(tmp_path / "y"):
+        raise ZeroDivisionError
+    assert not work_of(tmp_path / "y").exists()  # nothing was done, so nothing stays
+
+
+def test_through_a_link_the_work_and_the_model_are_on_the_targets_disk(
+    models: Path, data: Path, tmp_path: Path
+) -> None:
+    """A training ended with "Cannot call rmtree on a symbolic link", hours in, each time."""
+    (tmp_path / "big").mkdir()
+    for there in ("absent", "empty"):
+        link = tmp_path / f"to-{there}"
+        link.symlink_to(tmp_path / "big" / there)
+    (tmp_path / "big" / "empty").mkdir()
+    train(models, data, tmp_path / "to-absent", "--save_steps=1")
+    assert (tmp_path / "to-absent").is_symlink()
+    assert (tmp_path / "big" / "absent" / "model.safetensors").is_file()
+    average([str(models / "llama3"), str(tmp_path / "to-absent")], tmp_path / "to-empty")
+    assert (tmp_path / "to-empty").is_symlink()
+    mean = load_file(tmp_path / "big" / "empty" / "model.safetensors")
+    one, two = (load_file(d / "model.safetensors") for d in (models / "llama3", tmp_path / "to-absent"))
+    assert all(mean[k].allclose((one[k] + two[k]) / 2) for k in mean)
+    assert sorted(p.name for p in tmp_path.rglob("*.partial")) == []
+    (tmp_path / "nowhere").symlink_to(tmp_path / "unmounted" / "model")
+    with pytest.raises(SPPOError, match="is a link to .*, which cannot be made there"):
+        target_of(tmp_path / "nowhere")
+    (tmp_path / "file").symlink_to(tmp_path / "big" / "kept.json")
+    with atomic(tmp_path / "file") as temporary:
+        temporary.write_text("{}")
+    assert (tmp_path / "file").is_symlink()
+    assert (tmp_path / "big" / "kept.json").read_text() == "{}"
+
+
+def test_an_end_that_cannot_be_written_is_said_before_the_work(
+    models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sppo.training.train.make_trainer", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "closed").mkdir()
+    real, renamed, mounted = os.access, os.rename, directories._is_mounted
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p).name != "closed" and real(p, mode))
+    monkeypatch.setattr(directories, "_is_mounted", lambda p: p.name == "mounted" or mounted(p))
+
+    def rename(a: Path, b: Path) -> None:
+        """A bucket that is mounted as a disk, and knows no renaming of directories with files in them."""
+        if "bucket" in str(a) and any(Path(a).iterdir()):
+            raise OSError(38, "Function not implemented")
+        renamed(a, b)
+
+    monkeypatch.setattr(os, "rename", rename)
+    for name, said in (
+        ("file", "a file stands where a directory should be"),
+        ("file/model", "a file stands where a directory should be"),
+        ("closed/model", "closed cannot be written to"),
+        ("mounted", "is a mount point"),
+        ("bucket/model", "a directory cannot be renamed in .*bucket"),
+    ):
+        with pytest.raises(SPPOError, match=said):
+            train(models, data, tmp_path / name)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_mount_point_is_known(tmp_path: Path) -> None:
+    """A directory that is bound from the same disk, too, as containers do it."""
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "from").mkdir()
+    if subprocess.run(["mount", "--bind", tmp_path / "from", tmp_path / "a b"], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        with pytest.raises(SPPOError, match="is a mount point"), working(tmp_path / "a b"):
+            pass
+    finally:
+        subprocess.run(["umount", tmp_path / "a b"], check=True)
+    with working(tmp_path / "a b"):
+        pass
+
+
+def test_the_preflight_says_what_could_not_be_written(tmp_path: Path, trained: Path) -> None:
+    run = tmp_path / "run"
+    (run / "iter1").mkdir(parents=True)
+    asked = Run(Recipe(), "x", run, [""], 1, "", [Iteration(1, True, True, True)])
+    assert list(check_outputs(asked)) == []
+    (run / "iter1" / "model").symlink_to(shutil.copytree(trained, tmp_path / "elsewhere"))
+    (run / "report.html").mkdir()
+    (found,) = check_outputs(asked)
+    assert found.text == f"{run / 'report.html'}: a directory stands where a file is to be written; move it away"
+    (tmp_path / "elsewhere" / "notes.txt").write_text("mine")
+    with pytest.raises(SPPOError, match="did not make: notes.txt"):
+        list(check_outputs(asked))
+    shutil.rmtree(tmp_path / "elsewhere")
+    (run / "iter1" / "data").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(SPPOError, match="data is a link that leads nowhere"):
+        list(check_outputs(asked))
