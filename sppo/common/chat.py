@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,11 @@ def response_ids(
     ids = whole[len(prompt) :]
     ends = [i for i, token in enumerate(ids) if token in stop_ids]
     return prompt, ids[: ends[-1] + 1] if ends else ids
+
+
+def is_fixed(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template renders a conversation the same way each time: it reads no clock and draws nothing."""
+    return not re.search(r"strftime_now|\|\s*random\b", json.dumps(tokenizer.chat_template))
 
 
 def _template(

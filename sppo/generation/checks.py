@@ -114,6 +114,12 @@ def check_template(run: Run) -> Findings:
         return
     yield _header(prompt, bare, before)
     yield from _end(run, tokenizer, behind)
+    clocks = ({**kwargs, "strftime_now": lambda _, day=day: day} for day in ("1", "2"))
+    if len({chat.render(tokenizer, user, True, clock) for clock in clocks}) > 1:
+        yield note(
+            "the template writes the day into each prompt. Where all prompts should have the same, give it by "
+            '--chat_template_kwargs, as Llama-3.1 takes it: \'{"date_string": "26 Jul 2024"}\''
+        )
     system = "taken" if chat.takes_system(tokenizer) else "folded into the first user turn"
     yield ok(f"a system turn is {system}")
 

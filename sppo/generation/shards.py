@@ -86,6 +86,8 @@ def _generate(source: Source, stages: list[Stage], label: str, world_size: int) 
             request.logps = request.prompt_id in source.sampled
         stage.begin()
         journal = Journal(stage.journal, stage.identity)
+        if not chat.is_fixed(tokenizer):
+            _forget_unread(journal)
         left = sum(r.prompt_id not in journal.done for r in requests)
         works.append(_Work(stage, requests, conversations, skipped, journal, left))
         counts = f"{left} to do, {len(requests) - left} in the journal, {len(skipped)} skipped"
@@ -103,6 +105,12 @@ def _generate(source: Source, stages: list[Stage], label: str, world_size: int) 
             work.missing -= 1
             if not work.missing:
                 _finish_shard(source, work, identity)
+
+
+def _forget_unread(journal: Journal) -> None:
+    """Leave out what older versions kept without the prompt's token ids: a template with a date makes others by now."""
+    for key in [key for key in journal.done if "prompt_token_ids" not in journal.read(key)]:
+        del journal.done[key]
 
 
 def _finish_shard(source: Source, work: _Work, identity: str) -> None:
@@ -143,7 +151,8 @@ def _drawn(finished: Finished, tokenizer: Any, owners: dict[str, _Work], recipe:
             item = {"text": text, "token_ids": r.token_ids, "finish_reason": r.finish_reason}
             # rounded, so that the batch, which decides the last bits, decides nothing here
             answer.append(item if r.logps is None else {**item, "logps": [round(x, 5) for x in r.logps]})
-        owners[request.prompt_id].journal.add(request.prompt_id, {"responses": answer})
+        read = {"prompt_token_ids": list(request.token_ids)}  # kept, not made again: a template may hold the date
+        owners[request.prompt_id].journal.add(request.prompt_id, {**read, "responses": answer})
         tokens += sum(len(r.token_ids) for r in responses)
         bar.update()
         bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s", refresh=False)
@@ -158,7 +167,8 @@ def _write_shard(
 
     def rows() -> Any:
         for request in requests:
-            answer = journal.read(request.prompt_id)["responses"]
+            kept = journal.read(request.prompt_id)
+            answer = kept["responses"]
             counts["written"] += 1
             counts["responses"] += len(answer)
             counts["response_tokens"] += sum(len(r["token_ids"]) for r in answer)
@@ -167,7 +177,7 @@ def _write_shard(
                 "prompt_id": request.prompt_id,
                 "prompt": conversations[request.prompt_id],
                 "responses": answer,
-                "prompt_token_ids": list(request.token_ids),
+                "prompt_token_ids": kept.get("prompt_token_ids", list(request.token_ids)),  # older journals have none
                 "tokenizer": identity,
             }
 
