@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Pair = tuple[list[Message], str, str]  # (prompt, the response shown first, the response shown second)
 
+# What chat templates read of a message beside role and content. None of it is handed on, so none may be lost silently.
+BEYOND_TEXT = (
+    "tool_calls tool_call_id function_call tool_plan tool_responses name reasoning_content reasoning thinking "
+    "images image videos video audio"
+).split()
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+
 REQUIRED = {
     "responses": ["prompt_id", "prompt", "responses"],
     "ranking": ["prompt_id", "logits"],
@@ -115,10 +122,41 @@ def prompt_text(messages: list[Message]) -> str:
     return "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
 
 
-def is_conversation(value: Any) -> bool:
-    """Whether `value` is a list of messages, each with a role and a content (a chat template prints a null as None)."""
-    turns = value if isinstance(value, list) else [None]
-    return bool(turns) and all(isinstance(t, dict) and t.get("role") and t.get("content") is not None for t in turns)
+class BeyondTextError(ValueError):
+    """A conversation with more than roles and texts, which are all that the stages hand on: it cannot be used whole."""
+
+
+def as_messages(value: Any) -> list[Message]:
+    """A conversation, as any tool writes it, as messages {role, content} with plain texts.
+
+    Text parts ([{"type": "text", "text": ...}]) are joined; ShareGPT's from and value become role and content. Raises
+    BeyondTextError for a message with a field of BEYOND_TEXT, and ValueError for what is no text.
+    """
+    if not isinstance(value, list):
+        raise ValueError("no list of messages")
+    if not value:
+        raise ValueError("empty")
+    return [_message(turn) for turn in value]
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError("not text")
+    more = [name for name in BEYOND_TEXT if turn.get(name)]  # None and [] are what pyarrow makes of other rows' fields
+    if more:
+        raise BeyondTextError(f"a message has {more[0]}, which this pipeline does not hand on")
+    role, content = turn.get("role"), turn.get("content")
+    if role is None and content is None:
+        role, content = turn.get("from"), turn.get("value")
+        role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(map(is_text, texts)) or any(part.get("type", "text") != "text" for part in content):
+            raise ValueError("a message has parts that are not text")
+        content = "".join(texts)
+    if not (role and is_text(role) and is_text(content)):
+        raise ValueError("not text")
+    return {"role": role, "content": content}
 
 
 def is_text(value: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from sppo.common import chat
 from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import read_json
+from sppo.common.files import digest, read_json, write_json
 from sppo.config import Recipe
 from sppo.pairing.training_set import compute_prob
 from sppo.training.data import Place, load_training_set
@@ -99,8 +99,11 @@ def test_a_join_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
 
 
 def training_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows in a file that is as its manifest says, so that its token ids are trained on whatever they spell."""
     rates = {"chosen_probs": 0.9, "chosen_probs_win": 0.8, "chosen_probs_lose": 0.3}
     pq.write_table(pa.Table.from_pylist([{**rates, **row} for row in rows]), path)
+    manifest = {"inputs": {}, "settings": {}, "outputs": {path.name: digest(path)}, "counts": {}}
+    write_json(path.with_name("train.manifest.json"), manifest)
     return path
 
 

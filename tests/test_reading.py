@@ -2,26 +2,199 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import itertools
+import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
 from test_agreement import worst_difference
 
 from sppo.common import chat
+from sppo.common.errors import SPPOError
 from sppo.common.journal import Journal
 from sppo.common.shards import Slice
 from sppo.config import Recipe
+from sppo.formats import as_messages
 from sppo.generation import shards
-from sppo.generation.shards import generate_shards
+from sppo.generation.prompts import load_prompts
+from sppo.generation.shards import generate_shards, prepare
 from sppo.generation.source import Source
+from sppo.pairing.training_set import compute_prob
+from sppo.ranking.shards import rank_shards
+from sppo.training.data import TrainingSet, load_training_set
+
+USER = {"role": "user", "content": "Why None?"}
+RATES = {"chosen_probs": 0.9, "chosen_probs_win": 0.8, "chosen_probs_lose": 0.3}
+
+
+def answer(text: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+IMAGE = {"type": "image", "image": "a.png"}
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+NO_CALL: dict[str, Any] = {"tool_calls": None, "name": None, "reasoning_content": ""}
+
+
+# conversations of any tool
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user", "content": parts("Why ", "None?")},
+        {"role": "user", "content": [{"type": "text", "text": "Why None?", "image": None}]},  # as pyarrow fills in
+        {"from": "human", "value": "Why None?"},
+        {"role": "user", "content": "Why None?", **NO_CALL, "tool_calls": []},
+        {"role": "user", "content": "Why None?", "language": "English", "toxic": False},  # nothing that templates read
+    ],
+)
+def test_a_message_is_the_same_in_all_its_forms(turn: dict[str, Any]) -> None:
+    assert as_messages([turn]) == [USER]
+
+
+def test_sharegpt_is_a_conversation() -> None:
+    turns = [("system", "Be brief."), ("human", "a"), ("gpt", "b"), ("human", "c")]
+    found = as_messages([{"from": who, "value": text} for who, text in turns])
+    assert [m["role"] for m in found] == ["system", "user", "assistant", "user"]
+    assert [m["content"] for m in found] == ["Be brief.", "a", "b", "c"]
+
+
+HANDS_ON = "which this pipeline does not hand on"
+SKIPPED = [
+    ([USER, answer("", tool_calls=CALL), USER], f"a message has tool_calls, {HANDS_ON}"),
+    ([USER, answer(None, tool_calls=CALL), USER], f"a message has tool_calls, {HANDS_ON}"),
+    ([{**USER, "name": "Anna"}], f"a message has name, {HANDS_ON}"),
+    ([USER, answer("b", reasoning_content="so"), USER], f"a message has reasoning_content, {HANDS_ON}"),
+    ([{"role": "user", "content": [*parts("a"), IMAGE]}], "a message has parts that are not text"),
+    ([{"role": "user", "content": [{"type": "text", "text": None}]}], "a message has parts that are not text"),
+    ([{"role": "user", "content": ["a"]}], "a message has parts that are not text"),
+    ([{"role": "user", "content": None}], "not text"),
+    ("<s>[INST] Why None? [/INST]", "in a chat template already"),
+    ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n", "in a chat template already"),
+    ("<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>", "in a chat template already"),
+    ("\n\nHuman: Why None?\n\nAssistant:", "in a chat template already"),
+    (json.dumps([USER]), "a conversation written as text, not as a list of messages"),
+    (str([USER, answer("b"), USER]), "a conversation written as text, not as a list of messages"),
+]
+
+
+def test_prompts_that_cannot_be_taken_whole_are_skipped_with_their_reason(tmp_path: Path) -> None:
+    values = [value for value, _ in SKIPPED]
+    fine = ["What does <|im_start|>user mean?", "[INST]", '[{"a": 1}]', "[1, 2]", [USER], [{**USER, **NO_CALL}]]
+    path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": value} for value in [*values, *fine]])
+    found = load_prompts(str(path), Recipe())
+    assert [p.skip for p in found] == [reason for _, reason in SKIPPED] + [""] * len(fine)
+
+
+def test_a_turn_that_a_template_would_leave_out_is_counted(models: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(models / "qwen3", tmp_path / "qwen3")
+    template = model / "chat_template.jinja"
+    conversation = [USER, answer("I ask."), {"role": "tool", "content": "blue"}, USER]
+    path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": conversation}, {"prompt": "a"}])
+    recipe = Recipe(model=str(model), prompts=str(path))
+    for text, expected in (
+        (template.read_text(), []),  # it renders any role
+        (
+            "{% for message in messages %}{% if message['role'] in ['user', 'assistant'] %}{{ message['content'] }}"
+            "{% endif %}{% endfor %}",
+            ["the chat template leaves out turns of a role that it does not know"],
+        ),
+    ):
+        template.write_text(text)
+        source = Source.of(recipe, (0, 1), tmp_path)
+        tokenizer = source.policy.tokenizer()
+        requests, _, skipped = prepare(recipe, source.policy, tokenizer, source.rows(0, 2))
+        assert [s["reason"] for s in skipped] == expected
+        assert len(requests) == 2 - len(expected)
+        if not expected:
+            assert "blue" in tokenizer.decode(requests[0].token_ids)
+
+
+# directories and CSV files
+
+
+@pytest.fixture
+def usual_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Other content under the same name, with the same size and times."""
+    was = path.stat()
+    path.write_text(text)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (was.st_size, was.st_mtime_ns)
+
+
+@pytest.mark.usefixtures("usual_cache")
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.csv"])
+def test_a_directory_is_read_as_it_is_now(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "prompts" / name
+    path.parent.mkdir()
+    path.with_stem("test").write_text('{"prompt": "held out"}\n' if "json" in name else "prompt\nheld out\n")
+    text = '{"prompt": "first"}\n' if "json" in name else "prompt\nfirst\n"
+    path.write_text(text)
+    for word in ("first", "other"):
+        if word != "first":
+            rewrite(path, text.replace("first", word))
+        assert [p.messages[0]["content"] for p in load_prompts(str(path.parent), Recipe())] == [word]
+    held_out = load_prompts(str(path.parent), Recipe(prompt_split="test"))
+    assert [p.messages[0]["content"] for p in held_out] == ["held out"]
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.usefixtures("usual_cache")
+def test_a_directory_of_several_files_is_all_of_them_in_order(tmp_path: Path) -> None:
+    for name, word in (("b", "None"), ("a", "NA"), ("c", "null")):  # words that pandas takes for missing values
+        (tmp_path / f"{name}.csv").write_text(f"prompt\n{word}\n")
+    assert [p.messages[0]["content"] for p in load_prompts(str(tmp_path), Recipe())] == ["NA", "None", "null"]
+
+
+@pytest.mark.usefixtures("usual_cache")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("b.jsonl", r"b\.jsonl, line 2: not JSON"), ("b.json", r"no split 'train' .*JSON"), ("b.csv", "begins at line 2")],
+)
+def test_a_broken_line_in_a_directory_is_one_clear_error(tmp_path: Path, name: str, message: str) -> None:
+    good, broken = '{"prompt": "a"}\n', '{"prompt": "a"}\n{"prompt": \n'
+    if name.endswith("csv"):
+        good, broken = "prompt\na\n", 'prompt\n"a\nb\n'
+    (tmp_path / name).with_stem("a").write_text(good)
+    (tmp_path / name).write_text(broken)
+    with pytest.raises(SPPOError, match=message):
+        load_prompts(str(tmp_path), Recipe())
+
+
+def test_a_quote_in_a_csv_file_ends_or_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    texts = ['two\nlines and a "quote"', 'a 5" screen', "plain"]
+    with open(path, "w", newline="") as out:
+        csv.writer(out).writerows([["prompt"], *[[text] for text in texts]])
+        out.write('a 5" screen\n')  # a quote within a field without quotes is a character as any other
+    assert [p.messages[0]["content"] for p in load_prompts(str(path), Recipe())] == [*texts, 'a 5" screen']
+    for broken in ('prompt\na\n"open\nb\nc\n', 'prompt\na\n"open\nb\n"c"\n'):
+        path.write_text(broken)
+        with pytest.raises(SPPOError, match=r"the row that begins at line 3 is not CSV .*Is a quote not closed"):
+            load_prompts(str(path), Recipe())
+
 
 # a template with a date
 
@@ -104,3 +277,257 @@ def test_an_older_journal_is_kept_where_the_template_has_no_date(models: Path, t
     (row,) = pq.read_table(tmp_path / "responses.parquet").to_pylist()
     assert [r["text"] for r in row["responses"]] == ["kept", "kept"]
     assert row["prompt_token_ids"] == chat.prompt_ids(source.policy.tokenizer(), [{"role": "user", "content": "Why?"}])
+
+
+# the training set: other tools' rows
+
+
+def read(models: Path, path: Path, rows: list[dict[str, Any]] | pa.Table, **settings: Any) -> TrainingSet:
+    """The rows as they are trained on by the tiny Llama-3."""
+    pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), path)
+    tokenizer = chat.load_tokenizer(models / "llama3")
+    return load_training_set(path, tokenizer, chat.stop_token_ids(models / "llama3", tokenizer), Recipe(**settings))
+
+
+def ids(data: TrainingSet) -> list[list[tuple[list[int], list[int]]]]:
+    """Each row's (prompt ids, response ids)."""
+    sides = zip(data.prompts, data.responses, strict=True)
+    return [[(p.tolist(), r.tolist()) for p, r in zip(*row, strict=True)] for row in sides]
+
+
+def test_every_form_of_a_pair_trains_the_same_tokens(models: Path, tmp_path: Path) -> None:
+    pair = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")], **RATES}
+    path = tmp_path / "t.parquet"
+    expected = ids(read(models, path, [pair]))
+    tokenizer = chat.load_tokenizer(models / "llama3")
+    assert [tokenizer.decode(r) for _, r in expected[0]] == ["yes<|eot_id|>", "no<|eot_id|>"]
+    user = {"role": "user", "content": parts("Why ", "None?")}
+    for form in (
+        {"chosen": [user, answer(parts("yes"))], "rejected": [user, answer(parts("n", "o"))]},
+        {"prompt": [USER], "chosen": [answer("yes")], "rejected": [answer("no")]},  # trl's explicit prompt
+        {"prompt": "Why None?", "chosen": "yes", "rejected": "no"},
+        {"prompt": "Why None?", "chosen": pair["chosen"], "rejected": pair["rejected"]},  # UltraFeedback's
+        {"chosen": [USER, answer("yes", tool_calls=None)], "rejected": [USER, answer("no", tool_calls=None)]},
+    ):
+        assert ids(read(models, path, [{**RATES, **form}])) == expected, form
+
+
+def test_a_pair_with_tool_calls_is_left_out_and_counted(models: Path, tmp_path: Path) -> None:
+    called = [USER, answer("", tool_calls=CALL), {"role": "tool", "content": "blue"}, answer("yes")]
+    plain = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")], **RATES}
+    rows = [{**plain, "chosen": called}, plain, {**plain, "rejected": called}]
+    data = read(models, tmp_path / "t.parquet", rows)
+    assert len(data) == data.counts["rows"] == 1
+    for column in ("chosen", "rejected"):
+        assert data.counts[f"rows_left_out ({column}: a message has tool_calls, {HANDS_ON})"] == 1
+    with pytest.raises(SPPOError, match=r"no rows to train on; .*tool_calls"):
+        read(models, tmp_path / "t.parquet", rows[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": [USER, answer([*parts("yes"), IMAGE])]}, "row 1: chosen is not .*parts that are not text"),
+        ({"rejected": [USER, answer(7)]}, "row 1: rejected is not .*not text"),
+        ({"rejected": [USER, answer(None)]}, "row 1: rejected is not .*not text"),
+        ({"chosen": "yes", "prompt": [USER]}, "row 1: chosen is not .*no list of messages"),
+        ({"chosen": [answer("yes")]}, "row 1: chosen is not .*ends with the assistant"),
+        ({"chosen_probs": "0.9"}, "row 1: win rates .*between 0 and 1"),
+        ({"chosen_probs": True}, "row 1: win rates .*between 0 and 1"),
+        ({"chosen_probs_win": 1.001}, "row 1: win rates .*between 0 and 1"),
+    ],
+)
+def test_what_is_no_text_or_no_number_is_refused_with_row_and_column(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    from sppo.training import data
+
+    good = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")], **RATES}
+    path = tmp_path / "t.parquet"
+    read(models, path, [good])
+    # a Parquet file holds one type a column: rows of two types as they come out of two files
+    monkeypatch.setattr(data, "read_rows", lambda *_: [good, {**good, **change}])
+    tokenizer = chat.load_tokenizer(models / "llama3")
+    with pytest.raises(SPPOError, match=message):
+        load_training_set(path, tokenizer, {4}, Recipe())
+
+
+@pytest.mark.parametrize("loss_type", ["sppo", "sppo_all"])
+def test_win_rates_are_numbers_of_any_kind(models: Path, tmp_path: Path, loss_type: str) -> None:
+    made = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")], "prompt": [USER]}
+    made["responses"] = [{"text": "yes"}, {"text": "no"}]
+    for p, win, lose, expected in (
+        (Decimal("1.000"), Decimal("0.750"), Decimal("0.250"), [1, 0.75, 0.25]),
+        (1, 1, 0, [1, 1, 0]),
+        (1.0000000000000002, 0.75, -1e-17, [1, 0.75, 0]),
+    ):
+        rates = {"chosen_probs": p, "chosen_probs_win": win, "chosen_probs_lose": lose}
+        half = type(p)(1) if isinstance(p, int) else type(p)("0.5")
+        row = {**made, **rates, "probability": [[half, p], [1 - p, half]]}
+        found = read(models, tmp_path / "t.parquet", [row], loss_type=loss_type).win_rates[0].tolist()
+        if loss_type == "sppo":
+            assert found == expected
+        else:
+            assert found == [1, *([1, 0.5] if isinstance(p, int) else [0.75, 0.25])]
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "kto_pair"])
+def test_losses_of_plain_pairs_ask_for_no_win_rates(models: Path, tmp_path: Path, loss_type: str) -> None:
+    pair = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")]}
+    path = tmp_path / "t.parquet"
+    assert ids(read(models, path, [pair], loss_type=loss_type)) == ids(read(models, path, [{**pair, **RATES}]))
+    for needs in ("sppo", "sppo_single"):
+        with pytest.raises(SPPOError, match="no column chosen_probs, chosen_probs_win, chosen_probs_lose"):
+            read(models, path, [pair], loss_type=needs)
+
+
+@pytest.mark.parametrize("spelled", ["yes<|eot_id|>", "yes<|eot_id|>\n", "yes<|eot_id|><|end_of_text|>", "yes"])
+def test_an_answer_ends_once(models: Path, tmp_path: Path, spelled: str) -> None:
+    rows = [{"chosen": [USER, answer(spelled)], "rejected": [USER, answer("no")], **RATES}]
+    data = read(models, tmp_path / "t.parquet", rows)
+    tokenizer = chat.load_tokenizer(models / "llama3")
+    assert [tokenizer.decode(r) for _, r in ids(data)[0]] == ["yes<|eot_id|>", "no<|eot_id|>"]
+    assert data.counts["ends_spelled_behind_answers"] == (spelled != "yes")
+    assert data.counts["ends_spelled_within_answers"] == 0
+    rows[0]["rejected"] = [USER, answer("n<|eot_id|>o")]
+    assert read(models, tmp_path / "t.parquet", rows).counts["ends_spelled_within_answers"] == 1
+
+
+# the training set: our own rows, edited
+
+
+@pytest.fixture(scope="module")
+def paired(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """$DATA of six prompts, drawn and paired."""
+    out = tmp_path_factory.mktemp("paired")
+    prompts = tiny.write_jsonl(out / "p.jsonl", [{"prompt": f"Why is {n} None?"} for n in range(6)])
+    recipe = Recipe(model=str(models / "llama3"), prompts=str(prompts), pairs=3, maxlen=12, engine="transformers")
+    generate_shards(recipe, out, [Slice(0, 0)], (0, 1), 1, False)
+    names = [row["prompt_id"] for row in pq.read_table(out / "responses.parquet").to_pylist()]
+    (out / "ranking").mkdir()
+    logits = [[0.0, 2.0, -1.0], [-2.0, 0.0, 1.0], [3.0, 0.5, 0.0]]
+    rankings = [{"prompt_id": name, "logits": logits} for name in names]
+    pq.write_table(pa.Table.from_pylist(rankings), out / "ranking" / "theirs.parquet")
+    compute_prob(recipe, out, False)
+    return out
+
+
+@pytest.fixture
+def edited(models: Path, paired: Path, tmp_path: Path) -> Callable[..., TrainingSet]:
+    """The training set after `change` has edited the first row in a copy of the file, the manifest beside it."""
+
+    def run(change: Callable[[dict[str, Any]], Any], **settings: Any) -> TrainingSet:
+        table = pq.read_table(paired / "train.parquet")
+        rows = table.to_pylist()
+        change(rows[0])
+        shutil.copy(paired / "train.manifest.json", tmp_path)
+        return read(models, tmp_path / "train.parquet", pa.Table.from_pylist(rows, schema=table.schema), **settings)
+
+    return run
+
+
+def unedited(models: Path, paired: Path, **settings: Any) -> TrainingSet:
+    tokenizer = chat.load_tokenizer(models / "llama3")
+    stops = chat.stop_token_ids(models / "llama3", tokenizer)
+    return load_training_set(paired / "train.parquet", tokenizer, stops, Recipe(**settings))
+
+
+@pytest.mark.parametrize("loss_type", ["sppo", "sppo_all"])
+def test_a_file_written_again_trains_what_was_generated(
+    models: Path, paired: Path, edited: Callable[..., TrainingSet], loss_type: str
+) -> None:
+    before = unedited(models, paired, loss_type=loss_type)
+    after = edited(lambda row: row.update(rm_scores=None), loss_type=loss_type)
+    assert ids(after) == ids(before)
+    assert after.counts["rows_from_generated_ids"] == before.counts["rows_from_generated_ids"] == 6
+    np.testing.assert_array_equal(after.drawn_logps, before.drawn_logps)
+    assert np.isfinite(after.drawn_logps).all()
+
+
+def test_an_edited_text_is_trained_on(models: Path, paired: Path, edited: Callable[..., TrainingSet]) -> None:
+    before = ids(unedited(models, paired))
+    tokenizer = chat.load_tokenizer(models / "llama3")
+
+    def check(data: TrainingSet, prompts: list[str], answers: list[str | None]) -> None:
+        """Of the first row: prompts as they are read, and answers; None: as it was generated."""
+        for (prompt, response), was, text, said in zip(ids(data)[0], before[0], prompts, answers, strict=True):
+            assert prompt == chat.prompt_ids(tokenizer, [{"role": "user", "content": text}])
+            assert response == was[1] if said is None else tokenizer.decode(response) == f"{said}<|eot_id|>"
+        assert ids(data)[1:] == before[1:]
+        assert (data.counts["rows_edited"], data.counts["rows_from_generated_ids"]) == (1, 5)
+
+    as_it_was = "Why is 0 None?"
+    check(edited(lambda row: row["chosen"][-1].update(content="red")), [as_it_was] * 2, ["red", None])
+    check(edited(lambda row: row["rejected"][-1].update(content="")), [as_it_was] * 2, [None, ""])
+
+    def prompt(row: dict[str, Any]) -> None:
+        for column in ("chosen", "rejected", "prompt"):
+            row[column][0]["content"] = "Why?"
+
+    check(edited(prompt), ["Why?"] * 2, [None, None])
+
+    def flip(row: dict[str, Any]) -> None:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+
+    texts = [
+        side[-1]["content"]
+        for side in map(pq.read_table(paired / "train.parquet").to_pylist()[0].get, ("rejected", "chosen"))
+    ]
+    check(edited(flip), [as_it_was] * 2, texts)
+
+
+def test_an_edited_response_is_trained_on_by_sppo_all(
+    models: Path, paired: Path, edited: Callable[..., TrainingSet]
+) -> None:
+    before = ids(unedited(models, paired, loss_type="sppo_all"))
+    tokenizer = chat.load_tokenizer(models / "llama3")
+
+    def middle(row: dict[str, Any]) -> int:
+        return ({0, 1, 2} - {row["chosen_index"], row["rejected_index"]}).pop()
+
+    data = edited(lambda row: row["responses"][middle(row)].update(text="red"), loss_type="sppo_all")
+    found = ids(data)
+    assert found[1:] == before[1:]
+    changed = [i for i in range(3) if found[0][i] != before[0][i]]
+    assert [tokenizer.decode(found[0][i][1]) for i in changed] == ["red<|eot_id|>"]
+    assert data.counts["rows_edited"] == 1
+
+
+def test_an_edit_that_a_loss_does_not_read_is_refused(edited: Callable[..., TrainingSet]) -> None:
+    with pytest.raises(SPPOError, match=r"row 0: chosen was edited; sppo_all trains on responses"):
+        edited(lambda row: row["chosen"][-1].update(content="red"), loss_type="sppo_all")
+    with pytest.raises(SPPOError, match=r"row 0: responses was edited; this loss trains on chosen and rejected"):
+        edited(lambda row: row["responses"][row["chosen_index"]].update(text="red"))
+    with pytest.raises(SPPOError, match=r"row 0: prompt was edited; this loss trains on chosen and rejected"):
+        edited(lambda row: row["prompt"][0].update(content="red"))
+
+
+# responses and questions of other tools
+
+
+def longer(prompt: str, first: str, second: str) -> float:
+    return float(len(first) - len(second))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": [{"role": "user", "content": 7}]}, "content in column prompt is int64, not text"),
+        ({"prompt": [{"role": "user", "content": parts("a")}]}, "content in column prompt is list.*, not text"),
+        ({"responses": [{"text": 7}, {"text": 8}]}, "text in column responses is int64, not text"),
+        ({"prompt": [{"role": "user", "content": "a", "name": "Anna"}]}, f"a message of a prompt has name, {HANDS_ON}"),
+    ],
+)
+def test_responses_of_another_tool_are_texts(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    good = {"prompt_id": "p", "prompt": [USER], "responses": [{"text": "a"}, {"text": "bc"}]}
+    recipe = Recipe(pairs=2, ranker="test_reading:longer", ranker_prompt="text")
+    (tmp_path / "ranking").mkdir()
+    ranking = [{"prompt_id": "p", "logits": [[0.0, 1.0], [-1.0, 0.0]]}]
+    pq.write_table(pa.Table.from_pylist(ranking), tmp_path / "ranking" / "theirs.parquet")
+    pq.write_table(pa.Table.from_pylist([{**good, **change}]), tmp_path / "responses.parquet")
+    for stage in (
+        lambda: rank_shards(recipe, tmp_path, [Slice(0, 0, 1)], False),
+        lambda: compute_prob(recipe, tmp_path, False),
+    ):
+        with pytest.raises(SPPOError, match=message):
+            stage()

@@ -53,7 +53,13 @@ def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedToke
 
 def with_system(tokenizer: PreTrainedTokenizerBase, messages: list[Message], system_prompt: str) -> list[Message]:
     """`messages` as the template takes them: `system_prompt` in front where there is no system turn, and the
-    system turn folded into the first user turn where the template refuses or ignores one (Gemma-2, Mistral 0.2)."""
+    system turn folded into the first user turn where the template refuses or ignores one (Gemma-2, Mistral 0.2).
+
+    Raises ValueError for a turn that the template would leave out without a word (of a tool, most often).
+    """
+    for role in {m["role"] for m in messages} - {"system", "user", "assistant"}:
+        if not _takes_role(tokenizer, role):
+            raise ValueError("the chat template leaves out turns of a role that it does not know")
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     if messages[0]["role"] != "system" or takes_system(tokenizer):
@@ -74,6 +80,22 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
         except Exception:  # noqa: BLE001 - templates refuse with whatever jinja raises
             tokenizer._sppo_takes_system = False
     return tokenizer._sppo_takes_system
+
+
+def _takes_role(tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
+    """Whether the template renders, or itself refuses, a turn of a role beside the usual three. Asked once for each."""
+    known = tokenizer.__dict__.setdefault("_sppo_takes_role", {})
+    if role not in known:
+        probe = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": role, "content": "c-probe"},
+        ]
+        try:
+            known[role] = "c-probe" in render(tokenizer, probe, True)
+        except ValueError:
+            known[role] = True
+    return known[role]
 
 
 def prompt_ids(
@@ -106,6 +128,15 @@ def response_ids(
     ids = whole[len(prompt) :]
     ends = [i for i, token in enumerate(ids) if token in stop_ids]
     return prompt, ids[: ends[-1] + 1] if ends else ids
+
+
+def without_end(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: set[int]) -> str:
+    """An answer without the ends of turn that its text spells behind it: the template puts its own there, once."""
+    ends = tuple(tokenizer.decode([i]) for i in stop_ids)
+    left = text
+    while (stripped := left.rstrip()).endswith(ends):
+        left = stripped[: -max(len(end) for end in ends if stripped.endswith(end))]
+    return left
 
 
 def is_fixed(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -10,7 +10,7 @@ from sppo.common.errors import SPPOError
 from sppo.common.manifest import await_written
 from sppo.common.parquet import open_parquet
 from sppo.common.shards import begun_shards, known_count
-from sppo.formats import REQUIRED, responses_schema
+from sppo.formats import BEYOND_TEXT, REQUIRED, responses_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,13 +30,36 @@ def require_responses(output_dir: Path) -> Path:
 
 
 def responses_columns(path: Path) -> pa.Schema:
-    """What is read of responses.parquet: our types of the columns it has. Raises SPPOError where one does not fit."""
+    """What is read of responses.parquet: our types of the columns it has.
+
+    Raises SPPOError where one does not fit: numbers and lists are not made into texts, and a prompt's tool calls and
+    names are not left out.
+    """
     import pyarrow as pa
 
-    found = open_parquet(path, REQUIRED["responses"]).schema_arrow
+    parquet = open_parquet(path, REQUIRED["responses"])
+    found = parquet.schema_arrow
     for name, parts in (("prompt", {"role", "content"}), ("responses", {"text"})):
         kind = found.field(name).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         if not is_list or not pa.types.is_struct(kind.value_type) or parts - {f.name for f in kind.value_type}:
             raise SPPOError(f"{path}: column {name} is {kind}, not a list of {{{', '.join(sorted(parts))}}}")
+        for part in sorted(parts):
+            if not _is_text(kind.value_type.field(part).type):
+                raise SPPOError(f"{path}: {part} in column {name} is {kind.value_type.field(part).type}, not text")
+    more = {f.name for f in found.field("prompt").type.value_type} & set(BEYOND_TEXT)
+    for batch in parquet.iter_batches(columns=["prompt"]) if more else ():
+        messages = batch.column("prompt").flatten()
+        for name in sorted(more):
+            if any(messages.field(name).to_pylist()):
+                raise SPPOError(f"{path}: a message of a prompt has {name}, which this pipeline does not hand on")
     return pa.schema([f for f in responses_schema() if f.name in found.names])
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(
+        is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,16 @@ from typing import Any
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.parquet import open_parquet
 from sppo.config import Recipe
-from sppo.formats import Message, content_id, is_text
+from sppo.formats import Message, as_messages, content_id, is_text
+
+# Texts that begin as a chat template's prompt does: of Llama, Mistral, Gemma, ChatML, Zephyr, Alpaca, HH-RLHF.
+_IN_A_TEMPLATE = re.compile(
+    r"(<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>)?\s*"
+    r"(<\|start_header_id\|>(system|user)<\|end_header_id\|>|\[INST\].*\[/INST\]|<start_of_turn>user\b"
+    r"|<\|im_start\|>(system|user)\b|<\|(system|user)\|>\s*\S|### Instruction:.*### Response:$|Human:.*Assistant:$)",
+    re.DOTALL,
+)
+_ROLE_KEY = re.compile(r"[\"'](role|from)[\"']\s*:")
 
 
 @dataclass
@@ -57,7 +68,8 @@ def load_prompts(source: str, recipe: Recipe, part: tuple[int, int] = (0, 1)) ->
         raise SPPOError(f"prompts {source}: there are none in it")
     if all(p.skip for p in prompts):
         reasons = dict(Counter(p.skip for p in prompts))
-        raise SPPOError(f"prompts {source}: none can be answered ({reasons}); is it another --prompt_column?")
+        hint = "; is it another --prompt_column?" if {"empty", "not text"} & set(reasons) else ""
+        raise SPPOError(f"prompts {source}: none can be answered ({reasons}){hint}")
     ids = {p.prompt_id for p in prompts}
     if len(ids) < len(prompts):
         raise SPPOError(f"prompts {source}: prompt_ids that end in -2, -3, ... clash with those of repeated prompts")
@@ -82,17 +94,27 @@ def _messages(value: Any) -> tuple[list[Message], str]:
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list):
         return [], "not text"
-    messages = []
-    for turn in turns:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if not (is_text(role) and is_text(content)):
-            return [], "not text"
-        messages.append({"role": role, "content": content})
-    if not messages or not messages[-1]["content"].strip():
+    try:
+        messages = as_messages(turns)
+    except ValueError as error:
+        return [], str(error)
+    text = messages[-1]["content"]
+    if not text.strip():
         return [], "empty"
     if messages[-1]["role"] != "user":
         return [], "does not end with a user turn"
+    if len(messages) == 1 and _IN_A_TEMPLATE.match(text.strip()):
+        return [], "in a chat template already"
+    if len(messages) == 1 and _is_written_out(text):
+        return [], "a conversation written as text, not as a list of messages"
     return messages, ""
+
+
+def _is_written_out(text: str) -> bool:
+    """Whether a text is a list of messages as JSON, or as Python prints it: so CSV files hold conversations."""
+    inside = text.strip().removeprefix("[").removesuffix("]").strip()
+    is_list = len(inside) < len(text.strip()) - 1 and inside.startswith("{") and inside.endswith("}")
+    return is_list and bool(_ROLE_KEY.search(inside))
 
 
 def _rows(source: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -101,10 +123,13 @@ def _rows(source: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     path = Path(source).expanduser()
     if path.is_dir() or not path.exists():
         return _dataset_rows(source, path, recipe)
-    readers = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    if path.suffix not in readers:
+    if path.suffix not in _readers():
         raise SPPOError(f"prompts {source}: the name should end in .parquet, .jsonl or .csv")
-    return readers[path.suffix](path, recipe.prompt_column)
+    return _readers()[path.suffix](path, recipe.prompt_column)
+
+
+def _readers() -> dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]]:
+    return {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
@@ -136,18 +161,26 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
 def _csv_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(1 << 30)
+    first = 1  # the line at which the row that is read begins
     with open(path, encoding="utf-8-sig", newline="") as handle:
         try:
-            reader = csv.DictReader(handle)
+            reader = csv.DictReader(handle, strict=True)  # without it, an open quote holds the rest of the file
             names = reader.fieldnames or []
+            first = reader.line_num + 1
             if len(set(names)) < len(names):
                 raise SPPOError(f"prompts {path}: a column is there twice in {', '.join(names)}; rename one")
             for row in reader:
                 if None in row or None in row.values():
                     raise SPPOError(f"prompts {path}: a row has more or fewer fields than the header")
                 yield row
-        except (UnicodeDecodeError, csv.Error) as error:
+                first = reader.line_num + 1
+        except UnicodeDecodeError as error:
             raise SPPOError(f"prompts {path}: not a CSV file in UTF-8 ({error})") from None
+        except csv.Error as error:
+            raise SPPOError(
+                f"prompts {path}: the row that begins at line {first} is not CSV ({error}). Is a quote not closed? "
+                "Within a field in quotes a quote is written twice"
+            ) from None
 
 
 def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -155,21 +188,40 @@ def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str,
     if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in (".parquet", ".jsonl", ".csv")):
         raise SPPOError(f"prompts {source}: no such file or directory")
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(str(path))
-            loaded = loaded[recipe.prompt_split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            yield from loaded[recipe.prompt_split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        elif path.exists():
+            yield from _directory_rows(path, recipe)
         else:
-            loaded = datasets.load_dataset(
-                str(path) if path.exists() else source,
-                split=recipe.prompt_split,
-                revision=recipe.prompts_revision or None,
-            )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError, KeyError, RuntimeError) as error:
+            revision = recipe.prompts_revision or None
+            yield from datasets.load_dataset(source, split=recipe.prompt_split, revision=revision)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
+        said = first_line(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
         raise SPPOError(
             f"prompts {source}: no split {recipe.prompt_split!r} can be read from it, neither here nor from the Hub "
-            f"({type(error).__name__}: {first_line(error)}). Check --prompts, --prompt_split, HF_TOKEN and the network."
+            f"({type(error).__name__}: {said}). Check --prompts, --prompt_split, HF_TOKEN and the network."
         ) from None
-    yield from loaded
+
+
+def _directory_rows(path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """The rows of a directory's files of one kind; which of them are a split's is for `datasets` to say.
+
+    The files that are read by themselves are read here in the same way. Others go through `datasets`, with a cache that
+    ends with the reading: its usual one tells files apart by name, size and time, not by what is in them.
+    """
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:
+        builder = datasets.load_dataset_builder(str(path), cache_dir=cache)
+        files = [Path(name) for name in (builder.config.data_files or {}).get(recipe.prompt_split, ())]
+        is_described = (path / "README.md").exists()  # a card may say how its files are to be read
+        if files and not is_described and all(file.suffix in _readers() for file in files):
+            for file in files:
+                yield from _readers()[file.suffix](file, recipe.prompt_column)
+        else:
+            yield from datasets.load_dataset(str(path), split=recipe.prompt_split, cache_dir=cache)

@@ -23,6 +23,7 @@ from sppo.generation.prompts import Prompt, fingerprint, load_prompts
 
 # Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
 SAMPLED = 32
+_RULES = 2  # of what is skipped and how texts are read: 1 left tool calls out
 LARGE = 20_000  # prompts from which on they are kept in $DATA/prompts.parquet
 
 
@@ -101,6 +102,7 @@ def _kept(recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Stage | No
     except OSError as error:
         raise SPPOError(f"prompts {path}: {error.strerror}") from None
     settings = {"column": recipe.prompt_column, "part": list(part), "seed": recipe.seed, "suffix": path.suffix}
+    settings["rules"] = _RULES
     outputs = [output_dir / "prompts.parquet"]
     return Stage("prompts", output_dir / "prompts.manifest.json", outputs, {"content": content}, settings)
 

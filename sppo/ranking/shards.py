@@ -26,7 +26,7 @@ from sppo.common.progress import progress
 from sppo.common.responses import require_responses, responses_columns
 from sppo.common.shards import Slice, as_begun, lay_out, shard_paths
 from sppo.config import Recipe
-from sppo.formats import Message, Pair, is_conversation, ranking_schema
+from sppo.formats import Message, Pair, as_messages, ranking_schema
 from sppo.rankers import Ranker, pinned
 
 Logits = list[list[float]]
@@ -141,8 +141,12 @@ def _slice(responses: Path, start: int, stop: int, pairs: int) -> Iterator[dict[
         seen.add(name)
         if len(answers) != pairs:
             raise SPPOError(f"{responses}: prompt {name} has {len(answers)} responses, not --pairs {pairs}")
-        if not is_conversation(row["prompt"]):
-            raise SPPOError(f"{responses}: prompt {name} is not a list of messages, each with a role and a content")
+        try:
+            row["prompt"] = as_messages(row["prompt"])
+        except ValueError as error:
+            raise SPPOError(
+                f"{responses}: prompt {name} is no list of messages with a role and a text: {error}"
+            ) from None
         yield row
 
 

@@ -15,8 +15,9 @@ from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.parquet import read_rows
 from sppo.config import Recipe
-from sppo.formats import is_conversation
-from sppo.training.dataset import GENERATED, columns, open_dataset
+from sppo.formats import BeyondTextError
+from sppo.training.dataset import GENERATED, columns, is_as_written, open_dataset
+from sppo.training.rows import Reading, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,58 +186,29 @@ class Batches(torch.utils.data.DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-@dataclass
-class _Reading:
-    """How conversations become token ids, and what is counted on the way."""
-
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: set[int]
-    template_kwargs: dict[str, Any]
-    counts: Counter[str]
-
-    def templated(self, prompt: list[dict[str, str]], answer: str) -> tuple[list[int], list[int]]:
-        """(prompt ids, response ids) of one templating of the conversation."""
-        messages = chat.with_system(self.tokenizer, prompt, "")
-        return chat.response_ids(self.tokenizer, messages, answer, self.stop_ids, self.template_kwargs)
-
-
-@dataclass
-class _Row:
-    """A row before its budgets: [(prompt ids, response ids)], their win rates, p, and which are the pair.
-
-    drawn: the engine's log-probs of each response's tokens, where the row has its token ids and they are known.
-    """
-
-    sides: list[tuple[list[int], list[int]]]
-    rates: list[float]
-    p: float
-    pair: tuple[int, int] = (0, 1)
-    drawn: list[list[float] | None] | None = None
-
-
 def load_training_set(
     path: Path, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], recipe: Recipe
 ) -> TrainingSet:
     """Rows of `path` as token ids.
 
-    What was generated is what is trained on: where a row holds token ids of this very tokenizer, those are used, and
-    otherwise one templating of the conversation. Only a prompt of more than max_prompt_length tokens is cut, on the
-    left; each response, by itself, to max_length less its prompt. Cuts are counted. For `sppo_all` an empty response
-    is left out and counted, and a row with no other is dropped and counted. Raises SPPOError for win rates outside
-    [0, 1] and conversations that the template refuses.
+    rows.py says which token ids a row becomes. Only a prompt of more than max_prompt_length tokens is cut, on the left;
+    each response, by itself, to max_length less its prompt. Cuts are counted. A row with tool calls or the like is left
+    out and counted; for `sppo_all` so is an empty response, and a row with no other. Raises SPPOError for win rates
+    outside [0, 1], what is no text, and conversations that the template refuses.
     """
-    identity = chat.tokenizer_identity(tokenizer)
     counts: Counter[str] = Counter()
-    reading = _Reading(tokenizer, stop_ids, recipe.chat_template_kwargs, counts)
-    made: list[_Row] = []
+    identity = chat.tokenizer_identity(tokenizer)
+    reading = Reading(tokenizer, identity, stop_ids, recipe.chat_template_kwargs, is_as_written(path), counts)
+    made: list[Row] = []
     prompts, responses, drawn_logps = [], [], []
-    read = _all_responses if recipe.loss_type == "sppo_all" else _pair
     names = open_dataset(path, recipe).schema_arrow.names
     wanted = dict.fromkeys([*columns(recipe.loss_type), *(c for c in GENERATED if c in names)])
     for number, values in enumerate(read_rows(path, list(wanted))):
-        known = values.get("tokenizer") == identity and values.get("prompt_token_ids")
         try:
-            row = read(values, bool(known), reading)
+            row = reading.row(values, recipe.loss_type)
+        except BeyondTextError as error:
+            counts[f"rows_left_out ({error})"] += 1
+            continue
         except ValueError as error:
             raise SPPOError(f"{path}, row {number}: {error}") from None
         except (TypeError, KeyError, IndexError, AttributeError) as error:
@@ -268,7 +240,7 @@ def load_training_set(
         row.sides = []
         made.append(row)
     if not made:
-        raise SPPOError(f"{path} has no rows to train on")
+        raise SPPOError(f"{path} has no rows to train on" + (f"; {dict(+counts)}" if +counts else ""))
     counts["rows"] = len(made)
     return TrainingSet(
         prompts,
@@ -279,55 +251,3 @@ def load_training_set(
         dict(counts),
         np.array(drawn_logps),
     )
-
-
-def _pair(row: dict[str, Any], known: bool, reading: _Reading) -> _Row:
-    """The chosen and the rejected response. Raises ValueError for what cannot be trained on."""
-    rates = [row[c] for c in ("chosen_probs", "chosen_probs_win", "chosen_probs_lose")]
-    _check(rates)
-    if known:
-        sides = [row["responses"][row[side]] for side in ("chosen_index", "rejected_index")]
-        if all(side["token_ids"] for side in sides):
-            reading.counts["rows_from_generated_ids"] += 1
-            ids = [(row["prompt_token_ids"], side["token_ids"]) for side in sides]
-            return _Row(ids, rates[1:], rates[0], drawn=[side.get("logps") for side in sides])
-    reading.counts["rows_from_template"] += 1
-    sides = []
-    for side in ("chosen", "rejected"):
-        conversation = row[side]
-        if not is_conversation(conversation) or conversation[-1]["role"] != "assistant" or len(conversation) < 2:
-            raise ValueError(f"{side} is not a conversation, each turn with its text, that ends with the assistant")
-        sides.append(reading.templated(conversation[:-1], conversation[-1]["content"]))
-    return _Row(sides, rates[1:], rates[0])
-
-
-def _all_responses(row: dict[str, Any], known: bool, reading: _Reading) -> _Row:
-    """All K responses with their win rates, the row means of `probability`. Raises ValueError as _pair does."""
-    responses, probability = row["responses"] or [], row["probability"]
-    k = len(responses)
-    if len(probability or []) != k or any(len(line) != k for line in probability):
-        raise ValueError(f"{k} responses, and a probability that is not {k} x {k}")
-    rates = [sum(line) / k for line in probability]
-    _check([value for line in probability for value in line])
-    kept = [i for i, response in enumerate(responses) if (response["text"] or "").strip()]
-    reading.counts["empty_responses_left_out"] += k - len(kept)
-    if not kept:
-        return _Row([], [], 0.5)
-    drawn = None
-    if known and all(responses[i].get("token_ids") for i in kept):
-        drawn = [responses[i].get("logps") for i in kept]
-        reading.counts["rows_from_generated_ids"] += 1
-        sides = [(row["prompt_token_ids"], responses[i]["token_ids"]) for i in kept]
-    else:
-        reading.counts["rows_from_template"] += 1
-        if not is_conversation(row["prompt"]):
-            raise ValueError("prompt is not a list of messages, each with its text")
-        sides = [reading.templated(row["prompt"], responses[i]["text"]) for i in kept]
-    own = [rates[i] for i in kept]
-    pair = int(np.argmax(own)), int(np.argmin(own))
-    return _Row(sides, own, probability[kept[pair[0]]][kept[pair[1]]], pair, drawn)
-
-
-def _check(rates: list[Any]) -> None:
-    if not all(isinstance(r, float) and 0 <= r <= 1 for r in rates):
-        raise ValueError(f"win rates {rates} are not {len(rates)} numbers between 0 and 1")

@@ -6,20 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError, first_line
-from sppo.common.files import atomic
-from sppo.common.manifest import await_written
+from sppo.common.files import atomic, digest
+from sppo.common.manifest import await_written, read_manifest
 from sppo.common.parquet import open_parquet
 from sppo.config import Recipe
 from sppo.formats import REQUIRED
 
 ALL_RESPONSES = ["prompt", "responses", "probability"]  # what sppo_all reads instead of the pair
+RATES = ["chosen_probs", "chosen_probs_win", "chosen_probs_lose"]
+WITHOUT_RATES = ("sigmoid", "hinge", "ipo", "kto_pair")  # losses of chosen and rejected alone
 # Read where they are there: with them, what was generated is trained on, token for token.
-GENERATED = ["prompt", "responses", "chosen_index", "rejected_index", "prompt_token_ids", "tokenizer"]
+GENERATED = "prompt responses chosen rejected chosen_index rejected_index prompt_token_ids tokenizer".split()
 
 
 def columns(loss_type: str) -> list[str]:
     """The columns that a data set needs for a loss."""
-    return ALL_RESPONSES if loss_type == "sppo_all" else REQUIRED["train"]
+    if loss_type == "sppo_all":
+        return ALL_RESPONSES
+    return [c for c in REQUIRED["train"] if c not in RATES or loss_type not in WITHOUT_RATES]
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file is what compute_prob.py wrote, by the manifest beside it: then nobody has edited its texts."""
+    manifest = path.with_name("train.manifest.json")
+    return manifest.exists() and read_manifest(manifest)["outputs"].get(path.name) == digest(path)
 
 
 def open_dataset(path: Path, recipe: Recipe) -> Any:

@@ -1,0 +1,227 @@
+"""A row of train.parquet, or of anybody's preference data, as token ids and win rates.
+
+What was generated is what is trained on: where a row holds token ids of this very tokenizer and its text is still the
+text that they spell, those ids are used. Otherwise, and for other tools' data, one templating of the conversation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sppo.common import chat
+from sppo.formats import BeyondTextError, Message, as_messages
+from sppo.training.dataset import RATES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WANTED = "is not a conversation, each turn with its text, that ends with the assistant"
+_ROUNDING = 1e-9  # by so much a mean of win rates may lie beyond 0 or 1
+
+
+@dataclass
+class Row:
+    """A row before its budgets: [(prompt ids, response ids)], their win rates, p, and which are the pair.
+
+    drawn: the engine's log-probs of each response's tokens, where the row has its token ids and they are known.
+    """
+
+    sides: list[tuple[list[int], list[int]]]
+    rates: list[float]
+    p: float
+    pair: tuple[int, int] = (0, 1)
+    drawn: list[list[float] | None] | None = None
+
+
+@dataclass
+class Answered:
+    """One side of a row as its text says it, and the response that it was made of, where the row holds it."""
+
+    prompt: list[Message]
+    text: str
+    response: dict[str, Any] | None
+
+
+@dataclass
+class Reading:
+    """How rows become token ids, and what is counted on the way.
+
+    tokenizer_identity: of `tokenizer`. as_written: whether the file is byte for byte what compute_prob.py wrote, so
+    that text and token ids need not be compared.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_identity: str
+    stop_ids: set[int]
+    template_kwargs: dict[str, Any]
+    as_written: bool
+    counts: Counter[str]
+
+    def row(self, values: dict[str, Any], loss_type: str) -> Row:
+        """A row of the file for a loss.
+
+        Raises BeyondTextError for a row that cannot be used whole, and ValueError for one that cannot be trained on.
+        """
+        if loss_type == "sppo_all":
+            return self._all_responses(values)
+        rates = win_rates([values[c] for c in RATES]) if RATES[0] in values else [np.nan] * 3
+        return self._pair(values, rates)
+
+    def _pair(self, values: dict[str, Any], rates: list[float]) -> Row:
+        """The chosen and the rejected response."""
+        responses = [None, None]
+        if self._known(values):
+            responses = [values["responses"][values[c]] for c in ("chosen_index", "rejected_index")]
+        if self.as_written and _have_ids(responses):
+            sides, drawn = self._as_drawn(values, responses)
+        else:
+            sides, drawn = self._compared(
+                values,
+                [
+                    Answered(*_conversation(values, column), response)
+                    for column, response in zip(("chosen", "rejected"), responses, strict=True)
+                ],
+            )
+        return Row(sides, rates[1:], rates[0], drawn=drawn)
+
+    def _all_responses(self, values: dict[str, Any]) -> Row:
+        """All K responses with their win rates, the row means of `probability`."""
+        responses, probability = values["responses"] or [], values["probability"]
+        k = len(responses)
+        if len(probability or []) != k or any(len(line) != k for line in probability):
+            raise ValueError(f"{k} responses, and a probability that is not {k} x {k}")
+        probability = [win_rates(line) for line in probability]
+        rates = [sum(line) / k for line in probability]
+        kept = [i for i, response in enumerate(responses) if (response["text"] or "").strip()]
+        self.counts["empty_responses_left_out"] += k - len(kept)
+        if not kept:
+            return Row([], [], 0.5)
+        own, drawn = [rates[i] for i in kept], [responses[i] for i in kept]
+        if self.as_written and self._known(values) and _have_ids(drawn):
+            sides, logps = self._as_drawn(values, drawn)
+        else:
+            _refuse_edited_pair(values)
+            prompt = _messages(values["prompt"], "prompt")
+            known = self._known(values)
+            sides, logps = self._compared(values, [Answered(prompt, r["text"], r if known else None) for r in drawn])
+        pair = int(np.argmax(own)), int(np.argmin(own))
+        return Row(sides, own, probability[kept[pair[0]]][kept[pair[1]]], pair, logps)
+
+    def _known(self, values: dict[str, Any]) -> bool:
+        """Whether the row holds token ids of this very tokenizer."""
+        return values.get("tokenizer") == self.tokenizer_identity and bool(values.get("prompt_token_ids"))
+
+    def _as_drawn(self, values: dict[str, Any], responses: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+        self.counts["rows_from_generated_ids"] += 1
+        sides = [(values["prompt_token_ids"], response["token_ids"]) for response in responses]
+        return sides, [response.get("logps") for response in responses]
+
+    def _compared(self, values: dict[str, Any], answered: list[Answered]) -> tuple[list[Any], list[Any] | None]:
+        """Token ids of each side: those that were generated where the text is still theirs, else the template's.
+
+        Of an edited row only what was edited is templated, so that a cut response gets no end that it never had.
+        """
+        if not _have_ids([side.response for side in answered]):
+            self.counts["rows_from_template"] += 1
+            return [self._templated(side.prompt, side.text) for side in answered], None
+        sides, drawn, prompts = [], [], {}
+        for side in answered:
+            generated = values["prompt_token_ids"], side.response["token_ids"]
+            key = repr(side.prompt)
+            if key not in prompts:
+                prompts[key] = self._spells_prompt(generated[0], side.prompt)
+            stands = prompts[key], self._spells_answer(side)
+            if stands[0] and isinstance(values.get("prompt"), list) and as_messages(values["prompt"]) != side.prompt:
+                raise ValueError("prompt was edited; this loss trains on chosen and rejected, so edit it there")
+            made = generated if all(stands) else self._templated(side.prompt, side.text)
+            sides.append(tuple(old if same else new for old, new, same in zip(generated, made, stands, strict=True)))
+            drawn.append(side.response.get("logps") if all(stands) else None)
+        as_drawn = [(values["prompt_token_ids"], side.response["token_ids"]) for side in answered]
+        self.counts["rows_from_generated_ids" if sides == as_drawn else "rows_edited"] += 1
+        return sides, drawn
+
+    def _spells_prompt(self, ids: list[int], prompt: list[Message]) -> bool:
+        """Whether the policy read this very prompt; a template's date may be another by now."""
+        try:
+            messages = chat.with_system(self.tokenizer, prompt, "")
+            if chat.prompt_ids(self.tokenizer, messages, self.template_kwargs) == ids:
+                return True
+        except ValueError:
+            return False
+        text = self.tokenizer.decode(ids)
+        return not chat.is_fixed(self.tokenizer) and all(m["content"].strip() in text for m in messages)
+
+    def _spells_answer(self, side: Answered) -> bool:
+        """Whether the response's token ids spell the text. Raises ValueError where the row says two other things."""
+        ids = side.response["token_ids"]
+        ids = ids[:-1] if ids[-1] in self.stop_ids else ids
+        same = self.tokenizer.decode(ids, skip_special_tokens=True) == side.text
+        if same and side.response.get("text") not in (None, side.text):
+            raise ValueError("responses was edited; this loss trains on chosen and rejected, so edit it there")
+        return same
+
+    def _templated(self, prompt: list[Message], answer: str) -> tuple[list[int], list[int]]:
+        """(prompt ids, response ids) of one templating of the conversation."""
+        messages = chat.with_system(self.tokenizer, prompt, "")
+        text = chat.without_end(self.tokenizer, answer, self.stop_ids)
+        self.counts["ends_spelled_behind_answers"] += text != answer
+        ids = chat.response_ids(self.tokenizer, messages, text, self.stop_ids, self.template_kwargs)
+        self.counts["ends_spelled_within_answers"] += any(i in self.stop_ids for i in ids[1][:-1])
+        return ids
+
+
+def _have_ids(responses: list[dict[str, Any] | None]) -> bool:
+    return all(response and response.get("token_ids") for response in responses)
+
+
+def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], str]:
+    """(prompt, answer) of `chosen` or `rejected`: a whole conversation, or the answer alone behind the column `prompt`.
+
+    trl's data sets have either form. There an answer is a text where the prompt is one, else a list of one message.
+    """
+    value, prompt = values[column], values.get("prompt")
+    is_plain = isinstance(prompt, str)
+    if is_plain and isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    messages = _messages(value, column)
+    if len(messages) == 1 and prompt is not None:
+        messages = _messages([{"role": "user", "content": prompt}] if is_plain else prompt, "prompt") + messages
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{column} {_WANTED}")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    """as_messages, whose errors name the column."""
+    try:
+        return as_messages(value)
+    except BeyondTextError as error:
+        raise BeyondTextError(f"{column}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{column} {_WANTED} ({error})") from None
+
+
+def _refuse_edited_pair(values: dict[str, Any]) -> None:
+    """Raise ValueError where the pair was edited and the responses, which sppo_all trains on, were not."""
+    for column in ("chosen", "rejected"):
+        index = values.get(f"{column}_index")
+        if not values.get(column) or index is None:
+            continue
+        drawn = _messages(values["prompt"], "prompt"), values["responses"][index]["text"] or ""
+        if _conversation(values, column) != drawn:
+            raise ValueError(
+                f"{column} was edited; sppo_all trains on responses, so edit prompt or responses[{index}] too"
+            )
+
+
+def win_rates(values: list[Any]) -> list[float]:
+    """Win rates as floats. Raises ValueError for what is no number from 0 to 1."""
+    are_numbers = all(isinstance(v, (int, float, Decimal)) and not isinstance(v, bool) for v in values)
+    if not are_numbers or not all(-_ROUNDING <= v <= 1 + _ROUNDING for v in values):
+        raise ValueError(f"win rates {values} are not {len(values)} numbers between 0 and 1")
+    return [min(1.0, max(0.0, float(v))) for v in values]
