@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -25,10 +26,13 @@ from test_agreement import worst_difference
 from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.journal import Journal
+from sppo.common.policy import open_policy
 from sppo.common.shards import Slice
 from sppo.config import Recipe
+from sppo.evaluation.suites import alpaca_eval, mt_bench
 from sppo.formats import as_messages
 from sppo.generation import shards
+from sppo.generation.checks import check_template
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards, prepare
 from sppo.generation.source import Source
@@ -279,6 +283,23 @@ def test_an_older_journal_is_kept_where_the_template_has_no_date(models: Path, t
     assert row["prompt_token_ids"] == chat.prompt_ids(source.policy.tokenizer(), [{"role": "user", "content": "Why?"}])
 
 
+@pytest.mark.parametrize(
+    ("template", "kwargs", "says"),
+    [
+        (DATED, {}, True),
+        (DATED.replace("strftime_now('%d %b %Y')", "(day or strftime_now('%d'))"), {"day": "1 May"}, False),
+        (tiny.LLAMA3_TEMPLATE, {}, False),
+    ],
+)
+def test_the_preflight_says_where_a_template_writes_the_day(
+    models: Path, tmp_path: Path, template: str, kwargs: dict[str, str], says: bool
+) -> None:
+    model = shutil.copytree(models / "llama3", tmp_path / "dated")
+    (model / "chat_template.jinja").write_text(template)
+    run = SimpleNamespace(policy=open_policy(str(model)), recipe=Recipe(chat_template_kwargs=kwargs))
+    assert any("writes the day into each prompt" in finding.text for finding in check_template(run)) == says
+
+
 # the training set: other tools' rows
 
 
@@ -509,6 +530,19 @@ def longer(prompt: str, first: str, second: str) -> float:
     return float(len(first) - len(second))
 
 
+def others(directory: Path, rows: list[dict[str, Any]], logits: Any) -> Path:
+    """$DATA with responses and a ranking of other tools."""
+    (directory / "ranking").mkdir(parents=True)
+    good = {"prompt_id": "p", "prompt": [USER], "responses": [{"text": "a"}, {"text": "bc"}]}
+    pq.write_table(pa.Table.from_pylist([{**good, **row} for row in rows]), directory / "responses.parquet")
+    ranking = [{"prompt_id": row.get("prompt_id", "p"), "logits": logits} for row in rows]
+    pq.write_table(pa.Table.from_pylist(ranking), directory / "ranking" / "theirs.parquet")
+    return directory
+
+
+LOGITS = [[0.0, 1.0], [-1.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -516,18 +550,70 @@ def longer(prompt: str, first: str, second: str) -> float:
         ({"prompt": [{"role": "user", "content": parts("a")}]}, "content in column prompt is list.*, not text"),
         ({"responses": [{"text": 7}, {"text": 8}]}, "text in column responses is int64, not text"),
         ({"prompt": [{"role": "user", "content": "a", "name": "Anna"}]}, f"a message of a prompt has name, {HANDS_ON}"),
+        ({"prompt_id": 1.5}, "column prompt_id is double"),
     ],
 )
 def test_responses_of_another_tool_are_texts(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    good = {"prompt_id": "p", "prompt": [USER], "responses": [{"text": "a"}, {"text": "bc"}]}
-    recipe = Recipe(pairs=2, ranker="test_reading:longer", ranker_prompt="text")
-    (tmp_path / "ranking").mkdir()
-    ranking = [{"prompt_id": "p", "logits": [[0.0, 1.0], [-1.0, 0.0]]}]
-    pq.write_table(pa.Table.from_pylist(ranking), tmp_path / "ranking" / "theirs.parquet")
-    pq.write_table(pa.Table.from_pylist([{**good, **change}]), tmp_path / "responses.parquet")
-    for stage in (
-        lambda: rank_shards(recipe, tmp_path, [Slice(0, 0, 1)], False),
-        lambda: compute_prob(recipe, tmp_path, False),
-    ):
-        with pytest.raises(SPPOError, match=message):
-            stage()
+    recipe, data = Recipe(pairs=2, ranker="test_reading:longer"), others(tmp_path / "data", [change], LOGITS)
+    with pytest.raises(SPPOError, match=message):
+        rank_shards(recipe, data, [Slice(0, 0, 1)], False)
+    with pytest.raises(SPPOError, match=message):
+        compute_prob(recipe, data, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "logits", "message"),
+    [
+        ({}, [["0", "1"], ["-1", "0"]], "column logits is .*string.*, not .*float"),
+        ({}, [[False, True], [False, False]], "column logits is .*bool.*, not .*float"),
+        ({"prompt_token_ids": ["1"]}, LOGITS, "column prompt_token_ids is .*string.*, not .*int32"),
+        ({"responses": [{"text": "a", "token_ids": ["1"]}] * 2}, LOGITS, "column responses is .*token_ids.*string"),
+        ({"tokenizer": 7}, LOGITS, "column tokenizer is int64, not string"),
+    ],
+)
+def test_a_number_is_no_text_and_a_text_no_number(
+    tmp_path: Path, change: dict[str, Any], logits: Any, message: str
+) -> None:
+    with pytest.raises(SPPOError, match=message):
+        compute_prob(Recipe(pairs=2), others(tmp_path / "data", [change], logits), False)
+
+
+def test_ids_that_are_numbers_join_and_logits_may_be_decimals(tmp_path: Path) -> None:
+    logits = [[Decimal("0.0"), Decimal("2.5")], [Decimal("-2.5"), Decimal("0.0")]]
+    data = others(tmp_path / "data", [{"prompt_id": 7}, {"prompt_id": 12}], logits)
+    recipe = Recipe(pairs=2, estimator="paper", ranker="test_reading:longer", ranker_prompt="text")
+    compute_prob(recipe, data, False)
+    rows = pq.read_table(data / "train.parquet").to_pylist()
+    assert [(row["prompt_id"], row["chosen"][-1]["content"]) for row in rows] == [("7", "a"), ("12", "a")]
+    assert rows[0]["chosen_probs"] == pytest.approx(1 / (1 + np.exp(-2.5)))
+    rank_shards(recipe, data, [Slice(0, 0, 1)], False)
+    ranked = pq.read_table(data / "ranking" / "shard-00000.parquet").to_pylist()
+    assert [(row["prompt_id"], row["logits"][0][1]) for row in ranked] == [("7", -1.0), ("12", -1.0)]
+
+
+MARKS = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "content", "message"),
+    [
+        (mt_bench, "q.jsonl", {**MARKS, "category": ["writing"]}, "its category .* is none of"),
+        (mt_bench, "q.jsonl", {**MARKS, "turns": ["a", parts("b")]}, "its turns must be a list of two texts"),
+        (mt_bench, "q.jsonl", {**MARKS, "category": "math", "reference": [1, 2]}, "its reference must be a list"),
+        (alpaca_eval, "q.jsonl", {"instruction": parts("a"), "output": 7}, "no instruction and no output"),
+        (alpaca_eval, "q.jsonl", "[" * 100_000, "not JSON"),
+        (alpaca_eval, "q.parquet", "no table", "not a readable Parquet file"),
+    ],
+)
+def test_questions_of_a_suite_are_texts(tmp_path: Path, suite: Any, name: str, content: Any, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(SPPOError, match=message):
+        suite.questions(SimpleNamespace(questions=str(path)))
+
+
+def test_a_line_of_questions_ends_at_its_newline_only(tmp_path: Path) -> None:
+    row = {"instruction": "a\u2028b\x85c", "output": "d"}
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert alpaca_eval.questions(SimpleNamespace(questions=str(path))) == [{"generator": "reference", **row}]

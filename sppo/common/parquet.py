@@ -73,7 +73,8 @@ def read_batches(path: Path, schema: pa.Schema, rows: int) -> Iterator[pa.Record
     """`schema`'s columns of a Parquet file, up to `rows` rows at a time, whatever its row groups.
 
     A column of the schema's type is passed on as it was read; one of another (large_string, other integer widths,
-    struct fields in another order or further ones) is converted. Raises SPPOError where that would lose something.
+    struct fields in another order or further ones) is converted. Raises SPPOError where that would lose something, or
+    make a text of a number or a number of a text.
     """
     import pyarrow as pa
 
@@ -81,11 +82,44 @@ def read_batches(path: Path, schema: pa.Schema, rows: int) -> Iterator[pa.Record
         columns = []
         for field in schema:
             column = batch.column(field.name)
+            is_id = field.name == "prompt_id" and pa.types.is_integer(column.type)
+            if not is_id and not _is_alike(column.type, field.type):
+                raise SPPOError(f"{path}: column {field.name} is {column.type}, not {field.type}")
             try:
                 columns.append(column if column.type == field.type else column.cast(field.type))
             except pa.ArrowException as error:
                 raise SPPOError(f"{path}: column {field.name} ({column.type}) is not {field.type}: {error}") from None
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts, or nothing at all."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    asked = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(is_kind(kind) for is_kind in asked)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _is_alike(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether texts are texts and numbers are numbers in both, in lists and structs too."""
+    from pyarrow import types
+
+    if is_list(wanted) and is_list(found):
+        return _is_alike(found.value_type, wanted.value_type)
+    if types.is_struct(wanted) and types.is_struct(found):
+        both = {f.name for f in found} & {f.name for f in wanted}
+        return all(_is_alike(found.field(name).type, wanted.field(name).type) for name in both)
+    if is_text(wanted) or types.is_null(found):
+        return is_text(found)
+    is_number = types.is_integer(found) or types.is_floating(found) or types.is_decimal(found)
+    return is_number and (types.is_integer(wanted) or types.is_floating(wanted))
 
 
 class RowGroups:

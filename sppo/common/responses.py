@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sppo.common.errors import SPPOError
 from sppo.common.manifest import await_written
-from sppo.common.parquet import open_parquet
+from sppo.common.parquet import is_list, is_text, open_parquet
 from sppo.common.shards import begun_shards, known_count
 from sppo.formats import BEYOND_TEXT, REQUIRED, responses_schema
 
@@ -39,13 +39,15 @@ def responses_columns(path: Path) -> pa.Schema:
 
     parquet = open_parquet(path, REQUIRED["responses"])
     found = parquet.schema_arrow
+    names = found.field("prompt_id").type
+    if not is_text(names) and not pa.types.is_integer(names):
+        raise SPPOError(f"{path}: column prompt_id is {names}; it should be text or whole numbers")
     for name, parts in (("prompt", {"role", "content"}), ("responses", {"text"})):
         kind = found.field(name).type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if not is_list or not pa.types.is_struct(kind.value_type) or parts - {f.name for f in kind.value_type}:
+        if not is_list(kind) or not pa.types.is_struct(kind.value_type) or parts - {f.name for f in kind.value_type}:
             raise SPPOError(f"{path}: column {name} is {kind}, not a list of {{{', '.join(sorted(parts))}}}")
         for part in sorted(parts):
-            if not _is_text(kind.value_type.field(part).type):
+            if not is_text(kind.value_type.field(part).type):
                 raise SPPOError(f"{path}: {part} in column {name} is {kind.value_type.field(part).type}, not text")
     more = {f.name for f in found.field("prompt").type.value_type} & set(BEYOND_TEXT)
     for batch in parquet.iter_batches(columns=["prompt"]) if more else ():
@@ -54,12 +56,3 @@ def responses_columns(path: Path) -> pa.Schema:
             if any(messages.field(name).to_pylist()):
                 raise SPPOError(f"{path}: a message of a prompt has {name}, which this pipeline does not hand on")
     return pa.schema([f for f in responses_schema() if f.name in found.names])
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(
-        is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    )

@@ -133,9 +133,10 @@ def _slice(responses: Path, start: int, stop: int, pairs: int) -> Iterator[dict[
     """The rows to rank. Raises SPPOError for one without an id, with a repeated id, or without K responses."""
     seen: set[str] = set()
     for row in read_rows(responses, ["prompt_id", "prompt", "responses"], start, stop):
-        name, answers = row["prompt_id"], row["responses"] or []
-        if name is None:
+        if row["prompt_id"] is None:
             raise SPPOError(f"{responses}: a row without a prompt_id; nothing can be joined to it")
+        name, answers = str(row["prompt_id"]), row["responses"] or []  # another tool's may be a number
+        row["prompt_id"] = name
         if name in seen:
             raise SPPOError(f"{responses}: prompt_id {name} is there twice; each row needs its own")
         seen.add(name)
@@ -158,13 +159,14 @@ def _write_shard(
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in read_rows(responses, ["prompt_id"], *bounds):
-            answer = journal.read(row["prompt_id"])
+            name = str(row["prompt_id"])
+            answer = journal.read(name)
             logits, cut["texts"] = answer["logits"], cut["texts"] + answer["cut"]
             if not all(math.isfinite(x) for line in logits for x in line):
-                skipped.append({"prompt_id": row["prompt_id"], "reason": "the ranker's logits are not finite"})
+                skipped.append({"prompt_id": name, "reason": "the ranker's logits are not finite"})
                 continue
             scores = mean_scores(np.array(logits)).tolist()
-            yield {"prompt_id": row["prompt_id"], "logits": logits, "scores": scores}
+            yield {"prompt_id": name, "logits": logits, "scores": scores}
 
     written = write_parquet(path, ranking_schema(), rows())
     counts = {

@@ -44,7 +44,7 @@ def questions(order: Order) -> list[dict[str, Any]]:
         if row.get("question_id") in (None, ""):
             raise SPPOError(f"{where}, question {number}: no question_id in it")
         about = f"{where}, question {row['question_id']}"
-        if row.get("category") not in TEMPERATURE:
+        if not isinstance(row.get("category"), str) or row["category"] not in TEMPERATURE:
             raise SPPOError(f"{about}: its category {row.get('category')!r} is none of {', '.join(TEMPERATURE)}")
         for key in ("turns", *(("reference",) if row["category"] in REFERENCED else ())):
             texts = row.get(key)

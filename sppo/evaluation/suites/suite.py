@@ -17,7 +17,7 @@ from sppo.common.files import atomic, digest, write_json
 from sppo.common.journal import Journal, refuse_another
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
-from sppo.common.parquet import read_rows
+from sppo.common.parquet import open_parquet, read_rows
 from sppo.common.place import Place
 from sppo.common.progress import progress
 from sppo.common.stopping import end_if_asked
@@ -191,17 +191,15 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise SPPOError(f"--questions {path}: no such file")
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        return list(read_rows(path, pq.read_schema(path).names))
+        return list(read_rows(path, open_parquet(path, []).schema_arrow.names))
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows = (
             json.loads(text)
             if text.lstrip().startswith("[")
-            else list(map(json.loads, filter(str.strip, text.splitlines())))
+            else list(map(json.loads, filter(str.strip, text.split("\n"))))
         )
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SPPOError(f"--questions {path}: not JSON ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise SPPOError(f"--questions {path}: it holds no questions, an object each")
