@@ -2,7 +2,8 @@
 
     generation -> responses.parquet -> ranking -> ranking/*.parquet -> pairing -> train.parquet -> training
 
-Files written by other tools work too. They need the columns of REQUIRED; the other columns are optional.
+Files written by other tools work too. They need the columns of REQUIRED; the other columns are optional. Training on
+plain pairs (--loss_type sigmoid, hinge, ipo, kto_pair) needs chosen and rejected alone.
 """
 
 from __future__ import annotations
@@ -137,6 +138,14 @@ def as_messages(value: Any) -> list[Message]:
     if not value:
         raise ValueError("empty")
     return [_message(turn) for turn in value]
+
+
+def has_tools(row: dict[str, Any]) -> bool:
+    """Whether a row's column `tools` describes functions, which chat templates write into the prompt, as trl has it."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        return tools.lstrip().startswith("[") and "{" in tools
+    return isinstance(tools, list) and any(isinstance(tool, dict) for tool in tools)
 
 
 def _message(turn: Any) -> Message:

@@ -39,6 +39,7 @@ from sppo.generation.source import Source
 from sppo.pairing.training_set import compute_prob
 from sppo.ranking.shards import rank_shards
 from sppo.training.data import TrainingSet, load_training_set
+from sppo.training.dataset import dataset_file
 
 USER = {"role": "user", "content": "Why None?"}
 RATES = {"chosen_probs": 0.9, "chosen_probs_win": 0.8, "chosen_probs_lose": 0.3}
@@ -106,6 +107,20 @@ def test_prompts_that_cannot_be_taken_whole_are_skipped_with_their_reason(tmp_pa
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": value} for value in [*values, *fine]])
     found = load_prompts(str(path), Recipe())
     assert [p.skip for p in found] == [reason for _, reason in SKIPPED] + [""] * len(fine)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_prompt_with_tools_is_skipped(tmp_path: Path, suffix: str) -> None:
+    described = [{"type": "function", "function": {"name": "weather"}}]
+    for number, (tools, skip) in enumerate([(described, True), (json.dumps(described), True), (["hammer"], False)]):
+        rows = [{"prompt": "a", "tools": tools}, {"prompt": "b", "tools": type(tools)()}]
+        path = tmp_path / f"{number}.{suffix}"
+        if suffix == "jsonl":
+            tiny.write_jsonl(path, rows)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        reasons = [p.skip for p in load_prompts(str(path), Recipe())]
+        assert reasons == ["the row has tools, which this pipeline does not hand on" if skip else "", ""]
 
 
 def test_a_turn_that_a_template_would_leave_out_is_counted(models: Path, tmp_path: Path) -> None:
@@ -343,6 +358,9 @@ def test_a_pair_with_tool_calls_is_left_out_and_counted(models: Path, tmp_path: 
         assert data.counts[f"rows_left_out ({column}: a message has tool_calls, {HANDS_ON})"] == 1
     with pytest.raises(SPPOError, match=r"no rows to train on; .*tool_calls"):
         read(models, tmp_path / "t.parquet", rows[:1])
+    tools = [{"function": {"name": "weather"}}]
+    data = read(models, tmp_path / "t.parquet", [{**plain, "tools": tools}, {**plain, "tools": None}])
+    assert len(data) == data.counts[f"rows_left_out (the row has tools, {HANDS_ON})"] == 1
 
 
 @pytest.mark.parametrize(
@@ -412,6 +430,18 @@ def test_an_answer_ends_once(models: Path, tmp_path: Path, spelled: str) -> None
     assert data.counts["ends_spelled_within_answers"] == 0
     rows[0]["rejected"] = [USER, answer("n<|eot_id|>o")]
     assert read(models, tmp_path / "t.parquet", rows).counts["ends_spelled_within_answers"] == 1
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_read_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:  # what lives on the Hub: a data set with a broken line
+        try:
+            raise ValueError("JSON parse error: Invalid value. in row 1")
+        except ValueError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(SPPOError, match="the Hub does not give it: JSON parse error"):
+        dataset_file("some/data", Recipe())
 
 
 # the training set: our own rows, edited

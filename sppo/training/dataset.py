@@ -16,7 +16,7 @@ ALL_RESPONSES = ["prompt", "responses", "probability"]  # what sppo_all reads in
 RATES = ["chosen_probs", "chosen_probs_win", "chosen_probs_lose"]
 WITHOUT_RATES = ("sigmoid", "hinge", "ipo", "kto_pair")  # losses of chosen and rejected alone
 # Read where they are there: with them, what was generated is trained on, token for token.
-GENERATED = "prompt responses chosen rejected chosen_index rejected_index prompt_token_ids tokenizer".split()
+GENERATED = "prompt responses chosen rejected chosen_index rejected_index prompt_token_ids tokenizer tools".split()
 
 
 def columns(loss_type: str) -> list[str]:
@@ -54,12 +54,13 @@ def dataset_file(dataset: str, recipe: Recipe) -> Path:
         open_dataset(path, recipe)
         return path
     import datasets
+    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         loaded = datasets.load_dataset(dataset, split="train", revision=recipe.prompts_revision or None)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
-        said = first_line(error)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError, DatasetsError) as error:
+        said = first_line(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
         raise SPPOError(f"--dataset {dataset}: no such directory, and the Hub does not give it: {said}") from None
     exported = Path(loaded.cache_files[0]["filename"]).with_suffix(".sppo.parquet")
     if not exported.exists():

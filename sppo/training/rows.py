@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sppo.common import chat
-from sppo.formats import BeyondTextError, Message, as_messages
+from sppo.formats import BeyondTextError, Message, as_messages, has_tools
 from sppo.training.dataset import RATES
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Reading:
 
         Raises BeyondTextError for a row that cannot be used whole, and ValueError for one that cannot be trained on.
         """
+        if has_tools(values):
+            raise BeyondTextError("the row has tools, which this pipeline does not hand on")
         if loss_type == "sppo_all":
             return self._all_responses(values)
         rates = win_rates([values[c] for c in RATES]) if RATES[0] in values else [np.nan] * 3
