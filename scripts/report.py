@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="--compare's page (%(default)s)")
     parser.add_argument("--iteration", type=int, help="compare this iteration's model with the base")
     parser.add_argument("--base", help="the model to compare with: the run's first")
+    parser.add_argument("--overwrite", action="store_true", help="compare again although another ranker or judge did")
     add_place_flags(parser)
     args, recipe = config.parse(parser)
     if args.compare:
@@ -46,7 +47,7 @@ def main() -> None:
             raise UsageError("--eval_prompts is missing: the held-out prompts to answer")
         from sppo.evaluation.report import report
 
-        report(recipe, args.run_dir, args.iteration, args.base, Place.of(args))
+        report(recipe, args.run_dir, args.iteration, args.base, Place.of(args), args.overwrite)
     from sppo.evaluation.page.page import write_page
 
     print(f"report: {write_page(args.run_dir)}")

@@ -230,11 +230,11 @@ def _matrix_step(recipe: Recipe, run_dir: Path) -> Step:
     command = [sys.executable, str(ROOT / "scripts/win_matrix.py"), *flags(recipe=written, run_dir=run_dir)]
 
     def stages() -> list[Stage]:
-        from sppo.evaluation.matrix import matrix_stage
+        from sppo.evaluation.matrix import match_stages, matrix_stage
 
         if not (run_dir / "matrix.json").exists():
             raise SPPOError(f"{run_dir} has no matrix.json")
-        return [matrix_stage(recipe, run_dir)]
+        return [*match_stages(recipe, run_dir), matrix_stage(recipe, run_dir)]
 
     return Step("win matrix", command, None, stages)
 
@@ -287,7 +287,7 @@ def _training_stages(args: argparse.Namespace, training: list[str], here: Path) 
 def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, run_dir: Path, i: int) -> list[Stage]:
     """The stages of scripts/report.py: the base's answers, iteration i's, and their comparison."""
     from sppo.evaluation.measures import measure_stage
-    from sppo.evaluation.report import report_stage
+    from sppo.evaluation.report import comparing, report_stage
 
     here = run_dir / f"iter{i}"
     if not (here / "eval" / "report.manifest.json").exists() or not (run_dir / "summary.json").exists():
@@ -300,8 +300,8 @@ def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, 
     ]
     answers = (run_dir / "iter0" / "eval", here / "eval")
     measured = [measure_stage(recipe, directory, recipe.model) for directory in answers]
-    reported = report_stage(dataclasses.replace(iteration, model_revision=recipe.model_revision), run_dir, i)
-    return [*drawn, *measured, reported]
+    by = comparing(dataclasses.replace(iteration, model_revision=recipe.model_revision), run_dir, i, recipe.model)
+    return [*drawn, *measured, report_stage(by, run_dir, i)]
 
 
 def _preflight(run_dir: Path, argv: list[str]) -> int:

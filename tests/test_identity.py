@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import shutil
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
+import preferences
 import pyarrow.parquet as pq
 import pytest
 import tiny
 from test_ranking import write_responses
 
-from sppo.common.errors import SPPOError
+from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import read_json, write_json
 from sppo.common.journal import Journal
-from sppo.common.parquet import read_rows
+from sppo.common.manifest import Stage
+from sppo.common.parquet import read_rows, write_parquet
 from sppo.common.place import Place
+from sppo.common.policy import policy_of
 from sppo.common.rankings import ranking_files
 from sppo.common.shards import Slice, shard_count
-from sppo.config import Recipe
-from sppo.evaluation.best import _ranked
-from sppo.evaluation.suites.suite import Judge, Order
-from sppo.generation.combine import combine
+from sppo.config import KEYS, Recipe, flags
+from sppo.evaluation import report
+from sppo.evaluation.best import _ranked, _stage
+from sppo.evaluation.matrix import match_stages, win_matrix
+from sppo.evaluation.measures import measure_stage
+from sppo.evaluation.suites import mt_bench, open_llm
+from sppo.evaluation.suites.suite import Judge, Order, answers
+from sppo.formats import responses_schema
+from sppo.generation.combine import combine, combine_stage
 from sppo.generation.shards import generate_shards
-from sppo.pairing.training_set import compute_prob
-from sppo.ranking.shards import rank_shards
+from sppo.generation.source import Source
+from sppo.pairing.training_set import compute_prob, pairing_stage
+from sppo.ranking.shards import rank_shards, rank_stage
+from sppo.training.data import StepBatches
+from sppo.training.settings import prepare
 
 # journals
 
@@ -152,9 +170,10 @@ def test_shards_share_evenly() -> None:
 @pytest.fixture
 def rankers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "def {0}(prompt, a, b):\n    return float(len({1}) - len({2}))\n"
-    (tmp_path / "two_rankers.py").write_text(source.format("longest", "a", "b") + source.format("shortest", "b", "a"))
+    source = source.format("longest", "a", "b") + source.format("shortest", "b", "a")
+    (tmp_path / "two_rankers.py").write_text(source + "def measure(prompt, answer):\n    return {}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "two_rankers", raising=False)
+    monkeypatch.delitem(sys.modules, "two_rankers", raising=False)
 
 
 def ranked(data: Path, by: str, count: int, shards: list[int] | None = None, overwrite: bool = False) -> Recipe:
@@ -248,3 +267,306 @@ def test_a_shard_that_was_never_ranked_is_no_dropped_prompt(tmp_path: Path, rank
     (data / "ranking" / "shard-00000.manifest.json").touch()
     with pytest.raises(SPPOError, match=r"holds mine\.parquet besides the 1 shards of rank.py"):
         compute_prob(recipe, data, True)
+
+
+# settings: each one changes the identity of what it decides, or stands here with the reason why not
+
+FILES = "says which files are read; the identity holds what was read"
+PLACE = "decides only where and how fast"
+ALWAYS = {
+    **dict.fromkeys("model_revision prompts_revision prompt_split ranker_revision anchor_revision".split(), FILES),
+    **dict.fromkeys("batch_tokens fused_attention gpu_memory_utilization gradient_checkpointing".split(), PLACE),
+    **dict.fromkeys(
+        "ranker_concurrency ranker_timeout ranker_retries logging_steps save_steps report_to".split(), PLACE
+    ),
+    "ranker_url": "the same judge may be served anywhere",
+}
+NO_TEMPLATE = dict.fromkeys(
+    "model trust_remote_code ranker_prompt chat_template_kwargs".split(),
+    "this ranker reads no template of the policy's",
+)
+TEXT = {key: "the ranker reads the prompt's text" for key in NO_TEMPLATE if key != "ranker_prompt"}
+ACCUMULATES = {"batch_size": "a step's gradient is a sum over its rows, and the identity holds how many these are"}
+OWN = "the suite has its own"
+ELSEWHERE: dict[str, dict[str, str]] = {
+    "rank, a function": NO_TEMPLATE,
+    "rank, PairRM and the text": TEXT,
+    "rank, a reward model": NO_TEMPLATE,
+    "rank, a judge": {key: reason for key, reason in NO_TEMPLATE.items() if key != "chat_template_kwargs"},
+    "train": ACCUMULATES,
+    "train, sigmoid": ACCUMULATES,
+    "train, LoRA": ACCUMULATES,
+    "evaluate, mt_bench": {"temperature": OWN, "top_p": OWN},
+    "evaluate, open_llm": dict.fromkeys(
+        "maxlen temperature top_p prompt_seeds system_prompt chat_template_kwargs".split(), OWN
+    ),
+}
+NOT_IN_A_STAGE = {
+    "iterations": "how many iterations there are changes none of them",
+    "split_prompts": "decides which prompts an iteration reads, and their fingerprint is in the identity",
+    **dict.fromkeys(("org", "public", "push_model"), "decides what is pushed, which pushed.json remembers"),
+}
+ANOTHER: dict[str, Any] = {
+    **{"prompt_column": "question", "pairs": 4, "maxlen": 9, "engine": "vllm", "temperature": 0.3, "top_p": 0.4},
+    **{"seed": 7, "prompt_seeds": False, "system_prompt": "Be brief.", "chat_template_kwargs": {"a": 1}},
+    **{"trust_remote_code": True, "gpu_memory_utilization": 0.5, "batch_tokens": 64, "fused_attention": True},
+    **{"ranker_concurrency": 3, "ranker_timeout": 5.0, "ranker_retries": 1, "ranker_url": "http://b/v1"},
+    **{"estimator": "paper", "length_penalty": 0.5, "test_size": 2, "keep_degenerate": True, "ranker_prompt": "text"},
+    **{"loss_type": "ipo", "beta": 0.5, "anchor": 0.3, "label_smoothing": 0.1, "learning_rate": 0.5, "optim": "sgd"},
+    **{"lr_scheduler_type": "cosine", "warmup_ratio": 0.5, "num_train_epochs": 2.0, "schedule_epochs": 3.0},
+    **{"weight_decay": 0.1, "max_grad_norm": 1.0, "global_batch_size": 32, "batch_size": 4, "accumulate": 16},
+    **{"gradient_checkpointing": False, "max_prompt_length": 7, "max_length": 900, "attn_implementation": "sdpa"},
+    **{"use_peft": True, "lora_r": 3, "lora_alpha": 5, "lora_target_modules": "q_proj", "load_in_4bit": True},
+    **{"merge_adapter": True, "logging_steps": 9, "save_steps": 9, "report_to": "tensorboard", "eval_pairs": 3},
+    **{"judge": "two_rankers:shortest", "measure": "two_rankers:measure", "base_perplexity": True},
+    **dict.fromkeys("model_revision prompts_revision ranker_revision anchor_revision".split(), "main"),
+    "prompt_split": "test",
+}
+
+
+@pytest.fixture(scope="module")
+def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stages read, two of each: a model with a Python file of its own, prompts, a PairRM; and a run's files."""
+    here = tmp_path_factory.mktemp("world")
+    for name in ("model", "model2"):
+        shutil.copytree(models / "llama3", here / name)
+        (here / name / "own.py").write_text("own = True\n")
+    for name in ("PairRM", "PairRM2"):
+        shutil.copytree(models / "PairRM", here / name)
+    shutil.copytree(models / "tiny-deberta", here / "tiny-deberta")
+    for name in ("model2", "PairRM2"):
+        (here / name / "note.json").write_text("{}")
+    for name in ("p", "p2"):
+        rows = [{"prompt": f"{name} {i}?", "question": f"{i}, {name}?"} for i in range(4)]
+        tiny.write_jsonl(here / f"{name}.jsonl", rows)
+    for data in ("data", "run/iter0/eval", "run/iter1/eval"):
+        write_responses(here / data, 4, 2)
+        (here / data / "responses.manifest.json").touch()
+    for path in ("data/responses/shard-00000.parquet", "data/ranking/shard-00000.parquet"):
+        (here / path).parent.mkdir()
+        (here / path).touch()
+    preferences.write(here / "train", preferences.rows(4))
+    return here
+
+
+def rank_identity(recipe: Recipe, world: Path) -> list[Stage]:
+    return [rank_stage(recipe, world / "data", Slice(0, 0))]
+
+
+def drawn_identity(recipe: Recipe, world: Path) -> list[Stage]:
+    return [Source.of(recipe, (0, 1), world / "new").stage(world / "new", Slice(0, 0))]
+
+
+def training_identity(recipe: Recipe, world: Path) -> list[Stage]:
+    asked = flags(**{key: getattr(recipe, key) for key in KEYS["train"]})
+    return [prepare([*asked, *flags(dataset=world / "train", output_dir=world / "trained")], 2).stage]
+
+
+def report_identity(recipe: Recipe, world: Path) -> list[Stage]:
+    """As sppo/loop.py asks whether an iteration's report is done."""
+    run = world / "run"
+    drawing = replace(recipe, prompts=recipe.eval_prompts, pairs=recipe.eval_pairs)
+    by = report.comparing(recipe, run, 1, recipe.model)
+    return [
+        *drawn_identity(drawing, world),
+        measure_stage(recipe, run / "iter1/eval", recipe.model),
+        report.report_stage(by, run, 1),
+    ]
+
+
+def matrix_identity(recipe: Recipe, world: Path) -> list[Stage]:
+    return match_stages(recipe, world / "run")
+
+
+def best_identity(recipe: Recipe, world: Path) -> list[Stage]:
+    recipe = replace(recipe, pairs=2)
+    chosen = _stage(recipe, world / "data", world / "data/responses.parquet", knockout=False)
+    return [*drawn_identity(recipe, world), chosen]
+
+
+def suite_identity(suite: str) -> Callable[[Recipe, Path], list[Stage]]:
+    """The stage that draws a suite's answers, with the settings that the suite gives to scripts/generate.py."""
+
+    def identity(recipe: Recipe, world: Path) -> list[Stage]:
+        order = Order(suite, replace(recipe, pairs=1), world / "suites", Place(), "", "", "judge", False)
+        asked: list[Recipe] = []
+        conversation = {"1": [{"role": "user", "content": "a"}]}
+        question = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
+
+        def draw(drawing: Recipe, *_: Any) -> Path:
+            asked.append(drawing)
+            raise InterruptedError
+
+        with mock.patch("sppo.evaluation.suites.suite.draw", draw), contextlib.suppress(InterruptedError):
+            mt_bench.two_turns(order, [question]) if suite == "mt_bench" else answers(order, conversation, suite)
+        return drawn_identity(asked[0], world)
+
+    return identity
+
+
+def tasks_identity(recipe: Recipe, world: Path) -> list[Stage]:
+    order = Order("open_llm", recipe, world / "suites", Place(), "", "", "", False)
+    return [open_llm.tasks_stage(order, policy_of(recipe), ["arc"])]
+
+
+PAIRRM = {"ranker": "PairRM", "ranker_backend": "pairrm", "chat_template_kwargs": {"b": 2}}
+EVALUATION = {"eval_prompts": "p.jsonl", **PAIRRM}
+FUNCTION = {"ranker": "two_rankers:longest", "ranker_backend": "function"}
+ANCHOR = {"anchor": 0.1, "anchor_model": "model"}
+# by name: the script, the stages that do its work, the settings to begin with; what is changed in another way
+SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
+    "generate": ("generate", drawn_identity, {}, {}),
+    "combine": ("combine_generate", lambda r, w: [combine_stage(w / "data", 1, r.pairs)], {}, {}),
+    "rank, a function": (
+        "rank",
+        rank_identity,
+        FUNCTION,
+        {"ranker": "two_rankers:shortest", "ranker_backend": "judge"},
+    ),
+    "rank, PairRM": ("rank", rank_identity, PAIRRM, {}),
+    "rank, PairRM and the text": (
+        "rank",
+        rank_identity,
+        {**PAIRRM, "ranker_prompt": "text"},
+        {"ranker_prompt": "templated"},
+    ),
+    "rank, a reward model": (
+        *("rank", rank_identity, {"ranker": "model", "ranker_backend": "reward-model"}),
+        {"ranker": "model2", "ranker_backend": "judge"},
+    ),
+    "rank, a judge": (
+        *("rank", rank_identity, {**FUNCTION, "ranker_backend": "judge", "ranker_url": "http://a/v1"}),
+        {"ranker": "another", "ranker_backend": "function"},
+    ),
+    "compute_prob": ("compute_prob", lambda r, w: [pairing_stage(r, w / "data")], {}, {}),
+    "train": ("train", training_identity, ANCHOR, {"loss_type": "sppo_all"}),
+    "train, kto_pair": ("train", training_identity, {"loss_type": "kto_pair"}, {}),
+    "train, sigmoid": ("train", training_identity, {"loss_type": "sigmoid"}, {}),
+    "train, LoRA": ("train", training_identity, {"use_peft": True}, {"use_peft": False}),
+    "best_of_n": ("best_of_n", best_identity, PAIRRM, {}),
+    "report": ("report", report_identity, EVALUATION, {}),
+    "win matrix": ("win_matrix", matrix_identity, EVALUATION, {}),
+    "evaluate, alpaca_eval": ("evaluate", suite_identity("alpaca_eval"), {}, {}),
+    "evaluate, mt_bench": ("evaluate", suite_identity("mt_bench"), {}, {}),
+    "evaluate, open_llm": ("evaluate", tasks_identity, {}, {}),
+}
+DECIDED: dict[str, set[str]] = {}  # by script: the settings that some scenario has decided
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_each_setting_is_in_the_identity_of_what_it_decides(name: str, world: Path, rankers: None) -> None:
+    """Or it stands in ELSEWHERE, with a reason. A flag that contradicts another one is another scenario's to decide."""
+    script, stages, settings, others = SCENARIOS[name]
+    paths = {"ranker": "PairRM2", "model": "model2", "anchor_model": "model2", "prompts": "p2.jsonl"}
+    others = {**ANOTHER, **paths, "eval_prompts": "p2.jsonl", "ranker_backend": "llm-blender", **others}
+
+    def found(key: str, value: Any) -> Any:
+        return str(world / value) if isinstance(value, str) and (world / value).exists() and value else value
+
+    def identity(values: dict[str, Any]) -> list[Any]:
+        asked = {"model": "model", "prompts": "p.jsonl", "engine": "transformers", "pairs": 2, **values}
+        recipe = Recipe(**{key: found(key, value) for key, value in asked.items()})
+        return [stage.identity for stage in stages(recipe, world)]
+
+    first, elsewhere = identity(settings), {**ALWAYS, **ELSEWHERE.get(name, {})}
+    missing = {"engine"} if importlib.util.find_spec("vllm") is None else set()
+    for key in set(KEYS[script]) - missing:
+        try:
+            changed = identity({**settings, key: others[key]}) != first
+        except UsageError:
+            continue
+        assert changed != (key in elsewhere), (
+            f"{key}: {elsewhere.get(key, 'not in the identity, and no reason why not')}"
+        )
+        DECIDED.setdefault(script, set()).add(key)
+
+
+def test_the_scenarios_decide_every_setting() -> None:
+    scripts = {script for script, *_ in SCENARIOS.values()}
+    if set(DECIDED) == scripts:  # else only some of them were run
+        for script in scripts:
+            assert set(KEYS[script]) - DECIDED[script] <= {"engine"}, script
+    read = {key for script in scripts for key in KEYS[script]}
+    assert read | set(NOT_IN_A_STAGE) == {f.name for f in fields(Recipe)}
+
+
+def test_the_processes_decide_no_row_of_a_micro_batch() -> None:
+    """kto_pair couples a micro-batch's rows. The global batch and --batch_size say which those are, and no more."""
+    lengths = np.arange(50, 0, -1)
+
+    def micro_batches(accumulate: int, ranks: int, batch: int = 2) -> list[tuple[int, ...]]:
+        dealt = [StepBatches(lengths, batch, accumulate, 1, ranks, rank, False) for rank in range(ranks)]
+        return sorted(tuple(sorted(p.index for p in part if p.counts)) for each in dealt for part in each)
+
+    assert micro_batches(4, 1) == micro_batches(2, 2) == micro_batches(1, 4)
+    assert micro_batches(2, 1, batch=4) != micro_batches(4, 1)
+
+
+JUDGE = "def likes(prompt, a, b):\n    return {}\n"
+
+
+def held_out(run: Path) -> Path:
+    """A run whose two models have answered 4 held-out prompts, twice each; the second one's answers are longer."""
+    for number in (0, 1):
+        rows = [
+            {
+                "prompt_id": f"p{n}",
+                "prompt": [{"role": "user", "content": f"q{n}"}],
+                "responses": [{"text": "x" * (1 + k + 4 * number), "token_ids": [1] * (1 + k)} for k in range(2)],
+                "prompt_token_ids": [1],
+            }
+            for n in range(4)
+        ]
+        write_parquet(run / f"iter{number}" / "eval" / "responses.parquet", responses_schema(), rows)
+        (run / f"iter{number}" / "eval" / "responses.manifest.json").touch()
+    (run / "iter1" / "model").mkdir()
+    write_json(run / "iter1" / "model" / "sppo_manifest.json", {"loss": 1.0, "beta2_loss": 0.1})
+    return run
+
+
+def test_a_changed_judge_leaves_no_old_report(tmp_path: Path, rankers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name stays, the source changes: the comparisons refuse; --overwrite makes all anew."""
+    run = held_out(tmp_path / "run")
+    monkeypatch.setattr(report, "_answers", lambda recipe, directory, *_: directory / "eval/responses.parquet")
+    recipe = Recipe(**FUNCTION, judge="a_judge:likes", eval_prompts="p", eval_pairs=2)
+
+    def made(logit: str, overwrite: bool = False) -> tuple[float, float]:
+        (tmp_path / "a_judge.py").write_text(JUDGE.format(logit))
+        importlib.invalidate_caches()
+        monkeypatch.delitem(sys.modules, "a_judge", raising=False)
+        report.report(recipe, run, 1, "base", Place(), overwrite)
+        matrix = win_matrix(recipe, run)
+        return read_json(run / "iter1/eval/report.json")["likes_win_rate"], matrix["judge"]["win_rates"][1][0]
+
+    longer, shorter = "100.0 * (len(a) - len(b))", "100.0 * (len(b) - len(a)) + 0.0"
+    assert made(longer) == (1.0, 1.0)
+    files = [run / "matrix.json", run / "summary.json", *(run / "iter1/eval").glob("*.*")]
+    before = {path: path.read_bytes() for path in files}
+    with pytest.raises(SPPOError, match=r"match: (.|\n)*inputs\.ranker\.source: (.|\n)*--overwrite"):
+        made(shorter)
+    assert {path: path.read_bytes() for path in files} == before
+    assert not all(stage.stands() for stage in match_stages(recipe, run))
+    assert not report.report_stage(report.comparing(recipe, run, 1, "base"), run, 1).stands()
+    assert made(shorter, overwrite=True) == (0.0, 0.0)
+
+
+def test_a_report_names_the_model_whose_template_was_used(world: Path) -> None:
+    """The first model's, whatever the iteration trains."""
+    recipe = Recipe(model=str(world / "model2"), ranker=str(world / "PairRM"), ranker_backend="pairrm")
+    by = report.comparing(recipe, world / "run", 1, str(world / "model"))
+    stage = report.report_stage(by, world / "run", 1)
+    assert stage.inputs["ranker"]["model"] == policy_of(replace(recipe, model=str(world / "model"))).identity()
+
+
+def test_what_older_versions_did_not_note_refuses_no_run_of_theirs(tmp_path: Path) -> None:
+    def stage(**identity: Any) -> Stage:
+        return Stage("s", tmp_path / "m.json", [tmp_path / "out"], {"ranker": identity}, {})
+
+    (tmp_path / "out").touch()
+    stage(ranker="r").finish({})
+    assert stage(ranker="r", chat_template_kwargs={"a": 1}).stands()
+    assert stage(ranker="r", chat_template_kwargs={"a": 1}).is_done()
+    assert not stage(ranker="r", another=1).stands()
+    stage(ranker="r", chat_template_kwargs={"a": 1}).finish({})
+    with pytest.raises(SPPOError, match=r"inputs\.ranker\.chat_template_kwargs\.a: 1 there, 2 now"):
+        stage(ranker="r", chat_template_kwargs={"a": 2}).is_done()

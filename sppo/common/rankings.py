@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sppo.common.errors import SPPOError
 from sppo.common.journal import differences
-from sppo.common.manifest import read_manifest
+from sppo.common.manifest import LATER, read_manifest
 from sppo.common.shards import begun_shards, known_count, shard_paths
 
 
@@ -48,7 +48,7 @@ def check_rankings(files: list[Path], responses: Path, read: str, total: int) ->
     rankers = {path: manifest["inputs"].get("ranker") for path, manifest in found.items()}
     first = next(iter(rankers), None)
     for path, ranker in rankers.items():
-        if changed := differences(rankers[first], ranker, "ranker"):
+        if changed := differences(rankers[first], ranker, "ranker", LATER):
             said = "\n  ".join([f"{first.name} and {path.name} are not of one ranker:", *changed])
             raise SPPOError(f"{first.parent}: {said}\nRank all shards with one; --overwrite makes a shard again.")
     if len(found) == len(files):

@@ -29,22 +29,30 @@ _LENGTHS = ("mean_tokens", "base_mean_tokens")
 _NO_SHARES = ("mean_tokens", "base_perplexity")  # measures whose values are no shares, however small
 
 
-def report_stage(recipe: Recipe, run_dir: Path, iteration: int) -> Stage:
-    """The stage that compares the answers of iteration's model with the base's; both are there."""
+def comparing(recipe: Recipe, run_dir: Path, iteration: int, base: str) -> Recipe:
+    """The recipe that compares: whatever the iteration's policy is, the ranker reads prompts in the base's template."""
+    return dataclasses.replace(pinned(recipe, run_dir / f"iter{iteration}" / "data"), model=base)
+
+
+def report_stage(by: Recipe, run_dir: Path, iteration: int) -> Stage:
+    """The stage that compares the answers of iteration's model with the base's; both are there. `by`: see comparing."""
     here = run_dir / f"iter{iteration}"
-    recipe = pinned(recipe, here / "data")
     answers = {"before": run_dir / "iter0/eval/responses.parquet", "after": here / "eval/responses.parquet"}
+    asked = {("ranker" if one is by else "judge"): backend(one).identity(one) for one in judges(by).values()}
     return Stage(
         "report",
         here / "eval" / "report.manifest.json",
         [here / "eval" / "report.json"],
-        inputs={**{k: digest(p) for k, p in answers.items()}, "ranker": backend(recipe).identity(recipe)},
-        settings={"iteration": iteration, "judge": recipe.judge},
+        inputs={**{k: digest(p) for k, p in answers.items()}, **asked},
+        settings={"iteration": iteration, "judge": by.judge},
     )
 
 
-def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, place: Place) -> None:
-    """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json."""
+def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, place: Place, overwrite: bool = False) -> None:
+    """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json.
+
+    Raises SPPOError where another ranker or judge has compared these answers; `overwrite`: they are compared again.
+    """
     if recipe.judge:
         judges(recipe)
         load_function(recipe.judge, "--judge")  # so that a wrong name is an error now, and not after the work
@@ -53,12 +61,12 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, place: Plac
     before = _answers(recipe, run_dir / "iter0", base, place, recipe.model_revision)
     here = run_dir / f"iter{iteration}"
     after = _answers(recipe, here, str(here / "model"), place)
-    stage = report_stage(recipe, run_dir, iteration)
-    if not stage.is_done():
+    by = comparing(recipe, run_dir, iteration, base)
+    stage = report_stage(by, run_dir, iteration)
+    if overwrite or not stage.stands():  # made of the matches, which refuse another ranker or judge, in a moment
+        row = {"iteration": iteration, **_compare(by, run_dir, iteration, overwrite)}
+        stage.is_done(overwrite=True)
         stage.begin()
-        # whatever the iteration's policy is, the ranker reads prompts in the first model's template
-        comparing = dataclasses.replace(pinned(recipe, here / "data"), model=base)
-        row = {"iteration": iteration, **_compare(comparing, run_dir, iteration)}
         trained = read_json(here / "model" / "sppo_manifest.json")
         row.update(loss=trained["loss"], beta2_loss=trained["beta2_loss"])
         write_json(stage.outputs[0], row)
@@ -100,11 +108,11 @@ def _answers(recipe: Recipe, directory: Path, model: str, place: Place, revision
     return draw(drawing, directory / "eval", directory / "logs", place, "eval")
 
 
-def _compare(recipe: Recipe, run_dir: Path, iteration: int) -> dict[str, Any]:
+def _compare(recipe: Recipe, run_dir: Path, iteration: int, overwrite: bool) -> dict[str, Any]:
     """Win rates of iteration's answers over the first model's, with 95% intervals, and the mean lengths of both."""
     result: dict[str, Any] = {}
     for name, by in judges(recipe).items():
-        played = match(by, name, run_dir, 0, iteration)
+        played = match(by, name, run_dir, 0, iteration, overwrite)
         rate, low, high = interval(played.probability)
         unanswered = int(np.isnan(played.probability).sum())
         result |= {f"{name}_win_rate": round(rate, 4), f"{name}_interval": [round(low, 4), round(high, 4)]}

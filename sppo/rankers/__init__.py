@@ -176,8 +176,9 @@ def prompt_renderer(recipe: Recipe, tokenizer: Any = None) -> Callable[[list[Mes
     return lambda messages: chat.render(tokenizer, messages, True, recipe.chat_template_kwargs)
 
 
-def prompt_identity(recipe: Recipe) -> dict[str, str]:
+def prompt_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of a ranker's identity that decides what prompt_renderer gives."""
     if recipe.ranker_prompt == "text":
         return {"ranker_prompt": "text"}
-    return {"ranker_prompt": "templated", "model": policy_of(recipe).identity()}
+    found = {"ranker_prompt": "templated", "model": policy_of(recipe).identity()}
+    return found | ({"chat_template_kwargs": recipe.chat_template_kwargs} if recipe.chat_template_kwargs else {})

@@ -116,6 +116,8 @@ def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> T
         settings={
             "global_batch_size": recipe.batch_size * steps * processes,
             **{k: getattr(recipe, k) for k in IDENTITY if k != "anchor" or recipe.anchor},  # older runs have none
+            # its loss couples the rows of a micro-batch; which rows those are, the global batch and this decide
+            **({"batch_size": recipe.batch_size} if recipe.loss_type == "kto_pair" else {}),
         },
     )
     name = args.dataset if args.dataset.count("/") == 1 and not Path(args.dataset).exists() else path.name

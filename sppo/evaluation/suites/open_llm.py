@@ -16,11 +16,11 @@ from sppo.common.errors import SPPOError, first_line
 from sppo.common.files import atomic
 from sppo.common.journal import Journal
 from sppo.common.loading import prepare_vllm, vllm_dtype
-from sppo.common.manifest import version_of
+from sppo.common.manifest import Stage, version_of
 from sppo.common.policy import Policy, policy_of
 from sppo.common.progress import progress
 from sppo.common.stopping import end_if_asked, heard
-from sppo.config import read_yaml
+from sppo.config import Recipe, read_yaml
 from sppo.evaluation.suites.suite import Figures, Judge, Order, figures_stage, finish
 
 JUDGE = ""
@@ -102,9 +102,7 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
     from lm_eval.evaluator import evaluate
 
     policy = policy_of(order.recipe)
-    names = [task.name for task, _ in tasks]
-    settings = {"tasks": names, "chat": order.leaderboard == 2, "seed": order.recipe.seed}
-    stage = figures_stage(order, {"model": policy.identity()}, settings, ("results.json",))
+    stage = tasks_stage(order, policy, [task.name for task, _ in tasks])
     if stage.is_done(order.overwrite):
         return
     with heard():
@@ -133,6 +131,17 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
         temporary.write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
     finish(order, stage, figures, len(tasks))
     journal.remove()
+
+
+def tasks_stage(order: Order, policy: Policy, names: list[str]) -> Stage:
+    """The stage that makes figures.json and results.json."""
+    engine = "vllm" if _uses_vllm(order.recipe) else "transformers"
+    settings = {"tasks": names, "chat": order.leaderboard == 2, "seed": order.recipe.seed, "engine": engine}
+    return figures_stage(order, {"model": policy.identity()}, settings, ("results.json",))
+
+
+def _uses_vllm(recipe: Recipe) -> bool:
+    return recipe.engine == "vllm" or (recipe.engine == "auto" and importlib.util.find_spec("vllm") is not None)
 
 
 def _set_shots(loaded: dict[Any, Any], shots: int | None, seed: int) -> None:
@@ -182,11 +191,10 @@ def _engine(order: Order, policy: Policy) -> Any:
     from lm_eval.api.registry import get_model
 
     recipe = order.recipe
-    use_vllm = recipe.engine == "vllm" or (recipe.engine == "auto" and importlib.util.find_spec("vllm") is not None)
     common = {"pretrained": str(policy.weights), "tokenizer": str(policy.tokenizer_dir)}
     common |= {"trust_remote_code": policy.remote_code}
     has_gpu = torch.cuda.is_available()
-    if not use_vllm:
+    if not _uses_vllm(recipe):
         adapter = {"peft": str(policy.adapter)} if policy.adapter else {}
         device = "cuda" if has_gpu else "cpu"
         return get_model("hf")(**common, **adapter, device=device, dtype="auto", batch_size=_BATCH)
