@@ -14,14 +14,13 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sppo import config
 from sppo.common import stopping
-from sppo.common.directories import target_of, work_of
-from sppo.common.errors import INTERRUPTED, WRONG_USE, SPPOError, UsageError
+from sppo.common.errors import INTERRUPTED, WRONG_USE, OtherWorkError, SPPOError, UsageError
 from sppo.common.files import atomic, exclusive, has_begun, read_json
 from sppo.common.manifest import Stage
 from sppo.common.place import Place, add_place_flags
@@ -34,26 +33,49 @@ from sppo.launch.processes import start, stop
 from sppo.launch.slurm import in_allocation
 from sppo.launch.submit import submit
 
+Stages = Iterator[list[Stage]]  # those of one group were made beside each other, from the groups before them
+
 
 @dataclass
 class Step:
     """One step of an iteration: its command, the settings that it reads, and the stages that it consists of.
 
     `stages` may raise SPPOError or FileNotFoundError where what they stand on is not there; a step without them decides
-    for itself.
+    for itself. `ends_with`: files without which it is not done, whatever its stages say.
     """
 
     label: str
     command: list[str]
-    recipe: tuple[Path, Recipe] | None = None  # written before the step
-    stages: Callable[[], list[Stage]] | None = None
+    recipe: tuple[Path, Recipe] | None = None  # written when the step begins
+    stages: Callable[[], Iterable[list[Stage]]] | None = None
+    ends_with: tuple[Path, ...] = ()
     is_shown: bool = False  # report.html is made anew behind it
 
     def is_done(self) -> bool:
+        if self.stages is None or not all(path.exists() for path in self.ends_with):
+            return False
         try:
-            return self.stages is not None and all(stage.stands() for stage in self.stages())
+            return all(stage.stands() for group in self.stages() for stage in group)
         except (SPPOError, FileNotFoundError):
             return False
+
+
+def refuse_others(steps: list[Step]) -> None:
+    """Raise OtherWorkError where a step would meet work of other settings. Asks, before anything is written.
+
+    As far as the steps stand: what is made of files that are missing or damaged is known when these are made again.
+    """
+    for step in steps:
+        try:
+            for group in step.stages() if step.stages else ():
+                for stage in group:
+                    stage.refuse_others()
+                if not all(stage.stands() for stage in group):
+                    return
+        except (OtherWorkError, UsageError):
+            raise
+        except (SPPOError, FileNotFoundError):
+            return
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -108,6 +130,7 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     steps = [step for i in range(1, recipe.iterations + 1) for step in _iteration(recipe, args, name, run_dir, i)]
     if args.evaluate:
         steps.append(_matrix_step(recipe, run_dir))
+    refuse_others(steps)
     stop_file = Path(os.environ.get(stopping.VARIABLE) or run_dir.absolute() / "stop")
     old_request = stop_file.exists()  # one that comes during the preflight is for this start
     code = 0 if args.skip_preflight else _preflight(run_dir, argv)
@@ -144,13 +167,13 @@ def _run_steps(steps: list[Step], run_dir: Path) -> list[str]:
 
     unpushed = []
     for step in steps:
-        if step.recipe is not None:
-            path, mine = step.recipe
-            _write_recipe(path, pinned(mine, run_dir / "iter1" / "data"))  # one ranker for all iterations
         if step.is_done():
             print(f"=== {step.label}: done", flush=True)
             continue
         stopping.end_if_asked()
+        if step.recipe is not None:
+            path, mine = step.recipe
+            _write_recipe(path, pinned(mine, run_dir / "iter1" / "data"))  # one ranker for all iterations
         code = _call(step.label, step.command)
         if code == INTERRUPTED and stopping.stop_asked():
             print(f"=== {step.label}: stopped, as asked; run the same command to go on from here", flush=True)
@@ -207,10 +230,13 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
     train = ["bash", str(ROOT / "scripts/pipeline.sh"), *training, *where.flags(world_size=False)]
     train += flags(accelerate_config=args.accelerate_config)
     on_hub = (recipe.org, f"{name}-iter{i}", recipe.public)
+    read = (written, mine)
+    data, model_there = here / "data" / "train.manifest.json", here / "model" / "sppo_manifest.json"
+    drawn, trained = (lambda: _data_stages(mine, args, here, part)), (lambda: _training_stages(mine, args, here))
     steps = [
-        Step(f"iteration {i}: generate", generate, (written, mine), lambda: _data_stages(mine, args, here, part)),
+        Step(f"iteration {i}: generate", generate, read, drawn, (data,)),
         Step(f"iteration {i}: push the data", push_command(*on_hub, output_dir=here / "data")),
-        Step(f"iteration {i}: train", train, None, lambda: _training_stages(args, training, here), is_shown=True),
+        Step(f"iteration {i}: train", train, read, trained, (model_there,), is_shown=True),
         Step(f"iteration {i}: push the model", push_command(*on_hub, model_dir=here / "model")),
     ]
     wanted = (True, bool(recipe.org), True, recipe.push_model)
@@ -220,88 +246,87 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
         report += flags(base=recipe.model, model_revision=recipe.model_revision, iteration=i, seed=recipe.seed)
         report += where.flags()
         stages = lambda: _report_stages(recipe, mine, args, run_dir, i)  # noqa: E731 - as for the other steps
-        steps.append(Step(f"iteration {i}: report", report, None, stages))
+        ends_with = (here / "eval" / "report.manifest.json", run_dir / "summary.json")
+        steps.append(Step(f"iteration {i}: report", report, read, stages, ends_with))
     return steps
 
 
 def _matrix_step(recipe: Recipe, run_dir: Path) -> Step:
     """The step behind the last iteration: all models against each other."""
     written = run_dir / "iter1" / "recipe.yaml"
-    command = [sys.executable, str(ROOT / "scripts/win_matrix.py"), *flags(recipe=written, run_dir=run_dir)]
+    command = [sys.executable, str(ROOT / "scripts/win_matrix.py")]
+    command += flags(recipe=written, run_dir=run_dir, judge=recipe.judge)
 
-    def stages() -> list[Stage]:
+    def stages() -> Stages:
         from sppo.evaluation.matrix import match_stages, matrix_stage
 
-        if not (run_dir / "matrix.json").exists():
-            raise SPPOError(f"{run_dir} has no matrix.json")
-        return [*match_stages(recipe, run_dir), matrix_stage(recipe, run_dir)]
+        yield match_stages(recipe, run_dir)
+        yield [matrix_stage(recipe, run_dir)]
 
-    return Step("win matrix", command, None, stages)
+    return Step("win matrix", command, None, stages, (run_dir / "matrix.json",))
 
 
-def _drawing_stages(recipe: Recipe, args: argparse.Namespace, data: Path, part: tuple[int, int]) -> list[Stage]:
+def _drawing_stages(recipe: Recipe, args: argparse.Namespace, data: Path, part: tuple[int, int]) -> Stages:
     """The stages of generation: each shard, and the shards put together."""
     from sppo.generation.combine import combine_stage
     from sppo.generation.source import Source
 
-    if not (data / "responses.manifest.json").exists():
-        raise SPPOError(f"{data} is not whole")
+    if not (data / "responses").exists():
+        raise SPPOError(f"{data} is not begun")
     source, count = Source.of(recipe, part, data), known_count(data / "responses")
     count = count or len(groups(devices(args.gpus), args.world_size))  # a version that kept no count had one a device
     slices = as_begun([Slice(0, i, count) for i in range(count)], data / "responses")
-    return [*(source.stage(data, part) for part in slices), combine_stage(data, count, recipe.pairs)]
+    yield [source.stage(data, part) for part in slices]
+    yield [combine_stage(data, count, recipe.pairs)]
 
 
-def _data_stages(recipe: Recipe, args: argparse.Namespace, here: Path, part: tuple[int, int]) -> list[Stage]:
+def _data_stages(recipe: Recipe, args: argparse.Namespace, here: Path, part: tuple[int, int]) -> Stages:
     """The stages of generate.sh."""
     from sppo.pairing.training_set import pairing_stage
     from sppo.rankers import pinned
     from sppo.ranking.shards import rank_stage
 
     data = here / "data"
-    if not (data / "train.manifest.json").exists():
-        raise SPPOError(f"{data} is not whole")
     recipe = pinned(recipe, here.parent / "iter1" / "data")
+    yield from _drawing_stages(recipe, args, data, part)
     count = known_count(data / "ranking") or len(devices(args.gpus))
     slices = as_begun([Slice(0, i, count) for i in range(count)], data / "ranking")
-    ranking = [rank_stage(recipe, data, part) for part in slices]
-    return [*_drawing_stages(recipe, args, data, part), *ranking, pairing_stage(recipe, data)]
+    yield [rank_stage(recipe, data, part) for part in slices]
+    yield [pairing_stage(recipe, data)]
 
 
-def _training_stages(args: argparse.Namespace, training: list[str], here: Path) -> list[Stage]:
-    """The stage of pipeline.sh. `training`: the flags of sppo/run_sppo.py."""
+def _training_stages(recipe: Recipe, args: argparse.Namespace, here: Path) -> Stages:
+    """The stage of pipeline.sh."""
     from sppo.training.launching import training_config
     from sppo.training.settings import prepare
 
-    if not (here / "model" / "sppo_manifest.json").exists() or work_of(target_of(here / "model")).exists():
-        raise SPPOError(f"{here / 'model'} is not whole")
-    if args.launcher == "local":
-        processes = training_config(devices(args.gpus), args.accelerate_config)[2]
-        return [prepare(training, processes).stage]
-    made = prepare(training, 1)
-    if made.recipe.accumulate:
+    asked = flags(**{key: getattr(recipe, key) for key in config.KEYS["train"]})
+    asked += flags(dataset=here / "data", output_dir=here / "model")
+    is_local = args.launcher == "local"
+    made = prepare(asked, training_config(devices(args.gpus), args.accelerate_config)[2] if is_local else 1)
+    if made.recipe.accumulate and not is_local:
         raise SPPOError("how many rows a step has depends on the cluster's devices")
-    return [made.stage]
+    made.refuse_others()
+    if made.work.exists():
+        raise SPPOError(f"{here / 'model'} is not whole")
+    yield [made.stage]
 
 
-def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, run_dir: Path, i: int) -> list[Stage]:
+def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, run_dir: Path, i: int) -> Stages:
     """The stages of scripts/report.py: the base's answers, iteration i's, and their comparison."""
+    from sppo.evaluation.match import judges, match_stage
     from sppo.evaluation.measures import measure_stage
     from sppo.evaluation.report import comparing, report_stage
 
     here = run_dir / f"iter{i}"
-    if not (here / "eval" / "report.manifest.json").exists() or not (run_dir / "summary.json").exists():
-        raise SPPOError(f"{here / 'eval'} is not whole")
     base = dataclasses.replace(recipe, prompts=recipe.eval_prompts, prompts_revision="", pairs=recipe.eval_pairs)
     after = dataclasses.replace(base, model=str(here / "model"), model_revision="")
-    drawn = [
-        *_drawing_stages(base, args, run_dir / "iter0" / "eval", (0, 1)),
-        *_drawing_stages(after, args, here / "eval", (0, 1)),
-    ]
-    answers = (run_dir / "iter0" / "eval", here / "eval")
-    measured = [measure_stage(recipe, directory, recipe.model) for directory in answers]
+    yield from _drawing_stages(base, args, run_dir / "iter0" / "eval", (0, 1))
+    yield from _drawing_stages(after, args, here / "eval", (0, 1))
     by = comparing(dataclasses.replace(iteration, model_revision=recipe.model_revision), run_dir, i, recipe.model)
-    return [*drawn, *measured, report_stage(by, run_dir, i)]
+    yield [match_stage(one, name, run_dir, 0, i) for name, one in judges(by).items()]
+    yield [measure_stage(recipe, run_dir / f"iter{n}" / "eval", recipe.model) for n in (0, i)]
+    yield [report_stage(by, run_dir, i)]
 
 
 def _preflight(run_dir: Path, argv: list[str]) -> int:

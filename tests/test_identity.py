@@ -20,8 +20,11 @@ import preferences
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from bad_input import call
 from test_ranking import write_responses
 
+from sppo import config, loop
+from sppo.common.directories import work_of
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import read_json, write_json
 from sppo.common.journal import Journal
@@ -570,3 +573,72 @@ def test_what_older_versions_did_not_note_refuses_no_run_of_theirs(tmp_path: Pat
     stage(ranker="r", chat_template_kwargs={"a": 1}).finish({})
     with pytest.raises(SPPOError, match=r"inputs\.ranker\.chat_template_kwargs\.a: 1 there, 2 now"):
         stage(ranker="r", chat_template_kwargs={"a": 2}).is_done()
+
+
+# what is refused changes nothing
+
+
+def tree(directory: Path) -> dict[str, tuple[bytes, int]]:
+    """Each file's content and time."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def finished(models: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """(a run of one iteration that is done, its command); the first model stands for the trained one."""
+    run, prompts = tmp_path / "run", tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Why {i}?"} for i in range(4)])
+    words = [f"--model={models / 'llama3'}", f"--prompts={prompts}", "--pairs=2", "--maxlen=4", "--engine=transformers"]
+    words += ["--ranker=two_rankers:longest", "--recipe=recipes/sppo/demo.yaml", "--iterations=1", "--keep_degenerate"]
+    words = ["scripts/run.py", *words, f"--run_dir={run}", "--gpus=none", "--skip_preflight"]
+    args, recipe = config.parse(loop.parser(""), words[1:])
+    data, model = run / "iter1" / "data", run / "iter1" / "model"
+    generate_shards(recipe, data, [Slice(0, 0)], (0, 1), 1, False)
+    rank_shards(recipe, data, [Slice(0, 0)], False)
+    compute_prob(recipe, data, False)
+    shutil.copytree(models / "llama3", model)
+    (group,) = loop._training_stages(recipe, args, run / "iter1")
+    replace(group[0], outputs=[model / "model.safetensors"]).finish({}, loss=1.0, beta2_loss=0.1, names={})
+    loop._write_recipe(run / "iter1" / "recipe.yaml", recipe)
+    return run, words
+
+
+def test_a_refused_command_changes_nothing(models: Path, tmp_path: Path, rankers: None) -> None:
+    """iter1/recipe.yaml, which report.html shows, named settings that nobody had trained with."""
+    run, words = finished(models, tmp_path)
+    recipe = (run / "iter1" / "recipe.yaml").read_bytes()
+    code, said = call([*words, "--logging_steps=9"], {})
+    assert code == 0, said
+    assert (run / "iter1" / "recipe.yaml").read_bytes() == recipe  # nothing was made with these settings
+    data = [
+        ("--temperature=0.9", "settings.temperature: 1.0 there, 0.9 now"),
+        ("--ranker=two_rankers:shortest", "inputs.ranker.ranker"),
+        ("--estimator=released", 'settings.estimator: "paper" there, "released" now'),
+        ("--batch_size=7", "is not a multiple of"),
+    ]
+    training = [("--learning_rate=0.5 --beta=7", "settings.beta: "), ("--loss_type=hinge", "settings.loss_type")]
+
+    def refuse(cases: list[tuple[str, str]]) -> None:
+        before = tree(run)
+        assert {"recipe.yaml", "report.html", "commands.log"} <= {Path(name).name for name in before}
+        for flag, message in cases:
+            code, said = call([*words, *flag.split()], {})
+            assert (code in (1, 2), message in said) == (True, True), said
+            assert tree(run) == before
+
+    refuse([*data, *training])
+    model = run / "iter1" / "model"
+    identity = read_json(model / "sppo_manifest.json")
+    write_json(work_of(model) / "identity.json", {key: identity[key] for key in ("inputs", "settings")})
+    (model / "sppo_manifest.json").unlink()  # killed while it trained
+    refuse([*data, *training])
+    shutil.rmtree(work_of(model))
+    for path in (run / "iter1" / "data").glob("*.*"):  # killed while it drew
+        path.unlink()
+    shard = run / "iter1" / "data" / "responses" / "shard-00000"
+    written = read_json(shard.with_suffix(".manifest.json"))
+    journal = Journal(shard.with_suffix(".journal"), {key: written[key] for key in ("inputs", "settings")})
+    journal.add("p", {})
+    journal.close()
+    shard.with_suffix(".manifest.json").unlink()
+    shard.with_suffix(".parquet").unlink()
+    refuse(data[:1])

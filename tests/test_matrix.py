@@ -216,10 +216,10 @@ def test_a_lost_comparison_is_made_again_and_lost_answers_are_named(run: Path, m
     (run / "iter2/eval/against-iter0-ranker.parquet").unlink()
     monkeypatch.syspath_prepend(str(run.parent))
     recipe = load_recipe(None, {"ranker": "mine:longer"})
-    assert not Step("win matrix", [], None, lambda: [matrix_stage(recipe, run)]).is_done()
+    assert not Step("win matrix", [], None, lambda: [[matrix_stage(recipe, run)]]).is_done()
     tiny.succeed(*command(run), PYTHONPATH=str(run.parent))
     assert len(asked(run)) == count + 6 * 4 * 2
-    assert Step("win matrix", [], None, lambda: [matrix_stage(recipe, run)]).is_done()
+    assert Step("win matrix", [], None, lambda: [[matrix_stage(recipe, run)]]).is_done()
     assert (run / "matrix.json").read_bytes() == before
     (run / "iter1/eval/responses.parquet").unlink()
     refused = tiny.run(*command(run), PYTHONPATH=str(run.parent))

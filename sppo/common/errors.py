@@ -31,6 +31,10 @@ class SPPOError(Exception):
     """A failure that the user can act on. The message says what to do; no traceback is shown."""
 
 
+class OtherWorkError(SPPOError):
+    """What is here was made under other inputs or settings, and is kept."""
+
+
 class UsageError(SPPOError):
     """Wrong flags, an unknown key, a value out of range: exit code 2."""
 

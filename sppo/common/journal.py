@@ -10,7 +10,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError
+from sppo.common.errors import OtherWorkError, SPPOError
 from sppo.common.locks import lock
 
 KEEP_BOTH = "Use another --output_dir or --run_dir to keep both, or --overwrite to make it again."
@@ -107,7 +107,7 @@ class Journal:
 
 
 def refuse_another(path: Path, identity: dict[str, Any], advice: str = KEEP_BOTH) -> None:
-    """Raise SPPOError where a journal holds items of another identity. Names what differs; changes nothing.
+    """Raise OtherWorkError where a journal holds items of another identity. Names what differs; changes nothing.
 
     A damaged first line names no identity. Then the items tell: one that fits this identity is enough.
     """
@@ -121,12 +121,12 @@ def refuse_another(path: Path, identity: dict[str, Any], advice: str = KEEP_BOTH
             return
         if header:
             found = differences(header["identity"], identity)
-            raise SPPOError(
+            raise OtherWorkError(
                 "\n  ".join([f"{path} holds work made under other inputs or settings:", *found]) + f"\n{advice}"
             )
         salt = json.dumps(identity, sort_keys=True).encode()
         if not any(_decode(line, salt) for line in (first, *items)):
-            raise SPPOError(
+            raise OtherWorkError(
                 f"{path}: its first line is damaged, and none of its items was made under these inputs and settings. "
                 f"Run the command that it was made with, which keeps them. {advice}"
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError
+from sppo.common.errors import OtherWorkError, SPPOError
 from sppo.common.files import changed, digest, read_json, write_json
 from sppo.common.journal import KEEP_BOTH, differences, refuse_another
 from sppo.common.locks import Held, hold
@@ -82,6 +82,7 @@ class Stage:
     inputs: dict[str, Any]
     settings: dict[str, Any]
     journal: Path | None = None
+    remade: bool = False  # it is made in a moment of what is kept: where its identity differs it is made again
     started: float = field(default_factory=time.monotonic)
     _held: Held | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -192,15 +193,17 @@ class Stage:
         self._held.write("")
 
     def refuse_others(self) -> None:
-        """Raise SPPOError where what is here, finished or begun, was made from another identity. Changes nothing."""
+        """Raise OtherWorkError where what is here, finished or begun, was made from another identity. Only asks."""
+        if self.remade:
+            return
         if self.manifest.exists():
             self.refuse_if_different(read_manifest(self.manifest))
         elif self.journal:
             refuse_another(self.journal, self.identity)
 
     def refuse_if_different(self, other: dict[str, Any]) -> None:
-        """Raise SPPOError naming what differs between `other` (inputs and settings) and this stage."""
+        """Raise OtherWorkError naming what differs between `other` (inputs and settings) and this stage."""
         changed = differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity, later=LATER)
         if changed:
             about = f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:"
-            raise SPPOError("\n  ".join([about, *changed]) + f"\n{KEEP_BOTH}")
+            raise OtherWorkError("\n  ".join([about, *changed]) + f"\n{KEEP_BOTH}")

@@ -63,7 +63,8 @@ def matrix_stage(recipe: Recipe, run_dir: Path) -> Stage:
         raise SPPOError(f"not yet compared: {', '.join(lost)}; run scripts/win_matrix.py")
     inputs = {label: digest(path) for label, path in matches.items()}
     settings = {"draws": DRAWS, "seed": _SEED}
-    return Stage("matrix", run_dir / "matrix.manifest.json", [run_dir / "matrix.json"], inputs, settings)
+    manifest, outputs = run_dir / "matrix.manifest.json", [run_dir / "matrix.json"]
+    return Stage("matrix", manifest, outputs, inputs, settings, remade=True)
 
 
 def win_matrix(recipe: Recipe, run_dir: Path, overwrite: bool = False) -> dict[str, Any]:

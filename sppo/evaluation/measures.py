@@ -39,7 +39,7 @@ def measure_stage(recipe: Recipe, directory: Path, base: str) -> Stage:
         inputs["base"] = open_policy(base, recipe.model_revision, recipe.trust_remote_code).identity()
     settings = {"measure": recipe.measure, "base_perplexity": recipe.base_perplexity}
     output = directory / "measures.json"
-    return Stage("measure", directory / "measures.manifest.json", [output], inputs, settings)
+    return Stage("measure", directory / "measures.manifest.json", [output], inputs, settings, remade=True)
 
 
 def measure(recipe: Recipe, directory: Path, base: str) -> dict[str, float]:

@@ -45,6 +45,7 @@ def report_stage(by: Recipe, run_dir: Path, iteration: int) -> Stage:
         [here / "eval" / "report.json"],
         inputs={**{k: digest(p) for k, p in answers.items()}, **asked},
         settings={"iteration": iteration, "judge": by.judge},
+        remade=True,
     )
 
 

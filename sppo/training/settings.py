@@ -69,6 +69,11 @@ class Training:
         refuse_unknown(self.output_dir, self.stage.name)
         return False
 
+    def refuse_others(self) -> None:
+        """Raise OtherWorkError where another training's model is in output_dir, or what a killed try at it left."""
+        self.stage.refuse_others()
+        refuse_another(self.work, self.stage)
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Hold the work directory, from before anything in it is deleted until the model is in place: for rank 0.
