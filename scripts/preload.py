@@ -19,10 +19,11 @@ from sppo.common.errors import run_main
 def main() -> None:
     parser = config.make_parser(__doc__, config.KEYS["preload"])
     parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to pin the ranker for rank.py")
+    parser.add_argument("--overwrite", action="store_true", help="pin it although another ranker began the ranking")
     args, recipe = config.parse(parser)
     from sppo.rankers import preload
 
-    preload(recipe, args.output_dir)
+    preload(recipe, args.output_dir, args.overwrite)
 
 
 if __name__ == "__main__":

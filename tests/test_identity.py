@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -46,6 +47,7 @@ from sppo.generation.combine import combine, combine_stage
 from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
 from sppo.pairing.training_set import compute_prob, pairing_stage
+from sppo.rankers import preload
 from sppo.ranking.shards import rank_shards, rank_stage
 from sppo.training.data import StepBatches
 from sppo.training.settings import prepare
@@ -642,3 +644,48 @@ def test_a_refused_command_changes_nothing(models: Path, tmp_path: Path, rankers
     shard.with_suffix(".manifest.json").unlink()
     shard.with_suffix(".parquet").unlink()
     refuse(data[:1])
+
+
+def test_another_ranker_is_not_pinned_over_the_one_that_ranked(tmp_path: Path, rankers: None) -> None:
+    """ranker.json, written before rank.py refused, made the run's own command read the branch anew."""
+    data = write_responses(tmp_path / "data", 4, 3)
+    commits = {"": "c0", "c0": "c0", "v2": "c2"}
+    fetched = SimpleNamespace(fetch=lambda recipe: f"snapshots/{commits[recipe.ranker_revision]}")
+    mine, other = Recipe(ranker="acme/PairRM"), Recipe(ranker="acme/Other")
+
+    def pin(asked: Recipe, overwrite: bool = False) -> bytes:
+        with mock.patch("sppo.rankers.backend", return_value=fetched):
+            preload(asked, data, overwrite)
+        return (data / "ranker.json").read_bytes()
+
+    pin(other)  # nothing is ranked yet
+    pinned = pin(mine)
+    ranked(data, "longest", 1)
+    assert pin(mine) == pinned
+    for asked, said in ((other, "acme/Other"), (replace(mine, ranker_revision="v2"), "v2")):
+        with pytest.raises(SPPOError, match=f"the work of another ranker(.|\\n)*{said}(.|\\n)*--overwrite"):
+            pin(asked)
+        assert (data / "ranker.json").read_bytes() == pinned
+    assert b"acme/Other" in pin(other, overwrite=True)
+
+
+def test_other_questions_do_not_take_the_place_of_those_that_are_answered(tmp_path: Path) -> None:
+    order = Order("alpaca_eval", Recipe(), tmp_path, Place(), "", "", "judge", False)
+    where = tmp_path / "answers" / "alpaca_eval"
+
+    def ask(question: str, order: Order = order) -> str:
+        drawn = mock.patch("sppo.evaluation.suites.suite.draw", side_effect=InterruptedError)
+        with drawn, contextlib.suppress(InterruptedError):
+            answers(order, {"1": [{"role": "user", "content": question}]}, "alpaca_eval")
+        return (where / "prompts.jsonl").read_text()
+
+    ask("first")
+    assert "mended" in ask("mended")  # nothing is answered yet
+    (where / "responses").mkdir()
+    (where / "responses" / "shard-00000.journal").touch()
+    before = tree(tmp_path)
+    assert "mended" in ask("mended")
+    with pytest.raises(SPPOError, match="holds answers to other questions"):
+        ask("second")
+    assert tree(tmp_path) == before
+    assert "second" in ask("second", replace(order, overwrite=True))

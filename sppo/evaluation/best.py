@@ -60,7 +60,7 @@ def best_of_n(recipe: Recipe, out: Path, place: Place, knockout: bool, overwrite
     responses = draw(recipe, out, logs, place, "generate")
     ranking = [*settings(recipe, "rank"), *flags(output_dir=out)]
     preload = [sys.executable, str(ROOT / "scripts/preload.py"), *settings(recipe, "preload"), *flags(output_dir=out)]
-    call(preload, "preload")
+    call([*preload, *["--overwrite"] * overwrite], "preload")
     recipe = pinned(recipe, out)
     stage = _stage(recipe, out, responses, knockout)
     if stage.is_done(overwrite):

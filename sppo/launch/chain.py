@@ -82,7 +82,7 @@ def generate(args: argparse.Namespace, given: dict[str, Any]) -> Words:
         "generate_shards": [*place.flags(), *logs, *flags(name="generate", shards_dir=shards)],
         "generate": [*words("generate"), *own],
         "combine_generate": words("combine_generate"),
-        "preload": [*_settings(args, given, "preload"), *flags(output_dir=args.out_path)],
+        "preload": words("preload"),
         "rank_shards": [*place.flags(world_size=False), *logs, *flags(name="rank", shards_dir=ranking)],
         "rank": words("rank"),
         "compute_prob": words("compute_prob"),

@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from sppo.common import chat
-from sppo.common.errors import SPPOError
+from sppo.common.errors import OtherWorkError, SPPOError
 from sppo.common.files import read_json, write_json
+from sppo.common.journal import KEEP_BOTH, differences
+from sppo.common.manifest import read_manifest
 from sppo.common.model_files import commit_of
 from sppo.common.policy import policy_of
 from sppo.common.preference import Array
+from sppo.common.shards import begun_shards, shard_paths
 from sppo.common.stopping import end_if_asked, heard
 from sppo.config import Recipe
 from sppo.formats import Message, Pair, prompt_text
@@ -84,16 +87,30 @@ def pinned(recipe: Recipe, data_dir: Path) -> Recipe:
     return dataclasses.replace(recipe, ranker_revision=pin["revision"])
 
 
-def preload(recipe: Recipe, data_dir: Path | None) -> None:
-    """Fetch the ranker, and keep the commit that the Hub gave in $DATA/ranker.json (see pinned)."""
+def preload(recipe: Recipe, data_dir: Path | None, overwrite: bool = False) -> None:
+    """Fetch the ranker, and keep the commit that the Hub gave in $DATA/ranker.json (see pinned).
+
+    Raises OtherWorkError where another ranker, or another commit of it, has begun the ranking in $DATA.
+    """
     wanted = pinned(recipe, data_dir) if data_dir else recipe
     where = backend(wanted).fetch(wanted)
     commit = commit_of(Path(where))
     if data_dir and commit and wanted.ranker_revision != commit:
-        write_json(
-            data_dir / "ranker.json", {"ranker": recipe.ranker, "asked": recipe.ranker_revision, "revision": commit}
-        )
+        pin = {"ranker": recipe.ranker, "asked": recipe.ranker_revision, "revision": commit}
+        if not overwrite:
+            _refuse_another(pin, data_dir)
+        write_json(data_dir / "ranker.json", pin)
     print(f"preload: {recipe.ranker} is at {where}" + (f"; pinned to --ranker_revision {commit}" if commit else ""))
+
+
+def _refuse_another(pin: dict[str, str], data_dir: Path) -> None:
+    begun, path = set(begun_shards(data_dir / "ranking")), data_dir / "ranker.json"
+    manifests = [shard_paths(data_dir / "ranking", number)[1] for number in begun]
+    made = {read_manifest(manifest)["ranker"] for manifest in manifests if manifest.exists()}
+    there = read_json(path) if begun and path.exists() else {"ranker": min(made, default=pin["ranker"])}
+    if changed := differences(there, {key: pin[key] for key in there}):
+        said = "\n  ".join([f"{data_dir / 'ranking'} is the work of another ranker:", *changed])
+        raise OtherWorkError(f"{said}\n{KEEP_BOTH}")
 
 
 def ask_trial(ranker: Ranker, pairs: list[Pair], which: str) -> list[float]:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.common.chat_server import TOO_MUCH, ChatServer
-from sppo.common.errors import SPPOError, first_line
+from sppo.common.errors import OtherWorkError, SPPOError, first_line
 from sppo.common.files import atomic, digest, write_json
-from sppo.common.journal import Journal, refuse_another
+from sppo.common.journal import KEEP_BOTH, Journal, refuse_another
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.parquet import open_parquet, read_rows
 from sppo.common.place import Place
 from sppo.common.progress import progress
+from sppo.common.shards import begun_shards
 from sppo.common.stopping import end_if_asked
 from sppo.config import Recipe
 from sppo.evaluation.answers import draw
@@ -104,8 +105,11 @@ def _drawn(
     out = order.out / "answers" / name
     prompts = out / "prompts.jsonl"
     lines = [json.dumps({"prompt_id": key, "prompt": value}) + "\n" for key, value in conversations.items()]
-    with atomic(prompts) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    if not prompts.exists() or prompts.read_text(encoding="utf-8") != "".join(lines):
+        if begun_shards(out / "responses") and not order.overwrite:
+            raise OtherWorkError(f"{out} holds answers to other questions. {KEEP_BOTH}")
+        with atomic(prompts) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
     asked = {"prompts": str(prompts), "prompts_revision": "", "prompt_column": "prompt", "pairs": 1, **settings}
     recipe = dataclasses.replace(recipe, **asked)
     drawn = draw(recipe, out, order.out / "logs", order.place, name.replace("/", "-"), order.overwrite)
