@@ -6,6 +6,7 @@ import csv
 import datetime
 import itertools
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -17,12 +18,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import preferences
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
 from test_agreement import worst_difference
 
+from sppo import run_sppo
 from sppo.common import chat
 from sppo.common.errors import SPPOError
 from sppo.common.journal import Journal
@@ -415,9 +418,27 @@ def test_losses_of_plain_pairs_ask_for_no_win_rates(models: Path, tmp_path: Path
     pair = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")]}
     path = tmp_path / "t.parquet"
     assert ids(read(models, path, [pair], loss_type=loss_type)) == ids(read(models, path, [{**pair, **RATES}]))
+    assert read(models, path, [{**pair, **RATES}], loss_type=loss_type).win_rates.tolist() == [
+        pytest.approx([0.9, 0.8, 0.3])
+    ]
+    assert read(models, path, [{**pair, **RATES, "chosen_probs": "?"}], loss_type=loss_type).win_rates.isnan().all()
     for needs in ("sppo", "sppo_single"):
         with pytest.raises(SPPOError, match="no column chosen_probs, chosen_probs_win, chosen_probs_lose"):
             read(models, path, [pair], loss_type=needs)
+
+
+@pytest.mark.slow
+def test_pairs_without_win_rates_train(models: Path, tmp_path: Path) -> None:
+    """DPO's first loss is log 2, and the metrics have no targets, which are made of win rates."""
+    rows = [{k: row[k] for k in ("chosen", "rejected")} for row in preferences.rows(8)]
+    data = preferences.write(tmp_path / "data", rows)
+    flags = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={tmp_path / 'model'}"]
+    run_sppo.main([*preferences.SMALL, *flags, "--loss_type=sigmoid"])
+    (line,) = preferences.metrics(tmp_path / "model")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(math.isfinite(value) for value in line.values())
+    assert "rewards/margins" in line
+    assert "rewards/chosen_target" not in line
 
 
 @pytest.mark.parametrize("spelled", ["yes<|eot_id|>", "yes<|eot_id|>\n", "yes<|eot_id|><|end_of_text|>", "yes"])

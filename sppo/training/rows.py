@@ -15,7 +15,7 @@ import numpy as np
 
 from sppo.common import chat
 from sppo.formats import BeyondTextError, Message, as_messages, has_tools
-from sppo.training.dataset import RATES
+from sppo.training.dataset import RATES, WITHOUT_RATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,12 @@ class Reading:
             raise BeyondTextError("the row has tools, which this pipeline does not hand on")
         if loss_type == "sppo_all":
             return self._all_responses(values)
-        rates = win_rates([values[c] for c in RATES]) if RATES[0] in values else [np.nan] * 3
+        try:
+            rates = win_rates([values.get(c) for c in RATES])
+        except ValueError:
+            if loss_type not in WITHOUT_RATES:
+                raise
+            rates = [np.nan] * 3
         return self._pair(values, rates)
 
     def _pair(self, values: dict[str, Any], rates: list[float]) -> Row:

@@ -164,7 +164,10 @@ class SPPOTrainer(Trainer):
             local = torch.tensor([self._rows, self._tokens], dtype=torch.float64, device=self._sums.device)
             *sums, rows, tokens = self.accelerator.reduce(torch.cat([self._sums, local]), "sum").tolist()
             logs["beta2_loss"] = self.recipe.beta**2 * logs["loss"]
-            logs.update({name: total / rows for name, total in zip(METRICS, sums, strict=True)})
+            means = {name: total / rows for name, total in zip(METRICS, sums, strict=True)}
+            if math.isnan(means["rewards/chosen_target"]):  # pairs without win rates have none
+                means = {name: mean for name, mean in means.items() if not name.endswith("_target")}
+            logs.update(means)
             logs["tokens_per_second"] = round(tokens / (time.monotonic() - self._since), 1)
             done = self.state.global_step - self._first_step
             pace = (time.monotonic() - self._began) / done
