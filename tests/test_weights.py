@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,16 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from sppo import run_sppo
+from sppo import config, loop, preflight, run_sppo
 from sppo.common import stopping
 from sppo.common.errors import INTERRUPTED, SPPOError, _terminated
 from sppo.common.loading import load_causal_lm
 from sppo.common.model_files import is_adapter, model_identity, weight_shapes
 from sppo.common.policy import open_policy
+from sppo.common.vllm import check_vllm
 from sppo.config import Recipe
+from sppo.generation.engines import Request, vllm
+from sppo.generation.engines import transformers as engine
 from sppo.rankers import reward_model
 from sppo.training import passes, train
 from sppo.training.trainer import SPPOTrainer, disable_dropout
@@ -198,6 +202,120 @@ def test_a_merge_that_changes_the_network_is_an_error(
     monkeypatch.setattr("sppo.common.loading._untie", lambda _: None)
     with pytest.raises(SPPOError, match=r"cannot be merged into its base: .* nats a token apart"):
         logits(out)
+
+
+# What cannot be loaded is refused by the preflight, in the words of the stage
+
+
+def problems(model: Path, tmp_path: Path, *more: str) -> list[str]:
+    """What the preflight says no to."""
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Name {i} rivers"} for i in range(40)])
+    flags = [f"--model={model}", f"--prompts={prompts}", "--ranker=sppo.demo:rule", "--pairs=3", "--maxlen=24"]
+    flags += [f"--recipe={tiny.ROOT / 'recipes/sppo/demo.yaml'}", "--gpus=none", f"--run_dir={tmp_path / 'run'}"]
+    args, recipe = config.parse(loop.parser(""), [*flags, *more])
+    found = preflight.examine(preflight.open_run(recipe, args))
+    return [f.text for findings in found.values() for f in findings if f.level == "no"]
+
+
+def changed(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_an_adapter_that_vllm_does_not_take(models: Path, tmp_path: Path) -> None:
+    """vLLM itself is asked, by its engine before it loads anything, and by the preflight."""
+    pytest.importorskip("vllm")
+    adapter = tiny.lora(models / "llama3", tmp_path / "adapter")
+    assert check_vllm(open_policy(str(adapter))) == {"enable_lora": True, "max_lora_rank": 8}
+    assert not problems(adapter, tmp_path, "--engine=vllm", "--use_peft")
+    whole = (adapter / "adapter_config.json").read_text()
+    refused = [
+        ({"use_dora": True}, "vLLM does not yet support DoRA"),
+        ({"bias": "all"}, "Adapter bias is not supported"),
+        ({"lora_bias": True}, "does not support LoRA bias"),
+        ({"rank_pattern": {"q_proj": 1024}}, "vLLM takes no adapter of rank 1024"),
+        ({"modules_to_save": ["lm_head"]}, "Unsupported modules_to_save: .'lm_head'."),
+    ]
+    for values, said in refused:
+        (adapter / "adapter_config.json").write_text(whole)
+        changed(adapter / "adapter_config.json", **values)
+        with pytest.raises(SPPOError, match=rf"{said}.*; pass --engine transformers, or merge it"):
+            vllm.start(open_policy(str(adapter)), Recipe(), 64, 1)
+    (text,) = problems(adapter, tmp_path, "--engine=vllm", "--use_peft")
+    assert "Unsupported modules_to_save" in text
+    (adapter / "adapter_config.json").write_text(whole)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"] = torch.zeros(2, 64)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(SPPOError, match=r"vLLM does not take .*token_adapter"):
+        check_vllm(open_policy(str(adapter)))
+
+
+def test_weights_that_vllm_alone_would_read(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    shutil.copytree(models / "llama3", tmp_path / "model")
+    shutil.copy(models / "llama3" / "model.safetensors", tmp_path / "model" / "older.safetensors")
+    (text,) = problems(tmp_path / "model", tmp_path, "--engine=vllm")
+    assert "vLLM reads every .safetensors of a model without an index, so older.safetensors too" in text
+    assert not problems(tmp_path / "model", tmp_path, "--engine=transformers")
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_model_in_four_bits_without_bitsandbytes(models: Path, dataset: Path, tmp_path: Path, engine: str) -> None:
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    shutil.copytree(models / "llama3", tmp_path / "model")
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    changed(tmp_path / "model" / "config.json", quantization_config=settings)
+    (text,) = problems(tmp_path / "model", tmp_path, f"--engine={engine}", "--use_peft")
+    assert "bitsandbytes" in text
+    with pytest.raises(SPPOError, match="requires bitsandbytes"):
+        run_training(tmp_path / "model", dataset, tmp_path / "out", "--use_peft")
+    with pytest.raises(SPPOError, match="its weights are quantised, so they cannot be trained; pass --use_peft"):
+        run_training(tmp_path / "model", dataset, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--use_peft", "--lora_target_modules=nonsense"], "--lora_target_modules nonsense"),
+        (["--attn_implementation=flash_attention_2"], "FlashAttention2"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_so(models: Path, tmp_path: Path, flags: list[str], said: str) -> None:
+    """Else it would be known only when the first iteration's data is there."""
+    (text,) = problems(models / "llama3", tmp_path, "--engine=transformers", *flags)
+    assert said in text
+
+
+def test_end_and_padding_that_stand_in_generation_config_alone(models: Path, dataset: Path, tmp_path: Path) -> None:
+    """It trains, to the same losses: padding lies where no attention looks."""
+    shutil.copytree(models / "llama3", tmp_path / "model")
+    changed(tmp_path / "model" / "tokenizer_config.json", eos_token=None, pad_token=None)
+    assert not problems(tmp_path / "model", tmp_path, "--engine=transformers")
+    lines = [
+        preferences.metrics(run_training(model, dataset, tmp_path / f"out-{model.name}"))
+        for model in (models / "llama3", tmp_path / "model")
+    ]
+    assert len(lines[0]) == 3
+    for one, other in zip(*lines, strict=True):
+        assert one["loss"] == other["loss"]
+
+
+def test_a_mixture_of_experts_draws_on_a_cpu(tmp_path: Path) -> None:
+    """In float64, in which PyTorch has no grouped product; its log-probs are float32's."""
+    policy = open_policy(str(mixtral(tmp_path / "model")))
+    tokenizer = policy.tokenizer()
+    request = Request("a", array("i", range(5, 25)), 1, 8, logps=True)
+    recipe = Recipe(pairs=2, temperature=1.0, top_p=1.0)
+    ((_, drawn),) = engine.draw(policy, recipe, policy.stop_ids(tokenizer), [request])
+    network = load_causal_lm(policy, torch.float32)
+    for response in drawn:
+        ids = torch.tensor([[*request.token_ids, *response.token_ids]])
+        with torch.no_grad():
+            logps = network(input_ids=ids).logits.log_softmax(-1)[0, 19:-1]
+        own = logps.gather(-1, ids[0, 20:, None]).squeeze(-1)
+        assert own.tolist() == pytest.approx(response.logps, abs=1e-4)
+    assert not problems(tmp_path / "model", tmp_path, "--engine=transformers")
 
 
 # A training begins at its reference, and its weights move

@@ -112,6 +112,7 @@ class Run:
     memory: int = 0  # free bytes of main memory of the smallest machine; 0: look at this one
     cards: dict[str, tuple[int, int]] = field(default_factory=dict)  # (all, free) bytes of each GPU
     policy: Policy | None = None
+    loads_model: bool = False  # whether generation finds nothing wrong with the policy
     shape: Shape | None = None
     tokenizer: Any = None
     sets: dict[int, PromptSet] = field(default_factory=dict)  # of the iterations whose data is to be made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +47,37 @@ def load_config(policy: Policy) -> Any:
         raise SPPOError(f"model {policy.weights}: its config cannot be loaded: {first_line(error)}{hint}") from None
 
 
+def _attention(config: Any, asked: str) -> dict[str, str]:
+    """The attention to load a network with, where it is not transformers' own choice."""
+    name = asked or ("eager" if getattr(config, "attn_logit_softcapping", None) else "")
+    return {"attn_implementation": name} if name else {}
+
+
+def check_quantization(config: Any, policy: Policy) -> None:
+    """Raise SPPOError for quantised weights that transformers cannot read here: it is asked itself."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        from transformers.quantizers import AutoHfQuantizer
+
+        with loading(f"model {policy.weights}: its weights are quantised, so it"):
+            AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
+
+
+def skeleton(policy: Policy, attn_implementation: str = "") -> Any:
+    """The policy's network without its weights and its adapter, made as load_causal_lm makes it.
+
+    Raises SPPOError for what that would refuse before it reads the weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(policy)
+    check_quantization(config, policy)
+    options = _attention(config, attn_implementation)
+    with loading(f"model {policy.weights}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=policy.remote_code, **options)
+
+
 def load_causal_lm(
     policy: Policy, dtype: Any, attn_implementation: str = "", merge: bool = True, quantization: Any = None
 ) -> Any:
@@ -55,13 +85,13 @@ def load_causal_lm(
 
     Gemma-2 gets eager attention: scaled-dot-product attention ignores its soft caps.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     flash_attention()
     config = load_config(policy)
-    if not attn_implementation and getattr(config, "attn_logit_softcapping", None):
-        attn_implementation = "eager"
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    check_quantization(config, policy)
+    options = _attention(config, attn_implementation)
     if quantization is not None:
         options["quantization_config"] = quantization
     with loading(f"model {policy.weights}"):
@@ -77,6 +107,8 @@ def load_causal_lm(
         absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if absent:  # they would be random
             raise SPPOError(f"model {policy.weights}: weights missing or of another shape: {', '.join(absent[:4])}")
+    if dtype == torch.float64 and network.get_experts_implementation()[""] == "grouped_mm":
+        network.set_experts_implementation("eager")  # PyTorch has no grouped product of matrices in float64
     if policy.adapter is None or not merge:
         return network
     return _merged(_adapted(network, policy.adapter), policy.adapter)
@@ -153,22 +185,3 @@ def add_adapter(network: Any, policy: Policy, new: Any) -> Any:
         return get_peft_model(network, new)
     except ValueError as error:
         raise SPPOError(f"--lora_target_modules {modules}: {' '.join(str(error).split())}") from None
-
-
-def prepare_vllm(world_size: int) -> None:
-    """What vLLM reads from the environment when it is imported; what the user has set there stays.
-
-    In this process where one device is enough: nothing is left behind when it is killed.
-    """
-    if world_size == 1:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build only
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-
-def vllm_dtype(policy: Policy, cpu: bool) -> str:
-    """float32 checkpoints (trained without DeepSpeed) run in bfloat16 on a GPU: vLLM's own choice would be float16."""
-    stored = str(getattr(load_config(policy), "dtype", None)).removeprefix("torch.")
-    if stored == "float32":
-        return "float32" if cpu else "bfloat16"
-    return "auto"

@@ -124,6 +124,17 @@ def weight_shapes(directory: Path) -> dict[str, list[int]]:
     return shapes
 
 
+def tensor_names(file: Path) -> list[str]:
+    """The names of the tensors in a safetensors file. Raises SPPOError where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "numpy") as weights:
+            return list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise SPPOError(f"{file} is damaged ({error}); fetch the model again") from None
+
+
 def parameters(shapes: dict[str, list[int]]) -> int:
     """Numbers in a model of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())

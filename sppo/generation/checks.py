@@ -24,10 +24,11 @@ from sppo.common.findings import (
     parameters_text,
     size,
 )
-from sppo.common.loading import load_config
+from sppo.common.loading import load_config, skeleton
 from sppo.common.model_files import files_to_fetch, parameters, weight_shapes
 from sppo.common.policy import adapter_base, open_policy
 from sppo.common.shape import Shape, stored_bytes
+from sppo.common.vllm import check_vllm
 from sppo.config import Recipe
 from sppo.generation.engines import pick_engine
 from sppo.generation.engines.transformers import BATCH, DOUBLE
@@ -82,6 +83,10 @@ def check_model(run: Run) -> Findings:
     config = load_config(policy)
     if type(config) not in AutoModelForCausalLM._model_mapping and not policy.remote_code:
         yield no(f"{name} is a {raw.get('model_type')}, which transformers does not load as a causal model")
+    elif run.generates:
+        check = check_vllm if pick_engine(run.recipe.engine) == "vllm" else skeleton
+        check(policy)
+    run.loads_model = True
     if run.trains and context and run.recipe.max_length > context:
         yield note(f"--max_length {run.recipe.max_length} is beyond the model's context of {context} tokens")
 

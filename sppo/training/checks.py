@@ -8,21 +8,26 @@ import subprocess
 import sys
 
 from sppo.common.findings import RUNTIME, Finding, Findings, Run, fits, many, no, note, ok, size
+from sppo.common.loading import skeleton
 from sppo.common.policy import open_policy
 from sppo.common.shape import Shape
 from sppo.training.launching import training_config
 from sppo.training.needs import training_memory
+from sppo.training.network import check_network
 from sppo.training.settings import accumulation, check_flags, check_machine
 
 
 def check_settings(run: Run) -> Findings:
-    """Flags of training that contradict each other, names that transformers does not know, an anchor not to be had."""
+    """Flags that contradict each other, names that transformers does not know, a network that cannot be trained so."""
     recipe = run.recipe
     if run.trains:
         check_flags(recipe)
         check_machine(recipe, gpu=not run.cpu)
         if recipe.anchor_model:
-            open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code, weights=False)
+            anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code, weights=False)
+            skeleton(anchor, recipe.attn_implementation)
+        if run.policy is not None and run.loads_model:
+            check_network(recipe, run.policy)
     yield from ()
 
 

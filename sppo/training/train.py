@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sppo.common.directories import clear
 from sppo.common.errors import INTERRUPTED, SPPOError, leave
@@ -22,6 +22,7 @@ from sppo.training.checkpoints import (
     told_when_full,
     under_deepspeed,
 )
+from sppo.training.network import check_frozen, lora_and_quantization
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine
 
@@ -109,6 +110,7 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     from sppo.training.trainer import SPPOTrainer, disable_dropout
 
     recipe, source, work = training.recipe, training.source, training.work
+    check_frozen(recipe, source)
     tokenizer = source.tokenizer()
     data = load_training_set(training.dataset, tokenizer, source.stop_ids(tokenizer), recipe)
     highest = max(int(side.max()) for row in (*data.prompts, *data.responses) for side in row)
@@ -119,7 +121,7 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
         raise SPPOError(
             f"{training.processes} processes were launched, {args.world_size} take part; check the accelerate config"
         )
-    lora, quantization = _lora_and_quantization(recipe)
+    lora, quantization = lora_and_quantization(recipe)
     # what is trained is in float32; a base that is not trained stays as stored where products are in bfloat16 anyway
     dtype = "auto" if args.bf16 and recipe.use_peft else torch.float32
     # after TrainingArguments: under ZeRO-3 the weights are then sharded as they load
@@ -135,7 +137,8 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     if not any(weight.requires_grad for weight in model.parameters()):
         raise SPPOError(f"model {source.weights}: all its weights are frozen, so there is nothing to train")
     disable_dropout(model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # behind a sequence, where no attention looks; any token will do for a tokenizer that names none
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(source.stop_ids(tokenizer))
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
     how = {"precision": precision, "attention": recipe.attn_implementation, "transformers": transformers.__version__}
     if args.bf16 and under_deepspeed():
@@ -146,32 +149,6 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
         key = reference_key(training.anchor.identity(), data, **how)
         anchor = Anchor(training.anchor, ReferenceTable(key, homes), dtype)
     return SPPOTrainer(model, args, recipe, data, pad, table, lean, anchor), data
-
-
-def _lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
-    """trl's LoraConfig (None without --use_peft) and its quantisation: QLoRA's NormalFloat (arXiv 2305.14314), or None.
-
-    Without dropout: the policy before its first step is the reference.
-    """
-    if not (recipe.use_peft or recipe.load_in_4bit):
-        return None, None
-    from trl import ModelConfig, get_peft_config, get_quantization_config
-
-    asked = ModelConfig(
-        use_peft=recipe.use_peft,
-        lora_r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=0.0,
-        lora_target_modules="all-linear",
-        load_in_4bit=recipe.load_in_4bit,
-        use_bnb_nested_quant=True,
-        dtype="bfloat16",  # of the products in 4 bits
-    )
-    lora = get_peft_config(asked)
-    if lora is not None and recipe.lora_target_modules != "all-linear":
-        # not through ModelConfig: it makes a text of a list of one, and peft takes a text for a regular expression
-        lora.target_modules = {name.strip() for name in recipe.lora_target_modules.split(",")}
-    return lora, get_quantization_config(asked)
 
 
 def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArguments:

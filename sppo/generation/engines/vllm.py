@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import typing
 from itertools import islice
 from typing import Any
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
 from sppo.common.importing import import_networks
-from sppo.common.loading import prepare_vllm, vllm_dtype
 from sppo.common.policy import Policy
+from sppo.common.vllm import check_vllm, prepare_vllm, vllm_dtype
 from sppo.config import Recipe
 from sppo.generation.engines import Finished, Request, Response
 
@@ -31,6 +28,7 @@ def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    adapter = check_vllm(policy)
     options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization}
     if current_platform.is_cpu():
         # A prefill that is split crashes seeded sampling on the CPU build.
@@ -40,14 +38,6 @@ def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
             "max_num_batched_tokens": max(longest, 2048),
             "block_size": 32,  # its 128 hold most prompts whole, so that K responses would read the prompt K times
         }
-    if policy.adapter:
-        from vllm.config.lora import MaxLoRARanks
-
-        rank = read_json(policy.adapter / "adapter_config.json")["r"]
-        ranks = [size for size in typing.get_args(MaxLoRARanks) if size >= rank]  # vLLM has room for these only
-        if not ranks:
-            raise SPPOError(f"{policy.adapter}: vLLM takes no adapter of rank {rank}; pass --engine transformers")
-        options |= {"enable_lora": True, "max_lora_rank": min(ranks)}
     return LLM(
         model=str(policy.weights),
         tokenizer=str(policy.tokenizer_dir),
@@ -62,6 +52,7 @@ def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
         seed=recipe.seed,
         disable_log_stats=True,
         **options,
+        **adapter,
     )
 
 

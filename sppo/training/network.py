@@ -1,0 +1,53 @@
+"""The network that is trained: what of it is trained, and whether that can be. The preflight asks here too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sppo.common.errors import SPPOError
+from sppo.common.loading import add_adapter, load_config, skeleton
+from sppo.common.policy import Policy
+from sppo.config import Recipe
+
+
+def check_network(recipe: Recipe, policy: Policy) -> None:
+    """Raise SPPOError for a policy that cannot be trained as asked, without a look at its weights."""
+    check_frozen(recipe, policy)
+    network = skeleton(policy, recipe.attn_implementation)
+    if recipe.use_peft and policy.adapter is None:
+        add_adapter(network, policy, lora_and_quantization(recipe)[0])
+
+
+def check_frozen(recipe: Recipe, policy: Policy) -> None:
+    """Raise SPPOError for quantised weights that would have to be trained themselves."""
+    if getattr(load_config(policy), "quantization_config", None) is not None and not recipe.use_peft:
+        raise SPPOError(
+            f"model {policy.weights}: its weights are quantised, so they cannot be trained; pass --use_peft to train "
+            "an adapter on them, or take the model whose weights are not"
+        )
+
+
+def lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
+    """trl's LoraConfig (None without --use_peft) and its quantisation: QLoRA's NormalFloat (arXiv 2305.14314), or None.
+
+    Without dropout: the policy before its first step is the reference.
+    """
+    if not (recipe.use_peft or recipe.load_in_4bit):
+        return None, None
+    from trl import ModelConfig, get_peft_config, get_quantization_config
+
+    asked = ModelConfig(
+        use_peft=recipe.use_peft,
+        lora_r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=0.0,
+        lora_target_modules="all-linear",
+        load_in_4bit=recipe.load_in_4bit,
+        use_bnb_nested_quant=True,
+        dtype="bfloat16",  # of the products in 4 bits
+    )
+    lora = get_peft_config(asked)
+    if lora is not None and recipe.lora_target_modules != "all-linear":
+        # not through ModelConfig: it makes a text of a list of one, and peft takes a text for a regular expression
+        lora.target_modules = {name.strip() for name in recipe.lora_target_modules.split(",")}
+    return lora, get_quantization_config(asked)
