@@ -7,8 +7,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from bad_input import World, call
+from bad_input import World, call, write
 
 from sppo.common.console import Console, printable
 from sppo.common.errors import SPPOError
@@ -229,6 +231,30 @@ def test_a_progress_bar_moves_and_a_flag_reaches_bash_to_the_letter(tmp_path: Pa
     )
     flags = [f"--system_prompt={text}", "--model=m", "--prompt=p", f"--out_path={tmp_path}"]
     assert f"--system_prompt={text}--" in shell(tiny.ROOT, "bash", "-c", line, "bash", *flags)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "may loop for ever"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses it: Range too big"),
+        ("{{ 1 / 0 }}", "refuses it: division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses it: maximum recursion depth"),
+    ],
+)
+def test_a_template_that_loops_for_ever_ends(
+    template: str, said: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sppo.common.chat.LONGEST", 0.2)
+    monkeypatch.chdir(tiny.ROOT)
+    w = World(tmp_path, models, monkeypatch)
+    model = w.model(chat_template__jinja=write(template))
+    started = time.monotonic()
+    code, shown = call(w.of_model(model), {})
+    assert (code, said in shown, "Traceback" in shown) == (1, True, False), shown
+    assert str(model) in shown or "refuses" in said
+    assert time.monotonic() - started < 30
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 def test_no_script_hides_a_library(tmp_path: Path) -> None:

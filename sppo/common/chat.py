@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,7 @@ from sppo.formats import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONGEST = 60  # seconds of computing that a chat template may take for one conversation
 # What describes a tokenizer in a model directory. Copied as they are from one iteration to the next.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -75,9 +80,8 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     if not hasattr(tokenizer, "_sppo_takes_system"):
         probe = [{"role": "system", "content": "system-probe"}, {"role": "user", "content": "user-probe"}]
         try:
-            rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
-            tokenizer._sppo_takes_system = "system-probe" in rendered
-        except Exception:  # noqa: BLE001 - templates refuse with whatever jinja raises
+            tokenizer._sppo_takes_system = "system-probe" in render(tokenizer, probe, True)
+        except ValueError:
             tokenizer._sppo_takes_system = False
     return tokenizer._sppo_takes_system
 
@@ -170,14 +174,41 @@ def _applied(
     template_kwargs: dict[str, Any] | None,
     **how: bool,
 ) -> Any:
-    import jinja2
-
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, **how, **(template_kwargs or {})
-        )
-    except (jinja2.exceptions.TemplateError, TypeError) as error:
+        with _ends(tokenizer):
+            return tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, **how, **(template_kwargs or {})
+            )
+    except (SPPOError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a template raises what Python does: a range too big, a division by 0
         raise ValueError(f"the chat template refuses it: {error}") from None
+
+
+@contextmanager
+def _ends(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Raise SPPOError where a template takes too long: jinja bounds a range, not the loops inside of each other.
+
+    By a timer of this process's own computing time, so that a machine that is busy or asleep does not matter. Python
+    gives signals to the main thread, in which our commands do all rendering; in another nothing is bounded.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(*_: object) -> None:
+        raise SPPOError(
+            f"the chat template of {tokenizer.name_or_path} has not rendered a conversation within {LONGEST} s: it may "
+            "loop for ever. Take the model's own template, or mend this one"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
