@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sppo import config
 from sppo.common.errors import UsageError, run_main
 from sppo.common.place import add_place_flags
+from sppo.common.secrets import require_plain_address
 
 SUITES = ("alpaca_eval", "mt_bench", "open_llm")
 OPENAI = "https://api.openai.com/v1"
@@ -48,6 +49,7 @@ def main() -> None:
         "--overwrite", action="store_true", help="answer and judge again although it was done otherwise"
     )
     args = parser.parse_args()
+    require_plain_address("--judge_url", args.judge_url)
     asked = config.given(parser, args)
     if no_use := [key for key in FIXED[args.suite] if key in asked]:
         raise UsageError(f"--{no_use[0]} is not read by --suite {args.suite}, which has its own")

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
 from sppo.common.errors import UsageError, run_main
+from sppo.common.secrets import require_plain_address
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--url", default="", help="where the model is served (http://localhost:8000/v1)")
     parser.add_argument("--output_dir", type=Path, default=Path("models_configs"), help="%(default)s")
     args = parser.parse_args()
+    require_plain_address("--url", args.url)
     recipe = config.load_recipe(args.recipe, {**config.given(parser, args), "pairs": 1})
     if bool(args.run_dir) == bool(args.model) or bool(args.model) != bool(args.name):
         raise UsageError("pass --run_dir, or --model and --name")

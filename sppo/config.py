@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import re
+import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from sppo.common.errors import UsageError
 from sppo.common.search_path import ROOT
+from sppo.common.secrets import refuse_secret_flags, refuse_secrets, require_plain_address
 
 # every module in sppo/rankers whose name does not begin with _ is one
 RANKER_BACKENDS = ("auto", *sorted(p.stem.replace("_", "-") for p in (ROOT / "sppo/rankers").glob("[a-z]*.py")))
@@ -262,8 +264,10 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
         for name, value in source.items():
             if name not in _FIELDS:
                 raise UsageError(f"{where}: unknown key {ascii(name)}{nearest(str(name), _FIELDS)}")
+            refuse_secrets(f"{where}: {name}", value)
             values[name] = _convert(name, value, where)
     recipe = Recipe(**values)
+    require_plain_address("--ranker_url", recipe.ranker_url)
     require_whole_hold_out(recipe)
     if recipe.temperature < 0.01 and recipe.pairs > 1:
         raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
@@ -286,6 +290,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose error names the nearest known flag. `keys`: the recipe's keys that are flags here."""
 
     keys: tuple[str, ...] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        refuse_secret_flags(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
         unknown = re.match("unrecognized arguments: (.*)", message)

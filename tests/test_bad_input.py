@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,6 +142,8 @@ RECIPES: list[Case] = [
     ("an unknown backend", lambda w: w.recipe("ranker_backend: pairm"), 2, "did you mean pairrm"),
     ("a list for a choice", lambda w: w.recipe("loss_type: [sppo]"), 2, "is not one of"),
     ("a day in chat_template_kwargs", lambda w: w.recipe("chat_template_kwargs: {day: 2024-01-01}"), 2, "JSON"),
+    ("a password in an address", lambda w: w.recipe("ranker_url: http://me:secret@h/v1"), 2, "ranker_url holds a password"),
+    ("a key in an address", lambda w: w.recipe("ranker_url: http://h/v1?key=secret"), 2, "--ranker_url is an address"),
     ("a number as a key", lambda w: w.recipe("chat_template_kwargs: {1: 2}"), 2, "JSON"),
 ]  # fmt: skip
 
@@ -181,6 +184,9 @@ FLAGS: list[Case] = [
     ("no prompts to make", lambda w: ["scripts/make_instructions.py", f"--output_dir={w.d}/p", "--train=0"], 2, "from 1 to 10000"),
     ("prompts where others are", lambda w: ["scripts/make_instructions.py", f"--output_dir={w.file('o/x', 'mine').parent}"], 1, "did not make"),
     ("SmolLM2 where another model is", lambda w: ["scripts/make_smollm2.py", f"--output_dir={w.model()}"], 1, "did not make"),
+    ("a token as a name", lambda w: w.loop("--skip_preflight", "--org", "hf_" + "a" * 34), 2, "--org holds a password or a token"),
+    ("a model at an address with a password", lambda w: w.loop("--skip_preflight", "--model=https://me:secret@host/m"), 2, "--model holds a password"),
+    ("a key among sbatch's flags", lambda w: w.loop("--skip_preflight", f"--sbatch=--export=K=sk-{'a' * 48}"), 2, "--sbatch holds a password"),
     ("half a character", lambda w: w.generate(w.good(), "--system_prompt=\udcff"), 2, "UTF-8"),
 ]  # fmt: skip
 
@@ -237,6 +243,7 @@ RANKERS: list[Case] = [
     ("a function that says a word", lambda w: w.rank(w.responses(), "words"), 1, "not a number"),
     ("a judge without an address", lambda w: w.rank(w.responses(), "m", "--ranker=m", "--ranker_backend=judge"), 2, "needs --ranker_url"),
     ("a judge with a password in its address", lambda w: w.rank(w.responses(), "m", "--ranker=m", "--ranker_backend=judge", "--ranker_url=http://me:secret@127.0.0.1:9/v1"), 2, "set OPENAI_API_KEY"),
+    ("a judge with a key in its address", lambda w: w.rank(w.responses(), "m", "--ranker=m", "--ranker_backend=judge", "--ranker_url=http://127.0.0.1:9/v1?api_key=s"), 2, "set OPENAI_API_KEY"),
     ("a judge that is not there", lambda w: w.rank(w.responses(), "m", "--ranker=m", *_judge("http://127.0.0.1:9/v1")), 1, "gives no answer"),
     ("a judge at no address", lambda w: w.rank(w.responses(), "m", "--ranker=m", *_judge("localhost:8000")), 1, "judge at localhost:8000"),
     ("llm-blender not installed", lambda w: w.rank(w.responses(), _hide(w, "llm_blender", w.models / "PairRM"), "--ranker_backend=llm-blender"), 1, "pip install"),
@@ -365,6 +372,7 @@ def test_bad_input(case: Case, models: Path, tmp_path: Path, monkeypatch: pytest
     found, said = call(command, {})
     if (found, "Traceback" in said, message in said) != (code, False, True):
         pytest.fail(f"exit code {found}, not {code} with {message!r}:\n{said[-3000:]}", pytrace=False)
+    assert not re.search("secret|hf_a|sk-a|api_key=s", said), "a password is shown"
     after = contents(tmp_path)
     assert {name: after.get(name) for name in before} == before, "something that was there is lost"
     assert not [n for n in after if n not in before and n.endswith(FINAL)], "half an output under its final name"

@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from sppo.common.errors import SPPOError
 from sppo.common.loading import load_causal_lm
 from sppo.common.policy import open_policy
 from sppo.config import Recipe
-from sppo.rankers import reward_model
+from sppo.rankers import TRIAL, reward_model
 from sppo.rankers._pairrm_network import PairRM
+from sppo.rankers.judge import Judge
 from sppo.rankers.llm_blender import load_blender
 from sppo.training.checkpoints import only_plain_values
 
@@ -255,6 +258,48 @@ def test_a_template_that_loops_for_ever_ends(
     assert str(model) in shown or "refuses" in said
     assert time.monotonic() - started < 30
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_judges_redirect_sends_no_prompt_to_another_host(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the key; and the user is told where it leads, without what may be secret in that."""
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-own")
+    seen: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+            seen.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Redirects(Elsewhere):
+        def do_GET(self) -> None:  # noqa: N802
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Location", f"http://me:secret@127.0.0.1:{other.server_port}{self.path}?key=secret")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET  # noqa: N815
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as other, ThreadingHTTPServer(("", 0), Redirects) as first:
+        for server in (other, first):
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        judge = Judge(Recipe(ranker="j", ranker_url=f"http://127.0.0.1:{first.server_port}/v1"))
+        there = f"http://127.0.0.1:{other.server_port}/v1/"
+        for ask in (judge.server.models, lambda: list(judge.logits([TRIAL]))):
+            with pytest.raises(SPPOError, match=f"HTTP {status} and points to {there}") as refusal:
+                ask()
+            assert "secret" not in str(refusal.value)
+        for server in (other, first):
+            server.shutdown()
+    assert not seen
 
 
 def test_no_script_hides_a_library(tmp_path: Path) -> None:

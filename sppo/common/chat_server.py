@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
-from sppo.common.errors import SPPOError, UsageError
+from sppo.common.errors import SPPOError
+from sppo.common.secrets import require_plain_address
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI
@@ -39,8 +40,7 @@ class ChatServer:
     noted: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        if "@" in urlsplit(self.url).netloc:
-            raise UsageError(f"{self.url_flag} holds a password, which recipes and logs would show; set OPENAI_API_KEY")
+        require_plain_address(self.url_flag, self.url)
         try:
             import openai
         except ImportError:
@@ -50,9 +50,13 @@ class ChatServer:
         self.key = os.environ.get("OPENAI_API_KEY", "")
 
     def client(self) -> AsyncOpenAI:
-        """A client of this event loop, which itself retries 408, 409, 429, 5xx, no connection, no answer in time."""
-        key = self.key or "none"
-        return self.openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)
+        """A client of this event loop, which itself retries 408, 409, 429, 5xx, no connection, no answer in time.
+
+        It follows no redirect: prompts and key go to the address that the user has named, and nowhere else.
+        """
+        there = self.openai.DefaultAsyncHttpxClient(follow_redirects=False)
+        how = {"timeout": self.timeout, "max_retries": self.retries, "http_client": there}
+        return self.openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", **how)
 
     def ask_all(
         self, items: Iterable[Item], ask: Callable[[AsyncOpenAI, Item], Awaitable[Answer]]
@@ -119,6 +123,11 @@ class ChatServer:
         status, where = getattr(error, "status_code", None), f"the judge at {self.url}"
         if not isinstance(error, self.openai.APIError):
             return SPPOError(f"{where} is no OpenAI-compatible server; {self.url_flag} usually ends in /v1")
+        if status and 300 <= status < 400:
+            return SPPOError(
+                f"{where} answers HTTP {status} and points to {self._points_to(error)}; prompts are sent to no other "
+                f"address by themselves. If that is the judge, pass it as {self.url_flag}"
+            )
         if status in (401, 403):
             return SPPOError(f"{where} answers HTTP {status}; check OPENAI_API_KEY in the environment")
         if status == 404:
@@ -131,6 +140,11 @@ class ChatServer:
             f"{where} gives no answer, asked {self.retries + 1} times ({self.words(error)}); "
             "see to the server and run the same command to go on"
         )
+
+    def _points_to(self, error: APIError) -> str:
+        """Where a redirect leads, without what may be secret in it."""
+        aim = urlsplit(urljoin(self.url, error.response.headers.get("location", "")))
+        return f"{aim.scheme}://{aim.netloc.rpartition('@')[2]}{aim.path}"
 
     def words(self, error: APIError) -> str:
         """The error in a line, without the key, should the server repeat it."""

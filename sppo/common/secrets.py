@@ -1,0 +1,37 @@
+"""Passwords and tokens in flags and recipes: refused, for recipes, logs and pages keep what a run was started with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sppo.common.errors import UsageError
+
+# an address with a user in it; a token of the Hub; a key of OpenAI's kind
+_SECRET = re.compile(r"://[^/\s?#]*@|\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{40,}")
+_INSTEAD = "set OPENAI_API_KEY or HF_TOKEN in the environment"
+
+
+def refuse_secrets(where: str, value: Any) -> None:
+    """Raise UsageError, which does not repeat it, for a setting whose text holds a password or a token."""
+    if _SECRET.search(str(value)):
+        raise UsageError(f"{where} holds a password or a token, which recipes, logs and pages would show; {_INSTEAD}")
+
+
+def refuse_secret_flags(words: Sequence[str]) -> None:
+    """The same for each word of a command line. A value is named by its flag."""
+    flag = "the command line"
+    for word in words:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+        refuse_secrets("a flag" if _SECRET.search(flag) else flag, word)
+
+
+def require_plain_address(flag: str, url: str) -> None:
+    """Raise UsageError for a server's address with more in it than where the server is."""
+    if "@" in url or "?" in url or "#" in url:
+        raise UsageError(
+            f"{flag} is an address with a user, a `?` or a `#` in it, which may be a password or a key, and recipes, "
+            "logs and pages would show it; set OPENAI_API_KEY in the environment, and leave these out"
+        )
