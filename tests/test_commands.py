@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import tiny
 from bad_input import World
+
+from sppo.evaluation.suites.alpaca_eval import completions, has_letter
 
 
 @pytest.fixture
@@ -48,3 +51,29 @@ def test_a_failure_keeps_its_code_although_nobody_reads_what_is_said(world: Worl
     for line in GONE:
         assert bash(line, *world.pair(world.d, "--nonsense")).returncode == 2
         assert bash(line, *world.pair(world.d)).returncode == 1
+
+
+class Answers:
+    """A judge whose answers are known; completions() wants no more of it."""
+
+    def __init__(self, known: list[dict[str, Any]]) -> None:
+        self.known = known
+
+    def choices(self, *_: object) -> list[dict[str, Any]]:
+        return self.known
+
+
+def test_a_suite_takes_no_judgement_from_broken_log_probs() -> None:
+    pytest.importorskip("alpaca_eval")
+    for of_m, is_judgement in (
+        (-0.1, True),
+        (float("nan"), False),
+        (float("-inf"), False),
+        (None, False),
+        (0.9, False),
+    ):
+        tops = [{"token": "m", "logprob": of_m}, {"token": "M", "logprob": -2.4}]
+        choice = {"logprobs": {"content": [{"token": "m", "top_logprobs": tops}]}}
+        assert has_letter(choice) == is_judgement, of_m
+        kept = completions(Answers([choice]))(["<|im_start|>user\nq\n<|im_end|>"], "judge")["completions_all"]
+        assert kept == [choice if is_judgement else {}]

@@ -229,6 +229,11 @@ GOOD = (200, says("A", {"A": -0.1, "B": -2.6}))
         (says("**B**", {"**": -0.1, "A": -3}, {"▁B": -0.5, "▁A": -1.0, "C": -2}), -0.5),  # at the first letter said
         (says("A", {"A": -0.1, "B": -9999.0, "x": -5.0}), 4.9),  # a server's word for no probability
         (says("A", {"A": -0.1}), 10.0),  # log-probs without alternatives
+        *(
+            (says("A", {"A": -0.1, "B": broken, "x": -4.0}), math.nan)
+            for broken in (math.nan, -math.inf, math.inf, None)
+        ),
+        (says("A", {"A": 0.8, "B": 0.1, "x": 0.05}), math.nan),  # probabilities, not their logarithms
         (says("The better one is B."), -10.0),
         (says("Both, I think", {"Both": -0.1, "A": -3.0}), math.nan),
         (says("I cannot say"), math.nan),
@@ -239,6 +244,30 @@ GOOD = (200, says("A", {"A": -0.1, "B": -2.6}))
 )
 def test_answers_by_hand(completion: dict[str, Any], logit: float) -> None:
     assert read_answer(completion)[0] == pytest.approx(logit, nan_ok=True)
+
+
+def test_a_server_of_newer_models_is_asked_in_its_own_words(
+    stub: tuple[type[Stub], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """max_tokens by its newer name, noted once; a temperature that it does not take is an error."""
+    server, url = stub
+    newer = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+    def behave(number: int) -> tuple:
+        return GOOD if "max_completion_tokens" in server.asked[number] else (400, {"error": {"message": newer}})
+
+    server.behave = behave
+    recipe = Recipe(ranker="tiny-judge", ranker_url=url, ranker_concurrency=2)
+    assert [logit for _, logit in Judge(recipe).logits([PAIR] * 4)] == pytest.approx([2.5] * 4)
+    assert [r.get("max_completion_tokens") for r in server.asked].count(4) == 4
+    assert len(server.asked) <= 6
+    assert capsys.readouterr().err.count("max_completion_tokens") == 1
+    hot = (
+        "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+    )
+    server.behave = lambda n: (400, {"error": {"message": hot}})
+    with pytest.raises(SPPOError, match=r"does not take temperature 0.*another judge as --ranker"):
+        list(Judge(recipe).logits([PAIR]))
 
 
 def test_text_cannot_pass_for_the_frame() -> None:

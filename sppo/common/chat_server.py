@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +26,11 @@ _GRACE = 5  # seconds for the answers that are under way when one fails
 TOO_MUCH = (400, 413, 422)  # this request is not taken: too long for the model, or filtered
 
 
+def is_logprob(value: Any) -> bool:
+    """Whether a server's number can be the log of a probability: not NaN, not infinite, not above 0 but by rounding."""
+    return isinstance(value, (int, float)) and math.isfinite(value) and value < 0.01
+
+
 @dataclass
 class ChatServer:
     """The server at `url`, which gets `concurrency` requests at once. The key is OPENAI_API_KEY in the environment.
@@ -38,6 +45,7 @@ class ChatServer:
     timeout: float = 120  # seconds
     retries: int = 5
     noted: set[str] = field(default_factory=set)
+    newer_limit: bool = False  # the server has refused max_tokens and wants max_completion_tokens
 
     def __post_init__(self) -> None:
         require_plain_address(self.url_flag, self.url)
@@ -97,8 +105,24 @@ class ChatServer:
             loop.close()
 
     async def complete(self, client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
-        """The chat completion of a request, as JSON."""
-        return json.loads((await client.chat.completions.with_raw_response.create(**request)).text)
+        """The chat completion of a request, as JSON.
+
+        Raises SPPOError where the server does not take the temperature: every judgement would be another one then.
+        """
+        if self.newer_limit and "max_tokens" in request:
+            rest = {key: value for key, value in request.items() if key != "max_tokens"}
+            request = {**rest, "max_completion_tokens": request["max_tokens"]}
+        try:
+            return json.loads((await client.chat.completions.with_raw_response.create(**request)).text)
+        except self.openai.BadRequestError as error:
+            if "max_tokens" in request and "max_completion_tokens" in error.message:
+                self.note("asking with max_completion_tokens, as the server wants it, for max_tokens")
+                self.newer_limit = True
+                return await self.complete(client, request)
+            if "temperature" in request and re.search("temperature.*support", error.message):
+                told = f"does not take temperature {request['temperature']:g}: {self.words(error)}"
+                raise SPPOError(f"the judge at {self.url} {told}. Take another judge as {self.model_flag}") from None
+            raise
 
     def models(self) -> list[str]:
         """The names that the server gives its models. Raises SPPOError."""

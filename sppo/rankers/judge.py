@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sppo.common.chat_server import TOO_MUCH, ChatServer
+from sppo.common.chat_server import TOO_MUCH, ChatServer, is_logprob
 from sppo.common.errors import SPPOError, UsageError
 from sppo.config import Recipe
 from sppo.formats import Message, Pair, prompt_text
@@ -63,14 +63,18 @@ def _letter(token: str) -> str:
 def read_answer(completion: dict[str, Any]) -> tuple[float, bool]:
     """(logit, whether it comes from log-probs) of a chat completion; NaN where the judge says neither A nor B.
 
-    A letter that is not listed is taken to be as likely as the least likely token that is.
+    A letter that is not listed is taken to be as likely as the least likely token that is. NaN too where what the
+    server calls log-probs are none: what is left of them would look like certainty.
     """
     choice = next(iter(completion["choices"]), {})
     for place in (choice.get("logprobs") or {}).get("content") or []:
         said = _letter(place["token"])
         if said not in ("A", "B"):
             continue
-        listed = [(_letter(t["token"]), t["logprob"]) for t in place.get("top_logprobs") or []]
+        tops = place.get("top_logprobs") or []
+        if not all(is_logprob(top["logprob"]) for top in tops):
+            return math.nan, True
+        listed = [(_letter(t["token"]), t["logprob"]) for t in tops]
         listed = [(letter, logprob) for letter, logprob in listed if logprob > _UNLISTED]
         if len(listed) < 2:  # only what it said
             return HARD if said == "A" else -HARD, False
@@ -116,7 +120,7 @@ class Judge:
             self.server.note(f"a pair was refused and its prompt is set aside: {self.server.words(error)}")
             return math.nan
         if math.isnan(logit):
-            self.server.note("an answer was neither A nor B, and its prompt is set aside")
+            self.server.note("an answer was neither A nor B, or its log-probs were none, and its prompt is set aside")
         elif not soft:
             self.server.note(f"the server gives no log-probs, so an answer counts as a logit of {HARD:g} or {-HARD:g}")
         return logit

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sppo.common.chat_server import is_logprob
 from sppo.common.errors import SPPOError
 from sppo.common.files import atomic
 from sppo.evaluation.suites.suite import Figures, Judge, Order, answers, fetch, figures_stage, finish, read_questions
@@ -105,15 +106,17 @@ def completions(judge: Judge) -> Callable[..., dict[str, list[Any]]]:
 
     def ask(prompts: list[str], model_name: str, **settings: Any) -> dict[str, list[Any]]:
         requests = [{"messages": prompt_to_chatml(prompt.strip()), **settings} for prompt in prompts]
-        return {"completions_all": judge.choices(requests, has_letter, "log-probs of m and M")}
+        choices = judge.choices(requests, has_letter, "log-probs of m and M")
+        return {"completions_all": [choice if has_letter(choice) else {} for choice in choices]}
 
     return ask
 
 
 def has_letter(choice: dict[str, Any]) -> bool:
-    """Whether the judge's first token has the log-prob of m or M, the names of the two answers."""
+    """Whether the judge's first token has the log-prob of m or M, the names of the two answers, and no broken one."""
     places = (choice.get("logprobs") or {}).get("content") or [{}]
-    return any(top.get("token") in ("m", "M") for top in places[0].get("top_logprobs") or [])
+    tops = places[0].get("top_logprobs") or []
+    return any(top.get("token") in ("m", "M") for top in tops) and all(is_logprob(top.get("logprob")) for top in tops)
 
 
 def length_controlled(annotations: Any) -> dict[str, float]:
