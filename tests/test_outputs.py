@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import preferences
 import pytest
+import tiny
 from safetensors.torch import load_file
 
 from sppo import run_sppo
 from sppo.common import directories
-from sppo.common.directories import appearing, clear, delete, target_of, unknown_files, work_of, working
+from sppo.common.directories import (
+    appearing,
+    clear,
+    delete,
+    refuse_busy,
+    sweep,
+    target_of,
+    unknown_files,
+    work_of,
+    working,
+)
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import atomic, digest, read_json, write_json
 from sppo.common.findings import Iteration, Run
+from sppo.common.locks import Held, hold
+from sppo.common.manifest import Stage
 from sppo.config import Recipe
 from sppo.preflight.machine import check_outputs
 from sppo.training.average import average
@@ -235,3 +254,124 @@ def test_the_preflight_says_what_could_not_be_written(tmp_path: Path, trained: P
     (run / "iter1" / "data").symlink_to(tmp_path / "unmounted")
     with pytest.raises(SPPOError, match="data is a link that leads nowhere"):
         list(check_outputs(asked))
+
+
+def stage(directory: Path, **settings: int) -> Stage:
+    return Stage("s", directory / "m.json", [directory / "out"], {"model": "abc"}, settings, directory / "j")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sppo.common.directories import working
+from sppo.common.manifest import Stage
+
+here = Path(sys.argv[1])
+held = Stage("s", here / "m.json", [here / "out"], {"model": "abc"}, {"pairs": 5}, here / "j")
+assert not held.is_done()
+held.begin()
+with working(here / "model") as work:
+    (work / "half").touch()
+    print("at work", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_processes_cannot_write_the_same_and_a_kill_leaves_no_lock(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=tiny.ROOT, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"at work\n"
+    before = state(tmp_path)
+    mine = stage(tmp_path, pairs=5)
+    with pytest.raises(SPPOError, match="another process is making .*out; wait for it or stop it"):
+        mine.begin()
+    with pytest.raises(SPPOError, match="another process is making"):  # it would delete what the other one writes
+        stage(tmp_path, pairs=4).is_done(overwrite=True)
+    for attempt in (lambda: refuse_busy(tmp_path / "model"), working(tmp_path / "model").__enter__):
+        with pytest.raises(SPPOError, match="another process is making .*model; wait for it or stop it"):
+            attempt()
+    sweep(tmp_path / "model")
+    assert state(tmp_path) == before
+    other.kill()
+    other.wait()
+    refuse_busy(tmp_path / "model")
+    mine.begin()
+    (tmp_path / "out").write_text("mine")
+    mine.finish({})
+    with appearing(tmp_path / "model") as final:
+        (final / "whole").touch()
+    assert stage(tmp_path, pairs=5).is_done()
+    assert sorted(state(tmp_path)) == ["m.json", "model/whole", "out"]
+
+
+def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_no_lock(tmp_path: Path) -> None:
+    """A process that waits has the file open; the one before it deletes it as it ends."""
+    first = hold(tmp_path / "lock")
+    waiting = threading.Thread(target=lambda: got.append(hold(tmp_path / "lock", patience=30)))
+    got: list[Held] = []
+    waiting.start()
+    time.sleep(0.1)
+    (tmp_path / "lock").unlink()
+    first.release()
+    waiting.join()
+    with pytest.raises(BlockingIOError):
+        hold(tmp_path / "lock")
+    got[0].release()
+
+
+def test_what_another_process_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    late = stage(tmp_path, pairs=4)
+    assert not late.is_done()
+    quick = stage(tmp_path, pairs=5)
+    quick.begin()
+    (tmp_path / "out").write_text("of five")
+    quick.finish({})
+    with pytest.raises(SPPOError, match=r"settings\.pairs: 5 there, 4 now"):
+        late.begin()
+    assert (tmp_path / "out").read_text() == "of five"
+
+
+def test_where_a_disk_has_no_locks_an_owner_file_stands_for_one_and_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    held = stage(tmp_path, pairs=5)
+    held.begin()
+    with pytest.raises(SPPOError, match="another process is making"):
+        stage(tmp_path, pairs=5).begin()
+    (tmp_path / "out").touch()
+    held.finish({})
+    with appearing(tmp_path / "model") as final:
+        (final / "whole").touch()
+        with pytest.raises(SPPOError, match="another process is making"):
+            refuse_busy(tmp_path / "model")
+    assert sorted(state(tmp_path)) == ["m.json", "model/whole", "out"]
+
+
+@pytest.mark.slow
+def test_the_same_pipeline_twice_is_refused_and_the_first_ends_undisturbed(
+    models: Path, data: Path, tmp_path: Path
+) -> None:
+    """Both trained in one directory, destroyed each other's checkpoints, and the survivor's metrics missed steps."""
+    flags = [f"--model={models / 'llama3'}", f"--dataset={data}", "--save_steps=4", "--num_train_epochs=10"]
+    whole = train(models, data, tmp_path / "whole", *flags[2:])
+    words = ["scripts/pipeline.sh", *preferences.SMALL, *flags, "--gpus=none", "--accelerate_config=cpu"]
+    words += ["--output_dir", tmp_path / "model"]
+    first = tiny.start("bash", *words, slow=tmp_path / "nothing", log=tmp_path / "log")
+    tiny.wait_for(first, lambda: (tmp_path / "model.partial" / "identity.json").exists())
+    os.killpg(first.pid, signal.SIGSTOP)  # so that it is at work for as long as the second one takes
+    second = tiny.run(*words)
+    os.killpg(first.pid, signal.SIGCONT)
+    assert first.poll() is None, (tmp_path / "log").read_text()
+    assert second.returncode == 1
+    assert f"another process is making {tmp_path / 'model'}; wait for it or stop it" in second.stderr
+    assert len(list((tmp_path / "logs").glob("train*.log"))) == 1  # the second has not begun to train
+    assert first.wait(240) == 0, (tmp_path / "log").read_text()
+    steps = [[line["step"] for line in preferences.metrics(model)] for model in (whole, tmp_path / "model")]
+    assert steps[0] == steps[1]
+    one, two = (load_file(model / "model.safetensors") for model in (whole, tmp_path / "model"))
+    assert all(one[name].equal(two[name]) for name in one)
+    assert not work_of(tmp_path / "model").exists()

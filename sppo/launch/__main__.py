@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from sppo.common.errors import UsageError, run_main
+from sppo.common.locks import alone
 from sppo.common.place import Place, add_place_flags
 from sppo.launch.nodes import check_machines
 from sppo.launch.watch import Launcher, run_shards, run_training
@@ -50,7 +52,10 @@ def main() -> None:
     if place.launcher != "local":
         check_machines(launcher, args.logs)
     if args.what == "shards":
-        run_shards(launcher, place.shards, args.shards_dir, args.logs, args.name, command)
+        here = args.shards_dir
+        doing = f"is at work on the shards in {here}"
+        with alone(here / "launch.lock", doing) if here else nullcontext():
+            run_shards(launcher, place.shards, here, args.logs, args.name, command)
     else:
         run_training(launcher, args.accelerate_config, args.logs, command)
 
