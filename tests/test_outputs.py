@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import signal
@@ -38,6 +39,8 @@ from sppo.common.files import atomic, digest, read_json, write_json
 from sppo.common.findings import Iteration, Run
 from sppo.common.locks import Held, hold
 from sppo.common.manifest import Stage
+from sppo.common.model_files import model_identity
+from sppo.common.policy import open_policy
 from sppo.config import Recipe
 from sppo.preflight.machine import check_outputs
 from sppo.training.average import average
@@ -375,3 +378,66 @@ def test_the_same_pipeline_twice_is_refused_and_the_first_ends_undisturbed(
     one, two = (load_file(model / "model.safetensors") for model in (whole, tmp_path / "model"))
     assert all(one[name].equal(two[name]) for name in one)
     assert not work_of(tmp_path / "model").exists()
+
+
+FURTHER = {
+    "additional_chat_templates/tool_use.jinja": "{{ messages[0]['content'] }}",
+    "sentencepiece.bpe.model": "pieces",
+    "qwen.tiktoken": "IQ== 0",
+    "tokenizer.model.v3": "newer pieces",
+    "prophetnet.tokenizer": "words",
+    "vocab-src.json": "{}",
+    "preprocessor_config.json": "{}",
+}
+# of other kinds, or other tools': none of it belongs to the tokenizer
+NOT_COPIED = (
+    "vocab.pkl pytorch_model.bin evil.py model.onnx LICENSE notes.md .gitattributes quantize_config.json params.json "
+    "original/consolidated.00.pth original/tokenizer.model checkpoint-5/trainer_state.json results.csv"
+).split()
+
+
+def furnished(model: Path, target: Path, further: dict[str, str]) -> Path:
+    """A copy of a model with more files."""
+    shutil.copytree(model, target)
+    for name, content in further.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text(content)
+    return target
+
+
+def test_a_tokenizers_further_files_go_from_iteration_to_iteration(models: Path, data: Path, tmp_path: Path) -> None:
+    """average.py refused the run's own model, whose tokenizer had lost its further templates."""
+    base = furnished(models / "llama3", tmp_path / "base", FURTHER | dict.fromkeys(NOT_COPIED, "{}"))
+    one = train(models, data, tmp_path / "one", model=base)
+    adapter = train(models, data, tmp_path / "adapter", "--use_peft=true", "--merge_adapter=true", model=one)
+    average([str(base), str(one)], tmp_path / "mean")
+    for made in (one, adapter, adapter / "merged", tmp_path / "mean"):
+        for name in [*FURTHER, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]:
+            assert (made / name).read_bytes() == (base / name).read_bytes(), (made, name)
+        assert not [name for name in NOT_COPIED if (made / name).exists()]
+        assert "tool_use" in open_policy(str(made)).tokenizer().chat_template
+    written = read_json(adapter / "sppo_manifest.json")["outputs"]
+    assert {*FURTHER, *(f"merged/{name}" for name in FURTHER)} <= set(written)
+
+
+def test_what_decides_the_tokens_is_in_the_identity_and_older_identities_stay(models: Path, tmp_path: Path) -> None:
+    def older(path: Path) -> str:
+        """The identity as it was before further files counted."""
+        found = {
+            f for pattern in ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt") for f in path.glob(pattern)
+        }
+        return hashlib.sha256("".join(f"{f.name}:{digest(f)}\n" for f in sorted(found)).encode()).hexdigest()
+
+    plain = furnished(models / "llama3", tmp_path / "plain", {"merges.txt": "a b", "spm.model": "p"})
+    assert model_identity(plain) == older(plain)
+    for name in NOT_COPIED:
+        (plain / name).parent.mkdir(exist_ok=True)
+        (plain / name).write_text("")
+    assert model_identity(plain) == older(plain)
+    seen = {older(plain)}
+    for name in ("qwen.tiktoken", "additional_chat_templates/tool_use.jinja"):
+        for content in ("one", "two"):
+            (plain / name).parent.mkdir(exist_ok=True)
+            (plain / name).write_text(content)
+            assert model_identity(plain) not in seen
+            seen.add(model_identity(plain))

@@ -21,18 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST = 60  # seconds of computing that a chat template may take for one conversation
-# What describes a tokenizer in a model directory. Copied as they are from one iteration to the next.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:

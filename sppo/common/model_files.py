@@ -6,16 +6,28 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.files import digest, read_json
 
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_KNOWN_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # at first; of other names: see tokenizer_files
+_SMALL_FILES = (*_KNOWN_FILES, "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab")  # that are fetched from the Hub
 _MODEL_FILES = ("*.safetensors", *_SMALL_FILES)
 _CODE_FILES = ("*.py",)  # only with trust_remote_code
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# What beside a tokenizer lies in its directory, by suffix: weights and pickles; code; pages and pictures; data.
+_NO_TOKENIZER = set(
+    ".safetensors .bin .pt .pth .pkl .pickle .joblib .ckpt .h5 .msgpack .onnx .gguf .ot .npz .npy .pb .tflite .nemo "
+    ".py .pyc .so .sh .ipynb .md .html .pdf .png .jpg .jpeg .gif .svg .webp .yaml .yml .toml "
+    ".jsonl .csv .parquet .log .zip .gz .xz .tar .started".split()
+)
+_OF_MODELS = re.compile(  # .json files that tell of a model, its weights or its training
+    r"(generation_|adapter_|\w*quant\w*_)?config\.json|.*\.index\.json|params\.json|source\.json|sppo_manifest\.json|"
+    r"trainer_state\.json|(all|train|eval)_results\.json"
+)
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -184,8 +196,26 @@ def model_identity(path: Path, code: bool = False) -> str:
     """
     sha = hashlib.sha256()
     skip = {"sppo_manifest.json", "trainer_state.json", "all_results.json", "train_results.json"}
-    patterns = _MODEL_FILES + (_CODE_FILES if code else ())
+    patterns = ("*.safetensors", *_KNOWN_FILES) + (_CODE_FILES if code else ())
     for file in sorted({f for pattern in patterns for f in path.glob(pattern)} | {*weight_files(path)}):
         if file.name not in skip and file.is_file():
             sha.update(f"{file.name}:{digest(file)}\n".encode())
+    for name in tokenizer_files(path):
+        if "/" in name or not any(fnmatchcase(name, pattern) for pattern in patterns):
+            sha.update(f"{name}:{digest(path / name)}\n".encode())
     return sha.hexdigest()
+
+
+def tokenizer_files(directory: Path) -> list[str]:
+    """The files in a model's directory that may belong to its tokenizer, by their paths in it: of whatever names.
+
+    All that is not something else: vocabularies have names of many kinds, and a processor's settings belong here too.
+    """
+    names = [
+        path.name
+        for path in directory.iterdir()
+        if path.is_file() and path.suffix not in (*_NO_TOKENIZER, "") and not path.name.startswith(".")
+    ]
+    templates = [path for path in directory.glob("additional_chat_templates/*.jinja") if path.is_file()]
+    names = [name for name in names if not _OF_MODELS.fullmatch(name)]
+    return sorted([*names, *(path.relative_to(directory).as_posix() for path in templates)])

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo.common import chat
 from sppo.common.directories import MANIFEST, appearing, refuse_overlap, refuse_unknown, target_of
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name, weight_files, weight_shapes
 from sppo.common.policy import Policy, open_policy
-from sppo.training.save import copy_files, finish_model
+from sppo.training.save import copy_files, copy_tokenizer, finish_model
 
 
 def average(models: list[str], output_dir: Path, overwrite: bool = False) -> None:
@@ -39,7 +38,7 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
         return
     with appearing(target, stage.name) as final:
         copy_files(first.weights, final, ("config.json", "generation_config.json", "model.safetensors.index.json"))
-        copy_files(first.tokenizer_dir, final, chat.TOKENIZER_FILES)
+        copy_tokenizer(first.tokenizer_dir, final)
         for path in weight_files(first.weights):
             _mean_file(path.name, policies, final / path.name)
         counts = {"models": len(models), "weights": len(shapes)}

@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.common import chat
 from sppo.common.directories import MANIFEST, delete, put_in_place
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.loading import load_causal_lm, load_config
 from sppo.common.manifest import Stage
-from sppo.common.model_files import public_name
+from sppo.common.model_files import public_name, tokenizer_files
 from sppo.common.policy import Policy
 from sppo.training.model_card import write_card
 from sppo.training.settings import IDENTITY, Training
@@ -34,7 +33,7 @@ def finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> No
             _merge(source, final)
     else:
         copy_files(source.weights, final, ("generation_config.json",))
-    copy_files(source.tokenizer_dir, final, chat.TOKENIZER_FILES)
+    copy_tokenizer(source.tokenizer_dir, final)
     if source.remote_code:
         copy_files(source.weights, final, tuple(p.name for p in source.weights.glob("*.py")))
     shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
@@ -65,6 +64,13 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files as they are, so that one iteration's tokens are the next one's."""
+    for name in tokenizer_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
 def _name_base(training: Training, path: Path) -> None:
     """Let the adapter's config name its base so that it is found again: a Hub id, or a whole path."""
     config_json = read_json(path)
@@ -87,4 +93,4 @@ def _merge(source: Policy, final: Path) -> None:
     merged = load_causal_lm(dataclasses.replace(source, adapter=final), torch.float32)
     merged.to(load_config(source).dtype or torch.float32).save_pretrained(final / "merged")
     copy_files(source.weights, final / "merged", ("generation_config.json",))
-    copy_files(source.tokenizer_dir, final / "merged", chat.TOKENIZER_FILES)
+    copy_tokenizer(source.tokenizer_dir, final / "merged")
