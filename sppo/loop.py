@@ -316,7 +316,7 @@ def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, 
     """The stages of scripts/report.py: the base's answers, iteration i's, and their comparison."""
     from sppo.evaluation.match import judges, match_stage
     from sppo.evaluation.measures import measure_stage
-    from sppo.evaluation.report import comparing, report_stage
+    from sppo.evaluation.report import comparing, report_stage, summary_rows
 
     here = run_dir / f"iter{i}"
     base = dataclasses.replace(recipe, prompts=recipe.eval_prompts, prompts_revision="", pairs=recipe.eval_pairs)
@@ -327,6 +327,8 @@ def _report_stages(recipe: Recipe, iteration: Recipe, args: argparse.Namespace, 
     yield [match_stage(one, name, run_dir, 0, i) for name, one in judges(by).items()]
     yield [measure_stage(recipe, run_dir / f"iter{n}" / "eval", recipe.model) for n in (0, i)]
     yield [report_stage(by, run_dir, i)]
+    if read_json(run_dir / "summary.json") != summary_rows(run_dir):
+        raise SPPOError(f"{run_dir / 'summary.json'} is not what the reports say")
 
 
 def _preflight(run_dir: Path, argv: list[str]) -> int:

@@ -23,7 +23,7 @@ from huggingface_hub import DatasetCard, ModelCard, constants
 from huggingface_hub.utils import close_session
 
 from sppo.common.errors import run_main
-from sppo.common.files import read_json
+from sppo.common.files import digest, read_json
 from sppo.config import Recipe
 from sppo.pairing.training_set import compute_prob
 
@@ -344,6 +344,7 @@ def test_a_model_arrives_without_what_is_private(hub: Hub, push: Push, here: Pat
     config = read_json(model / "tokenizer_config.json")
     config |= {"name_or_path": str(models / "llama3"), "special_tokens_map_file": "/home/me/cache/map.json"}
     (model / "tokenizer_config.json").write_text(json.dumps(config))
+    as_trained(model, "tokenizer_config.json")
     before = contents(here)
     code, shown = push(what="--model_dir")
     assert code == 0, shown
@@ -356,7 +357,12 @@ def test_a_model_arrives_without_what_is_private(hub: Hub, push: Push, here: Pat
     assert not [name for name in repo.files if name.endswith((".bin", ".pt")) or "/" in name or name.startswith(".")]
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert repo.files[name] == (model / name).read_bytes()
-    assert json.loads(repo.files["sppo_manifest.json"])["model"] == "llama3"
+    written = json.loads(repo.files["sppo_manifest.json"])
+    assert written["model"] == "llama3"
+    for name, sha in written["outputs"].items():  # whoever fetches it can check it
+        (model.parent / "fetched").write_bytes(repo.files[name])
+        assert digest(model.parent / "fetched") == sha
+    (model.parent / "fetched").unlink()
     sent = json.loads(repo.files["tokenizer_config.json"])
     assert (sent["name_or_path"], sent["special_tokens_map_file"]) == ("llama3", "map.json")
     assert ModelCard(repo.files["README.md"].decode()).data.tags == ["sppo", "alignment"]
@@ -371,11 +377,22 @@ def test_a_model_arrives_without_what_is_private(hub: Hub, push: Push, here: Pat
     assert hub.requests == []
 
 
+def as_trained(model: Path, name: str) -> None:
+    """Let the manifest say of a file what is there now, as if training had written it."""
+    manifest = read_json(model / "sppo_manifest.json")
+    manifest["outputs"].pop(name, None)
+    if (model / name).exists():
+        manifest["outputs"][name] = digest(model / name)
+    (model / "sppo_manifest.json").write_text(json.dumps(manifest))
+
+
 def test_a_models_old_shards_go_and_others_files_stay(hub: Hub, push: Push, here: Path) -> None:
     shutil.copyfile(here / "model" / "model.safetensors", here / "model" / "model-00002-of-00002.safetensors")
+    as_trained(here / "model", "model-00002-of-00002.safetensors")
     push(what="--model_dir")
     hub.repos[MODEL].files["LICENSE"] = b"the user's"
     (here / "model" / "model-00002-of-00002.safetensors").unlink()
+    as_trained(here / "model", "model-00002-of-00002.safetensors")
     assert push(what="--model_dir")[0] == 0
     assert "model-00002-of-00002.safetensors" not in hub.repos[MODEL].files
     assert {"LICENSE", "model.safetensors"} <= set(hub.repos[MODEL].files)
@@ -384,6 +401,7 @@ def test_a_models_old_shards_go_and_others_files_stay(hub: Hub, push: Push, here
 def test_an_adapter_names_no_local_base(hub: Hub, push: Push, here: Path, models: Path) -> None:
     base = {"base_model_name_or_path": str(models / "llama3"), "r": 8}
     (here / "model" / "adapter_config.json").write_text(json.dumps(base))
+    as_trained(here / "model", "adapter_config.json")
     code, shown = push(what="--model_dir")
     assert code == 0
     assert "who loads it needs that base too" in shown

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import preferences
 import pytest
 import tiny
-from safetensors.torch import load_file
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from safetensors.torch import load_file, save_file
+from test_data import data_directory
 
 from sppo import run_sppo
 from sppo.common import directories
@@ -40,10 +46,15 @@ from sppo.common.findings import Iteration, Run
 from sppo.common.locks import Held, hold
 from sppo.common.manifest import Stage
 from sppo.common.model_files import model_identity
-from sppo.common.policy import open_policy
+from sppo.common.policy import Policy, open_policy
 from sppo.config import Recipe
+from sppo.formats import content_id
+from sppo.hub.push import push_model
+from sppo.pairing.training_set import compute_prob
 from sppo.preflight.machine import check_outputs
+from sppo.rankers import pinned
 from sppo.training.average import average
+from sppo.training.settings import prepare
 
 
 def state(directory: Path) -> dict[str, bytes]:
@@ -441,3 +452,107 @@ def test_what_decides_the_tokens_is_in_the_identity_and_older_identities_stay(mo
             (plain / name).write_text(content)
             assert model_identity(plain) not in seen
             seen.add(model_identity(plain))
+
+
+def flip(path: Path, at: float) -> None:
+    """One bit of a file, at a share of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_of_a_model_is_noticed(trained: Path, tmp_path: Path) -> None:
+    for name in read_json(trained / "sppo_manifest.json")["outputs"]:
+        model = shutil.copytree(trained, tmp_path / name)
+        assert open_policy(str(model)).identity() == open_policy(str(trained)).identity()
+        flip(model / name, 0.5)
+        with pytest.raises(SPPOError, match=rf"model .*: {re.escape(name)} changed since it was written"):
+            Policy(model, None, model).identity()
+        with pytest.raises(SPPOError, match=rf"{re.escape(name)} changed since .*, so nothing was pushed"):
+            push_model(model, "me", "x", public=False)
+    (model / "sppo_manifest.json").unlink()  # another tool's directory, or a copy that somebody wants to change
+    Policy(model, None, model).identity()
+
+
+def test_a_changed_template_is_copied_again_before_anything_is_drawn_with_it(
+    models: Path, data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each prompt of iteration 2 ended in "tssistant". To train again for it would cost hours, and an edit is kept."""
+    model = shutil.copytree(trained, tmp_path / "model")
+    before, template = state(model), model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "tssistant"))
+    words = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={model}"]
+    asked = prepare([*preferences.SMALL, *words], 1)
+    assert not asked.stage.stands()  # so the driver does not go on to iteration 2, but to this:
+    (model / "tokenizer.json").unlink()
+    train(models, data, model)
+    said = capsys.readouterr().out
+    assert "chat_template.jinja had changed since it was written, and is kept as" in said
+    assert "tokenizer.json was gone. It is copied again from" in said
+    assert f"train: done: {model}" in said
+    assert state(model) == before
+    assert "tssistant" in (tmp_path / "model.changed-chat_template.jinja").read_text()
+    assert asked.stage.stands()
+
+
+def test_a_flipped_bit_in_the_references_table_is_not_trained_on(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first loss was 30.8 for 6.8."""
+    data = preferences.write(tmp_path / "data", preferences.rows(4))
+    right = preferences.metrics(train(models, data, tmp_path / "right"))[0]["loss"]
+    (table,) = (data / "reference").glob("*.safetensors")
+    content = bytearray(table.read_bytes())
+    content[-1] ^= 2  # of the last number's exponent
+    table.write_bytes(content)
+    found = preferences.metrics(train(models, data, tmp_path / "found"))[0]["loss"]
+    assert "is damaged (it changed since it was written); it is not used" in capsys.readouterr().out
+    assert found == right
+    assert load_file(table)["logps"].isfinite().all()
+    without = {"logps": load_file(table)["logps"]}
+    save_file(without, table)  # an older version's, which says nothing of itself
+    train(models, data, tmp_path / "older")
+    assert "found the reference's log-probs in" in capsys.readouterr().out
+
+
+def test_changed_responses_rankings_and_pins_are_refused(tmp_path: Path) -> None:
+    """By hand, that is: a driver makes what changed again before it is read."""
+    out = data_directory(tmp_path / "data", [["one", "two", "three"]] * 3)
+    (ranking,) = (out / "ranking").glob("*.parquet")
+    Stage("combine", out / "responses.manifest.json", [out / "responses.parquet"], {}, {}).finish({})
+    inputs = {"responses": digest(out / "responses.parquet")}
+    Stage("rank", ranking.with_suffix(".manifest.json"), [ranking], inputs, {}).finish({})
+    compute_prob(Recipe(pairs=3, test_size=0), out, overwrite=False)
+    for path, said in ((ranking, "Run rank.py again"), (out / "responses.parquet", "Run combine_generate.py again")):
+        flip(path, 0.5)
+        with pytest.raises(SPPOError, match=f"{path.name} is not what was written.* {said}"):
+            compute_prob(Recipe(pairs=3, test_size=0), out, overwrite=True)
+    pin = {"ranker": "org/ranker", "asked": "", "revision": "ab" * 20}
+    recipe = Recipe(ranker="org/ranker")
+    for more, is_whole in (({}, True), ({"check": content_id(pin)}, True), ({"check": "0"}, False)):
+        write_json(out / "ranker.json", pin | more)
+        if is_whole:
+            assert pinned(recipe, out).ranker_revision == "ab" * 20
+        else:
+            with pytest.raises(SPPOError, match=r"ranker.json is damaged"):
+                pinned(recipe, out)
+
+
+def test_a_mean_of_models_is_pushed_without_local_paths(
+    models: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended with KeyError: 'model'."""
+    run = tmp_path / "my-run"
+    one, two = (shutil.copytree(trained, run / f"iter{i}" / "model") for i in (1, 2))
+    average([str(one), str(two), str(models / "llama3")], run / "mean")
+    with hub_server.running() as hub:
+        for key, value in hub.env.items():
+            monkeypatch.setenv(key, value)
+        for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+            monkeypatch.setattr(constants, name, value)
+        push_model(run / "mean", "me", "mean", public=False)
+        files = hub.repos["me/mean"].files
+        close_session()
+    assert json.loads(files["sppo_manifest.json"])["models"] == ["model", "model", "llama3"]
+    assert set(files) == set(state(run / "mean"))
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]

@@ -15,9 +15,8 @@ from pathlib import Path
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import follow_umask, sync_directory
 from sppo.common.locks import hold
-from sppo.common.manifest import read_manifest
+from sppo.common.manifest import MANIFEST, read_manifest
 
-MANIFEST = "sppo_manifest.json"  # in a directory that is an output as a whole
 MARKER = "sppo.work"  # in a work directory: all in it is ours. Who is at work there holds a lock on it
 FINAL = "final"  # in a work directory: what is put in place in the end
 

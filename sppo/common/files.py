@@ -106,6 +106,11 @@ def digest(path: Path) -> str:
     return sha.hexdigest()
 
 
+def digest_of(content: bytes) -> str:
+    """The digest that a file with this content has, up to 64 MiB."""
+    return hashlib.sha256(str(len(content)).encode() + content).hexdigest()
+
+
 def changed(directory: Path, digests: dict[str, str]) -> list[str]:
     """Names in `directory` of the files that are missing or not what their digests say."""
     return [n for n, sha in digests.items() if not (directory / n).is_file() or digest(directory / n) != sha]

@@ -20,6 +20,7 @@ from sppo.common.files import changed, digest, read_json, write_json
 from sppo.common.journal import KEEP_BOTH, differences, refuse_another
 from sppo.common.locks import Held, hold
 
+MANIFEST = "sppo_manifest.json"  # the manifest in a directory that is an output as a whole
 SHARED = "SPPO_SHARED"  # set by a cluster's launcher: other machines write what this process reads
 _VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
 # what older versions did not note: their manifests, which lack it, stand as they are
@@ -70,6 +71,15 @@ def await_written(path: Path, manifest: Path, may_lack: bool = True) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.5)
+
+
+def refuse_changed(path: Path, manifest: Path, advice: str) -> None:
+    """Raise SPPOError where a stage's output is not what the manifest beside it says that it wrote.
+
+    A file without a manifest is another tool's, and is taken as it is.
+    """
+    if manifest.exists() and changed(path.parent, {path.name: read_manifest(manifest)["outputs"].get(path.name, "")}):
+        raise SPPOError(f"{path} is not what was written: it changed since. {advice}")
 
 
 @dataclass

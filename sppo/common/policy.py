@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from sppo.common import chat
 from sppo.common.errors import SPPOError
+from sppo.common.files import changed
+from sppo.common.manifest import MANIFEST, read_manifest
 from sppo.common.model_files import (
     files_to_fetch,
     is_adapter,
@@ -35,7 +37,12 @@ class Policy:
     remote_code: bool = False
 
     def identity(self) -> str:
-        """A fingerprint of everything that decides the policy's responses."""
+        """A fingerprint of everything that decides the policy's responses.
+
+        Raises SPPOError for a model of ours that is not what its training wrote.
+        """
+        for part in filter(None, (self.weights, self.adapter)):
+            _refuse_changed(part)
         own = model_identity(self.weights, self.remote_code)
         return own if self.adapter is None else f"{own}+{model_identity(self.adapter)}"
 
@@ -93,6 +100,20 @@ def _open(name: str, revision: str, what: str, remote_code: bool, weights: bool)
     if missing := [file.name for file in weight_files(directory) if weights and not file.exists()]:
         raise SPPOError(f"{what} {directory}: {missing[0]}, which its index names, is missing; fetch the model again")
     return directory, found
+
+
+def _refuse_changed(directory: Path) -> None:
+    """Raise SPPOError where a file in a model's directory is not what the manifest says. Older ones do not know all."""
+    manifest = directory / MANIFEST
+    if not manifest.exists():
+        return
+    written = read_manifest(manifest)
+    own = {name: sha for name, sha in written["outputs"].items() if not name.startswith("merged/")}
+    if "others" in written and (names := changed(directory, own)):
+        raise SPPOError(
+            f"model {directory}: {', '.join(names)} changed since it was written, or is gone. The command that made "
+            f"the model mends it. If the change is meant, copy the directory without {MANIFEST}, and name the copy"
+        )
 
 
 def adapter_base(directory: Path) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sppo.common.errors import SPPOError
 from sppo.common.journal import differences
-from sppo.common.manifest import LATER, read_manifest
+from sppo.common.manifest import LATER, read_manifest, refuse_changed
 from sppo.common.shards import begun_shards, known_count, shard_paths
 
 
@@ -43,6 +43,7 @@ def check_rankings(files: list[Path], responses: Path, read: str, total: int) ->
     """
     found = {path: read_manifest(m) for path in files if (m := path.with_suffix(".manifest.json")).exists()}
     for path, manifest in found.items():
+        refuse_changed(path, path.with_suffix(".manifest.json"), "Run rank.py again, which makes it again")
         if manifest["inputs"].get("responses") != read:
             raise SPPOError(f"{path} ranks other responses than {responses} holds; run rank.py --overwrite first")
     rankers = {path: manifest["inputs"].get("ranker") for path, manifest in found.items()}

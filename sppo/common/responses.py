@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sppo.common.errors import SPPOError
-from sppo.common.manifest import await_written
+from sppo.common.manifest import await_written, refuse_changed
 from sppo.common.parquet import is_list, is_text, open_parquet
 from sppo.common.shards import begun_shards, known_count
 from sppo.formats import BEYOND_TEXT, REQUIRED, responses_schema
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 def require_responses(output_dir: Path) -> Path:
-    """$DATA/responses.parquet. Raises SPPOError where it is not there, with the command that makes it."""
+    """$DATA/responses.parquet. Raises SPPOError where it is not there, or changed, with the command that makes it."""
     path = output_dir / "responses.parquet"
-    if await_written(path, output_dir / "responses.manifest.json") or path.exists():
+    manifest = output_dir / "responses.manifest.json"
+    if await_written(path, manifest) or path.exists():
+        refuse_changed(path, manifest, "Run combine_generate.py again, which makes it of its shards")
         return path
     numbers = begun_shards(output_dir / "responses")
     if not numbers:

@@ -79,12 +79,12 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, place: Plac
 
 def update_summary(run_dir: Path) -> list[dict[str, Any]]:
     """Write summary.json from what reports, measures and benchmark suites left in the run's directory."""
-    rows = _rows(run_dir)
+    rows = summary_rows(run_dir)
     write_json(run_dir / "summary.json", rows)
     return rows
 
 
-def _rows(run_dir: Path) -> list[dict[str, Any]]:
+def summary_rows(run_dir: Path) -> list[dict[str, Any]]:
     """A row for each iteration that has a report; `base` holds what was measured of the first model's answers.
 
     Later ones too: a report that is made again must not take their rows out of summary.json.

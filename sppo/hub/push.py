@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import digest, read_json, write_json
+from sppo.common.files import changed, digest, digest_of, read_json, write_json
+from sppo.common.locks import alone
+from sppo.common.manifest import MANIFEST, read_manifest
 from sppo.common.model_files import public_name
 from sppo.common.parquet import open_parquet, read_rows, write_parquet
 from sppo.config import ROOT, flags
@@ -75,7 +77,8 @@ def push_data(output_dir: Path, org: str, name: str, public: bool) -> None:
         raise SPPOError(f"{train} or {test.name} is not what {manifest.name} describes; run compute_prob.py again")
     tag = tag_of(name, found["train.parquet"])
     part = "data/{}-00000-of-00001.parquet".format
-    with tempfile.TemporaryDirectory(prefix="sppo-hub-") as scratch:  # mode 0700
+    lock = alone(output_dir / "pushed.json.lock", f"pushes {output_dir}")
+    with lock, tempfile.TemporaryDirectory(prefix="sppo-hub-") as scratch:  # mode 0700
         both = Path(scratch) / "both.parquet"
         for repo, files, digests in (
             (f"{org}/data-{name}_generated", {part("train"): both}, {part("train"): "+".join(found.values())}),
@@ -101,22 +104,49 @@ def push_model(model_dir: Path, org: str, name: str, public: bool) -> None:
     What arrived is remembered beside the model, in pushed-<its name>.json. Raises SPPOError as push_data.
     """
     check_name(org, name)
-    manifest = model_dir / "sppo_manifest.json"
+    manifest = model_dir / MANIFEST
     if not manifest.exists():
         raise SPPOError(f"{manifest} does not exist, so no finished training wrote {model_dir}; run pipeline.sh first")
-    files: Files = {}
-    for path in sorted([*model_dir.glob("*"), *model_dir.glob("merged/*")]):
-        wanted = path.suffix in _MODEL_SUFFIXES or path.name in ("README.md", "metrics.jsonl")
-        if wanted and path.is_file() and not path.name.startswith("."):
-            files[path.relative_to(model_dir).as_posix()] = _without_paths(path)
+    written = read_manifest(manifest)
+    if names := changed(model_dir, written["outputs"]):
+        raise SPPOError(
+            f"{model_dir}: {', '.join(names)} changed since it was written, or is gone, so nothing was pushed; the "
+            "command that made the model mends it"
+        )
+    files: Files = {name: _without_paths(model_dir / name) for name in _model_files(model_dir, written)}
+    if "others" in written:
+        files[MANIFEST] = _with_digests(files)
     digests = {n: digest(f) if isinstance(f, Path) else hashlib.sha256(f).hexdigest() for n, f in files.items()}
-    record = _Record(model_dir.absolute().parent / f"pushed-{model_dir.name}.json", repo := f"{org}/{name}", "model",
-                     public, digests)  # fmt: skip
-    if not record.is_done():
-        _push(record, files, tag_of(name, hashlib.sha256(json.dumps(digests).encode()).hexdigest()))
+    path, repo = model_dir.absolute().parent / f"pushed-{model_dir.name}.json", f"{org}/{name}"
+    with alone(path.with_name(path.name + ".lock"), f"pushes {model_dir}"):
+        record = _Record(path, repo, "model", public, digests)
+        if not record.is_done():
+            _push(record, files, tag_of(name, hashlib.sha256(json.dumps(digests).encode()).hexdigest()))
     adapter = model_dir / "adapter_config.json"
     if adapter.exists() and Path(read_json(adapter)["base_model_name_or_path"]).is_absolute():
         print(f"push_to_hub: {repo} is an adapter, and its base is a directory here: who loads it needs that base too")
+
+
+def _model_files(model_dir: Path, written: dict[str, Any]) -> list[str]:
+    """The files of a model that are pushed: all that its manifest knows. An older one does not know all."""
+    if "others" in written:
+        return sorted({MANIFEST, *written["outputs"], *(n for n in written["others"] if (model_dir / n).is_file())})
+    paths = [
+        path
+        for path in [*model_dir.glob("*"), *model_dir.glob("merged/*")]
+        if path.suffix in _MODEL_SUFFIXES or path.name in ("README.md", "metrics.jsonl")
+    ]
+    return sorted(p.relative_to(model_dir).as_posix() for p in paths if p.is_file() and not p.name.startswith("."))
+
+
+def _with_digests(files: Files) -> bytes:
+    """The manifest, with the digests of the files as they are pushed, which name no local paths."""
+    manifest = files[MANIFEST]
+    made = json.loads(manifest if isinstance(manifest, bytes) else manifest.read_text(encoding="utf-8"))
+    for name, content in files.items():
+        if isinstance(content, bytes) and name in made["outputs"]:
+            made["outputs"][name] = digest_of(content)
+    return (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _without_paths(path: Path) -> Path | bytes:
@@ -136,7 +166,9 @@ def _without_paths(path: Path) -> Path | bytes:
 
     content = read_json(path)
     clean = cleaned(content)
-    if path.name == "sppo_manifest.json":
+    if path.name == MANIFEST and "models" in clean:  # of a mean
+        clean["models"] = [public_name(model) for model in clean["models"]]
+    elif path.name == MANIFEST:
         clean["model"] = clean.pop("model_name", None) or public_name(clean["model"])
     return path if clean == content else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
 

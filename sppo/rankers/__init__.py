@@ -32,7 +32,7 @@ from sppo.common.preference import Array
 from sppo.common.shards import begun_shards, shard_paths
 from sppo.common.stopping import end_if_asked, heard
 from sppo.config import Recipe
-from sppo.formats import Message, Pair, prompt_text
+from sppo.formats import Message, Pair, content_id, prompt_text
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,8 @@ def pinned(recipe: Recipe, data_dir: Path) -> Recipe:
     if not path.exists():
         return recipe
     pin = read_json(path)
-    if not isinstance(pin, dict) or not {"ranker", "asked", "revision"} <= set(pin):
+    told = {key: pin.get(key) for key in ("ranker", "asked", "revision")} if isinstance(pin, dict) else {}
+    if not told or None in told.values() or pin.get("check", content_id(told)) != content_id(told):  # older: no check
         raise SPPOError(f"{path} is damaged; delete it and run preload.py again")
     if pin["ranker"] != recipe.ranker or recipe.ranker_revision not in (pin["asked"], pin["revision"]):
         return recipe
@@ -99,7 +100,7 @@ def preload(recipe: Recipe, data_dir: Path | None, overwrite: bool = False) -> N
         pin = {"ranker": recipe.ranker, "asked": recipe.ranker_revision, "revision": commit}
         if not overwrite:
             _refuse_another(pin, data_dir)
-        write_json(data_dir / "ranker.json", pin)
+        write_json(data_dir / "ranker.json", {**pin, "check": content_id(pin)})
     print(f"preload: {recipe.ranker} is at {where}" + (f"; pinned to --ranker_revision {commit}" if commit else ""))
 
 
@@ -107,7 +108,8 @@ def _refuse_another(pin: dict[str, str], data_dir: Path) -> None:
     begun, path = set(begun_shards(data_dir / "ranking")), data_dir / "ranker.json"
     manifests = [shard_paths(data_dir / "ranking", number)[1] for number in begun]
     made = {read_manifest(manifest)["ranker"] for manifest in manifests if manifest.exists()}
-    there = read_json(path) if begun and path.exists() else {"ranker": min(made, default=pin["ranker"])}
+    kept = {key: value for key, value in read_json(path).items() if key in pin} if path.exists() else {}
+    there = kept if begun and kept else {"ranker": min(made, default=pin["ranker"])}
     if changed := differences(there, {key: pin[key] for key in there}):
         said = "\n  ".join([f"{data_dir / 'ranking'} is the work of another ranker:", *changed])
         raise OtherWorkError(f"{said}\n{KEEP_BOTH}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo.common.directories import MANIFEST, appearing, refuse_overlap, refuse_unknown, target_of
+from sppo.common.directories import appearing, refuse_overlap, refuse_unknown, target_of
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
-from sppo.common.manifest import Stage
-from sppo.common.model_files import public_name, weight_files, weight_shapes
+from sppo.common.manifest import MANIFEST, Stage
+from sppo.common.model_files import weight_files, weight_shapes
 from sppo.common.policy import Policy, open_policy
 from sppo.training.save import copy_files, copy_tokenizer, finish_model
 
@@ -42,7 +42,7 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
         for path in weight_files(first.weights):
             _mean_file(path.name, policies, final / path.name)
         counts = {"models": len(models), "weights": len(shapes)}
-        finish_model(stage, final, counts, models=models, model_names=[public_name(model) for model in models])
+        finish_model(stage, final, counts, models=models)
     print(f"average: {output_dir}: the mean of {len(models)} models")
 
 

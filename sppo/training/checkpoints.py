@@ -111,7 +111,18 @@ def tidy(work: Path, checkpoint: Path | None) -> None:
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         with atomic(metrics) as temporary:
-            temporary.write_text("".join(x for x in whole if json.loads(x)["step"] <= done), encoding="utf-8")
+            temporary.write_text("".join(x for x in whole if _step(x, metrics) <= done), encoding="utf-8")
+
+
+def _step(line: str, metrics: Path) -> int:
+    """The step of a line of metrics.jsonl. Raises SPPOError for one that is damaged: the mean loss would lack it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        raise SPPOError(
+            f"{metrics} is damaged: {line[:60]!r}; mend that line, or delete {metrics.parent} to train this iteration "
+            "again"
+        ) from None
 
 
 def only_plain_values(checkpoint: Path) -> None:

@@ -64,7 +64,7 @@ def find_reference(trainer: SPPOTrainer) -> torch.Tensor:
         return found
     if trainer.state.global_step:
         raise SPPOError(
-            f"{table.homes[0] / table.key}.safetensors is gone, so this run cannot be resumed: "
+            f"{table.homes[0] / table.key}.safetensors is gone or damaged, so this run cannot be resumed: "
             f"its policy is not the reference any more. Delete {trainer.args.output_dir} to train again"
         )
     return _compute(trainer, trainer.model_wrapped, trainer.lean, table, "reference")

@@ -39,18 +39,21 @@ class ReferenceTable:
                 (home / f"{self.key}.safetensors").unlink()
 
     def load(self, size: int) -> tuple[torch.Tensor, Path] | None:
-        """The table, (size,) float32, and its file; None where there is none that is whole."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """The table, (size,) float32, and its file; None where there is none that is whole and as it was written."""
+        from safetensors import SafetensorError, safe_open
 
         for home in self.homes:
             path = home / f"{self.key}.safetensors"
             if not path.is_file():
                 continue
             try:
-                table = load_file(path)["logps"]
+                with safe_open(path, "pt") as file:
+                    table, wanted = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
             except (SafetensorError, KeyError, OSError) as error:
-                print(f"train: {path} is damaged ({error}); its log-probs are computed again")
+                print(f"train: {path} is damaged ({error}); it is not used", flush=True)
+                continue
+            if wanted not in (None, _digest(table)):  # older tables have none
+                print(f"train: {path} is damaged (it changed since it was written); it is not used", flush=True)
                 continue
             if table.shape == (size,) and (table.isfinite().all() or not self.whole):
                 return table, path
@@ -64,7 +67,7 @@ class ReferenceTable:
             path = home / f"{self.key}.safetensors"
             try:
                 with atomic(path) as temporary:
-                    save_file({"logps": table}, temporary)
+                    save_file({"logps": table}, temporary, metadata={"sha256": _digest(table)})
             except OSError as error:
                 if home == self.homes[-1]:
                     raise
@@ -72,6 +75,10 @@ class ReferenceTable:
                 continue
             return path
         raise AssertionError("no home")
+
+
+def _digest(table: torch.Tensor) -> str:
+    return hashlib.sha256(table.float().cpu().numpy().tobytes()).hexdigest()
 
 
 def agreement(table: torch.Tensor, data: TrainingSet) -> dict[str, float]:

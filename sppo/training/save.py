@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.directories import MANIFEST, delete, put_in_place
+from sppo.common.directories import delete, put_in_place
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.loading import load_causal_lm, load_config
-from sppo.common.manifest import Stage
+from sppo.common.manifest import MANIFEST, Stage
 from sppo.common.model_files import public_name, tokenizer_files
 from sppo.common.policy import Policy
 from sppo.training.model_card import write_card

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sppo import config
-from sppo.common.directories import MANIFEST, refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
+from sppo.common.directories import refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
 from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import digest
-from sppo.common.manifest import Stage
+from sppo.common.files import atomic, changed, digest
+from sppo.common.manifest import MANIFEST, Stage, read_manifest
 from sppo.common.policy import Policy, open_policy, policy_of
 from sppo.config import KEYS, Recipe
 from sppo.training.checkpoints import refuse_another
@@ -25,6 +26,8 @@ IDENTITY = (
     "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
     "chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
 ).split()
+
+_IF_MEANT = f"If the change was meant: copy the model without its {MANIFEST}, change the copy, and name it as --model"
 
 # Seconds in which a try that is being stopped may end: Ray starts a training again as soon as it has lost a machine.
 _PATIENCE = 30
@@ -59,6 +62,8 @@ class Training:
     def is_done(self) -> bool:
         """Whether output_dir holds this very training's model. Raises SPPOError if it, or what a killed try left, holds
         another's, and for a directory that may not be replaced."""
+        if os.environ.get("RANK", "0") == "0" and not self.overwrite:
+            self._restore()
         if not self.overwrite and self.stage.is_done():
             if os.environ.get("RANK", "0") == "0":
                 print(f"train: done: {self.output_dir}")
@@ -73,6 +78,30 @@ class Training:
         """Raise OtherWorkError where another training's model is in output_dir, or what a killed try at it left."""
         self.stage.refuse_others()
         refuse_another(self.work, self.stage)
+
+    def _restore(self) -> None:
+        """Copy the policy's own files into the finished model again, where they are not what was written.
+
+        Its weights are good, so that nothing needs to be trained for a tokenizer's file. What is changed is kept.
+        """
+        manifest = self.output_dir / MANIFEST
+        if not manifest.exists():
+            return
+        outputs = read_manifest(manifest)["outputs"]
+        for name in changed(self.output_dir, outputs):
+            path, last = self.output_dir / name, name.removeprefix("merged/")
+            sources = (self.source.tokenizer_dir / last, self.source.weights / last)
+            source = next((s for s in sources if s.is_file() and digest(s) == outputs[name]), None)
+            if source is None:
+                continue
+            was = "was gone"
+            if path.exists():
+                kept = self.output_dir.with_name(f"{self.output_dir.name}.changed-{name.replace('/', '-')}")
+                os.replace(path, kept)
+                was = f"had changed since it was written, and is kept as {kept}"
+            with atomic(path) as temporary:
+                shutil.copyfile(source, temporary)
+            print(f"train: {path} {was}. It is copied again from {source}. {_IF_MEANT}", flush=True)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
