@@ -4,7 +4,9 @@
 
 Reads   the model, the prompts, the ranker.
 Writes  <output_dir>: best.parquet, best.jsonl (prompt_id, prompt, response, its index and win rate), best.alpaca.json
-        (what AlpacaEval takes), best.manifest.json; and what they were made from: responses.parquet, ranking/, logs/.
+        (what AlpacaEval takes: an entry for each prompt, with an empty output where there is no best response),
+        best.manifest.json, which counts those by reason; and what they were made from: responses.parquet, ranking/,
+        logs/.
 The best is the one with the highest mean P against the others, of n(n-1)/2 comparisons; P is --estimator's, as for the
 chosen response of the training set. --knockout makes n-1 comparisons: winners of rounds meet, by the pair's own P. It
 finds a good response, not always the best; how often, a full comparison of 16 responses to each of 32 prompts tells.
@@ -39,12 +41,14 @@ def main() -> None:
         raise UsageError("--data_frac is for a shard of --knockout")
     from sppo.common.shards import Slice, parse_shards
     from sppo.evaluation.best import best_of_n, play_shard
+    from sppo.generation.prompts import load_prompts
 
     if args.data_frac is not None:
         for number in parse_shards(args.data_frac):
             play_shard(recipe, args.output_dir, Slice(0, number, args.numgpu))
         return
-    best_of_n(recipe, args.output_dir, Place.of(args), args.knockout, args.overwrite)
+    asked = lambda: {p.prompt_id: p.messages for p in load_prompts(recipe.prompts, recipe)}  # noqa: E731 - read late
+    best_of_n(recipe, args.output_dir, Place.of(args), args.knockout, args.overwrite, asked)
 
 
 if __name__ == "__main__":

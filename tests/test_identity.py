@@ -36,14 +36,14 @@ from sppo.common.policy import policy_of
 from sppo.common.rankings import ranking_files
 from sppo.common.shards import Slice, shard_count
 from sppo.config import KEYS, Recipe, flags
-from sppo.evaluation import report
-from sppo.evaluation.best import _ranked, _stage
+from sppo.evaluation import best, report
 from sppo.evaluation.matrix import match_stages, win_matrix
 from sppo.evaluation.measures import measure_stage
 from sppo.evaluation.suites import mt_bench, open_llm
 from sppo.evaluation.suites.suite import Judge, Order, answers
 from sppo.formats import responses_schema
 from sppo.generation.combine import combine, combine_stage
+from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
 from sppo.pairing.training_set import compute_prob, pairing_stage
@@ -217,11 +217,11 @@ def test_an_overwrite_with_fewer_shards_leaves_none_of_the_old(tmp_path: Path, r
     names = ["notes.txt", "shard-00000.manifest.json", "shard-00000.parquet", "shard-00007.txt", "shards.json"]
     assert sorted(p.name for p in (data / "ranking").iterdir()) == names
     recipe, rows = ranked(fresh, "longest", 1), list(read_rows(data / "responses.parquet", ["prompt_id", "responses"]))
-    best = _ranked(recipe, data, rows)
-    assert best == _ranked(recipe, fresh, rows)
+    found = best._ranked(recipe, data, rows)
+    assert found == best._ranked(recipe, fresh, rows)
     for row in rows:
         lengths = [len(response["text"]) for response in row["responses"]]
-        assert lengths[best[row["prompt_id"]].index] == max(lengths)
+        assert lengths[found[row["prompt_id"]].index] == max(lengths)
     for directory in (data, fresh):
         compute_prob(recipe, directory, False)
     assert pq.read_table(data / "train.parquet").equals(pq.read_table(fresh / "train.parquet"))
@@ -246,7 +246,7 @@ def test_shards_of_two_rankers_are_not_joined(tmp_path: Path, rankers: None) -> 
     data = write_responses(tmp_path / "data", 8, 3)
     recipe = ranked(data, "longest", 2, [0])
     ranked(data, "shortest", 2, [1])
-    for join in (lambda: compute_prob(recipe, data, True), lambda: _ranked(recipe, data, [])):
+    for join in (lambda: compute_prob(recipe, data, True), lambda: best._ranked(recipe, data, [])):
         with pytest.raises(
             SPPOError, match=r"not of one ranker:\n  ranker\.ranker: .*longest\" there, .*shortest\" now"
         ):
@@ -385,7 +385,7 @@ def matrix_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 def best_identity(recipe: Recipe, world: Path) -> list[Stage]:
     recipe = replace(recipe, pairs=2)
-    chosen = _stage(recipe, world / "data", world / "data/responses.parquet", knockout=False)
+    chosen = best._stage(recipe, world / "data", world / "data/responses.parquet", knockout=False)
     return [*drawn_identity(recipe, world), chosen]
 
 
@@ -689,3 +689,44 @@ def test_other_questions_do_not_take_the_place_of_those_that_are_answered(tmp_pa
         ask("second")
     assert tree(tmp_path) == before
     assert "second" in ask("second", replace(order, overwrite=True))
+
+
+# best of n
+
+
+def test_a_prompt_without_a_best_response_is_counted_and_has_an_entry(
+    models: Path, tmp_path: Path, rankers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out of best.alpaca.json, it would be left out of the win rate, and nothing would say so."""
+    source = "def picky(prompt, a, b):\n    return float('nan') if 'hard' in prompt else float(len(a) - len(b))\n"
+    (tmp_path / "picky.py").write_text(source)
+    texts = ["Why 1?", "hard", "Why 2? " * 400, "", "Why 3?"]
+    prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in texts])
+    recipe = Recipe(
+        model=str(models / "llama3"), prompts=str(prompts), pairs=3, maxlen=6, engine="transformers",
+        ranker="picky:picky", ranker_backend="function", system_prompt="Be brief.",
+    )  # fmt: skip
+    out = tmp_path / "out"
+
+    def drawn(*_: Any) -> Path:
+        generate_shards(recipe, out, [Slice(0, 0)], (0, 1), 1, False)
+        return out / "responses.parquet"
+
+    monkeypatch.setattr(best, "draw", drawn)
+    monkeypatch.setattr(best, "call", lambda *_: None)
+    monkeypatch.setattr(best, "launch", lambda *_: rank_shards(recipe, out, [Slice(0, 0)], False))
+    asked = lambda: {p.prompt_id: p.messages for p in load_prompts(recipe.prompts, recipe)}  # noqa: E731 - as the script
+    best.best_of_n(recipe, out, Place(), False, False, asked)
+    rows = {row["prompt_id"]: row for row in read_rows(out / "best.parquet", ["prompt_id", "response"])}
+    entries = read_json(out / "best.alpaca.json")
+    assert [entry["instruction"] for entry in entries] == [text for text in texts if text]
+    assert len(rows) == 2
+    assert [entry["output"] for entry in entries] == [
+        rows[key]["response"] if key in rows else "" for key, prompt in asked().items() if prompt
+    ]
+    assert [bool(entry["output"]) for entry in entries] == [True, False, False, True]
+    manifest = read_json(out / "best.manifest.json")
+    reasons = {"too long for the model's context": 1, "empty": 1, "the ranker gave no answer": 1}
+    assert (manifest["counts"]["prompts"], manifest["counts"]["written"]) == (5, 2)
+    assert manifest["counts"]["skipped"] == reasons
+    assert {each["prompt_id"] for each in manifest["skipped"]} == set(asked()) - set(rows)

@@ -8,7 +8,8 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from sppo.common.errors import SPPOError
 from sppo.common.files import atomic, digest
 from sppo.common.journal import Journal
-from sppo.common.manifest import Stage
+from sppo.common.manifest import Stage, read_manifest
 from sppo.common.model_files import public_name
 from sppo.common.parquet import open_parquet, read_rows, write_parquet
 from sppo.common.place import Place
@@ -31,6 +32,8 @@ from sppo.evaluation.answers import call, draw, launch, settings
 from sppo.formats import Message, prompt_text
 from sppo.rankers import Ranker, backend, log_odds, pinned, unfinished
 
+Asked = dict[str, list[Message]]  # by prompt_id, in the source's order; no message where a prompt is no text
+_UNANSWERED = "the ranker gave no answer"
 _CHUNK = 64  # prompts whose knock-outs are played beside each other
 _SAMPLE = 32  # prompts of a knock-out that are compared in full too, for the agreement
 _FULL = 16  # of their responses, at most: the agreement must not cost what the knock-out saves
@@ -50,8 +53,13 @@ class Choice:
     same: int = 0
 
 
-def best_of_n(recipe: Recipe, out: Path, place: Place, knockout: bool, overwrite: bool) -> None:
+def best_of_n(
+    recipe: Recipe, out: Path, place: Place, knockout: bool, overwrite: bool, asked: Callable[[], Asked]
+) -> None:
     """Draw recipe.pairs responses a prompt, choose, and write best.parquet, best.jsonl and best.alpaca.json into `out`.
+
+    A prompt without a best response, skipped in generation or without an answer of the ranker, is counted by reason; it
+    is in best.alpaca.json alone, with an empty output. `asked`: gives all prompts.
 
     Every step keeps what it has finished; started again it goes on. Raises SPPOError where `out` holds work made under
     other settings, before the ranker is asked; `overwrite` ranks and chooses again, and keeps the responses.
@@ -82,12 +90,17 @@ def best_of_n(recipe: Recipe, out: Path, place: Place, knockout: bool, overwrite
     chosen = [(row, choices[row["prompt_id"]]) for row in rows if row["prompt_id"] in choices]
     if not chosen:
         raise SPPOError(f"{out}: the ranker answered for no prompt, so there is no best response")
-    _write(stage.outputs, chosen, f"{public_name(recipe.model)}-best-of-{recipe.pairs}")
-    counts = {"prompts": len(rows), "written": len(chosen), "without an answer of the ranker": len(rows) - len(chosen)}
+    _write(stage.outputs, chosen)
+    _write_alpaca(stage.outputs[2], chosen, asked(), f"{public_name(recipe.model)}-best-of-{recipe.pairs}")
+    skipped = list(read_manifest(out / "responses.manifest.json", "skipped")["skipped"])
+    left = [row["prompt_id"] for row in rows if row["prompt_id"] not in choices]
+    skipped += [{"prompt_id": key, "reason": _UNANSWERED} for key in left]
+    counts: dict[str, Any] = {"prompts": len(chosen) + len(skipped), "written": len(chosen)}
+    counts |= {"skipped": dict(Counter(each["reason"] for each in skipped))}
     counts |= {"responses": sum(len(row["responses"]) for row in rows)}
     counts |= {"equal to an earlier one": sum(len(row["responses"]) - len(set(_texts(row))) for row in rows)}
     counts |= _comparisons(recipe.pairs, knockout, [choice for _, choice in chosen]) | more
-    stage.finish(counts, ranker=recipe.ranker)
+    stage.finish(counts, ranker=recipe.ranker, skipped=skipped)
     _forget_games(out / "knockout")
     print(f"best_of_n: {stage.outputs[0]}: {json.dumps(counts)}")
 
@@ -269,7 +282,7 @@ def knockout_and_full(recipe: Recipe, ranker: Ranker, row: dict[str, Any]) -> di
     return {"knock-out": float(means[order[0]]), "full comparison": float(means.max())}
 
 
-def _write(paths: list[Path], chosen: list[tuple[dict[str, Any], Choice]], generator: str) -> None:
+def _write(paths: list[Path], chosen: list[tuple[dict[str, Any], Choice]]) -> None:
     import pyarrow as pa
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -286,9 +299,18 @@ def _write(paths: list[Path], chosen: list[tuple[dict[str, Any], Choice]], gener
     write_parquet(paths[0], schema, rows())
     with atomic(paths[1]) as temporary, open(temporary, "w", encoding="utf-8") as out:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+
+
+def _write_alpaca(path: Path, chosen: list[tuple[dict[str, Any], Choice]], asked: Asked, generator: str) -> None:
+    """An entry for each prompt: AlpacaEval would compare on the rest alone, and those left out are not the easy ones.
+
+    The instruction is the prompt as it was asked, by which AlpacaEval finds the answer to compare with.
+    """
+    found = {row["prompt_id"]: _texts(row)[choice.index] for row, choice in chosen}
     answers = [
-        {"instruction": prompt_text(row["prompt"]), "output": row["response"], "generator": generator, "dataset": ""}
-        for row in rows()
+        {"instruction": prompt_text(prompt), "output": found.get(key, ""), "generator": generator, "dataset": ""}
+        for key, prompt in asked.items()
+        if prompt
     ]
-    with atomic(paths[2]) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(json.dumps(answers, ensure_ascii=False, indent=1), encoding="utf-8")
