@@ -102,6 +102,8 @@ def dataset(responses: Path, directory: Path, shift: float) -> Path:
     for row, source in zip(rows, drawn, strict=True):
         for r in source["responses"]:
             r["logps"] = [x + shift for x in r["logps"]]
+        for side, index in (("chosen", 0), ("rejected", 1)):
+            row[side] = [*source["prompt"], {"role": "assistant", "content": source["responses"][index]["text"]}]
         row.update(source, chosen_index=0, rejected_index=1, probability=[[0.5, 0.9], [0.1, 0.5]])
     out = directory / "train"
     out.mkdir()

@@ -290,7 +290,6 @@ def test_an_older_journal_is_kept_where_the_template_has_no_date(models: Path, t
     recipe = Recipe(model=str(models / "llama3"), prompts=str(prompts), pairs=2, maxlen=4, engine="transformers")
     source = Source.of(recipe, (0, 1), tmp_path)
     stage = source.stage(tmp_path, Slice(0, 0))
-    stage.begin()
     journal = Journal(stage.journal, stage.identity)
     kept = [{"text": "kept", "token_ids": [50, 51], "finish_reason": "length"}] * 2
     journal.add("p", {"responses": kept})
