@@ -160,7 +160,7 @@ def _message(turn: Any) -> Message:
         role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(map(is_text, texts)) or any(part.get("type", "text") != "text" for part in content):
+        if not all(map(is_text, texts)) or any((part.get("type") or "text") != "text" for part in content):
             raise ValueError("a message has parts that are not text")
         content = "".join(texts)
     if not (role and is_text(role) and is_text(content)):

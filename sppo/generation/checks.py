@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def check_template(run: Run) -> Findings:
         return
     yield _header(prompt, bare, before)
     yield from _end(run, tokenizer, behind)
-    clocks = ({**kwargs, "strftime_now": lambda _, day=day: day} for day in ("1", "2"))
-    if len({chat.render(tokenizer, user, True, clock) for clock in clocks}) > 1:
+    days = datetime(2024, 7, 26), datetime(2025, 8, 27)
+    if len({chat.render(tokenizer, user, True, {**kwargs, "strftime_now": day.strftime}) for day in days}) > 1:
         yield note(
             "the template writes the day into each prompt. Where all prompts should have the same, give it by "
             '--chat_template_kwargs, as Llama-3.1 takes it: \'{"date_string": "26 Jul 2024"}\''
