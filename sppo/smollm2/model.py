@@ -62,7 +62,7 @@ def _from_hub() -> tuple[Any, Any, str]:
     from sppo.common.model_files import commit_of, resolve
 
     snapshot = resolve(HUB_ID)
-    network = LlamaForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+    network = LlamaForCausalLM.from_pretrained(snapshot, dtype=torch.float32, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(snapshot, trust_remote_code=False)
     return network, tokenizer, f"the Hub, {HUB_ID} at {commit_of(snapshot)}"
 
