@@ -221,6 +221,7 @@ def changed(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@pytest.mark.slow
 def test_an_adapter_that_vllm_does_not_take(models: Path, tmp_path: Path) -> None:
     """vLLM itself is asked, by its engine before it loads anything, and by the preflight."""
     pytest.importorskip("vllm")

@@ -153,7 +153,7 @@ def _compute(trainer: SPPOTrainer, network: Any, lean: bool, table: ReferenceTab
         )
     path = _keep(trainer, table, logps)
     if trainer.is_world_process_zero():
-        kept.remove()
+        table.remove_parts()
         print(f"train: the {whose}'s log-probs are kept in {path}", flush=True)
     return logps
 

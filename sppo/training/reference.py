@@ -32,11 +32,11 @@ class ReferenceTable:
         """Where a pass keeps what it has; `batches`: what decides which responses share a batch."""
         return ReferenceTable(f"{self.key}.{batches}", self.homes, whole=False)
 
-    def remove(self) -> None:
-        """Delete it, as far as it is here and may be deleted."""
-        for home in self.homes:
+    def remove_parts(self) -> None:
+        """Delete what passes that were broken off have kept of this table, as far as it may be deleted."""
+        for path in (path for home in self.homes for path in home.glob(f"{self.key}.*.safetensors")):
             with contextlib.suppress(OSError):
-                (home / f"{self.key}.safetensors").unlink()
+                path.unlink()
 
     def load(self, size: int) -> tuple[torch.Tensor, Path] | None:
         """The table, (size,) float32, and its file; None where there is none that is whole and as it was written."""
