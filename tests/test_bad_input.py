@@ -173,6 +173,8 @@ FLAGS: list[Case] = [
     ("no epochs", lambda w: w.train(None, "--num_train_epochs=0"), 2, "above 0"),
     ("unknown optimiser", lambda w: w.train(None, "--optim=rmsprob"), 2, "did you mean rmsprop"),
     ("unknown schedule", lambda w: w.train(None, "--lr_scheduler_type=linaer"), 2, "did you mean linear"),
+    ("a directory called as a package", lambda w: w.train(None, f"--report_to={_called(w, 'trackio')}"), 2, "pip install trackio"),
+    ("an open quote in sbatch's flags", lambda w: w.loop("--dry_run", "--skip_preflight", "--launcher=slurm", "--sbatch=--comment='x"), 2, "No closing quotation"),
     ("wandb, not installed", lambda w: w.train(None, "--report_to=trackio"), 2, "pip install trackio"),
     ("unknown attention", lambda w: w.train(None, "--attn_implementation=fast"), 1, "cannot be loaded"),
     ("attention that is not installed", lambda w: w.train(None, "--attn_implementation=flash_attention_2"), 1, "cannot be loaded"),
@@ -212,6 +214,9 @@ MODELS: list[Case] = [
     ("no end of sequence", lambda w: w.of_model(w.model(generation_config__json=remove, tokenizer_config__json=edit(eos_token=None))), 1, "no end-of-sequence token"),
     ("generation_config.json damaged", lambda w: w.of_model(w.model(generation_config__json=write("{"))), 1, "generation_config.json"),
     ("an end token that is a word", lambda w: w.of_model(w.model(generation_config__json=edit(eos_token_id="</s>"))), 1, "generation_config.json"),
+    ("an end token below 0", lambda w: w.of_model(w.model(generation_config__json=edit(eos_token_id=-1))), 1, "eos_token_id is -1"),
+    ("an end token that is a switch", lambda w: w.of_model(w.model(generation_config__json=edit(eos_token_id=True))), 1, "eos_token_id is True"),
+    ("an end token beyond the model's", lambda w: w.of_model(w.model(generation_config__json=edit(eos_token_id=[2, 99999]))), 1, "none for token 99999"),
     ("an embedding smaller than the tokenizer", lambda w: w.of_model(w.model(config__json=edit(vocab_size=300), model__safetensors=weights(_fewer_rows))), 1, "rows"),
     ("an adapter whose base is gone", lambda w: w.of_model(w.adapter()), 1, "no such directory"),
     ("an adapter that names no base", lambda w: w.of_model(w.adapter(base_model_name_or_path=None)), 1, "base_model_name_or_path"),
@@ -337,6 +342,13 @@ def _hide(w: World, module: str, value: Any) -> Any:
         w.patch.delitem(sys.modules, module)
         w.patch.setattr("importlib.util.find_spec", lambda name, *_: None)
     return value
+
+
+def _called(w: World, package: str) -> str:
+    """A directory of a package's name where Python looks; the package is not installed."""
+    w.file(f"{package}/log.txt", "")
+    w.patch.syspath_prepend(str(w.d))
+    return package
 
 
 def _report(w: World, *flags: str) -> list[str]:

@@ -63,6 +63,7 @@ class Answers:
         return self.known
 
 
+@pytest.mark.slow
 def test_a_suite_takes_no_judgement_from_broken_log_probs() -> None:
     pytest.importorskip("alpaca_eval")
     for of_m, is_judgement in (

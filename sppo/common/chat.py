@@ -207,7 +207,7 @@ def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[i
         config = read_json(path)
         eos: Any = config.get("eos_token_id") if isinstance(config, dict) else "no object"
         found = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(isinstance(token, int) for token in found):
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in found):
             raise SPPOError(f"{path} is damaged: its eos_token_id is {eos!r}, not a token id; fetch the model again")
         stops.update(found)
     if tokenizer.eos_token_id is not None:

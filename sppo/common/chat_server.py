@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from sppo.common.errors import SPPOError
+from sppo.common.importing import is_installed
 from sppo.common.secrets import require_plain_address
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ class ChatServer:
 
     def __post_init__(self) -> None:
         require_plain_address(self.url_flag, self.url)
-        try:
-            import openai
-        except ImportError:
-            raise SPPOError("asking a chat server needs a package: pip install 'openai>=2.25'") from None
+        if not is_installed("openai"):
+            raise SPPOError("asking a chat server needs a package: pip install 'openai>=2.25'")
+        import openai
+
         self.openai = openai
         self.failures = (openai.APIError, AttributeError, KeyError, TypeError, ValueError)  # or an answer that is none
         self.key = os.environ.get("OPENAI_API_KEY", "")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import sys
 
 # transformers imports them where they are installed: for assisted decoding, and for the losses of object detection
 _UNUSED = ("sklearn", "scipy")
 _NETWORKS = ("torch", "transformers.modeling_utils", "transformers.generation.utils")
 TRAINER = "transformers.trainer"  # it imports datasets only to know one when it sees one; ours is none
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported. A directory of its name on the search path, as wandb makes one for its logs,
+    counts for Python as a package without a file, and here as none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def import_networks(*more: str) -> None:

@@ -52,7 +52,9 @@ class Policy:
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Token ids that end a response."""
-        return chat.stop_token_ids(self.weights, tokenizer)
+        stops = chat.stop_token_ids(self.weights, tokenizer)
+        self.check_tokens(max(stops))
+        return stops
 
     def bytes(self) -> int:
         """Size of the weights on disk."""

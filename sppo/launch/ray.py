@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError, UsageError
+from sppo.common.importing import is_installed
 from sppo.common.manifest import SHARED
 from sppo.common.place import Place
 from sppo.common.search_path import search_path
@@ -133,10 +134,10 @@ class Launcher:
     """See watch.Launcher. Its tasks are Shard and Training."""
 
     def __init__(self, place: Place, name: str) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise SPPOError("--launcher ray: Ray is not installed; pip install '.[ray]'") from None
+        if not is_installed("ray"):
+            raise SPPOError("--launcher ray: Ray is not installed; pip install '.[ray]'")
+        import ray
+
         os.environ[SHARED] = "1"
         self.place, self.name, self.cpu = place, name, place.gpus != "auto"
         address = place.ray_address

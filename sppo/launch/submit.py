@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from sppo.common import stopping
-from sppo.common.errors import SPPOError
+from sppo.common.errors import SPPOError, UsageError
 from sppo.config import ROOT
 
 SCRIPT = ROOT / "recipes" / "launch.slurm"
@@ -22,7 +22,11 @@ def sbatch_command(args: argparse.Namespace, name: str, run_dir: Path, argv: lis
     log = run_dir.absolute() / "logs" / "%x-%j.log"
     words = ["sbatch", "--parsable", f"--job-name={name}", f"--nodes={args.nodes or 1}", f"--output={log}"]
     words += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
-    return [*words, *shlex.split(args.sbatch), str(SCRIPT), sys.executable, str(ROOT / "scripts" / "run.py"), *argv]
+    try:
+        theirs = shlex.split(args.sbatch)
+    except ValueError as error:
+        raise UsageError(f"--sbatch {args.sbatch}: not flags as a shell takes them ({error})") from None
+    return [*words, *theirs, str(SCRIPT), sys.executable, str(ROOT / "scripts" / "run.py"), *argv]
 
 
 def submit(args: argparse.Namespace, name: str, run_dir: Path, argv: list[str]) -> None:

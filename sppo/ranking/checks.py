@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from sppo import rankers
 from sppo.common.findings import Findings, Load, Run, no, note, ok, parameters_text, size
+from sppo.common.importing import is_installed
 from sppo.common.model_files import files_to_fetch, parameters, weight_files, weight_shapes
 from sppo.rankers import TRIAL, ask_trial, pinned, prompt_renderer
 
@@ -43,7 +43,7 @@ def check_ranker(run: Run) -> Findings:
     if kind == "judge":
         yield ok(f"{recipe.ranker} at {recipe.ranker_url} answers a trial question")
         return
-    if recipe.fused_attention and (run.cpu or importlib.util.find_spec("disentangled_flash") is None):
+    if recipe.fused_attention and (run.cpu or not is_installed("disentangled_flash")):
         yield no("--fused_attention needs a GPU and a package: pip install '.[fused]'; or leave it out")
     told = recipe.ranker
     if kind != "function":

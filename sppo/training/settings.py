@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from sppo import config
 from sppo.common.directories import refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import atomic, changed, digest
+from sppo.common.importing import is_installed
 from sppo.common.manifest import MANIFEST, Stage, read_manifest
 from sppo.common.policy import Policy, open_policy, policy_of
 from sppo.config import KEYS, Recipe
@@ -190,7 +190,7 @@ def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
 
     `gpu`: whether there will be a GPU; None asks PyTorch. Unusual names need an import of transformers, of seconds.
     """
-    if ("bnb" in recipe.optim or "8bit" in recipe.optim) and not importlib.util.find_spec("bitsandbytes"):
+    if ("bnb" in recipe.optim or "8bit" in recipe.optim) and not is_installed("bitsandbytes"):
         raise UsageError(f"--optim {recipe.optim} needs a package: pip install bitsandbytes")
     if recipe.lr_scheduler_type in NEED_MORE:
         raise UsageError(f"--lr_scheduler_type {recipe.lr_scheduler_type} needs settings that have no flag here")
@@ -203,9 +203,9 @@ def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
         import torch
 
         gpu = torch.cuda.is_available() if gpu is None else gpu
-        if importlib.util.find_spec("bitsandbytes") is None or not gpu:
+        if not is_installed("bitsandbytes") or not gpu:
             raise UsageError("--load_in_4bit needs a GPU and bitsandbytes (pip install bitsandbytes); without it: LoRA")
-    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+    if recipe.report_to != "none" and not is_installed(recipe.report_to):
         raise UsageError(f"--report_to {recipe.report_to}: not installed; pip install {recipe.report_to}")
     if recipe.report_to == "wandb" and not _wandb_answers():
         raise UsageError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import exclusive, read_json
+from sppo.common.importing import is_installed
 from sppo.common.place import Place
 from sppo.common.policy import policy_of
 from sppo.config import Recipe
@@ -21,7 +21,7 @@ _PACKAGE = {"alpaca_eval": "alpaca_eval", "mt_bench": "openai", "open_llm": "lm_
 
 
 def _suite(args: argparse.Namespace) -> ModuleType:
-    if importlib.util.find_spec(_PACKAGE[args.suite]) is None:
+    if not is_installed(_PACKAGE[args.suite]):
         raise SPPOError(f"--suite {args.suite} needs the package {_PACKAGE[args.suite]}: pip install '.[eval]'")
     return importlib.import_module(f"sppo.evaluation.suites.{args.suite}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.files import atomic
+from sppo.common.importing import is_installed
 from sppo.common.journal import Journal
 from sppo.common.manifest import Stage, version_of
 from sppo.common.policy import Policy, policy_of
@@ -141,7 +141,7 @@ def tasks_stage(order: Order, policy: Policy, names: list[str]) -> Stage:
 
 
 def _uses_vllm(recipe: Recipe) -> bool:
-    return recipe.engine == "vllm" or (recipe.engine == "auto" and importlib.util.find_spec("vllm") is not None)
+    return recipe.engine == "vllm" or (recipe.engine == "auto" and is_installed("vllm"))
 
 
 def _set_shots(loaded: dict[Any, Any], shots: int | None, seed: int) -> None:

