@@ -43,6 +43,7 @@ def measure(words: list[str], count: int, env: dict[str, str]) -> list[str]:
     """[processes, seconds until the first, of the shards, after the last, a shard]."""
     with tempfile.TemporaryDirectory() as scratch:
         shards = Path(scratch) / "shards"
+        shards.mkdir()
         launch = [sys.executable, "-m", "sppo.launch", "shards", *words, f"--shards={count}", f"--shards_dir={shards}"]
         launch += [f"--logs={scratch}/logs", "--name=b", "--", sys.executable, "-S", "-c", SHARD, str(shards)]
         began = time.time()

@@ -100,12 +100,13 @@ def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite:
     parts = parts if overwrite else as_begun(parts, directory)
     named = _with_model(pinned(recipe, output_dir), output_dir)
     load = functools.cache(lambda: rankers.backend(named).load(named))
+    note_count = functools.cache(lambda: lay_out(directory, parts[0].count(total), overwrite))
     for part in parts:
         stage = rank_stage(recipe, output_dir, part)
         if stage.is_done(overwrite):
             print(f"rank: shard {part.data_frac} is done: {stage.outputs[0]}")
         else:
-            lay_out(directory, part.count(total), overwrite)
+            note_count()
             _rank_shard(named, stage, part.data_frac, load)
 
 

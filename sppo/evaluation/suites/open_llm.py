@@ -105,11 +105,11 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
     stage = tasks_stage(order, policy, [task.name for task, _ in tasks])
     if stage.is_done(order.overwrite):
         return
-    with heard():
-        model = _engine(order, policy)
-    identity = {"model": stage.inputs["model"], "engine": type(model).__name__}
+    identity = {"model": stage.inputs["model"], "engine": "VLLM" if _uses_vllm(order.recipe) else "HFLM"}
     journal = Journal(order.out / "answers.journal", identity, order.overwrite)
     stage.begin()
+    with heard():
+        model = _engine(order, policy)
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(model, name, kept(getattr(model, name), name, journal))
     figures: Figures = {}
