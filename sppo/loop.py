@@ -33,6 +33,7 @@ from sppo.launch.processes import start, stop
 from sppo.launch.slurm import in_allocation
 from sppo.launch.submit import submit
 
+_ADVICE = "Use another --run_dir to keep both, or go on with the settings that it was made under."
 Stages = Iterator[list[Stage]]  # those of one group were made beside each other, from the groups before them
 
 
@@ -72,7 +73,9 @@ def refuse_others(steps: list[Step]) -> None:
                     stage.refuse_others()
                 if not all(stage.stands() for stage in group):
                     return
-        except (OtherWorkError, UsageError):
+        except OtherWorkError as error:
+            raise OtherWorkError(error.found, _ADVICE) from None
+        except UsageError:
             raise
         except (SPPOError, FileNotFoundError):
             return

@@ -203,6 +203,10 @@ def test_what_an_older_version_cut_goes_on_as_it_was_cut(tmp_path: Path, rankers
     compute_prob(recipe, data, False)
     ranked(data, "longest", 3, overwrite=True)
     assert rows_of(data) == [[0, 3], [3, 6], [6, 10]]
+    for damaged in ({}, [], {"shards": 0}):
+        write_json(data / "ranking" / "shards.json", damaged)
+        with pytest.raises(SPPOError, match=r"shards\.json is damaged: no number of shards in it"):
+            compute_prob(recipe, data, True)
 
 
 def test_an_overwrite_with_fewer_shards_leaves_none_of_the_old(tmp_path: Path, rankers: None) -> None:
@@ -329,6 +333,11 @@ ANOTHER: dict[str, Any] = {
 }
 
 
+def finish(data: Path) -> None:
+    """Give responses.parquet a manifest."""
+    Stage("combine", data / "responses.manifest.json", [data / "responses.parquet"], {}, {}).finish({})
+
+
 @pytest.fixture(scope="module")
 def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stages read, two of each: a model with a Python file of its own, prompts, a PairRM; and a run's files."""
@@ -345,8 +354,7 @@ def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [{"prompt": f"{name} {i}?", "question": f"{i}, {name}?"} for i in range(4)]
         tiny.write_jsonl(here / f"{name}.jsonl", rows)
     for data in ("data", "run/iter0/eval", "run/iter1/eval"):
-        write_responses(here / data, 4, 2)
-        (here / data / "responses.manifest.json").touch()
+        finish(write_responses(here / data, 4, 2))
     for path in ("data/responses/shard-00000.parquet", "data/ranking/shard-00000.parquet"):
         (here / path).parent.mkdir()
         (here / path).touch()
@@ -523,7 +531,7 @@ def held_out(run: Path) -> Path:
             for n in range(4)
         ]
         write_parquet(run / f"iter{number}" / "eval" / "responses.parquet", responses_schema(), rows)
-        (run / f"iter{number}" / "eval" / "responses.manifest.json").touch()
+        finish(run / f"iter{number}" / "eval")
     (run / "iter1" / "model").mkdir()
     write_json(run / "iter1" / "model" / "sppo_manifest.json", {"loss": 1.0, "beta2_loss": 0.1})
     return run
@@ -625,6 +633,7 @@ def test_a_refused_command_changes_nothing(models: Path, tmp_path: Path, rankers
         for flag, message in cases:
             code, said = call([*words, *flag.split()], {})
             assert (code in (1, 2), message in said) == (True, True), said
+            assert "--overwrite" not in said  # which drivers do not have
             assert tree(run) == before
 
     refuse([*data, *training])

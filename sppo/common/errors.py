@@ -31,8 +31,15 @@ class SPPOError(Exception):
     """A failure that the user can act on. The message says what to do; no traceback is shown."""
 
 
+KEEP_BOTH = "Use another --output_dir or --run_dir to keep both, or --overwrite to make it again."
+
+
 class OtherWorkError(SPPOError):
-    """What is here was made under other inputs or settings, and is kept."""
+    """What is here was made under other inputs or settings, and is kept. `found`: what it is; `advice`: what to do."""
+
+    def __init__(self, found: str, advice: str = KEEP_BOTH) -> None:
+        super().__init__(f"{found}\n{advice}")
+        self.found = found
 
 
 class UsageError(SPPOError):

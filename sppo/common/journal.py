@@ -10,10 +10,8 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import OtherWorkError, SPPOError
+from sppo.common.errors import KEEP_BOTH, OtherWorkError, SPPOError
 from sppo.common.locks import lock
-
-KEEP_BOTH = "Use another --output_dir or --run_dir to keep both, or --overwrite to make it again."
 
 
 class Journal:
@@ -121,14 +119,14 @@ def refuse_another(path: Path, identity: dict[str, Any], advice: str = KEEP_BOTH
             return
         if header:
             found = differences(header["identity"], identity)
-            raise OtherWorkError(
-                "\n  ".join([f"{path} holds work made under other inputs or settings:", *found]) + f"\n{advice}"
-            )
+            about = f"{path} holds work made under other inputs or settings:"
+            raise OtherWorkError("\n  ".join([about, *found]), advice)
         salt = json.dumps(identity, sort_keys=True).encode()
         if not any(_decode(line, salt) for line in (first, *items)):
             raise OtherWorkError(
                 f"{path}: its first line is damaged, and none of its items was made under these inputs and settings. "
-                f"Run the command that it was made with, which keeps them. {advice}"
+                "Run the command that it was made with, which keeps them.",
+                advice,
             )
 
 

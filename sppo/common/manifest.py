@@ -17,7 +17,7 @@ from typing import Any
 
 from sppo.common.errors import OtherWorkError, SPPOError
 from sppo.common.files import changed, digest, read_json, write_json
-from sppo.common.journal import KEEP_BOTH, differences, refuse_another
+from sppo.common.journal import differences, refuse_another
 from sppo.common.locks import Held, hold
 
 MANIFEST = "sppo_manifest.json"  # the manifest in a directory that is an output as a whole
@@ -216,4 +216,4 @@ class Stage:
         changed = differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity, later=LATER)
         if changed:
             about = f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:"
-            raise OtherWorkError("\n  ".join([about, *changed]) + f"\n{KEEP_BOTH}")
+            raise OtherWorkError("\n  ".join([about, *changed]))

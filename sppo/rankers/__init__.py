@@ -24,7 +24,7 @@ import numpy as np
 from sppo.common import chat
 from sppo.common.errors import OtherWorkError, SPPOError
 from sppo.common.files import read_json, write_json
-from sppo.common.journal import KEEP_BOTH, differences
+from sppo.common.journal import differences
 from sppo.common.manifest import read_manifest
 from sppo.common.model_files import commit_of
 from sppo.common.policy import policy_of
@@ -112,7 +112,7 @@ def _refuse_another(pin: dict[str, str], data_dir: Path) -> None:
     there = kept if begun and kept else {"ranker": min(made, default=pin["ranker"])}
     if changed := differences(there, {key: pin[key] for key in there}):
         said = "\n  ".join([f"{data_dir / 'ranking'} is the work of another ranker:", *changed])
-        raise OtherWorkError(f"{said}\n{KEEP_BOTH}")
+        raise OtherWorkError(said)
 
 
 def ask_trial(ranker: Ranker, pairs: list[Pair], which: str) -> list[float]:

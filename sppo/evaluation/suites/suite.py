@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.common.chat_server import TOO_MUCH, ChatServer
 from sppo.common.errors import OtherWorkError, SPPOError, first_line
 from sppo.common.files import atomic, digest, write_json
-from sppo.common.journal import KEEP_BOTH, Journal, refuse_another
+from sppo.common.journal import Journal, refuse_another
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
 from sppo.common.parquet import open_parquet, read_rows
@@ -107,7 +107,7 @@ def _drawn(
     lines = [json.dumps({"prompt_id": key, "prompt": value}) + "\n" for key, value in conversations.items()]
     if not prompts.exists() or prompts.read_text(encoding="utf-8") != "".join(lines):
         if begun_shards(out / "responses") and not order.overwrite:
-            raise OtherWorkError(f"{out} holds answers to other questions. {KEEP_BOTH}")
+            raise OtherWorkError(f"{out} holds answers to other questions.")
         with atomic(prompts) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
     asked = {"prompts": str(prompts), "prompts_revision": "", "prompt_column": "prompt", "pairs": 1, **settings}
