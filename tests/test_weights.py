@@ -27,6 +27,7 @@ from sppo.common.model_files import is_adapter, model_identity, weight_shapes
 from sppo.common.policy import open_policy
 from sppo.common.vllm import check_vllm
 from sppo.config import Recipe
+from sppo.evaluation.suites import open_llm
 from sppo.generation.engines import Request, vllm
 from sppo.generation.engines import transformers as engine
 from sppo.rankers import reward_model
@@ -249,6 +250,21 @@ def test_an_adapter_that_vllm_does_not_take(models: Path, tmp_path: Path) -> Non
     save_file(weights, adapter / "adapter_model.safetensors")
     with pytest.raises(SPPOError, match=r"vLLM does not take .*token_adapter"):
         check_vllm(open_policy(str(adapter)))
+
+
+def test_answers_are_scored_with_an_adapter_where_that_can_be(models: Path, tmp_path: Path) -> None:
+    """vLLM's CPU build draws with an adapter, but breaks down over a prompt's log-probs, which lm-eval asks for."""
+    pytest.importorskip("vllm")
+    pytest.importorskip("lm_eval")
+    policy = open_policy(str(tiny.lora(models / "llama3", tmp_path / "adapter")))
+    asked = SimpleNamespace(recipe=Recipe(engine="vllm"))
+    with pytest.raises(SPPOError, match="cannot score answers with an adapter; pass --engine transformers"):
+        open_llm._engine(asked, policy)
+    asked.recipe.engine = "auto"
+    model = open_llm._engine(asked, policy)
+    with torch.no_grad():
+        made = model.model(input_ids=IDS).logits
+    torch.testing.assert_close(made, unmerged(tmp_path / "adapter", models / "llama3"), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_vllm_alone_would_read(models: Path, tmp_path: Path) -> None:

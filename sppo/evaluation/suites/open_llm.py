@@ -135,13 +135,20 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
 
 def tasks_stage(order: Order, policy: Policy, names: list[str]) -> Stage:
     """The stage that makes figures.json and results.json."""
-    engine = "vllm" if _uses_vllm(order.recipe) else "transformers"
+    engine = "vllm" if _uses_vllm(order.recipe, policy) else "transformers"
     settings = {"tasks": names, "chat": order.leaderboard == 2, "seed": order.recipe.seed, "engine": engine}
     return figures_stage(order, {"model": policy.identity()}, settings, ("results.json",))
 
 
-def _uses_vllm(recipe: Recipe) -> bool:
-    return recipe.engine == "vllm" or (recipe.engine == "auto" and is_installed("vllm"))
+def _uses_vllm(recipe: Recipe, policy: Policy) -> bool:
+    """Whether vLLM scores. Its CPU build breaks down over a prompt's log-probs with an adapter."""
+    import torch
+
+    if policy.adapter is None or torch.cuda.is_available():
+        return recipe.engine == "vllm" or (recipe.engine == "auto" and is_installed("vllm"))
+    if recipe.engine == "vllm":
+        raise SPPOError("vLLM's CPU build cannot score answers with an adapter; pass --engine transformers")
+    return False
 
 
 def _set_shots(loaded: dict[Any, Any], shots: int | None, seed: int) -> None:
@@ -194,7 +201,7 @@ def _engine(order: Order, policy: Policy) -> Any:
     common = {"pretrained": str(policy.weights), "tokenizer": str(policy.tokenizer_dir)}
     common |= {"trust_remote_code": policy.remote_code}
     has_gpu = torch.cuda.is_available()
-    if not _uses_vllm(recipe):
+    if not _uses_vllm(recipe, policy):
         adapter = {"peft": str(policy.adapter)} if policy.adapter else {}
         device = "cuda" if has_gpu else "cpu"
         return get_model("hf")(**common, **adapter, device=device, dtype="auto", batch_size=_BATCH)
