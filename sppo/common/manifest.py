@@ -76,9 +76,10 @@ def await_written(path: Path, manifest: Path, may_lack: bool = True) -> bool:
 def refuse_changed(path: Path, manifest: Path, advice: str) -> None:
     """Raise SPPOError where a stage's output is not what the manifest beside it says that it wrote.
 
-    A file without a manifest is another tool's, and is taken as it is.
+    A file without a manifest, or that it does not name, is another tool's, and is taken as it is.
     """
-    if manifest.exists() and changed(path.parent, {path.name: read_manifest(manifest)["outputs"].get(path.name, "")}):
+    outputs = read_manifest(manifest)["outputs"] if manifest.exists() else {}
+    if path.name in outputs and changed(path.parent, {path.name: outputs[path.name]}):
         raise SPPOError(f"{path} is not what was written: it changed since. {advice}")
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from sppo.common import chat
 from sppo.common.errors import SPPOError
-from sppo.common.files import changed
-from sppo.common.manifest import MANIFEST, read_manifest
+from sppo.common.files import changed, read_json
+from sppo.common.manifest import MANIFEST
 from sppo.common.model_files import (
     files_to_fetch,
     is_adapter,
@@ -107,11 +107,11 @@ def _open(name: str, revision: str, what: str, remote_code: bool, weights: bool)
 def _refuse_changed(directory: Path) -> None:
     """Raise SPPOError where a file in a model's directory is not what the manifest says. Older ones do not know all."""
     manifest = directory / MANIFEST
-    if not manifest.exists():
+    written = read_json(manifest) if manifest.exists() else {}
+    if "others" not in written:
         return
-    written = read_manifest(manifest)
     own = {name: sha for name, sha in written["outputs"].items() if not name.startswith("merged/")}
-    if "others" in written and (names := changed(directory, own)):
+    if names := changed(directory, own):
         raise SPPOError(
             f"model {directory}: {', '.join(names)} changed since it was written, or is gone. The command that made "
             f"the model mends it. If the change is meant, copy the directory without {MANIFEST}, and name the copy"
