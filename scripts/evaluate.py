@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sppo import config
 from sppo.common.errors import UsageError, run_main
 from sppo.common.place import add_place_flags
-from sppo.common.secrets import require_plain_address
+from sppo.common.values import require_plain_address
 
 SUITES = ("alpaca_eval", "mt_bench", "open_llm")
 OPENAI = "https://api.openai.com/v1"

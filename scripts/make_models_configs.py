@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
 from sppo.common.errors import UsageError, run_main
-from sppo.common.secrets import require_plain_address
+from sppo.common.values import require_plain_address
 
 
 def main() -> None:

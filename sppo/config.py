@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from sppo.common.errors import UsageError
 from sppo.common.search_path import ROOT
-from sppo.common.secrets import refuse_secret_flags, refuse_secrets, require_plain_address
+from sppo.common.values import expanded, refuse_secret_flags, refuse_secrets, require_plain_address
 
 # every module in sppo/rankers whose name does not begin with _ is one
 RANKER_BACKENDS = ("auto", *sorted(p.stem.replace("_", "-") for p in (ROOT / "sppo/rankers").glob("[a-z]*.py")))
@@ -204,7 +204,7 @@ def _convert(name: str, value: Any, where: str) -> Any:
     if kind is str:
         if value is None or isinstance(value, (dict, list, bool)):
             raise UsageError(f"{problem} a text")
-        text = str(value)
+        text = expanded(name, str(value))
         if re.search("[\ud800-\udfff]", text):  # bytes of the command line that are no UTF-8, half a character in YAML
             raise UsageError(f"{where}: {name}: {ascii(text)} is not a text in UTF-8")
         return text
@@ -293,7 +293,10 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         refuse_secret_flags(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            setattr(found, name, expanded(name, value))
+        return found, unknown
 
     def error(self, message: str) -> typing.NoReturn:
         unknown = re.match("unrecognized arguments: (.*)", message)

@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from bad_input import World
+from bad_input import World, call
 
+from sppo import loop
 from sppo.evaluation.suites.alpaca_eval import completions, has_letter
+from sppo.launch import chain
 
 
 @pytest.fixture
@@ -51,6 +53,22 @@ def test_a_failure_keeps_its_code_although_nobody_reads_what_is_said(world: Worl
     for line in GONE:
         assert bash(line, *world.pair(world.d, "--nonsense")).returncode == 2
         assert bash(line, *world.pair(world.d)).returncode == 1
+
+
+def test_a_home_directory_is_one_in_every_flag_and_recipe(world: World) -> None:
+    """A shell leaves the `~` of `--output_dir=~/x` as it is, and a directory called `~` would be made."""
+    world.patch.setenv("HOME", str(world.d))
+    world.good()
+    recipe = world.file("r.yaml", "prompts: ~/p.jsonl\n")
+    command = [word for word in world.generate("") if not word.startswith(("--prompts", "--output_dir"))]
+    code, said = call([*command, f"--recipe=~/{recipe.name}", "--output_dir=~/out"], {})
+    assert code == 0, said
+    assert pq.read_table(world.d / "out" / "responses.parquet").num_rows == 2
+    assert not (tiny.ROOT / "~").exists()
+    driver = loop.parser("").parse_args(["--run_dir=~/run", "--model=~/m", "--system_prompt=~/is text"])
+    assert (driver.run_dir, driver.model, driver.system_prompt) == (world.d / "run", f"{world.d}/m", "~/is text")
+    made = chain.pipeline_parser().parse_args(["--dataset=~/d", "--output_dir=~no-such-user/o", "--logs=~/l"])
+    assert (made.dataset, made.output_dir, made.logs) == (f"{world.d}/d", Path("~no-such-user/o"), world.d / "l")
 
 
 class Answers:

@@ -16,7 +16,7 @@ from urllib.parse import urljoin, urlsplit
 
 from sppo.common.errors import SPPOError
 from sppo.common.importing import is_installed
-from sppo.common.secrets import require_plain_address
+from sppo.common.values import require_plain_address
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI

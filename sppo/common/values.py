@@ -1,16 +1,33 @@
-"""Passwords and tokens in flags and recipes: refused, for recipes, logs and pages keep what a run was started with."""
+"""What holds for the value of any flag and setting: `~` is the home directory, and no password or token is in it.
+
+Recipes, logs and pages keep what a run was started with.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import UsageError
 
+# settings and flags that may be a path, or a name on the Hub
+_PLACES = set("model prompts ranker eval_prompts anchor_model recipe base models mixture questions dataset "
+              "accelerate_config".split())  # fmt: skip
 # an address with a user in it; a token of the Hub; a key of OpenAI's kind
 _SECRET = re.compile(r"://[^/\s?#]*@|\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{40,}")
 _INSTEAD = "set OPENAI_API_KEY or HF_TOKEN in the environment"
+
+
+def expanded(name: str, value: Any) -> Any:
+    """A setting's or flag's value with the home directory for `~`, which a shell leaves in `--run_dir=~/x`."""
+    if isinstance(value, list):
+        return [expanded(name, one) for one in value]
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))  # noqa: PTH111 - Path's own raises where there is no such user
+    return os.path.expanduser(value) if name in _PLACES and isinstance(value, str) else value  # noqa: PTH111
 
 
 def refuse_secrets(where: str, value: Any) -> None:
