@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sppo import config
 from sppo.common import stopping
-from sppo.common.errors import INTERRUPTED, WRONG_USE, OtherWorkError, SPPOError, UsageError
+from sppo.common.errors import INTERRUPTED, NO_OVERWRITE, WRONG_USE, OtherWorkError, SPPOError, UsageError
 from sppo.common.files import atomic, exclusive, has_begun, read_json
 from sppo.common.manifest import Stage
 from sppo.common.place import Place, add_place_flags
@@ -125,6 +125,7 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     SPPOError at the end names the commands that push what is missing.
     """
     name, run_dir, where = place(recipe, args)
+    os.environ[NO_OVERWRITE] = "1"
     if where.launcher == "slurm" and not in_allocation():
         submit(args, name, run_dir, argv)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from bad_input import World, call
+from bad_input import World, call, edit
 
 from sppo import loop
+from sppo.common.errors import NO_OVERWRITE, SPPOError
+from sppo.evaluation.measures import ask
 from sppo.evaluation.suites.alpaca_eval import completions, has_letter
 from sppo.launch import chain
+from sppo.rankers.function import load_function
 
 
 @pytest.fixture
@@ -96,3 +100,53 @@ def test_a_suite_takes_no_judgement_from_broken_log_probs() -> None:
         assert has_letter(choice) == is_judgement, of_m
         kept = completions(Answers([choice]))(["<|im_start|>user\nq\n<|im_end|>"], "judge")["completions_all"]
         assert kept == [choice if is_judgement else {}]
+
+
+EXITS = """
+import sys
+def ranks(*_): sys.exit(0)
+def quits(*_): quit()
+class Number:
+    def __float__(self): raise SystemExit
+def counts(*_): return Number()
+def measures(*_): return {"one": Number()}
+"""
+
+
+def test_a_function_that_exits_is_an_error_that_names_it(world: World) -> None:
+    """sys.exit(0) would end the command with work undone and an exit code that says done."""
+    data = world.responses()
+    world.file("exits.py", EXITS)
+    world.file("exits_at_once.py", "import sys\nsys.exit(0)\n")
+    world.patch.syspath_prepend(str(world.d))
+    for name, code, message in (
+        ("exits:ranks", 1, "the ranker's function ranks failed: SystemExit: 0"),
+        ("exits:quits", 1, "the ranker's function quits failed: SystemExit"),
+        ("exits:counts", 1, "the ranker's function counts gave <exits.Number"),
+        ("exits_at_once:f", 2, "can be imported (SystemExit: 0)"),
+    ):
+        found, said = call(world.rank(data, world.d, f"--ranker={name}"), {})
+        assert (found, message in said) == (code, True), said
+    assert not list((data / "ranking").glob("*.parquet"))
+    with pytest.raises(SPPOError, match=r"the measure measures failed \(SystemExit"):
+        ask(load_function("exits:measures", "--measure"), "prompt", "answer")
+
+
+def test_a_models_own_code_that_exits_is_an_error(world: World) -> None:
+    config = edit(model_type="own", auto_map={"AutoConfig": "own.Own"})
+    model = world.model(config__json=config)
+    (model / "own.py").write_text(f"import sys\nsys.exit(0)  # {world.d}\n")
+    code, said = call(world.of_model(model, "--trust_remote_code"), {})
+    assert (code, "cannot be loaded: it calls sys.exit" in said) == (1, True), said
+
+
+def test_a_command_without_overwrite_does_not_advise_it(world: World) -> None:
+    code, said = call(world.generate(world.good()), {})
+    assert code == 0, said
+    for environment, told in (({}, False), ({NO_OVERWRITE: "1"}, True)):
+        code, said = call(world.generate(world.good(), "--temperature=0.5"), environment)
+        assert (code, "--overwrite" in said, "name another --run_dir" in said) == (1, True, told), said
+    seen: list[str] = []
+    world.patch.setattr(loop, "_preflight", lambda *_: seen.append(os.environ[NO_OVERWRITE]) or 2)
+    assert call(world.loop(), {})[0] == 2
+    assert seen == ["1"]

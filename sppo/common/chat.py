@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.errors import SPPOError, first_line
+from sppo.common.errors import FOREIGN, SPPOError, first_line
 from sppo.common.files import read_json
 from sppo.common.importing import import_networks
 from sppo.formats import Message
@@ -33,7 +33,7 @@ def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedToke
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exceptions
+    except FOREIGN as error:  # tokenizers raises bare Exceptions
         hint = "; --trust_remote_code runs the code that comes with it" if "trust_remote_code" in str(error) else ""
         raise SPPOError(f"model {directory}: its tokenizer cannot be loaded: {first_line(error)}{hint}") from None
     if not tokenizer.chat_template:

@@ -27,6 +27,9 @@ OLDEST_PYTHON = (3, 11)
 CHILD = "SPPO_CHILD"  # set by generate.sh, pipeline.sh and evaluation/answers.py for what they start
 
 
+NO_OVERWRITE = "SPPO_NO_OVERWRITE"  # set by commands without that flag, for the messages of what they start
+
+
 class SPPOError(Exception):
     """A failure that the user can act on. The message says what to do; no traceback is shown."""
 
@@ -46,9 +49,15 @@ class UsageError(SPPOError):
     """Wrong flags, an unknown key, a value out of range: exit code 2."""
 
 
+# What a user's function, or the Python file of a model, may raise. sys.exit() in it is no Exception: it would end a
+# command whose work is not done, and with 0 as if it were.
+FOREIGN = (Exception, SystemExit)
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, in one line: enough for a message of ours."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    said = next(iter(str(error).strip().splitlines()), "")
+    return "it calls sys.exit" if isinstance(error, SystemExit) else said or type(error).__name__
 
 
 def die_with_parent(signum: int = signal.SIGKILL) -> None:
@@ -114,12 +123,11 @@ def run_main(main: Callable[[], int | None]) -> None:
         if package == "sppo":
             raise
         code = _use_venv(f"lacks the package {package}")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = WRONG_USE
     except SPPOError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = FAILED
+        told = " (that flag is the single steps' own: here name another --run_dir, or move away what is in the way)"
+        has_none = NO_OVERWRITE in os.environ and "--overwrite" in str(error)
+        print(f"error: {error}{told if has_none else ''}", file=sys.stderr)
+        code = WRONG_USE if isinstance(error, UsageError) else FAILED
     except OSError as error:
         if error.errno not in _ADVICE:
             raise

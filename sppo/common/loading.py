@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, first_line, out_of_memory
+from sppo.common.errors import FOREIGN, SPPOError, first_line, out_of_memory
 from sppo.common.policy import Policy
 
 # nats a token by which merging an adapter may change log-probs, in float32 and more, and in half precision
@@ -20,10 +20,10 @@ def loading(what: str) -> Iterator[None]:
     """Turn whatever transformers and its readers raise for damaged, missing or unknown files into an SPPOError."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - every reader raises its own
+    except FOREIGN as error:  # every reader raises its own
         if isinstance(error, SPPOError) or out_of_memory(error):
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = " ".join(str(error).split()) if str(error) and isinstance(error, Exception) else first_line(error)
         if "trust_remote_code" in said:  # transformers' advice is to let it run
             said = "it needs Python code that comes with it, which is not run"
         raise SPPOError(f"{what} cannot be loaded: {said}") from None
@@ -42,7 +42,7 @@ def load_config(policy: Policy) -> Any:
 
     try:
         return AutoConfig.from_pretrained(policy.weights, trust_remote_code=policy.remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SystemExit) as error:
         hint = "; --trust_remote_code runs the code that comes with it" if "trust_remote_code" in str(error) else ""
         raise SPPOError(f"model {policy.weights}: its config cannot be loaded: {first_line(error)}{hint}") from None
 

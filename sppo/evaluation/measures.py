@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError
+from sppo.common.errors import FOREIGN, SPPOError
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.health import health
 from sppo.common.loading import load_causal_lm
@@ -86,7 +86,7 @@ def ask(function: Any, prompt: str, answer: str) -> dict[str, list[float]]:
     try:
         answers = function(prompt, answer).items()
         said = {str(key): [float(x) for x in (v if isinstance(v, list) else [v])] for key, v in answers}
-    except Exception as error:  # noqa: BLE001 - a function may raise whatever it likes
+    except FOREIGN as error:
         raise SPPOError(
             f"the measure {function.__name__} failed ({type(error).__name__}: {error}); it should return a dictionary "
             "of numbers, or of lists of numbers"

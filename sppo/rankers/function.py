@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, UsageError
+from sppo.common.errors import FOREIGN, SPPOError, UsageError
 from sppo.common.files import digest
 from sppo.config import Recipe
 from sppo.formats import Message, Pair, prompt_text
@@ -30,7 +30,7 @@ def load_function(name: str, flag: str) -> Function:
         sys.path.append(os.getcwd())  # last, so that a file here hides no package
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # noqa: BLE001 - a module may raise whatever it likes
+    except FOREIGN as error:
         said = f"{type(error).__name__}: {error}"
         raise UsageError(f"{flag} {name}: not a module:function that can be imported ({said})") from None
     if not callable(found):
@@ -55,7 +55,7 @@ class FunctionRanker:
         name = f"the ranker's function {self.function.__name__}"
         try:
             said = self.function(*texts)
-        except Exception as error:  # noqa: BLE001 - a function may raise whatever it likes
+        except FOREIGN as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise SPPOError(
                 f"{name} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); "
@@ -63,7 +63,7 @@ class FunctionRanker:
             ) from None
         try:
             return float(said)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, SystemExit):
             raise SPPOError(f"{name} gave {said!r}, not a number; it should return a logit") from None
 
     def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:

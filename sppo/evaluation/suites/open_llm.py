@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, first_line
+from sppo.common.errors import FOREIGN, SPPOError, first_line
 from sppo.common.files import atomic
 from sppo.common.importing import is_installed
 from sppo.common.journal import Journal
@@ -89,7 +89,7 @@ def _load(task: Task, manager: Any) -> Any:
         raise SPPOError(
             f"open_llm: the task {task.name} needs the package {error.name}: pip install '.[eval]'"
         ) from None
-    except Exception as error:  # noqa: BLE001 - whatever datasets raises for what is not there
+    except FOREIGN as error:  # whatever datasets raises for what is not there, or a task's own Python file
         raise SPPOError(
             f"open_llm: the data set {task.dataset} of the task {task.name} is not here, and the Hub does not give it "
             f"({type(error).__name__}: {first_line(error)}). Where there is a network: bash scripts/evaluate.sh "
