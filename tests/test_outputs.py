@@ -177,6 +177,11 @@ def test_only_what_carries_our_marker_is_deleted(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), working(tmp_path / "y"):
         raise ZeroDivisionError
     assert not work_of(tmp_path / "y").exists()  # nothing was done, so nothing stays
+    (tmp_path / ".y.probe").mkdir()  # a kill has left it
+    (tmp_path / ".y.probe" / "file").touch()
+    with working(tmp_path / "y"):
+        pass
+    assert state(tmp_path) == {"x/made": b"1"}
 
 
 def test_through_a_link_the_work_and_the_model_are_on_the_targets_disk(

@@ -128,11 +128,12 @@ def refuse_unknown(target: Path, maker: str = "") -> None:
 
 
 def refuse_overlap(target: Path, models: list[Path]) -> None:
-    """Raise UsageError where `target` is one of the models that are read, in one of them, or holds one."""
+    """Raise UsageError where `target` is one of the models that are read, holds one, or is in one of ours."""
     real = Path(os.path.realpath(target))
     for model in models:
         read = Path(os.path.realpath(model))
-        if real == read or real in read.parents or read in real.parents:
+        is_in_ours = read in real.parents and (read / MANIFEST).exists()
+        if real == read or real in read.parents or is_in_ours:
             where = "is" if real == read else "holds" if real in read.parents else "is in"
             raise UsageError(f"--output_dir {target} {where} {model}, a model that is read; name another directory")
 
@@ -185,6 +186,8 @@ def _try_rename(work: Path, target: Path) -> None:
     """Raise SPPOError where a directory cannot be renamed to where `target` will be: not each disk can do that."""
     probe, there = work / "probe", target.with_name(f".{target.name}.probe")
     try:
+        if there.exists():  # a kill has left it
+            os.rename(there, probe)
         probe.mkdir(exist_ok=True)
         (probe / "file").touch()
         os.rename(probe, there)
