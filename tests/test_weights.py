@@ -19,7 +19,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from sppo import config, loop, preflight, run_sppo
+from sppo import config, loop, preflight, rankers, run_sppo
 from sppo.common import stopping
 from sppo.common.errors import INTERRUPTED, SPPOError, _terminated
 from sppo.common.loading import load_causal_lm
@@ -533,6 +533,9 @@ def test_a_request_to_stop_is_heard_while_a_network_is_loaded(
     monkeypatch.setattr(train, "load_causal_lm", slow)
     with pytest.raises(KeyboardInterrupt):
         run_training(models / "qwen3", dataset, tmp_path / "out")
+    stop.unlink()
+    with pytest.raises(KeyboardInterrupt):  # a ranker's, in the report and the win matrix
+        list(rankers.unfinished([1], lambda _: False, 1, slow))
     with pytest.raises(KeyboardInterrupt), stopping.heard():  # asked before
         pytest.fail("it was not heard")
     stop.unlink()
