@@ -561,3 +561,9 @@ def test_a_mean_of_models_is_pushed_without_local_paths(
     assert json.loads(files["sppo_manifest.json"])["models"] == ["model", "model", "llama3"]
     assert set(files) == set(state(run / "mean"))
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
+def test_every_recursive_delete_asks_the_one_place() -> None:
+    for path in [*(tiny.ROOT / "sppo").rglob("*.py"), *(tiny.ROOT / "scripts").glob("*.py")]:
+        if path.name != "directories.py":
+            assert "rmtree" not in path.read_text(), path
