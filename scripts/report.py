@@ -11,14 +11,13 @@ Writes  <run_dir>/report.html, one file that needs no network. With --iteration 
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import config
-from sppo.common.errors import NO_OVERWRITE, UsageError, run_main
+from sppo.common.errors import UsageError, run_main
 from sppo.common.place import Place, add_place_flags
 
 
@@ -48,7 +47,6 @@ def main() -> None:
             raise UsageError("--eval_prompts is missing: the held-out prompts to answer")
         from sppo.evaluation.report import report
 
-        os.environ[NO_OVERWRITE] = "1"
         report(recipe, args.run_dir, args.iteration, args.base, Place.of(args), args.overwrite)
     from sppo.evaluation.page.page import write_page
 

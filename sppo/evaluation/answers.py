@@ -7,20 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sppo.common.errors import INTERRUPTED, SPPOError
+from sppo.common.errors import INTERRUPTED, NO_OVERWRITE, SPPOError
 from sppo.common.place import Place
 from sppo.common.search_path import search_path
 from sppo.config import KEYS, ROOT, Recipe, flags
 
 
-def draw(recipe: Recipe, out: Path, logs: Path, place: Place, name: str, overwrite: bool = False) -> Path:
-    """out/responses.parquet: recipe.pairs responses of recipe.model to each of recipe.prompts. `name`: of the logs."""
+def draw(recipe: Recipe, out: Path, logs: Path, place: Place, name: str, overwrite: bool | None = None) -> Path:
+    """out/responses.parquet: recipe.pairs responses of recipe.model to each of recipe.prompts. `name`: of the logs.
+
+    overwrite: None where the command that asks has no such flag for its answers.
+    """
     generate = [sys.executable, str(ROOT / "scripts/generate.py"), *settings(recipe, "generate")]
-    again = ["--overwrite"] * overwrite
+    again, told = ["--overwrite"] * bool(overwrite), {NO_OVERWRITE: "1"} if overwrite is None else {}
     shard = [*generate, *flags(output_dir=out, world_size=place.world_size), *again]
-    launch([*place.flags(), *flags(shards_dir=out / "responses")], logs, name, shard)
+    launch([*place.flags(), *flags(shards_dir=out / "responses")], logs, name, shard, **told)
     combine = [sys.executable, str(ROOT / "scripts/combine_generate.py"), *settings(recipe, "combine_generate")]
-    call([*combine, *flags(output_dir=out), *again], name)
+    call([*combine, *flags(output_dir=out), *again], name, **told)
     return out / "responses.parquet"
 
 
@@ -29,17 +32,19 @@ def settings(recipe: Recipe, script: str) -> list[str]:
     return flags(**{key: getattr(recipe, key) for key in KEYS[script]})
 
 
-def launch(where: list[str], logs: Path, name: str, command: list[str]) -> None:
+def launch(where: list[str], logs: Path, name: str, command: list[str], **more: str) -> None:
     """Run the shards of `command`; `where`: the launcher's flags. Raises SPPOError where one fails."""
     words = [sys.executable, "-m", "sppo.launch", "shards", *where, *flags(name=name, logs=logs)]
-    call([*words, "--", *command], name)
+    call([*words, "--", *command], name, **more)
 
 
-def call(command: list[str], name: str) -> None:
-    """Run a command to its end. Raises SPPOError, with what it said, where it fails, KeyboardInterrupt where it was
-    interrupted, or asked to stop."""
+def call(command: list[str], name: str, **more: str) -> None:
+    """Run a command to its end, with `more` in its environment.
+
+    Raises SPPOError, with what it said, where it fails, KeyboardInterrupt where it was interrupted, or asked to stop.
+    """
     # SPPO_CHILD: killed, this command leaves nothing running
-    environment = {**os.environ, **search_path(), "SPPO_CHILD": "1"}
+    environment = {**os.environ, **search_path(), "SPPO_CHILD": "1", **more}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
