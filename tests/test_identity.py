@@ -85,6 +85,26 @@ def test_a_journal_of_another_identity_is_refused_by_name_and_kept(tmp_path: Pat
     kept.close()
 
 
+def test_what_an_older_version_did_not_note_is_no_difference_and_anything_else_is(world: Path) -> None:
+    """A templated ranking notes the template's arguments, also where there are none. An older journal lacks the key."""
+
+    def stage(**arguments: Any) -> Stage:
+        recipe = Recipe(model=str(world / "model"), ranker=str(world / "PairRM"), pairs=2)
+        return rank_stage(replace(recipe, chat_template_kwargs=arguments), world / "data", Slice(0, 0))
+
+    older = stage().identity
+    del older["inputs"]["ranker"]["chat_template_kwargs"]
+    journal = Journal(world / "older.journal", older)
+    journal.add("p0", {"n": 0})
+    journal.close()
+    journal = Journal(world / "older.journal", stage().identity)
+    assert journal.read("p0") == {"n": 0}
+    journal.close()
+    stage(enable_thinking=False).refuse_if_different(older)
+    with pytest.raises(SPPOError, match=r"ranker\.chat_template_kwargs\.enable_thinking: null there, false now"):
+        stage(enable_thinking=False).refuse_if_different(stage().identity)
+
+
 @pytest.mark.parametrize("damage", ["first line", "first line, and the last cut"])
 def test_a_damaged_first_line_keeps_what_fits(tmp_path: Path, damage: str) -> None:
     """It names no identity, so the items tell whose they are. Without a whole item nothing is lost."""

@@ -13,6 +13,9 @@ from typing import Any
 from sppo.common.errors import KEEP_BOTH, OtherWorkError, SPPOError
 from sppo.common.locks import lock
 
+# What older versions did not note. What they made lacks it, and stands as it is.
+LATER = ("chat_template_kwargs", "batch_size", "engine")
+
 
 class Journal:
     """Finished items of a shard, one line each, so that a killed process loses only what it had not finished.
@@ -29,7 +32,6 @@ class Journal:
         self.path = path
         self.done: dict[str, int] = {}
         self.dropped = 0
-        self._salt = json.dumps(identity, sort_keys=True).encode()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BufferedRandom = open(path, "a+b")  # noqa: SIM115 - held until close() or remove()
         try:
@@ -42,9 +44,10 @@ class Journal:
         except SPPOError:
             self._release()
             raise
-        self._scan(identity)
+        self._scan(_as_noted(path, identity))
 
     def _scan(self, identity: dict[str, Any]) -> None:
+        self._salt = json.dumps(identity, sort_keys=True).encode()
         self._file.seek(0)
         header, end = self._file.readline(), self._file.tell()
         for line in self._file:
@@ -115,10 +118,10 @@ def refuse_another(path: Path, identity: dict[str, Any], advice: str = KEEP_BOTH
         header = _decode(handle.readline())
         items = (line for line in handle if line.endswith(b"\n"))  # a kill leaves the last one without its end
         first = next(items, b"")
-        if not first or (header and header["identity"] == identity):
+        if not first or (header and not differences(header["identity"], identity, later=LATER)):
             return
         if header:
-            found = differences(header["identity"], identity)
+            found = differences(header["identity"], identity, later=LATER)
             about = f"{path} holds work made under other inputs or settings:"
             raise OtherWorkError("\n  ".join([about, *found]), advice)
         salt = json.dumps(identity, sort_keys=True).encode()
@@ -128,6 +131,14 @@ def refuse_another(path: Path, identity: dict[str, Any], advice: str = KEEP_BOTH
                 "Run the command that it was made with, which keeps them.",
                 advice,
             )
+
+
+def _as_noted(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """This identity as the journal's first line has it: an older version's lacks what that did not note."""
+    with open(path, "rb") as handle:
+        header = _decode(handle.readline())
+    is_this = header and not differences(header["identity"], identity, later=LATER)
+    return header["identity"] if is_this else identity
 
 
 def differences(old: Any, new: Any, where: str = "", later: Collection[str] = ()) -> list[str]:

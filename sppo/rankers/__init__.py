@@ -199,5 +199,5 @@ def prompt_identity(recipe: Recipe) -> dict[str, Any]:
     """The part of a ranker's identity that decides what prompt_renderer gives."""
     if recipe.ranker_prompt == "text":
         return {"ranker_prompt": "text"}
-    found = {"ranker_prompt": "templated", "model": policy_of(recipe).identity()}
-    return found | ({"chat_template_kwargs": recipe.chat_template_kwargs} if recipe.chat_template_kwargs else {})
+    model = {"model": policy_of(recipe).identity(), "chat_template_kwargs": recipe.chat_template_kwargs}
+    return {"ranker_prompt": "templated", **model}
