@@ -99,7 +99,7 @@ def hold(path: Path, patience: float = 0) -> Held:
 
     Raises BlockingIOError where another process has it for longer than `patience`, in seconds.
     """
-    deadline = time.monotonic() + patience
+    deadline, is_waiting = time.monotonic() + patience, False
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release()
@@ -109,6 +109,9 @@ def hold(path: Path, patience: float = 0) -> Held:
             handle.close()
             if time.monotonic() >= deadline:
                 raise
+            if not is_waiting:
+                print(f"{path.parent}: another process is at work here, and may be ending; waiting", flush=True)
+            is_waiting = True
             time.sleep(0.2)
             continue
         if path.exists() and os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):

@@ -29,8 +29,9 @@ IDENTITY = (
 
 _IF_MEANT = f"If the change was meant: copy the model without its {MANIFEST}, change the copy, and name it as --model"
 
-# Seconds in which a try that is being stopped may end: Ray starts a training again as soon as it has lost a machine.
-_PATIENCE = 30
+# Seconds in which an earlier try may end. Ray starts a training again as soon as it has lost a machine, and a file
+# server keeps a dead machine's locks for some 90 seconds.
+_PATIENCE = 120
 
 # names that are known without a look at transformers
 USUAL = {"optim": ("rmsprop", "adamw_torch"), "lr_scheduler_type": ("linear", "cosine", "constant")}
