@@ -105,7 +105,7 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
     stage = tasks_stage(order, policy, [task.name for task, _ in tasks])
     if stage.is_done(order.overwrite):
         return
-    identity = {"model": stage.inputs["model"], "engine": "VLLM" if _uses_vllm(order.recipe) else "HFLM"}
+    identity = {"model": stage.inputs["model"], "engine": "VLLM" if _uses_vllm(order.recipe, policy) else "HFLM"}
     journal = Journal(order.out / "answers.journal", identity, order.overwrite)
     stage.begin()
     with heard():
