@@ -193,6 +193,19 @@ def test_what_is_merged_is_what_was_trained_also_on_tied_embeddings(
     torch.testing.assert_close(logits(out / "merged"), trained, rtol=1e-4, atol=1e-4)
 
 
+def test_all_weights_of_a_policy_that_is_an_adapter_are_trained(models: Path, dataset: Path, tmp_path: Path) -> None:
+    """As those of the same policy as a model of its own. peft freezes the base of an adapter."""
+    adapter = tiny.lora(models / "llama3", tmp_path / "adapter")
+    shutil.copytree(models / "llama3", tmp_path / "whole")
+    load_causal_lm(open_policy(str(adapter)), torch.float32).save_pretrained(tmp_path / "whole")
+    trained, alone = (run_training(tmp_path / name, dataset, tmp_path / f"{name}-out") for name in ("adapter", "whole"))
+    weights, same = (load_file(out / "model.safetensors") for out in (trained, alone))
+    start = load_file(tmp_path / "whole" / "model.safetensors")
+    assert not any(weights[name].equal(start[name]) for name in start)
+    for name in start:
+        torch.testing.assert_close(weights[name], same[name], rtol=1e-5, atol=1e-6)
+
+
 def test_a_merge_that_changes_the_network_is_an_error(
     models: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sppo.common.errors import SPPOError
@@ -51,3 +53,23 @@ def lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
         # not through ModelConfig: it makes a text of a list of one, and peft takes a text for a regular expression
         lora.target_modules = {name.strip() for name in recipe.lora_target_modules.split(",")}
     return lora, get_quantization_config(asked)
+
+
+@contextmanager
+def unsharded(deepspeed: Any) -> Iterator[None]:
+    """A network that is loaded in here is whole on each rank, also under ZeRO-3.
+
+    deepspeed: accelerate's plugin, None without DeepSpeed. transformers then does not know of ZeRO-3, so that
+    from_pretrained neither shards the weights nor reads the training's batch sizes.
+    """
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    config = getattr(deepspeed, "dschf", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)

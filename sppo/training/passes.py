@@ -1,13 +1,11 @@
 """The passes over all responses before the first step: the log-probs of the reference and of the anchor, as tables.
 
 A pass that is broken off keeps what it has, and the next start computes what is missing in the same batches. Which
-responses share a batch decides a log-prob's last bits, so the table comes out as from a pass that nobody disturbed.
+responses share a batch decides a log-prob's last bits, so the table is the same as after a pass that ran to its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +19,7 @@ from sppo.common.progress import progress
 from sppo.common.stopping import heard, may_stop, stop_asked
 from sppo.training.data import Place, even_parts
 from sppo.training.logps import add_lean_forward
+from sppo.training.network import unsharded
 from sppo.training.reference import ReferenceTable
 
 if TYPE_CHECKING:
@@ -35,22 +34,6 @@ class Anchor(NamedTuple):
     policy: Policy
     table: ReferenceTable
     dtype: Any
-
-
-@contextmanager
-def unsharded(deepspeed: Any) -> Iterator[None]:
-    """A network that is loaded in here is whole, also under ZeRO-3."""
-    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
-
-    config = getattr(deepspeed, "dschf", None)
-    if config is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(config)
 
 
 def find_reference(trainer: SPPOTrainer) -> torch.Tensor:

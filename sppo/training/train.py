@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from sppo.common.directories import clear
 from sppo.common.errors import INTERRUPTED, SPPOError, leave
@@ -22,7 +23,7 @@ from sppo.training.checkpoints import (
     told_when_full,
     under_deepspeed,
 )
-from sppo.training.network import check_frozen, lora_and_quantization
+from sppo.training.network import check_frozen, lora_and_quantization, unsharded
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine
 
@@ -104,10 +105,9 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     import transformers
 
     from sppo.training.data import load_training_set
-    from sppo.training.logps import add_lean_forward
     from sppo.training.passes import Anchor
     from sppo.training.reference import ReferenceTable, reference_key
-    from sppo.training.trainer import SPPOTrainer, disable_dropout
+    from sppo.training.trainer import SPPOTrainer
 
     recipe, source, work = training.recipe, training.source, training.work
     check_frozen(recipe, source)
@@ -121,22 +121,9 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
         raise SPPOError(
             f"{training.processes} processes were launched, {args.world_size} take part; check the accelerate config"
         )
-    lora, quantization = lora_and_quantization(recipe)
     # what is trained is in float32; a base that is not trained stays as stored where products are in bfloat16 anyway
     dtype = "auto" if args.bf16 and recipe.use_peft else torch.float32
-    # after TrainingArguments: under ZeRO-3 the weights are then sharded as they load
-    model = load_causal_lm(source, dtype, recipe.attn_implementation, not recipe.use_peft, quantization)
-    lean = add_lean_forward(model)
-    if recipe.load_in_4bit:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if recipe.use_peft:
-        transformers.set_seed(recipe.seed)  # a new adapter begins at random
-        model = add_adapter(model, source, lora)
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise SPPOError(f"model {source.weights}: all its weights are frozen, so there is nothing to train")
-    disable_dropout(model)
+    model, lean = _network(training, args, dtype)
     # behind a sequence, where no attention looks; any token will do for a tokenizer that names none
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(source.stop_ids(tokenizer))
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
@@ -149,6 +136,38 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
         key = reference_key(training.anchor.identity(), data, **how)
         anchor = Anchor(training.anchor, ReferenceTable(key, homes), dtype)
     return SPPOTrainer(model, args, recipe, data, pad, table, lean, anchor), data
+
+
+def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[Any, bool]:
+    """The network to train, and whether it has the forward of logps.add_lean_forward.
+
+    Under ZeRO-3 the weights are sharded as they load, because TrainingArguments are there already. An adapter is
+    merged into whole weights, so each rank holds all of them until the Trainer shards them.
+    """
+    import transformers
+
+    from sppo.training.logps import add_lean_forward
+    from sppo.training.trainer import disable_dropout
+
+    recipe, source = training.recipe, training.source
+    lora, quantization = lora_and_quantization(recipe)
+    is_merged = source.adapter is not None and not recipe.use_peft
+    with unsharded(args.deepspeed_plugin) if is_merged else nullcontext():
+        model = load_causal_lm(source, dtype, recipe.attn_implementation, not recipe.use_peft, quantization)
+    if is_merged:
+        model.requires_grad_(True)  # peft freezes the base of an adapter
+    lean = add_lean_forward(model)
+    if recipe.load_in_4bit:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if recipe.use_peft:
+        transformers.set_seed(recipe.seed)  # a new adapter begins at random
+        model = add_adapter(model, source, lora)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise SPPOError(f"model {source.weights}: all its weights are frozen, so there is nothing to train")
+    disable_dropout(model)
+    return model, lean
 
 
 def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArguments:
