@@ -29,11 +29,11 @@ def pipeline(models: Path, data: Path, out: Path, config: str, family: str, *fla
         pytest.param(
             "cpu_zero3", "gemma2", ("--gradient_checkpointing=true",), marks=pytest.mark.slow
         ),  # its head is tied to the embedding
-        # with an anchor, whose own network is whole on each rank
+        # with an anchor, and merged at the end: networks that are whole
         pytest.param(
             "cpu_zero3",
             "qwen3",
-            ("--use_peft", "--loss_type=sppo_all", "--anchor=0.3"),
+            ("--use_peft", "--loss_type=sppo_all", "--anchor=0.3", "--merge_adapter"),
             marks=pytest.mark.slow,
         ),
         # an adapter that is merged before, and sharded then
@@ -70,7 +70,7 @@ def test_two_processes_train_what_one_does(
         aside = {"tokens_per_second", "seconds_left"} | ({"rewards/accuracies"} if a["step"] <= 2 else set())
         for name in a.keys() - aside:
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (a["step"], name)
-    weights = ["adapter_model.safetensors"] if "--use_peft" in flags else []
+    weights = ["adapter_model.safetensors", "merged/model.safetensors"] if "--use_peft" in flags else []
     for file in weights or ["model.safetensors"]:
         before, after = load_file(one / file), load_file(two / file)
         assert before.keys() == after.keys()

@@ -83,7 +83,8 @@ def train(training: Training) -> None:
     if first:
         metrics = {"iteration": training.iteration, **_summary(work / "metrics.jsonl")}
         metrics["agreement"] = trainer.agreement
-        finish(training, metrics, data)
+        with unsharded(trainer.args.deepspeed_plugin):  # this rank alone loads a network here
+            finish(training, metrics, data)
         loss, scaled = metrics["loss"], metrics["beta2_loss"]
         print(f"train: {training.output_dir}: loss {loss:.6g}, beta^2 loss {scaled:.6g}")
 
