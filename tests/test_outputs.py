@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -44,12 +45,12 @@ from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import atomic, digest, read_json, write_json
 from sppo.common.findings import Iteration, Run
 from sppo.common.locks import Held, hold
-from sppo.common.manifest import Stage
-from sppo.common.model_files import model_identity
+from sppo.common.manifest import MANIFEST, Stage
+from sppo.common.model_files import model_identity, tokenizer_files
 from sppo.common.policy import Policy, open_policy
 from sppo.config import Recipe
 from sppo.formats import content_id
-from sppo.hub.push import push_model
+from sppo.hub.push import _model_files, push_model
 from sppo.pairing.training_set import compute_prob
 from sppo.preflight.machine import check_outputs
 from sppo.rankers import pinned
@@ -158,6 +159,12 @@ def test_a_models_manifest_knows_every_file_and_an_older_ones_is_understood(trai
         (older / name).write_text("mine")
     (older / "link").symlink_to(trained)
     assert unknown_files(older) == ["a/config.json", "link", "merged/notes.txt", "my_eval.py", "results.csv"]
+    for name in ("private_prompts.json", "hf_token.txt"):
+        (older / name).write_text("mine")
+    pushed = {*_model_files(older, read_json(older / "sppo_manifest.json"))}
+    assert pushed == {*names, "sppo_manifest.json", "my_eval.py"} | {
+        f"merged/{name}" for name in ("model-00001-of-00002.safetensors", "chat_template.jinja")
+    }
 
 
 def test_only_what_carries_our_marker_is_deleted(tmp_path: Path) -> None:
@@ -283,7 +290,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from sppo.common.directories import working
-from sppo.common.manifest import Stage
+from sppo.common.manifest import MANIFEST, Stage
 
 here = Path(sys.argv[1])
 held = Stage("s", here / "m.json", [here / "out"], {"model": "abc"}, {"pairs": 5}, here / "j")
@@ -404,11 +411,13 @@ FURTHER = {
     "prophetnet.tokenizer": "words",
     "vocab-src.json": "{}",
     "preprocessor_config.json": "{}",
+    "word-pieces.xyz": "named in tokenizer_config.json",
 }
 # of other kinds, or other tools': none of it belongs to the tokenizer
 NOT_COPIED = (
     "vocab.pkl pytorch_model.bin evil.py model.onnx LICENSE notes.md .gitattributes quantize_config.json params.json "
-    "original/consolidated.00.pth original/tokenizer.model checkpoint-5/trainer_state.json results.csv"
+    "original/consolidated.00.pth original/tokenizer.model checkpoint-5/trainer_state.json results.csv hf_token.txt "
+    "private_prompts.json nohup.out config.json~ .tokenizer.model"
 ).split()
 
 
@@ -418,6 +427,8 @@ def furnished(model: Path, target: Path, further: dict[str, str]) -> Path:
     for name, content in further.items():
         (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_text(content)
+    if "word-pieces.xyz" in further:
+        edit(target / "tokenizer_config.json", lambda config: config.update(vocab_file="word-pieces.xyz"))
     return target
 
 
@@ -436,6 +447,30 @@ def test_a_tokenizers_further_files_go_from_iteration_to_iteration(models: Path,
     assert {*FURTHER, *(f"merged/{name}" for name in FURTHER)} <= set(written)
 
 
+def test_every_name_that_transformers_gives_to_a_vocabulary_is_known(tmp_path: Path) -> None:
+    here = Path(importlib.util.find_spec("transformers").submodule_search_locations[0])
+    sources = [path.read_text(encoding="utf-8") for path in here.glob("models/*/tokenization_*.py")]
+    lists = re.findall(r"VOCAB_FILES_NAMES = (\{.*?\})", "".join(sources), re.DOTALL)
+    names = {name for given in lists for name in re.findall(r'"([\w.-]+\.\w+)"', given)}
+    assert {"merges.txt", "spiece.model", "source.spm", "bpe.codes", "prophetnet.tokenizer"} <= names
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    assert set(tokenizer_files(tmp_path)) == names
+
+
+def test_a_model_of_ours_from_the_hub_is_without_what_is_not_fetched(trained: Path, tmp_path: Path) -> None:
+    """Its manifest knows the code that came with it, which is fetched only with --trust_remote_code."""
+    shutil.copytree(trained, tmp_path / "model")
+    before = open_policy(str(trained)).identity()
+    edit(tmp_path / "model" / MANIFEST, lambda made: made["outputs"].update({"modeling_own.py": "0" * 64}))
+    assert open_policy(str(tmp_path / "model")).identity() == before
+    with pytest.raises(SPPOError, match="modeling_own.py changed since it was written, or is gone"):
+        open_policy(str(tmp_path / "model"), remote_code=True).identity()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(SPPOError, match="config.json changed since it was written"):
+        open_policy(str(tmp_path / "model")).identity()
+
+
 def test_what_decides_the_tokens_is_in_the_identity_and_older_identities_stay(models: Path, tmp_path: Path) -> None:
     def older(path: Path) -> str:
         """The identity as it was before further files counted."""
@@ -449,7 +484,7 @@ def test_what_decides_the_tokens_is_in_the_identity_and_older_identities_stay(mo
     for name in NOT_COPIED:
         (plain / name).parent.mkdir(exist_ok=True)
         (plain / name).write_text("")
-    assert model_identity(plain) == older(plain)
+    assert model_identity(plain) == older(plain)  # of stray files those count that always have: .json and .txt
     seen = {older(plain)}
     for name in ("qwen.tiktoken", "additional_chat_templates/tool_use.jinja"):
         for content in ("one", "two"):

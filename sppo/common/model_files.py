@@ -13,21 +13,19 @@ from typing import Any
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.files import digest, read_json
 
-_KNOWN_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # at first; of other names: see tokenizer_files
-_SMALL_FILES = (*_KNOWN_FILES, "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab")  # that are fetched from the Hub
+# What belongs to a tokenizer, a processor or a chat template, by name: transformers' own names and the usual ones.
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "*processor_config.json"),
+    *("*vocab*.json", "*vocab*.txt", "merges.txt", "*.model", "*.model.v[0-9]*", "*.tiktoken", "*.spm", "*.bpe"),
+    *("*.vocab", "*.tokenizer", "bpe.codes", "dict.txt", "emoji.json", "encoder.json", "byte_maps.json"),
+    *("normalizer.json", "tekken.json", "word_shape.json", "word_pronunciation.json"),
+)
+_KNOWN_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # that have always been fetched, and counted by model_identity
+_SMALL_FILES = (*_KNOWN_FILES, *_TOKENIZER_FILES)  # that are fetched from the Hub
 _MODEL_FILES = ("*.safetensors", *_SMALL_FILES)
 _CODE_FILES = ("*.py",)  # only with trust_remote_code
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# What beside a tokenizer lies in its directory, by suffix: weights and pickles; code; pages and pictures; data.
-_NO_TOKENIZER = set(
-    ".safetensors .bin .pt .pth .pkl .pickle .joblib .ckpt .h5 .msgpack .onnx .gguf .ot .npz .npy .pb .tflite .nemo "
-    ".py .pyc .so .sh .ipynb .md .html .pdf .png .jpg .jpeg .gif .svg .webp .yaml .yml .toml "
-    ".jsonl .csv .parquet .log .zip .gz .xz .tar .started".split()
-)
-_OF_MODELS = re.compile(  # .json files that tell of a model, its weights or its training
-    r"(generation_|adapter_|\w*quant\w*_)?config\.json|.*\.index\.json|params\.json|source\.json|sppo_manifest\.json|"
-    r"trainer_state\.json|(all|train|eval)_results\.json"
-)
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -59,6 +57,11 @@ def resolve(
         raise SPPOError(f"{what} {name}: no such directory")
     files = (_MODEL_FILES if weights else _SMALL_FILES) + (_CODE_FILES if remote_code else ())
     return snapshot(name, revision, what, files)
+
+
+def is_fetched(name: str, remote_code: bool) -> bool:
+    """Whether `resolve` fetches the file of this name from the Hub."""
+    return any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES + (_CODE_FILES if remote_code else ()))
 
 
 def is_adapter(directory: Path, what: str = "model", on_hub: Iterable[str] = ()) -> bool:
@@ -207,15 +210,16 @@ def model_identity(path: Path, code: bool = False) -> str:
 
 
 def tokenizer_files(directory: Path) -> list[str]:
-    """The files in a model's directory that may belong to its tokenizer, by their paths in it: of whatever names.
+    """The files of a model's tokenizer, processor and chat template, by their paths in the model's directory.
 
-    All that is not something else: vocabularies have names of many kinds, and a processor's settings belong here too.
+    Those of known names, and those that tokenizer_config.json names in vocab_file and the like. No other file is taken,
+    because these are copied into each model that is trained and from there pushed to the Hub.
     """
-    names = [
-        path.name
-        for path in directory.iterdir()
-        if path.is_file() and path.suffix not in (*_NO_TOKENIZER, "") and not path.name.startswith(".")
-    ]
-    templates = [path for path in directory.glob("additional_chat_templates/*.jinja") if path.is_file()]
-    names = [name for name in names if not _OF_MODELS.fullmatch(name)]
-    return sorted([*names, *(path.relative_to(directory).as_posix() for path in templates)])
+    found = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if not path.name.startswith(".")}
+    settings = directory / "tokenizer_config.json"
+    if settings.is_file():
+        for key, value in json_object(settings).items():
+            names = value if isinstance(value, list) else [value]
+            if key.endswith(("_file", "_files")):
+                found |= {directory / name for name in names if isinstance(name, str) and Path(name).name == name}
+    return sorted(path.relative_to(directory).as_posix() for path in found if path.is_file())

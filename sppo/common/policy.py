@@ -13,6 +13,7 @@ from sppo.common.manifest import MANIFEST
 from sppo.common.model_files import (
     files_to_fetch,
     is_adapter,
+    is_fetched,
     json_object,
     model_identity,
     resolve,
@@ -42,7 +43,7 @@ class Policy:
         Raises SPPOError for a model of ours that is not what its training wrote.
         """
         for part in filter(None, (self.weights, self.adapter)):
-            _refuse_changed(part)
+            _refuse_changed(part, self.remote_code)
         own = model_identity(self.weights, self.remote_code)
         return own if self.adapter is None else f"{own}+{model_identity(self.adapter)}"
 
@@ -81,8 +82,8 @@ class Policy:
 def open_policy(name: str, revision: str = "", remote_code: bool = False, weights: bool = True) -> Policy:
     """The policy of that name: a model, or a LoRA adapter whose base its adapter_config.json names.
 
-    `weights`: False leaves on the Hub those that are not in the cache. Raises SPPOError for one that is nowhere, is not
-    clear (see is_adapter), or whose weights are pickled.
+    `weights`: False leaves on the Hub those that are not in the cache. Raises SPPOError where there is no such model,
+    where it is not clear whether it is a model or an adapter (see is_adapter), and for pickled weights.
     """
     directory, has_adapter = _open(name, revision, "model", remote_code, weights)
     if not has_adapter:
@@ -104,13 +105,20 @@ def _open(name: str, revision: str, what: str, remote_code: bool, weights: bool)
     return directory, found
 
 
-def _refuse_changed(directory: Path) -> None:
-    """Raise SPPOError where a file in a model's directory is not what the manifest says. Older ones do not know all."""
+def _refuse_changed(directory: Path, remote_code: bool) -> None:
+    """Raise SPPOError where a file in a model's directory is not what the manifest says. Older ones do not know all.
+
+    Files that are not fetched from the Hub are not compared: the directory may be a model of ours that was.
+    """
     manifest = directory / MANIFEST
     written = read_json(manifest) if manifest.exists() else {}
     if "others" not in written:
         return
-    own = {name: sha for name, sha in written["outputs"].items() if not name.startswith("merged/")}
+    own = {
+        name: sha
+        for name, sha in written["outputs"].items()
+        if is_fetched(name, remote_code) and not name.startswith("merged/")
+    }
     if names := changed(directory, own):
         raise SPPOError(
             f"model {directory}: {', '.join(names)} changed since it was written, or is gone. The command that made "

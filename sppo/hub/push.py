@@ -17,7 +17,7 @@ from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import changed, digest, digest_of, read_json, write_json
 from sppo.common.locks import alone
 from sppo.common.manifest import MANIFEST, read_manifest
-from sppo.common.model_files import public_name
+from sppo.common.model_files import public_name, tokenizer_files
 from sppo.common.parquet import open_parquet, read_rows, write_parquet
 from sppo.config import ROOT, flags
 from sppo.hub.data_card import data_card
@@ -27,14 +27,11 @@ Files = dict[str, Path | bytes]  # by their paths in the repository
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
 _TRIES, _PAUSE = 4, 2.0  # of a request that meets network trouble; seconds before the second try
 _LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
-_MODEL_SUFFIXES = {
-    ".safetensors",
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".py",
-}  # no pickle; code only where it came with it
+# what is pushed of a model whose manifest does not name all its files, beside weights, code and the tokenizer's files
+_OWN = {
+    *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
+    *("README.md", "metrics.jsonl", MANIFEST),
+}
 
 
 def command(org: str, name: str, public: bool, output_dir: Path | None = None, model_dir: Path | None = None) -> list:
@@ -131,12 +128,11 @@ def _model_files(model_dir: Path, written: dict[str, Any]) -> list[str]:
     """The files of a model that are pushed: all that its manifest knows. An older one does not know all."""
     if "others" in written:
         return sorted({MANIFEST, *written["outputs"], *(n for n in written["others"] if (model_dir / n).is_file())})
-    paths = [
-        path
-        for path in [*model_dir.glob("*"), *model_dir.glob("merged/*")]
-        if path.suffix in _MODEL_SUFFIXES or path.name in ("README.md", "metrics.jsonl")
-    ]
-    return sorted(p.relative_to(model_dir).as_posix() for p in paths if p.is_file() and not p.name.startswith("."))
+    paths: list[Path] = []
+    for folder in filter(Path.is_dir, (model_dir, model_dir / "merged")):
+        paths += [p for p in folder.iterdir() if p.name in _OWN or p.suffix in (".safetensors", ".py")]
+        paths += [folder / name for name in tokenizer_files(folder)]
+    return sorted({p.relative_to(model_dir).as_posix() for p in paths if p.is_file() and not p.name.startswith(".")})
 
 
 def _with_digests(files: Files) -> bytes:
