@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from sppo import config, loop, preflight, rankers, run_sppo
 from sppo.common import stopping
@@ -32,6 +33,7 @@ from sppo.generation.engines import Request, vllm
 from sppo.generation.engines import transformers as engine
 from sppo.rankers import reward_model
 from sppo.training import passes, train
+from sppo.training.first_step import FirstStep
 from sppo.training.trainer import SPPOTrainer, disable_dropout
 
 IDS = torch.arange(5, 300)[None]  # (1, 295): most of the vocabulary
@@ -390,11 +392,25 @@ def test_a_policy_that_is_not_its_reference_at_the_first_step_is_an_error(
         model, named = opt(tmp_path / family), r"dropout 0.1, attention_dropout 0.1"
     else:
         model, named = mixtral(tmp_path / family, router_jitter_noise=0.1), r"router_jitter_noise 0.1"
-    said = rf"are 0.0\d+ nats a token apart, and rounding makes at most 0.001.*its config has .*{named}"
+    said = rf"differ by 0.\d+ nats times the square root.* rounding makes at most 0.002.*its config has .*{named}"
     with pytest.raises(SPPOError, match=said):
         run_training(model, dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(("tokens", "rounding"), [(1, 0.032), (400, 0.64)])
+def test_rounding_of_short_and_of_long_answers_is_no_error(tokens: int, rounding: float) -> None:
+    """0.032 nats are what bfloat16 makes of one token of SmolLM2; for many tokens it grows as their square root."""
+    accelerator = SimpleNamespace(device="cpu", mixed_precision="bf16", reduce=lambda sums, _: sums)
+    batch = {"input_ids": torch.zeros(1, 512), "positions": torch.arange(tokens)}
+    for apart in (rounding, 10 * rounding):
+        first_step = FirstStep(accelerator, at_reference=True)
+        first_step.note(torch.zeros(1), torch.tensor([-apart]), batch)
+        if apart == rounding:
+            first_step.check(torch.nn.Module(), LlamaConfig(attention_dropout=0.1), "table")
+    with pytest.raises(SPPOError, match=r"by 0.32 nats times the square root of its tokens.*at most 0.15.*dropout 0.1"):
+        first_step.check(torch.nn.Module(), LlamaConfig(attention_dropout=0.1), "table")
 
 
 def rewards_of_the_first_step(model: Path) -> list[float]:

@@ -8,27 +8,29 @@ import torch
 from accelerate import Accelerator
 
 from sppo.common.errors import SPPOError
-from sppo.common.health import AGREEING
 
-_ROUNDING = 1e-3  # nats a token, in float32: a hundred times what was seen; a dropout of 0.1 is a hundred times more
+# Nats by which rounding may move a response's log-prob, divided by the square root of its tokens: the errors of single
+# tokens are independent, so that their sum grows as the root. In float32 rounding made 2e-7, a router's noise of 0.1
+# made 0.05 and dropout of 0.1 made 0.3 (tests/test_weights.py); in bfloat16 rounding made 0.03 (SmolLM2-135M).
+_ROUNDING, _ROUNDING_HALF = 2e-3, 0.15
 
 
 class FirstStep:
     """Sums over the micro-batches of a training's first step; `check` raises SPPOError for what they must not be.
 
-    at_reference: whether no step was made before, so that the policy is the reference still.
+    at_reference: whether no step was made before this one; the policy must then still be equal to the reference.
     """
 
     def __init__(self, accelerator: Accelerator, at_reference: bool) -> None:
         self.accelerator, self.at_reference = accelerator, at_reference
-        # nats a token between policy and reference, summed over responses; responses; |d loss / d log-prob|, summed
+        # |log-prob - reference's| / sqrt(tokens), summed over responses; responses; |d loss / d log-prob|, summed
         self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
 
     def note(self, logps: torch.Tensor, ratios: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Add a micro-batch. logps, ratios: (S,), the policy's log-probs, and less the reference's."""
         rows, width = inputs["input_ids"].shape
         tokens = torch.bincount(inputs["positions"] // width, minlength=rows)  # (S,)
-        self.sums[0] += (ratios.detach().abs() / tokens).sum()
+        self.sums[0] += (ratios.detach().abs() / tokens.sqrt()).sum()
         self.sums[1] += rows
         if logps.requires_grad:
             logps.register_hook(self._note_gradient)
@@ -42,13 +44,14 @@ class FirstStep:
         where: the file of the reference's log-probs.
         """
         apart, responses, pull = self.accelerator.reduce(self.sums, "sum").tolist()
-        limit = _ROUNDING if self.accelerator.mixed_precision == "no" else AGREEING
+        limit = _ROUNDING if self.accelerator.mixed_precision == "no" else _ROUNDING_HALF
         if self.at_reference and not apart / responses <= limit:
             raise SPPOError(
-                f"the policy is its own reference before the first step, but the log-probs of the two are "
-                f"{apart / responses:.2g} nats a token apart, and rounding makes at most {limit:g}. Usual reasons: "
-                f"dropout or noise that stays on in training ({_random_parts(config)}; set it to 0 in the model's "
-                f"config.json), code of the model's own that computes something else in training, or a damaged {where} "
+                "before its first step the policy is its own reference, but a response's log-probs by both differ by "
+                f"{apart / responses:.2g} nats times the square root of its tokens, and rounding makes at most "
+                f"{limit:g}. Usual reasons: dropout or noise that stays on in training ({_random_parts(config)}; set "
+                "it to 0 in the model's config.json), code of the model's own that computes something else in "
+                f"training, or a damaged {where} "
                 "(delete it to compute it again)"
             )
         # where the loss asks for nothing, as for win rates of 1/2, there is no gradient, and that is right
