@@ -108,6 +108,21 @@ def write_index(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_index_of_a_list(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "other.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": ["other.safetensors"]}))
+
+
+def lose(name: str) -> Callable[[Path], Any]:
+    """As in a damaged cache of the Hub, whose snapshots are links."""
+
+    def change(directory: Path) -> None:
+        (directory / name).unlink()
+        (directory / name).symlink_to("../../blobs/gone")
+
+    return change
+
+
 def other_kind(directory: Path) -> None:
     config = json.loads((directory / "adapter_config.json").read_text())
     (directory / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
@@ -120,8 +135,18 @@ def other_kind(directory: Path) -> None:
         ("adapter", rename("adapter_model.safetensors", "unrelated.safetensors"), "no adapter_model.safetensors in it"),
         ("model", write_index, "transformers reads the first, vLLM the others"),
         ("adapter", other_kind, "is of the kind IA3, and only LoRA is read"),
+        ("model", write_index_of_a_list, r"model.safetensors.index.json is damaged: its weight_map names no files"),
+        ("model", lose("model.safetensors"), "its model.safetensors is a link to a file that is gone; fetch the model"),
+        (
+            "adapter",
+            lose("adapter_model.safetensors"),
+            "its adapter_model.safetensors is a link to a file that is gone",
+        ),
     ],
-    ids=["pickled model", "pickled adapter", "two sets of weights", "another kind of adapter"],
+    ids=[
+        *("pickled model", "pickled adapter", "two sets of weights", "another kind of adapter"),
+        *("an index that is none", "a lost model", "a lost adapter"),
+    ],
 )
 def test_what_would_be_read_otherwise_than_it_is_known_is_refused(
     models: Path, tmp_path: Path, kind: str, change: Callable[[Path], Any], said: str

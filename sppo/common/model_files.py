@@ -70,7 +70,7 @@ def is_adapter(directory: Path, what: str = "model", on_hub: Iterable[str] = ())
     `on_hub`: files that belong to it and are not here yet. Raises SPPOError for a directory that is both, because
     transformers puts an adapter that lies beside a model on the model, and vLLM does not; and for one that is neither.
     """
-    names = {path.name for path in directory.iterdir()} | set(on_hub)
+    names = {path.name for path in directory.iterdir() if path.exists()} | set(on_hub)
     weights = names & {_WEIGHTS, _INDEX}
     adapter = sorted(name for name in names if name == _ADAPTER_CONFIG or name.startswith("adapter_model."))
     if "config.json" in names and weights and adapter:
@@ -81,6 +81,8 @@ def is_adapter(directory: Path, what: str = "model", on_hub: Iterable[str] = ())
         )
     wanted = _ADAPTER_WEIGHTS if _ADAPTER_CONFIG in names else _WEIGHTS
     if wanted not in names and not (wanted == _WEIGHTS and weights):
+        if (directory / wanted).is_symlink():
+            raise SPPOError(f"{what} {directory}: its {wanted} is a link to a file that is gone; fetch the model again")
         raise SPPOError(
             f"{what} {directory}: no {wanted} in it (pickled weights, and .safetensors of other names, are not read); "
             "convert it first"
@@ -95,14 +97,21 @@ def is_adapter(directory: Path, what: str = "model", on_hub: Iterable[str] = ())
 
 def weight_files(directory: Path) -> list[Path]:
     """The files of a model's weights: those that its index names, else model.safetensors; none where there are none."""
-    if (directory / _INDEX).exists():
-        return sorted(directory / name for name in _indexed(directory))
-    return [path for path in (directory / _WEIGHTS,) if path.exists()]
+    found = (directory / name for name in sorted(weight_names(directory)))
+    return list(found) if (directory / _INDEX).exists() else [path for path in found if path.exists()]
+
+
+def weight_names(directory: Path) -> set[str]:
+    """The names of the files that a model's weights are read from, whether they are here or still on the Hub."""
+    return _indexed(directory) if (directory / _INDEX).exists() else {_WEIGHTS}
 
 
 def _indexed(directory: Path) -> set[str]:
-    """Names of the files in a model's index."""
-    return set(json_object(directory / _INDEX, "weight_map")["weight_map"].values())
+    """Names of the files in a model's index. Raises SPPOError where it is damaged."""
+    named = json_object(directory / _INDEX, "weight_map")["weight_map"]
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise SPPOError(f"{directory / _INDEX} is damaged: its weight_map names no files; fetch the model again")
+    return set(named.values())
 
 
 def files_to_fetch(name: str, revision: str = "") -> dict[str, tuple[int, bool]]:
