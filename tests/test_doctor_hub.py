@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,12 +59,14 @@ def test_who_may_push(models: Path, tmp_path: Path, role: str, org: str, env: di
 
 def test_a_model_on_the_hub_is_looked_at_without_its_weights(models: Path, tmp_path: Path) -> None:
     home = {"HF_HOME": str(tmp_path / "hf")}
+    shutil.copytree(models / "llama3", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    shutil.copy(weights, weights.with_name("consolidated.safetensors"))  # the same in another form, which is not read
     with hub_server.running() as hub:
-        hub.models = {"me/chat": {"1" * 40: models / "llama3"}}
+        hub.models = {"me/chat": {"1" * 40: tmp_path / "model"}}
         command = ["scripts/doctor.py", *flags_of(models, tmp_path, "--model=me/chat")]
         shown = tiny.succeed(*command, **hub.env, **home)
-    weights = models / "llama3" / "model.safetensors"
-    assert f"{size(weights.stat().st_size)} to download" in shown
+    assert f"{size(2 * weights.stat().st_size)} to download" in shown
     assert "0.136 million parameters" in shown  # the file's size over float32's: its header counts as 0.001
     assert "an answer ends with <|eot_id|>" in shown
     assert not [r for r in hub.requests if r.startswith("GET") and r.endswith(".safetensors")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from sppo.common import chat
@@ -26,7 +25,7 @@ from sppo.common.findings import (
     size,
 )
 from sppo.common.loading import load_config, skeleton
-from sppo.common.model_files import files_to_fetch, parameters, weight_shapes
+from sppo.common.model_files import files_to_fetch, parameters, weight_names, weight_shapes
 from sppo.common.policy import adapter_base, open_policy
 from sppo.common.shape import Shape, stored_bytes
 from sppo.common.vllm import check_vllm
@@ -68,7 +67,7 @@ def check_model(run: Run) -> Findings:
     found = {} if constants.HF_HUB_OFFLINE else files_to_fetch(*wanted[-1])
     shown = f"{name}: {raw.get('model_type', 'a model of no known type')}"
     if any(missing for _, missing in found.values()):
-        stored = _stored_weights(policy.weights, found)
+        stored = sum(found[name][0] for name in weight_names(policy.weights) & found.keys())
         if not stored:
             raise SPPOError(f"model {wanted[-1][0]} has no .safetensors on the Hub; pickled weights are not read")
         count = stored // stored_bytes(raw)
@@ -90,13 +89,6 @@ def check_model(run: Run) -> Findings:
     run.loads_model = True
     if run.trains and context and run.recipe.max_length > context:
         yield note(f"--max_length {run.recipe.max_length} is beyond the model's context of {context} tokens")
-
-
-def _stored_weights(directory: Path, files: dict[str, tuple[int, bool]]) -> int:
-    """Bytes of a model's weights on the Hub: of those that its index names, if it has one."""
-    index = directory / "model.safetensors.index.json"
-    named = set(read_json(index)["weight_map"].values()) if index.exists() else files
-    return sum(length for name, (length, _) in files.items() if name in named and name.endswith(".safetensors"))
 
 
 def check_template(run: Run) -> Findings:
