@@ -123,8 +123,11 @@ def response_ids(
 
 
 def without_end(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: set[int]) -> str:
-    """An answer without the ends of turn that its text spells behind it: the template puts its own there, once."""
-    ends = tuple(tokenizer.decode([i]) for i in stop_ids)
+    """An answer without the ends of turn that its text spells behind it, nor white space behind those.
+
+    The template puts its own end there, once. An id that is no token of the tokenizer spells nothing.
+    """
+    ends = tuple(end for end in (tokenizer.decode([i]) for i in stop_ids) if end)
     left = text
     while (stripped := left.rstrip()).endswith(ends):
         left = stripped[: -max(len(end) for end in ends if stripped.endswith(end))]
@@ -133,7 +136,9 @@ def without_end(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: set[int
 
 def is_fixed(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template renders a conversation the same way each time: it reads no clock and draws nothing."""
-    return not re.search(r"strftime_now|\|\s*random\b", json.dumps(tokenizer.chat_template))
+    named = tokenizer.chat_template
+    texts = named.values() if isinstance(named, dict) else [named]
+    return not any(re.search(r"strftime_now|\brandom\b|\blipsum\b", text) for text in texts)
 
 
 def _template(
