@@ -120,16 +120,16 @@ def test_a_function_that_exits_is_an_error_that_names_it(world: World) -> None:
     world.file("exits_at_once.py", "import sys\nsys.exit(0)\n")
     world.patch.syspath_prepend(str(world.d))
     for name, code, message in (
-        ("exits:ranks", 1, "the ranker's function ranks failed: SystemExit: 0"),
-        ("exits:quits", 1, "the ranker's function quits failed: SystemExit"),
-        ("exits:counts", 1, "the ranker's function counts gave <exits.Number"),
+        ("exits:ranks", 1, "the ranker's function exits:ranks failed: SystemExit: 0"),
+        ("exits:quits", 1, "the ranker's function exits:quits failed: SystemExit"),
+        ("exits:counts", 1, "the ranker's function exits:counts gave <exits.Number"),
         ("exits_at_once:f", 2, "can be imported (SystemExit: 0)"),
     ):
         found, said = call(world.rank(data, world.d, f"--ranker={name}"), {})
         assert (found, message in said) == (code, True), said
     assert not list((data / "ranking").glob("*.parquet"))
-    with pytest.raises(SPPOError, match=r"the measure measures failed \(SystemExit"):
-        ask(load_function("exits:measures", "--measure"), "prompt", "answer")
+    with pytest.raises(SPPOError, match=r"the measure exits:measures failed \(SystemExit"):
+        ask(load_function("exits:measures", "--measure"), "exits:measures", "prompt", "answer")
 
 
 def test_a_models_own_code_that_exits_is_an_error(world: World) -> None:

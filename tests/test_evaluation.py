@@ -107,7 +107,7 @@ def test_a_report_measures_both_sides_answers(models: Path, tmp_path: Path) -> N
 def test_a_measure_that_gives_no_numbers_is_an_error_that_says_what_it_should_give(
     models: Path, tmp_path: Path
 ) -> None:
-    assert "the measure wrong failed" in report(models, tmp_path, "--measure", "mine:wrong", code=1)
+    assert "the measure mine:wrong failed" in report(models, tmp_path, "--measure", "mine:wrong", code=1)
     taken = report(models, tmp_path, "--measure", "mine:taken", code=1)
     assert "--measure mine:taken: cut is the report's own name" in taken
     assert "--measure mine:absent" in report(models, tmp_path, "--measure", "mine:absent", code=2)

@@ -27,7 +27,8 @@ from test_agreement import worst_difference
 
 from sppo import run_sppo
 from sppo.common import chat
-from sppo.common.errors import SPPOError
+from sppo.common.errors import SPPOError, UsageError
+from sppo.common.files import digest
 from sppo.common.journal import Journal
 from sppo.common.policy import open_policy
 from sppo.common.shards import Slice
@@ -40,6 +41,7 @@ from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards, prepare
 from sppo.generation.source import Source
 from sppo.pairing.training_set import compute_prob
+from sppo.rankers import function
 from sppo.ranking.shards import rank_shards
 from sppo.training.data import TrainingSet, load_training_set
 from sppo.training.dataset import dataset_file
@@ -440,6 +442,29 @@ def test_pairs_without_win_rates_train(models: Path, tmp_path: Path) -> None:
     assert "rewards/chosen_target" not in line
 
 
+def test_an_end_that_the_tokenizer_does_not_know_spells_nothing(models: Path) -> None:
+    """Embeddings are padded: a model may name an end of which its tokenizer has no token."""
+    tokenizer = chat.load_tokenizer(models / "llama3")
+    stops = {*chat.stop_token_ids(models / "llama3", tokenizer), len(tokenizer) + 5}
+    assert chat.without_end(tokenizer, "yes \n", stops) == "yes \n"
+    assert chat.without_end(tokenizer, "yes \n<|eot_id|>\n", stops) == "yes \n"
+
+
+@pytest.mark.parametrize(
+    ("template", "is_fixed"),
+    [
+        (tiny.LLAMA3_TEMPLATE, True),
+        ({"default": tiny.LLAMA3_TEMPLATE, "tool_use": "operandom"}, True),
+        ("{{ [1, 2] |\n random }}", False),
+        ("{{ messages | map('random') }}", False),
+        ("{{ lipsum() }}", False),
+        ({"default": "a", "tool_use": "{{ strftime_now('%d') }}"}, False),
+    ],
+)
+def test_a_template_that_draws_or_reads_the_clock_is_known(template: Any, is_fixed: bool) -> None:
+    assert chat.is_fixed(SimpleNamespace(chat_template=template)) == is_fixed
+
+
 @pytest.mark.parametrize("spelled", ["yes<|eot_id|>", "yes<|eot_id|>\n", "yes<|eot_id|><|end_of_text|>", "yes"])
 def test_an_answer_ends_once(models: Path, tmp_path: Path, spelled: str) -> None:
     rows = [{"chosen": [USER, answer(spelled)], "rejected": [USER, answer("no")], **RATES}]
@@ -571,6 +596,46 @@ def test_an_edit_that_a_loss_does_not_read_is_refused(edited: Callable[..., Trai
         edited(lambda row: row["responses"][row["chosen_index"]].update(text="red"))
     with pytest.raises(SPPOError, match=r"row 0: prompt was edited; this loss trains on chosen and rejected"):
         edited(lambda row: row["prompt"][0].update(content="red"))
+
+
+# the user's own functions
+
+
+CALLABLES = """
+import functools
+import math
+
+class Longer:
+    def __call__(self, prompt, first, second):
+        return len(first) - len(second) if first else None
+
+def scaled(scale, prompt, first, second):
+    return scale * (len(first) - len(second)) if first else None
+
+whole = Longer()
+double = functools.partial(scaled, 2)
+c = math.hypot
+"""
+
+
+def test_all_that_can_be_called_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "callables.py"
+    path.write_text(CALLABLES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, logit in (("whole", 2.0), ("double", 4.0), ("c", None)):
+        recipe = Recipe(ranker=f"callables:{name}")
+        assert function.identity(recipe)["source"] == digest(path)
+        assert function.fetch(recipe) == str(path)
+        ranker = function.load(recipe)
+        if logit is not None:
+            assert list(ranker.logits([([USER], "abc", "a")])) == [(0, logit)]
+        with pytest.raises(SPPOError, match=f"the ranker's function callables:{name} (gave None|failed: TypeError)"):
+            list(ranker.logits([([USER], "", "a")]))
+
+
+def test_what_is_built_into_python_is_no_ranker() -> None:
+    with pytest.raises(UsageError, match=r"--judge builtins:len: it is built into Python; name a function in a file"):
+        function.source_file("builtins:len", "--judge")
 
 
 # responses and questions of other tools

@@ -16,7 +16,7 @@ def check_judge(run: Run) -> Findings:
     if not name or not any(i.report for i in run.left):
         return
     judges(run.recipe)  # raises where it is called as the ranker is
-    (answer,) = ask_trial(FunctionRanker(load_function(name, "--judge")), [TRIAL], f"--judge {name}")
+    (answer,) = ask_trial(FunctionRanker(load_function(name, "--judge"), name), [TRIAL], f"--judge {name}")
     yield ok(f"--judge {name} answers a trial pair ({answer:.3g})")
 
 
@@ -26,6 +26,6 @@ def check_measure(run: Run) -> Findings:
     if not name or not any(i.report for i in run.left):
         return
     prompt, answer, _ = TRIAL
-    said = ask(load_function(name, "--measure"), prompt_text(prompt), answer)
+    said = ask(load_function(name, "--measure"), name, prompt_text(prompt), answer)
     refuse_taken(said, name)
     yield ok(f"--measure {name} answers for a trial answer ({', '.join(said) or 'nothing'})")

@@ -68,7 +68,7 @@ def _own(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
     values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for response in row["responses"]:
-            for key, numbers in ask(function, prompt_text(row["prompt"]), response["text"]).items():
+            for key, numbers in ask(function, name, prompt_text(row["prompt"]), response["text"]).items():
                 values[key] += numbers
     refuse_taken(values, name)
     return {key: sum(numbers) / len(numbers) for key, numbers in values.items() if numbers}
@@ -81,18 +81,18 @@ def refuse_taken(names: Iterable[str], measure: str) -> None:
         raise SPPOError(f"--measure {measure}: {', '.join(taken)} is the report's own name; give it another")
 
 
-def ask(function: Any, prompt: str, answer: str) -> dict[str, list[float]]:
-    """What a measure says of one answer. Raises SPPOError where it fails, or says something else than numbers."""
+def ask(function: Any, name: str, prompt: str, answer: str) -> dict[str, list[float]]:
+    """What the measure `name` says of one answer. Raises SPPOError where it fails or gives something but numbers."""
     try:
         answers = function(prompt, answer).items()
         said = {str(key): [float(x) for x in (v if isinstance(v, list) else [v])] for key, v in answers}
     except FOREIGN as error:
         raise SPPOError(
-            f"the measure {function.__name__} failed ({type(error).__name__}: {error}); it should return a dictionary "
+            f"the measure {name} failed ({type(error).__name__}: {error}); it should return a dictionary "
             "of numbers, or of lists of numbers"
         ) from None
     if not all(math.isfinite(x) for numbers in said.values() for x in numbers):
-        raise SPPOError(f"the measure {function.__name__} gave {said} for {answer!r}: not finite")
+        raise SPPOError(f"the measure {name} gave {said} for {answer!r}: not finite")
     return said
 
 

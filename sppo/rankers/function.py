@@ -43,8 +43,8 @@ class FunctionRanker:
 
     batched = False
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+    def __init__(self, function: Function, name: str) -> None:
+        self.function, self.name = function, name
 
     def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
         """(index, what the function says) in the pairs' order."""
@@ -52,7 +52,7 @@ class FunctionRanker:
             yield index, self._ask(prompt_text(prompt), first, second)
 
     def _ask(self, *texts: str) -> float:
-        name = f"the ranker's function {self.function.__name__}"
+        name = f"the ranker's function {self.name}"
         try:
             said = self.function(*texts)
         except FOREIGN as error:
@@ -72,8 +72,15 @@ class FunctionRanker:
 
 
 def source_file(name: str, flag: str) -> Path:
-    """The file that the function `module:function` stands in."""
-    return Path(inspect.getfile(inspect.unwrap(load_function(name, flag))))
+    """The file that the function `module:function` stands in; for a callable object, the file of `module`."""
+    function = load_function(name, flag)
+    try:
+        return Path(inspect.getfile(inspect.unwrap(function)))
+    except TypeError:  # an object that can be called, a functools.partial, a function written in C
+        module = sys.modules[name.partition(":")[0]]
+    if not getattr(module, "__file__", None):
+        raise UsageError(f"{flag} {name}: it is built into Python; name a function in a file of your own")
+    return Path(module.__file__)
 
 
 def fetch(recipe: Recipe) -> str:
@@ -88,4 +95,4 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 def load(recipe: Recipe) -> FunctionRanker:
     """The function, ready to be asked."""
-    return FunctionRanker(load_function(recipe.ranker, "--ranker"))
+    return FunctionRanker(load_function(recipe.ranker, "--ranker"), recipe.ranker)
