@@ -55,7 +55,8 @@ class ChatServer:
         import openai
 
         self.openai = openai
-        self.failures = (openai.APIError, AttributeError, KeyError, TypeError, ValueError)  # or an answer that is none
+        # all but the first: the server has answered with something that is no chat completion
+        self.failures = (openai.APIError, AttributeError, KeyError, TypeError, ValueError)
         self.key = os.environ.get("OPENAI_API_KEY", "")
 
     def client(self) -> AsyncOpenAI:

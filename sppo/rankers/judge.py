@@ -63,8 +63,8 @@ def _letter(token: str) -> str:
 def read_answer(completion: dict[str, Any]) -> tuple[float, bool]:
     """(logit, whether it comes from log-probs) of a chat completion; NaN where the judge says neither A nor B.
 
-    A letter that is not listed is taken to be as likely as the least likely token that is. NaN too where what the
-    server calls log-probs are none: what is left of them would look like certainty.
+    A letter that is not listed is taken to be as likely as the least likely token that is. The logit is NaN too where
+    the server's log-probs are not valid numbers: leaving those out would make the rest look like certainty.
     """
     choice = next(iter(completion["choices"]), {})
     for place in (choice.get("logprobs") or {}).get("content") or []:
@@ -120,7 +120,7 @@ class Judge:
             self.server.note(f"a pair was refused and its prompt is set aside: {self.server.words(error)}")
             return math.nan
         if math.isnan(logit):
-            self.server.note("an answer was neither A nor B, or its log-probs were none, and its prompt is set aside")
+            self.server.note("an answer was neither A nor B, or had invalid log-probs; its prompt is set aside")
         elif not soft:
             self.server.note(f"the server gives no log-probs, so an answer counts as a logit of {HARD:g} or {-HARD:g}")
         return logit
