@@ -48,19 +48,22 @@ def with_system(tokenizer: PreTrainedTokenizerBase, messages: list[Message], sys
     """`messages` as the template takes them: `system_prompt` in front where there is no system turn, and the
     system turn folded into the first user turn where the template refuses or ignores one (Gemma-2, Mistral 0.2).
 
-    Raises ValueError for a turn that the template would leave out without a word (of a tool, most often).
+    Raises ValueError for a turn that the template would leave out without a word: of a tool most often, or a system
+    turn that does not come first.
     """
-    for role in {m["role"] for m in messages} - {"system", "user", "assistant"}:
-        if not _takes_role(tokenizer, role):
-            raise ValueError("the chat template leaves out turns of a role that it does not know")
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    if messages[0]["role"] != "system" or takes_system(tokenizer):
-        return messages
-    if len(messages) < 2 or messages[1]["role"] != "user":
-        raise ValueError("a system turn without a user turn behind it")
-    folded = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return [folded, *messages[2:]]
+    if messages[0]["role"] == "system" and not takes_system(tokenizer):
+        if len(messages) < 2 or messages[1]["role"] != "user":
+            raise ValueError("a system turn without a user turn behind it")
+        folded = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        messages = [folded, *messages[2:]]
+    left_out = _left_out(tokenizer, tuple(m["role"] for m in messages))
+    if left_out == "system":
+        raise ValueError("the chat template leaves out a system turn that does not come first")
+    if left_out:
+        raise ValueError("the chat template leaves out turns of a role that it does not know")
+    return messages
 
 
 def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -74,20 +77,25 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer._sppo_takes_system
 
 
-def _takes_role(tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
-    """Whether the template renders, or itself refuses, a turn of a role beside the usual three. Asked once for each."""
-    known = tokenizer.__dict__.setdefault("_sppo_takes_role", {})
-    if role not in known:
-        probe = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": role, "content": "c-probe"},
-        ]
+def _left_out(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> str:
+    """The role of an unusual turn that the template leaves out of a conversation with such roles; "" for none.
+
+    Unusual is what is neither the user's nor the assistant's, nor a system turn in front. A conversation that the
+    template refuses is refused where it is rendered. Asked once for each sequence of roles.
+    """
+    unusual = [i for i, role in enumerate(roles) if role not in ("user", "assistant") and (role != "system" or i)]
+    if not unusual:
+        return ""
+    known = tokenizer.__dict__.setdefault("_sppo_left_out", {})
+    if roles not in known:
+        texts = [f"turn-{i}-probe" for i in range(len(roles))]
+        probe = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         try:
-            known[role] = "c-probe" in render(tokenizer, probe, True)
+            rendered = render(tokenizer, probe, True)
+            known[roles] = next((roles[i] for i in unusual if texts[i] not in rendered), "")
         except ValueError:
-            known[role] = True
-    return known[role]
+            known[roles] = ""
+    return known[roles]
 
 
 def prompt_ids(
