@@ -131,7 +131,8 @@ def as_messages(value: Any) -> list[Message]:
     """A conversation, as any tool writes it, as messages {role, content} with plain texts.
 
     Text parts ([{"type": "text", "text": ...}]) are joined; ShareGPT's from and value become role and content. Raises
-    BeyondTextError for a message with a field of BEYOND_TEXT, and ValueError for what is no text.
+    BeyondTextError for a message with a field of BEYOND_TEXT or a part that is an image or the like, and ValueError for
+    what is no text.
     """
     if not isinstance(value, list):
         raise ValueError("no list of messages")
@@ -159,8 +160,10 @@ def _message(turn: Any) -> Message:
         role, content = turn.get("from"), turn.get("value")
         role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
     if isinstance(content, list):
+        if any(isinstance(part, dict) and (part.get("type") or "text") != "text" for part in content):
+            raise BeyondTextError("a message has parts that are not text")
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(map(is_text, texts)) or any((part.get("type") or "text") != "text" for part in content):
+        if not all(map(is_text, texts)):
             raise ValueError("a message has parts that are not text")
         content = "".join(texts)
     if not (role and is_text(role) and is_text(content)):

@@ -152,6 +152,27 @@ def test_a_turn_that_a_template_would_leave_out_is_counted(models: Path, tmp_pat
             assert "blue" in tokenizer.decode(requests[0].token_ids)
 
 
+ONLY_FIRST = (  # as Mistral's and older templates have it
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['content'] }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_later_system_turn_that_a_template_leaves_out_is_refused(models: Path) -> None:
+    tokenizer = chat.load_tokenizer(models / "qwen3")
+    system, later = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "Be kind."}
+    for turns in ([USER, later, USER], [system, later, USER], [system, USER, answer("b"), later, USER]):
+        assert chat.with_system(tokenizer, turns, "") == turns  # this template renders any turn
+    other = chat.load_tokenizer(models / "qwen3")
+    other.chat_template = ONLY_FIRST
+    for turns in ([USER, later, USER], [system, later, USER], [system, USER, answer("b"), later, USER]):
+        with pytest.raises(ValueError, match="leaves out a system turn that does not come first"):
+            chat.with_system(other, turns, "")
+    assert chat.with_system(other, [USER], "Be brief.") == [system, USER]
+    with pytest.raises(ValueError, match="leaves out a system turn that does not come first"):
+        chat.with_system(other, [USER, answer("b"), later, USER], "Be brief.")
+
+
 # directories and CSV files
 
 
@@ -352,6 +373,14 @@ def test_every_form_of_a_pair_trains_the_same_tokens(models: Path, tmp_path: Pat
         assert ids(read(models, path, [{**RATES, **form}])) == expected, form
 
 
+@pytest.mark.parametrize("left_out", ["responses", "chosen_index", "prompt_token_ids"])
+def test_a_pair_needs_none_of_the_generated_columns(models: Path, paired: Path, tmp_path: Path, left_out: str) -> None:
+    table = pq.read_table(paired / "train.parquet").drop_columns([left_out])
+    data = read(models, tmp_path / "t.parquet", table)
+    assert data.counts["rows_from_template"] == 6
+    assert [row[0][0] for row in ids(data)] == [row[0][0] for row in ids(unedited(models, paired))]
+
+
 def test_a_pair_with_tool_calls_is_left_out_and_counted(models: Path, tmp_path: Path) -> None:
     called = [USER, answer("", tool_calls=CALL), {"role": "tool", "content": "blue"}, answer("yes")]
     plain = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")], **RATES}
@@ -362,6 +391,11 @@ def test_a_pair_with_tool_calls_is_left_out_and_counted(models: Path, tmp_path: 
         assert data.counts[f"rows_left_out ({column}: a message has tool_calls, {HANDS_ON})"] == 1
     with pytest.raises(SPPOError, match=r"no rows to train on; .*tool_calls"):
         read(models, tmp_path / "t.parquet", rows[:1])
+    shown = [{"role": "user", "content": [*parts("Why None?"), IMAGE]}, answer(parts("yes"))]
+    texts = [{"role": "user", "content": parts("Why None?")}, answer(parts("no"))]
+    rows = [{"chosen": shown, "rejected": texts, **RATES}, {"chosen": texts, "rejected": texts, **RATES}]
+    data = read(models, tmp_path / "t.parquet", rows)
+    assert len(data) == data.counts["rows_left_out (chosen: a message has parts that are not text)"] == 1
     tools = [{"function": {"name": "weather"}}]
     data = read(models, tmp_path / "t.parquet", [{**plain, "tools": tools}, {**plain, "tools": None}])
     assert len(data) == data.counts[f"rows_left_out (the row has tools, {HANDS_ON})"] == 1
@@ -370,7 +404,7 @@ def test_a_pair_with_tool_calls_is_left_out_and_counted(models: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen": [USER, answer([*parts("yes"), IMAGE])]}, "row 1: chosen is not .*parts that are not text"),
+        ({"chosen": [USER, answer(["yes"])]}, "row 1: chosen is not .*parts that are not text"),
         ({"rejected": [USER, answer(7)]}, "row 1: rejected is not .*not text"),
         ({"rejected": [USER, answer(None)]}, "row 1: rejected is not .*not text"),
         ({"chosen": "yes", "prompt": [USER]}, "row 1: chosen is not .*no list of messages"),
@@ -691,6 +725,21 @@ def test_a_number_is_no_text_and_a_text_no_number(
 ) -> None:
     with pytest.raises(SPPOError, match=message):
         compute_prob(Recipe(pairs=2), others(tmp_path / "data", [change], logits), False)
+
+
+@pytest.mark.parametrize(("kind", "inner"), [(pa.list_view, pa.list_view), (pa.large_list_view, pa.large_list)])
+def test_views_of_lists_are_lists(tmp_path: Path, kind: Any, inner: Any) -> None:
+    data = others(tmp_path / "data", [{"prompt_id": "p"}, {"prompt_id": "q"}], LOGITS)
+    for path, column in ((data / "responses.parquet", "prompt"), (data / "ranking" / "theirs.parquet", "logits")):
+        table = pq.read_table(path)
+        found = table.schema.field(column).type.value_type
+        wanted = kind(inner(pa.float64()) if column == "logits" else found)
+        made = pa.array(table[column].to_pylist(), wanted)
+        pq.write_table(table.drop_columns([column]).append_column(column, made), path)
+        assert pq.read_schema(path).field(column).type == wanted
+    compute_prob(Recipe(pairs=2, ranker_prompt="text"), data, False)
+    rows = pq.read_table(data / "train.parquet").to_pylist()
+    assert [row["chosen"] for row in rows] == [[USER, answer("a")]] * 2
 
 
 def test_ids_that_are_numbers_join_and_logits_may_be_decimals(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Row:
 
 @dataclass
 class Answered:
-    """One side of a row as its text says it, and the response that it was made of, where the row holds it."""
+    """The chosen or the rejected side of a row: its prompt, its answer's text, and the generated response if any."""
 
     prompt: list[Message]
     text: str
@@ -81,9 +81,9 @@ class Reading:
 
     def _pair(self, values: dict[str, Any], rates: list[float]) -> Row:
         """The chosen and the rejected response."""
-        responses = [None, None]
-        if self._known(values):
-            responses = [values["responses"][values[c]] for c in ("chosen_index", "rejected_index")]
+        responses, indices = [None, None], [values.get(f"{column}_index") for column in ("chosen", "rejected")]
+        if self._known(values) and None not in indices:
+            responses = [values["responses"][i] for i in indices]
         if self.as_written and _have_ids(responses):
             sides, drawn = self._as_drawn(values, responses)
         else:
@@ -120,8 +120,9 @@ class Reading:
         return Row(sides, own, probability[kept[pair[0]]][kept[pair[1]]], pair, logps)
 
     def _known(self, values: dict[str, Any]) -> bool:
-        """Whether the row holds token ids of this very tokenizer."""
-        return values.get("tokenizer") == self.tokenizer_identity and bool(values.get("prompt_token_ids"))
+        """Whether the row holds its prompt's token ids, of this very tokenizer, and the responses."""
+        is_ours = values.get("tokenizer") == self.tokenizer_identity
+        return is_ours and bool(values.get("prompt_token_ids") and values.get("responses"))
 
     def _as_drawn(self, values: dict[str, Any], responses: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
         self.counts["rows_from_generated_ids"] += 1
