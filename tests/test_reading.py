@@ -373,6 +373,27 @@ def test_every_form_of_a_pair_trains_the_same_tokens(models: Path, tmp_path: Pat
         assert ids(read(models, path, [{**RATES, **form}])) == expected, form
 
 
+def test_a_prompt_stands_before_answers_of_several_turns(models: Path, tmp_path: Path) -> None:
+    """trl's explicit prompt: what follows it begins with the assistant, and may go on."""
+    path, more = tmp_path / "t.parquet", [answer("x"), {"role": "user", "content": "y"}]
+    whole = {"chosen": [USER, *more, answer("yes")], "rejected": [USER, *more, answer("no")], **RATES}
+    expected = ids(read(models, path, [whole]))
+    for prompt in ([USER], "Why None?"):
+        form = {"prompt": prompt, "chosen": [*more, answer("yes")], "rejected": [*more, answer("no")], **RATES}
+        assert ids(read(models, path, [form])) == expected, form
+    greeted = {"prompt": [answer("Hi."), USER], **RATES}
+    parts_of = [
+        {**greeted, "chosen": [*start, answer("yes")], "rejected": [*start, answer("no")]}
+        for start in ([], greeted["prompt"])
+    ]
+    one, other = (ids(read(models, path, [row])) for row in parts_of)
+    assert one == other  # the prompt is there already
+    begun = {"prompt": [USER, answer("The")], "chosen": [answer(" sky")], "rejected": [answer(" sea")], **RATES}
+    data = read(models, path, [begun, {"prompt": None, **whole}])
+    said = "chosen: the prompt ends with an assistant's turn, which the answer would continue"
+    assert len(data) == data.counts[f"rows_left_out ({said})"] == 1
+
+
 @pytest.mark.parametrize("left_out", ["responses", "chosen_index", "prompt_token_ids"])
 def test_a_pair_needs_none_of_the_generated_columns(models: Path, paired: Path, tmp_path: Path, left_out: str) -> None:
     table = pq.read_table(paired / "train.parquet").drop_columns([left_out])

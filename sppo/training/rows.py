@@ -188,19 +188,23 @@ def _have_ids(responses: list[dict[str, Any] | None]) -> bool:
 
 
 def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], str]:
-    """(prompt, answer) of `chosen` or `rejected`: a whole conversation, or the answer alone behind the column `prompt`.
+    """(prompt, answer) of `chosen` or `rejected`: a whole conversation, or what follows the column `prompt`.
 
-    trl's data sets have either form. There an answer is a text where the prompt is one, else a list of one message.
+    trl's data sets have either form. What follows a prompt is a text, where the prompt is one, or messages of which the
+    first is the assistant's.
     """
     value, prompt = values[column], values.get("prompt")
     is_plain = isinstance(prompt, str)
     if is_plain and isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
     messages = _messages(value, column)
-    if len(messages) == 1 and prompt is not None:
-        messages = _messages([{"role": "user", "content": prompt}] if is_plain else prompt, "prompt") + messages
+    if prompt is not None and messages[0]["role"] == "assistant":
+        before = _messages([{"role": "user", "content": prompt}] if is_plain else prompt, "prompt")
+        messages = messages if messages[: len(before)] == before else before + messages
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(f"{column} {_WANTED}")
+    if messages[-2]["role"] == "assistant":  # trl continues that turn; a chat template would begin another
+        raise BeyondTextError(f"{column}: the prompt ends with an assistant's turn, which the answer would continue")
     return messages[:-1], messages[-1]["content"]
 
 
