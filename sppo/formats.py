@@ -21,8 +21,10 @@ Pair = tuple[list[Message], str, str]  # (prompt, the response shown first, the 
 # What chat templates read of a message beside role and content. None of it is handed on, so none may be lost silently.
 BEYOND_TEXT = (
     "tool_calls tool_call_id function_call tool_plan tool_responses name reasoning_content reasoning thinking "
-    "images image videos video audio"
+    "images image videos video audio documents attachments"
 ).split()
+# The same of a row, in columns beside its conversation.
+BESIDE = "tools images image videos video audio documents chat_template_kwargs".split()
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 REQUIRED = {
@@ -141,12 +143,44 @@ def as_messages(value: Any) -> list[Message]:
     return [_message(turn) for turn in value]
 
 
-def has_tools(row: dict[str, Any]) -> bool:
-    """Whether a row's column `tools` describes functions, which chat templates write into the prompt, as trl has it."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        return tools.lstrip().startswith("[") and "{" in tools
-    return isinstance(tools, list) and any(isinstance(tool, dict) for tool in tools)
+def beyond_text(row: dict[str, Any]) -> str:
+    """Why a row cannot be used whole: a column of BESIDE that holds something. "" where there is none."""
+    for name in BESIDE:
+        value = _parsed(row.get(name))
+        if _describes_functions(value) if name == "tools" else _holds(value):
+            return f"the row has {name}, which this pipeline does not hand on"
+    return ""
+
+
+def _parsed(value: Any) -> Any:
+    """What a text of JSON holds, as data sets write what has no fixed fields; else the value itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _describes_functions(value: Any) -> bool:
+    """Whether a column `tools` describes functions, as chat templates read them; a list of words does not."""
+    tools = value if isinstance(value, list) else [value]
+    return any(isinstance(tool, dict) and _holds(tool) for tool in map(_parsed, tools))
+
+
+def _holds(value: Any) -> bool:
+    """Whether there is something in a value; pyarrow fills other rows' fields with None."""
+    if isinstance(value, dict):
+        return any(map(_holds, value.values()))
+    return any(map(_holds, value)) if isinstance(value, list) else value not in (None, "")
+
+
+def with_own_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+    """A row's conversation with its column `system` in front, where it has such a text and no system turn."""
+    system = row.get("system")
+    if not (system and is_text(system)) or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _message(turn: Any) -> Message:

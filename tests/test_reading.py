@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import itertools
@@ -31,6 +32,7 @@ from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import digest
 from sppo.common.journal import Journal
 from sppo.common.policy import open_policy
+from sppo.common.responses import responses_columns
 from sppo.common.shards import Slice
 from sppo.config import Recipe
 from sppo.evaluation.suites import alpaca_eval, mt_bench
@@ -92,6 +94,8 @@ SKIPPED = [
     ([USER, answer("", tool_calls=CALL), USER], f"a message has tool_calls, {HANDS_ON}"),
     ([USER, answer(None, tool_calls=CALL), USER], f"a message has tool_calls, {HANDS_ON}"),
     ([{**USER, "name": "Anna"}], f"a message has name, {HANDS_ON}"),
+    ([{**USER, "documents": [{"text": "a"}]}], f"a message has documents, {HANDS_ON}"),
+    ([{**USER, "attachments": ["a.pdf"]}], f"a message has attachments, {HANDS_ON}"),
     ([USER, answer("b", reasoning_content="so"), USER], f"a message has reasoning_content, {HANDS_ON}"),
     ([{"role": "user", "content": [*parts("a"), IMAGE]}], "a message has parts that are not text"),
     ([{"role": "user", "content": [{"type": "text", "text": None}]}], "a message has parts that are not text"),
@@ -112,6 +116,60 @@ def test_prompts_that_cannot_be_taken_whole_are_skipped_with_their_reason(tmp_pa
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": value} for value in [*values, *fine]])
     found = load_prompts(str(path), Recipe())
     assert [p.skip for p in found] == [reason for _, reason in SKIPPED] + [""] * len(fine)
+
+
+WEATHER = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "left_out"),
+    [
+        ("tools", [json.dumps(WEATHER)], True),
+        ("tools", WEATHER, True),
+        ("tools", json.dumps(WEATHER), True),
+        ("tools", "hammer", False),
+        ("tools", [{"type": None, "function": None}], False),
+        ("images", ["a.png"], True),
+        ("documents", [{"title": "a", "text": "b"}], True),
+        ("documents", "[]", False),
+        ("chat_template_kwargs", {"enable_thinking": False}, True),
+        ("chat_template_kwargs", {"enable_thinking": None}, False),
+        ("images", [None], False),
+    ],
+)
+def test_what_stands_beside_a_conversation_leaves_out_its_row(
+    models: Path, tmp_path: Path, name: str, value: Any, left_out: bool
+) -> None:
+    said = f"the row has {name}, {HANDS_ON}" if left_out else ""
+    rows = [{"prompt": "a", name: value}, {"prompt": "b", name: None}]
+    path = tmp_path / "p.parquet"
+    for file in (tiny.write_jsonl(tmp_path / "p.jsonl", rows), path):
+        if file == path:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        assert [p.skip for p in load_prompts(str(file), Recipe())] == [said, ""]
+    pairs = [{"chosen": "yes", "rejected": "no", **RATES, **row} for row in rows]
+    data = read(models, path, pairs)
+    assert (len(data), data.counts.get(f"rows_left_out ({said})", 0)) == (2 - left_out, int(left_out))
+    others(tmp_path / "data", [{name: value}], LOGITS)
+    with pytest.raises(SPPOError, match=said) if left_out else contextlib.nullcontext():
+        responses_columns(tmp_path / "data" / "responses.parquet")
+
+
+def test_a_column_system_is_the_system_turn(models: Path, tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": "Why None?", "system": text} for text in ("Be brief.", "Be kind.", "", None)]
+    rows += [{"prompt": "[]", "system": None}]
+    found = load_prompts(str(tiny.write_jsonl(tmp_path / "p.jsonl", rows)), Recipe())
+    assert found[0].messages == [system, USER]
+    assert [p.messages[0]["content"] for p in found] == ["Be brief.", "Be kind.", "Why None?", "Why None?", "[]"]
+    assert len({p.prompt_id for p in found[:3]}) == 3
+    pair = {"chosen": "yes", "rejected": "no", **RATES}
+    whole = {"chosen": [system, USER, answer("yes")], "rejected": [system, USER, answer("no")], **RATES}
+    expected = ids(read(models, tmp_path / "t.parquet", [whole]))
+    assert ids(read(models, tmp_path / "t.parquet", [{**pair, **rows[0]}])) == expected
+    listed = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")], "system": "Be brief.", **RATES}
+    assert ids(read(models, tmp_path / "t.parquet", [listed])) == expected
+    assert ids(read(models, tmp_path / "t.parquet", [{**whole, "system": "Be kind."}])) == expected
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -719,7 +777,7 @@ LOGITS = [[0.0, 1.0], [-1.0, 0.0]]
         ({"prompt": [{"role": "user", "content": 7}]}, "content in column prompt is int64, not text"),
         ({"prompt": [{"role": "user", "content": parts("a")}]}, "content in column prompt is list.*, not text"),
         ({"responses": [{"text": 7}, {"text": 8}]}, "text in column responses is int64, not text"),
-        ({"prompt": [{"role": "user", "content": "a", "name": "Anna"}]}, f"a message of a prompt has name, {HANDS_ON}"),
+        ({"prompt": [{"role": "user", "content": "a", "name": "Anna"}]}, f"prompt: a message has name, {HANDS_ON}"),
         ({"prompt_id": 1.5}, "column prompt_id is double"),
     ],
 )

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from sppo.common.errors import SPPOError
 from sppo.common.manifest import await_written, refuse_changed
-from sppo.common.parquet import is_list, is_text, open_parquet
+from sppo.common.parquet import is_list, is_text, open_parquet, read_rows
 from sppo.common.shards import begun_shards, known_count
-from sppo.formats import BEYOND_TEXT, REQUIRED, responses_schema
+from sppo.formats import BESIDE, REQUIRED, as_messages, beyond_text, responses_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,8 +34,8 @@ def require_responses(output_dir: Path) -> Path:
 def responses_columns(path: Path) -> pa.Schema:
     """What is read of responses.parquet: our types of the columns it has.
 
-    Raises SPPOError where one does not fit: numbers and lists are not made into texts, and a prompt's tool calls and
-    names are not left out.
+    Raises SPPOError where one does not fit: numbers and lists are not made into texts, and a prompt's tools, tool calls
+    and names are not left out.
     """
     import pyarrow as pa
 
@@ -51,10 +51,13 @@ def responses_columns(path: Path) -> pa.Schema:
         for part in sorted(parts):
             if not is_text(kind.value_type.field(part).type):
                 raise SPPOError(f"{path}: {part} in column {name} is {kind.value_type.field(part).type}, not text")
-    more = {f.name for f in found.field("prompt").type.value_type} & set(BEYOND_TEXT)
-    for batch in parquet.iter_batches(columns=["prompt"]) if more else ():
-        messages = batch.column("prompt").flatten()
-        for name in sorted(more):
-            if any(messages.field(name).to_pylist()):
-                raise SPPOError(f"{path}: a message of a prompt has {name}, which this pipeline does not hand on")
+    beside = [name for name in BESIDE if name in found.names]
+    if beside or {f.name for f in found.field("prompt").type.value_type} - {"role", "content"}:
+        for number, row in enumerate(read_rows(path, ["prompt", *beside])):
+            try:
+                said = beyond_text(row) or (as_messages(row["prompt"]) and "")
+            except ValueError as error:
+                said = f"prompt: {error}"
+            if said:
+                raise SPPOError(f"{path}, row {number}: {said}")
     return pa.schema([f for f in responses_schema() if f.name in found.names])

@@ -16,7 +16,7 @@ from typing import Any
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.parquet import open_parquet
 from sppo.config import Recipe
-from sppo.formats import Message, as_messages, content_id, has_tools, is_text
+from sppo.formats import BESIDE, Message, as_messages, beyond_text, content_id, is_text, with_own_system
 
 # Texts that begin as a chat template's prompt does: of Llama, Mistral, Gemma, ChatML, Zephyr, Alpaca, HH-RLHF.
 _IN_A_TEMPLATE = re.compile(
@@ -53,7 +53,8 @@ def load_prompts(source: str, recipe: Recipe, part: tuple[int, int] = (0, 1)) ->
                 "Pass --prompt_column."
             )
         value = row[recipe.prompt_column]
-        content = content_id(value)
+        system = row.get("system")
+        content = content_id([system, value] if system else value)
         given = row.get("prompt_id")
         prompt_id = str(given) if given not in (None, "") else content
         if not is_text(prompt_id):
@@ -62,9 +63,9 @@ def load_prompts(source: str, recipe: Recipe, part: tuple[int, int] = (0, 1)) ->
         if first != content:
             raise SPPOError(f"prompts {source}: prompt_id {prompt_id!r} stands for two different prompts")
         seen[prompt_id] = (first, count + 1)
-        messages, skip = (
-            _messages(value) if not has_tools(row) else ([], "the row has tools, which this pipeline does not hand on")
-        )
+        more = beyond_text(row)
+        messages, skip = ([], more) if more else _messages(value)
+        messages = with_own_system(messages, row) if messages else messages
         prompts.append(Prompt(prompt_id if count == 0 else f"{prompt_id}-{count + 1}", messages, skip))
     if not prompts:
         raise SPPOError(f"prompts {source}: there are none in it")
@@ -136,7 +137,7 @@ def _readers() -> dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]]:
 
 def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
     parquet = open_parquet(path, [])
-    wanted = [c for c in (column, "prompt_id", "tools") if c in parquet.schema_arrow.names]
+    wanted = [c for c in (column, "prompt_id", "system", *BESIDE) if c in parquet.schema_arrow.names]
     if column not in wanted:  # load_prompts names the columns there are
         wanted = parquet.schema_arrow.names
     for batch in parquet.iter_batches(columns=wanted):

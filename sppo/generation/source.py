@@ -23,7 +23,7 @@ from sppo.generation.prompts import Prompt, fingerprint, load_prompts
 
 # Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
 SAMPLED = 32
-_RULES = 2  # of what is skipped and how texts are read: 1 left tool calls out
+_RULES = 3  # of what is skipped and how texts are read: 1 left tool calls out, 2 the column `system`
 LARGE = 20_000  # prompts from which on they are kept in $DATA/prompts.parquet
 
 

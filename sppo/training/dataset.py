@@ -10,14 +10,14 @@ from sppo.common.files import atomic, digest
 from sppo.common.manifest import await_written, read_manifest
 from sppo.common.parquet import open_parquet
 from sppo.config import Recipe
-from sppo.formats import REQUIRED
+from sppo.formats import BESIDE, REQUIRED
 
 ALL_RESPONSES = ["prompt", "responses", "probability"]  # what sppo_all reads instead of the pair
 RATES = ["chosen_probs", "chosen_probs_win", "chosen_probs_lose"]
 WITHOUT_RATES = ("sigmoid", "hinge", "ipo", "kto_pair")  # losses of chosen and rejected alone
 # Read where they are there: with them, what was generated is trained on, token for token.
-GENERATED = "prompt responses chosen rejected chosen_index rejected_index prompt_token_ids tokenizer tools".split()
-GENERATED += RATES
+GENERATED = "prompt responses chosen rejected chosen_index rejected_index prompt_token_ids tokenizer system".split()
+GENERATED += [*RATES, *BESIDE]
 
 
 def columns(loss_type: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sppo.common import chat
-from sppo.formats import BeyondTextError, Message, as_messages, has_tools
+from sppo.formats import BeyondTextError, Message, as_messages, beyond_text, with_own_system
 from sppo.training.dataset import RATES, WITHOUT_RATES
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Reading:
 
         Raises BeyondTextError for a row that cannot be used whole, and ValueError for one that cannot be trained on.
         """
-        if has_tools(values):
-            raise BeyondTextError("the row has tools, which this pipeline does not hand on")
+        if more := beyond_text(values):
+            raise BeyondTextError(more)
         if loss_type == "sppo_all":
             return self._all_responses(values)
         try:
@@ -113,7 +113,7 @@ class Reading:
             sides, logps = self._as_drawn(values, drawn)
         else:
             _refuse_edited_pair(values)
-            prompt = _messages(values["prompt"], "prompt")
+            prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
             known = self._known(values)
             sides, logps = self._compared(values, [Answered(prompt, r["text"], r if known else None) for r in drawn])
         pair = int(np.argmax(own)), int(np.argmin(own))
@@ -205,7 +205,7 @@ def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], s
         raise ValueError(f"{column} {_WANTED}")
     if messages[-2]["role"] == "assistant":  # trl continues that turn; a chat template would begin another
         raise BeyondTextError(f"{column}: the prompt ends with an assistant's turn, which the answer would continue")
-    return messages[:-1], messages[-1]["content"]
+    return with_own_system(messages[:-1], values), messages[-1]["content"]
 
 
 def _messages(value: Any, column: str) -> list[Message]:
@@ -224,7 +224,8 @@ def _refuse_edited_pair(values: dict[str, Any]) -> None:
         index = values.get(f"{column}_index")
         if not values.get(column) or index is None:
             continue
-        drawn = _messages(values["prompt"], "prompt"), values["responses"][index]["text"] or ""
+        prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
+        drawn = prompt, values["responses"][index]["text"] or ""
         if _conversation(values, column) != drawn:
             raise ValueError(
                 f"{column} was edited; sppo_all trains on responses, so edit prompt or responses[{index}] too"
