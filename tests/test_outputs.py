@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from test_data import data_directory
 
 from sppo import run_sppo
-from sppo.common import directories
+from sppo.common import directories, locks
 from sppo.common.directories import (
     appearing,
     clear,
@@ -42,9 +42,10 @@ from sppo.common.directories import (
     working,
 )
 from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import atomic, digest, read_json, write_json
+from sppo.common.files import atomic, digest, exclusive, read_json, write_json
 from sppo.common.findings import Iteration, Run
-from sppo.common.locks import Held, hold
+from sppo.common.journal import Journal
+from sppo.common.locks import Held, alone, hold
 from sppo.common.manifest import MANIFEST, Stage
 from sppo.common.model_files import model_identity, tokenizer_files
 from sppo.common.policy import Policy, open_policy
@@ -61,6 +62,20 @@ from sppo.training.settings import prepare
 def state(directory: Path) -> dict[str, bytes]:
     """Every file and its content."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def like_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS a deleted file that is still open stays in its directory, under another name, so that this cannot go."""
+    real = os.rmdir
+
+    def rmdir(path: Any, *, dir_fd: int | None = None) -> None:
+        for handle in Path("/proc/self/fd").iterdir():
+            if os.path.lexists(handle) and f"/{os.path.basename(path)}/sppo.work (deleted)" in os.readlink(handle):
+                raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        real(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -286,6 +301,10 @@ def stage(directory: Path, **settings: int) -> Stage:
     return Stage("s", directory / "m.json", [directory / "out"], {"model": "abc"}, settings, directory / "j")
 
 
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "no locks available")
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -345,6 +364,88 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_no_lock(tmp_path: Path) 
     got[0].release()
 
 
+def test_on_a_cluster_a_lock_of_a_dead_machine_is_waited_for_and_on_one_machine_it_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server keeps it for some 90 seconds; a job that Slurm starts again meets it at each of these."""
+
+    def begun() -> None:
+        held = stage(tmp_path, pairs=5)
+        held.begin()
+        held.finish({})
+
+    places: dict[str, Callable[[], Any]] = {
+        ".lock": exclusive(tmp_path).__enter__,
+        "launch.lock": alone(tmp_path / "launch.lock", "is at work").__enter__,
+        "m.json.started": begun,
+        "j": lambda: Journal(tmp_path / "j", {}).close(),
+        "model.partial/sppo.work": lambda: refuse_busy(tmp_path / "model"),
+        "another.partial/sppo.work": working(tmp_path / "another").__enter__,
+    }
+    dead = {name: hold(tmp_path / name) for name in places}
+    began = time.monotonic()
+    with pytest.raises(SPPOError, match="another run is at work"), exclusive(tmp_path):
+        pass
+    for name in ("m.json.started", "j", "model.partial/sppo.work"):
+        with pytest.raises(SPPOError, match="another process is"):
+            places[name]()
+    assert time.monotonic() - began < 1
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert locks.usual_patience() == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert locks.usual_patience() == 120
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setenv(locks.SHARED, "1")
+    waiting = [threading.Thread(target=place) for place in places.values()]
+    for each in waiting:
+        each.start()
+    time.sleep(0.3)
+    assert all(each.is_alive() for each in waiting)
+    for name in places:
+        dead[name].release()
+    for each in waiting:
+        each.join(30)
+        assert not each.is_alive()
+
+
+def test_a_lock_whose_directory_goes_while_it_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between any two looks at it another process may end, and take it along."""
+    real, left = Path.mkdir, iter([1])
+
+    def mkdir(path: Path, *args: Any, **more: Any) -> None:
+        real(path, *args, **more)
+        if path.name.endswith(".partial") and next(left, 0):
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with working(tmp_path / "model") as work:
+        (work / "half").touch()
+    assert not next(left, 0)
+    owner = tmp_path / "lock.owner"
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for half in ("", '{"machine": "'):
+        owner.write_text(half)
+        with pytest.raises(BlockingIOError):
+            hold(tmp_path / "lock")
+    owner.write_text('{"machine": "another", "pid": 1}')
+    with pytest.raises(SPPOError, match=r"if that machine is gone, delete this file"):
+        hold(tmp_path / "lock")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "gone")
+    with pytest.raises(OSError, match="nowhere"):
+        hold(tmp_path / "nowhere" / "lock")
+
+
+def test_an_empty_work_directory_that_a_kill_left_goes(tmp_path: Path) -> None:
+    """The driver took it for a half model at every start."""
+    work_of(tmp_path / "model").mkdir()
+    sweep(tmp_path / "model")
+    assert not work_of(tmp_path / "model").exists()
+    work_of(tmp_path / "model").mkdir()
+    (work_of(tmp_path / "model") / "notes").touch()
+    sweep(tmp_path / "model")
+    assert state(tmp_path) == {"model.partial/notes": b""}
+
+
 def test_what_another_process_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     late = stage(tmp_path, pairs=4)
     assert not late.is_done()
@@ -360,10 +461,7 @@ def test_what_another_process_made_meanwhile_is_not_overwritten(tmp_path: Path) 
 def test_where_a_disk_has_no_locks_an_owner_file_stands_for_one_and_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     held = stage(tmp_path, pairs=5)
     held.begin()
     with pytest.raises(SPPOError, match="another process is making"):

@@ -153,17 +153,19 @@ def _busy(target: Path) -> SPPOError:
 
 
 @contextmanager
-def working(target: Path, patience: float = 0) -> Iterator[Path]:
+def working(target: Path, patience: float | None = None) -> Iterator[Path]:
     """The work directory of `target`, made if it is not there, and locked for this process, also where it is killed.
 
     It stays, for the next try; empty, it goes. Raises SPPOError where another process is making `target` (for longer
-    than `patience`, in seconds), where the work directory is not ours, and where the end could not be written.
+    than `patience`: see locks.lock), where the work directory is not ours, and where the end could not be written.
     """
     check_place(target)
     work = work_of(target)
-    if work.is_dir() and any(work.iterdir()) and not any((work / n).exists() for n in (MARKER, "identity.json")):
+    names = _names(work)
+    if names and not any(name.startswith((MARKER, "identity.json")) for name in names):
         raise SPPOError(
-            f"{work} is where this work would be done, and this project did not make it ({_first(work)}); move it away"
+            f"{work} is where this work would be done, and this project did not make it ({', '.join(names[:3])}); "
+            "move it away"
         )
     try:
         held = hold(work / MARKER, patience)
@@ -173,13 +175,25 @@ def working(target: Path, patience: float = 0) -> Iterator[Path]:
         _try_rename(work, target)
         yield work
     finally:
-        if work.is_dir() and all(path.name.startswith(MARKER) for path in work.iterdir()):
-            delete(work)
-        held.release()
+        is_empty = all(name.startswith(MARKER) for name in _names(work))
+        if is_empty:
+            held.path.unlink(missing_ok=True)
+        held.release()  # before the directory goes: NFS keeps a file that is open in it, under another name
+        if is_empty:
+            _remove_empty(work)
 
 
-def _first(directory: Path) -> str:
-    return ", ".join(sorted(path.name for path in directory.iterdir())[:3])
+def _names(directory: Path) -> list[str]:
+    """What is in a directory, in one look: another process may be deleting it."""
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+
+
+def _remove_empty(directory: Path) -> None:
+    with suppress(OSError):  # another process has begun in it, or has removed it
+        directory.rmdir()
 
 
 def _try_rename(work: Path, target: Path) -> None:
@@ -232,9 +246,14 @@ def _remove(path: Path) -> None:
 
 def sweep(target: Path) -> None:
     """Delete the work directory that a kill at the very end left beside a finished `target`."""
-    if (work_of(target) / MARKER).exists() or (work_of(target) / "identity.json").exists():
-        with suppress(SPPOError), working(target) as work:  # where another process is in its last moment, it does so
-            delete(work)
+    work = work_of(target)
+    if {MARKER, "identity.json"} & set(_names(work)):
+        with (
+            suppress(SPPOError),
+            working(target, patience=0),
+        ):  # where another process is in its last moment, it does so
+            clear(work)
+    _remove_empty(work)
 
 
 def put_in_place(final: Path, target: Path, maker: str = "") -> None:
@@ -268,4 +287,4 @@ def appearing(target: Path, maker: str = "") -> Iterator[Path]:
         (work / FINAL).mkdir()
         yield work / FINAL
         put_in_place(work / FINAL, target, maker)
-        delete(work)
+        clear(work)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON, digests, and the lock on a directory."""
+"""Files that are whole or absent: atomic writes, JSON, digests; and the lock on a directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError
-from sppo.common.locks import is_alive, lock, machine
+from sppo.common.locks import hold, is_alive, machine
 
 _WHOLE = 64 << 20  # bytes up to which a file is hashed whole
 
@@ -124,14 +124,11 @@ def has_begun(run_dir: Path) -> bool:
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Lock a directory for this process. Raises SPPOError where another process has it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as handle:
-        try:
-            owner = lock(handle, directory / ".lock")
-        except BlockingIOError:
-            raise SPPOError(f"another run is at work in {directory}; wait for it, or use another --run_dir") from None
-        try:
-            yield
-        finally:
-            if owner:
-                owner.unlink(missing_ok=True)
+    try:
+        held = hold(directory / ".lock")
+    except BlockingIOError:
+        raise SPPOError(f"another run is at work in {directory}; wait for it, or use another --run_dir") from None
+    try:
+        yield
+    finally:
+        held.release()

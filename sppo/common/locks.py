@@ -9,14 +9,18 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from sppo.common.errors import SPPOError
 
+SHARED = "SPPO_SHARED"  # set by a cluster's launcher: other machines write what this process reads
+_DEAD = 120.0  # seconds: a file server keeps the locks of a machine that died for some 90
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# what any look at a file may raise while another process is deleting it and its directory
+_VANISHED = (errno.ENOENT, errno.EEXIST, errno.ESTALE)
 
 
 def machine() -> str:
@@ -45,13 +49,37 @@ def is_alive(pid: int) -> bool:
         return True
 
 
-def lock(handle: IO[Any], path: Path) -> Path | None:
-    """Lock an open file until it is closed. Raises BlockingIOError where another process has it.
+def usual_patience() -> float:
+    """How long to wait for a lock, in seconds. On one machine not at all: a process that was killed has none.
+
+    On a cluster, or in a job that Slurm starts again, it may be that of a machine which has just died.
+    """
+    is_restarted = "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return _DEAD if SHARED in os.environ or is_restarted else 0.0
+
+
+def lock(handle: IO[Any], path: Path, patience: float | None = None) -> Path | None:
+    """Lock an open file until it is closed. Raises BlockingIOError where another process has it, for longer than
+    `patience` (None: usual_patience), in seconds.
 
     Where the disk has no locks it says so, and makes `<path>.owner`, which is returned, to be removed in the end. One
     that a process of this machine left when it was killed gives way; one of another machine cannot be asked, and
     raises SPPOError.
     """
+    deadline, is_waiting = time.monotonic() + (usual_patience() if patience is None else patience), False
+    while True:
+        try:
+            return _lock_at_once(handle, path)
+        except (BlockingIOError, SPPOError):
+            if time.monotonic() >= deadline:
+                raise
+        if not is_waiting:
+            print(f"{path.parent}: another process is at work here, and may be ending; waiting", flush=True)
+        is_waiting = True
+        time.sleep(0.2)
+
+
+def _lock_at_once(handle: IO[Any], path: Path) -> Path | None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return None
@@ -94,29 +122,37 @@ class Held:
             self.owner.unlink(missing_ok=True)
 
 
-def hold(path: Path, patience: float = 0) -> Held:
-    """Lock the file at `path`, which is made if it is not there. Whoever holds it may delete it.
+def hold(path: Path, patience: float | None = None) -> Held:
+    """Lock the file at `path`, which is made if it is not there. Whoever holds it may delete it, and its directory.
 
-    Raises BlockingIOError where another process has it for longer than `patience`, in seconds.
+    Raises BlockingIOError where another process has it for longer than `patience`: see lock.
     """
-    deadline, is_waiting = time.monotonic() + patience, False
+    vanished = 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release()
         try:
-            held = Held(path, handle, lock(handle, path))
-        except BlockingIOError:
-            handle.close()
-            if time.monotonic() >= deadline:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if held := _held(path, patience):
+                return held
+        except OSError as error:
+            vanished += 1
+            if error.errno not in _VANISHED or vanished == 100:
                 raise
-            if not is_waiting:
-                print(f"{path.parent}: another process is at work here, and may be ending; waiting", flush=True)
-            is_waiting = True
-            time.sleep(0.2)
-            continue
-        if path.exists() and os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
+        time.sleep(0.01)
+
+
+def _held(path: Path, patience: float | None) -> Held | None:
+    """The lock; None where who had it before has deleted the file, so that a lock on that is worth nothing."""
+    handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release()
+    try:
+        held = Held(path, handle, lock(handle, path, patience))
+    except BaseException:
+        handle.close()
+        raise
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(handle.fileno()), os.stat(path)):
             return held
-        held.release()  # who had it before has deleted the file, and the lock on that is worth nothing
+    held.release()
+    return None
 
 
 @contextmanager
@@ -143,14 +179,18 @@ def _remove_if_of(owner: Path, mine: str) -> None:
 
 
 def _remove_if_dead(owner: Path) -> None:
+    """Raises BlockingIOError where its process is at work, SPPOError where that cannot be known."""
     try:
         found = json.loads(owner.read_text(encoding="utf-8"))
         there, pid = found["machine"], int(found["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        there, pid = "", 0
+    except FileNotFoundError:
+        return  # its process has ended meanwhile
+    except (ValueError, KeyError, TypeError):  # its process is writing it at this moment
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process has it") from None
     if there != machine():
         raise SPPOError(
-            f"{owner}: another machine's process is at work, or was when it died; if it did, delete that file"
+            f"{owner}: a process of another machine is at work, or was when that machine died; if that machine is "
+            "gone, delete this file"
         )
     if is_alive(pid):
         raise BlockingIOError(errno.EWOULDBLOCK, "another process has it")

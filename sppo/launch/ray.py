@@ -16,7 +16,7 @@ from typing import Any
 
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.importing import is_installed
-from sppo.common.manifest import SHARED
+from sppo.common.locks import SHARED
 from sppo.common.place import Place
 from sppo.common.search_path import search_path
 from sppo.launch.nodes import Answer

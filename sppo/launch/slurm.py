@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sppo.common.errors import SPPOError, UsageError
-from sppo.common.manifest import SHARED
+from sppo.common.locks import SHARED
 from sppo.common.place import Place
 from sppo.config import ROOT
 from sppo.launch.devices import groups

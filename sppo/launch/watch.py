@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from sppo.common.directories import check_place, refuse_busy
 from sppo.common.errors import INTERRUPTED, SPPOError
-from sppo.common.manifest import SHARED, await_written
+from sppo.common.locks import SHARED
+from sppo.common.manifest import await_written
 from sppo.common.shards import shard_count, shard_paths
 from sppo.common.stopping import end_if_asked, stop_asked
 from sppo.launch.logs import new_log, overall, show_ends, show_failure

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.directories import delete, put_in_place
+from sppo.common.directories import clear, put_in_place
 from sppo.common.files import digest, read_json, write_json
 from sppo.common.loading import load_causal_lm, load_config
 from sppo.common.manifest import MANIFEST, Stage
@@ -40,7 +40,7 @@ def finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> No
     write_card(final, training.recipe, training.data_name, stage.inputs["dataset"], metrics, data.counts, IDENTITY)
     finish_model(stage, final, data.counts, model=model, model_name=public_name(model), **metrics)
     put_in_place(final, training.output_dir, stage.name)
-    delete(work)
+    clear(work)
 
 
 def finish_model(stage: Stage, final: Path, counts: dict[str, Any], **more: Any) -> None:

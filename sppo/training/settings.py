@@ -29,10 +29,6 @@ IDENTITY = (
 
 _IF_MEANT = f"If the change was meant: copy the model without its {MANIFEST}, change the copy, and name it as --model"
 
-# Seconds in which an earlier try may end. Ray starts a training again as soon as it has lost a machine, and a file
-# server keeps a dead machine's locks for some 90 seconds.
-_PATIENCE = 120
-
 # names that are known without a look at transformers
 USUAL = {"optim": ("rmsprop", "adamw_torch"), "lr_scheduler_type": ("linear", "cosine", "constant")}
 # schedules with settings of their own
@@ -110,7 +106,7 @@ class Training:
 
         Raises SPPOError where another process is making this model, or has made it meanwhile.
         """
-        with working(self.output_dir, _PATIENCE):
+        with working(self.output_dir):
             if not self.overwrite and self.stage.stands():
                 raise SPPOError(f"{self.output_dir} was made by another process meanwhile; nothing is left to do")
             yield
