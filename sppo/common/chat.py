@@ -105,7 +105,7 @@ def prompt_ids(
 
     Raises ValueError where the template refuses the conversation (roles that do not alternate, say).
     """
-    return _template(tokenizer, messages, True, template_kwargs)
+    return conversation_ids(tokenizer, messages, True, template_kwargs)
 
 
 def response_ids(
@@ -122,7 +122,7 @@ def response_ids(
     """
     prompt = prompt_ids(tokenizer, messages, template_kwargs)
     answer = [{"role": "assistant", "content": response}]
-    whole = _template(tokenizer, messages + answer, False, template_kwargs)
+    whole = conversation_ids(tokenizer, messages + answer, False, template_kwargs)
     if whole[: len(prompt)] != prompt:
         raise ValueError("the chat template renders the prompt differently once it is answered")
     ids = whole[len(prompt) :]
@@ -149,12 +149,13 @@ def is_fixed(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not any(re.search(r"strftime_now|\brandom\b|\blipsum\b", text) for text in texts)
 
 
-def _template(
+def conversation_ids(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     add_generation_prompt: bool,
-    template_kwargs: dict[str, Any] | None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
+    """Token ids of the conversation in the template. Raises ValueError where the template refuses it."""
     return list(_applied(tokenizer, messages, add_generation_prompt, template_kwargs, return_dict=True)["input_ids"])
 
 

@@ -72,7 +72,7 @@ class RewardModel:
         try:
             messages = chat.with_system(self.tokenizer, json.loads(prompt), "")
             answered = [*messages, {"role": "assistant", "content": response}]
-            ids = chat._template(self.tokenizer, answered, False, None)
+            ids = chat.conversation_ids(self.tokenizer, answered, False)
             if max(ids) >= self.rows:
                 raise SPPOError(
                     f"ranker {self.directory}: its tokenizer gives token {max(ids)}, its embedding has {self.rows} rows"
@@ -196,7 +196,7 @@ def _load_strictly(directory: Path, dtype: torch.dtype) -> nn.Module:
     text = config.get_text_config()
     text.use_cache = False
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
-    if getattr(text, "attn_logit_softcapping", None):  # as in models.load_causal_lm: the rest ignores Gemma-2's caps
+    if getattr(text, "attn_logit_softcapping", None):  # attention of other kinds ignores Gemma-2's caps
         options["attn_implementation"] = "eager"
     with loading(f"ranker {directory}"):
         network, report = AutoModelForSequenceClassification.from_pretrained(
