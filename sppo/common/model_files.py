@@ -224,11 +224,12 @@ def tokenizer_files(directory: Path) -> list[str]:
     Those of known names, and those that tokenizer_config.json names in vocab_file and the like. No other file is taken,
     because these are copied into each model that is trained and from there pushed to the Hub.
     """
-    found = {path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern) if not path.name.startswith(".")}
     settings = directory / "tokenizer_config.json"
+    named: list[Any] = []
     if settings.is_file():
         for key, value in json_object(settings).items():
-            names = value if isinstance(value, list) else [value]
             if key.endswith(("_file", "_files")):
-                found |= {directory / name for name in names if isinstance(name, str) and Path(name).name == name}
-    return sorted(path.relative_to(directory).as_posix() for path in found if path.is_file())
+                named += value if isinstance(value, list) else [value]
+    paths = [*directory.iterdir(), *directory.glob("additional_chat_templates/*")]
+    names = [path.relative_to(directory).as_posix() for path in paths if path.is_file() and path.name[0] != "."]
+    return sorted(n for n in names if n in named or any(fnmatchcase(n, pattern) for pattern in _TOKENIZER_FILES))
