@@ -27,7 +27,7 @@ import tiny
 from test_agreement import worst_difference
 
 from sppo import run_sppo
-from sppo.common import chat
+from sppo.common import chat, frames
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import digest
 from sppo.common.journal import Journal
@@ -709,6 +709,83 @@ def test_an_edit_that_a_loss_does_not_read_is_refused(edited: Callable[..., Trai
         edited(lambda row: row["responses"][row["chosen_index"]].update(text="red"))
     with pytest.raises(SPPOError, match=r"row 0: prompt was edited; this loss trains on chosen and rejected"):
         edited(lambda row: row["prompt"][0].update(content="red"))
+
+
+# the training set: our own rows, without their manifest, on another day or with other arguments of the template
+
+
+WITH_DEFAULT = (  # as Qwen-2.5: a system turn of the template's own where a conversation has none
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{% endif %}" + tiny.QWEN3_TEMPLATE
+)
+HEAR = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is it None? Say all."}]
+SAID = [*HEAR[1:], answer("It is."), {"role": "user", "content": "Is it?"}]
+THINK = {"enable_thinking": False}
+
+
+def prompts_of_a_row(
+    tokenizer: Any, path: Path, drawn: list[int], edited: list[dict[str, str]], kwargs: dict[str, Any]
+) -> tuple[list[list[int]], dict[str, int]]:
+    """The trained prompts of a row that was drawn for `drawn` and whose conversation is now `edited`; the counts."""
+    end = tokenizer.eos_token_id
+    said = [{"text": t, "token_ids": [*tokenizer(t, add_special_tokens=False)["input_ids"], end]} for t in ("a", "b")]
+    row = {"chosen": [*edited, answer("a")], "rejected": [*edited, answer("b")], "prompt": edited, **RATES}
+    row |= {"responses": said, "chosen_index": 0, "rejected_index": 1, "prompt_token_ids": drawn}
+    pq.write_table(pa.Table.from_pylist([{**row, "tokenizer": chat.tokenizer_identity(tokenizer)}]), path)
+    data = load_training_set(path, tokenizer, {end}, Recipe(chat_template_kwargs=kwargs))
+    assert [r for _, r in ids(data)[0]] == [r["token_ids"] for r in said]
+    return [p for p, _ in ids(data)[0]], data.counts
+
+
+EDITS = [
+    lambda turns: [*turns[:-1], {**turns[-1], "content": turns[-1]["content"][:-4]}],  # shorter at the end
+    lambda turns: [*turns[:-1], {**turns[-1], "content": turns[-1]["content"][4:]}],  # at the start
+    lambda turns: [*turns[:-1], {**turns[-1], "content": f"{turns[-1]['content']} Now"}],
+    lambda turns: [*turns[:-1], {**turns[-1], "content": ""}],
+    lambda turns: [*turns, answer("yes"), USER],
+    lambda turns: turns[1:] or [USER],  # a turn less, the system's or the first
+    lambda turns: turns[-1:] if len(turns) > 2 else [USER],
+    lambda turns: [answer(turns[0]["content"]), *turns[1:]],
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "drawn_with", "now_with"),
+    [
+        (None, THINK, {}),
+        (None, {}, THINK),
+        (WITH_DEFAULT, THINK, {}),
+        (DATED, {}, {}),
+        (DATED.replace("strftime_now('%d %b %Y')", "(day or strftime_now('%d %b'))"), {"day": "1 May"}, {}),
+        (DATED.replace("strftime_now('%d %b %Y')", "(day or strftime_now('%d %b'))"), {}, {"day": "1 May"}),
+    ],
+)
+@pytest.mark.parametrize("turns", [HEAR, HEAR[1:], SAID], ids=["system", "one", "several"])
+def test_what_the_policy_read_trains_whatever_the_template_would_write_now(
+    models: Path,
+    tmp_path: Path,
+    day: Callable[[int], None],
+    template: str | None,
+    drawn_with: dict[str, Any],
+    now_with: dict[str, Any],
+    turns: list[dict[str, str]],
+) -> None:
+    tokenizer = chat.load_tokenizer(models / ("llama3" if template and "start_header" in template else "qwen3"))
+    tokenizer.chat_template = template or tokenizer.chat_template
+    day(1)
+    drawn = chat.prompt_ids(tokenizer, turns, drawn_with)
+    day(2)
+    assert chat.prompt_ids(tokenizer, turns, now_with) != drawn
+    assert frames.reads_as(tokenizer, drawn, turns, now_with)
+    for number, change in enumerate(EDITS):
+        assert not frames.reads_as(tokenizer, drawn, change(turns), now_with), number
+    prompts, counts = prompts_of_a_row(tokenizer, tmp_path / "t.parquet", drawn, turns, now_with)
+    assert (prompts, counts["rows_from_generated_ids"]) == ([drawn] * 2, 1)
+    if now_with == THINK:
+        return  # with which this template renders a prompt differently once it is answered
+    edited = EDITS[0](turns)
+    prompts, counts = prompts_of_a_row(tokenizer, tmp_path / "t.parquet", drawn, edited, now_with)
+    assert (prompts, counts["rows_edited"]) == ([chat.prompt_ids(tokenizer, edited, now_with)] * 2, 1)
 
 
 # the user's own functions

@@ -144,9 +144,13 @@ def without_end(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: set[int
 
 def is_fixed(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template renders a conversation the same way each time: it reads no clock and draws nothing."""
+    return not re.search(r"strftime_now|\brandom\b|\blipsum\b", template_source(tokenizer))
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the template; of all of them where a model has several, each with a name."""
     named = tokenizer.chat_template
-    texts = named.values() if isinstance(named, dict) else [named]
-    return not any(re.search(r"strftime_now|\brandom\b|\blipsum\b", text) for text in texts)
+    return "\n".join(named.values()) if isinstance(named, dict) else named
 
 
 def conversation_ids(

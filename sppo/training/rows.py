@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sppo.common import chat
+from sppo.common.frames import reads_as
 from sppo.formats import BeyondTextError, Message, as_messages, beyond_text, with_own_system
 from sppo.training.dataset import RATES, WITHOUT_RATES
 
@@ -154,18 +155,18 @@ class Reading:
         return sides, drawn
 
     def _spells_prompt(self, ids: list[int], prompt: list[Message]) -> bool:
-        """Whether the policy read this very prompt; a template's date may be another by now."""
+        """Whether the policy read this very prompt, perhaps on another day or with other arguments of the template."""
         try:
             messages = chat.with_system(self.tokenizer, prompt, "")
-            if chat.prompt_ids(self.tokenizer, messages, self.template_kwargs) == ids:
-                return True
         except ValueError:
             return False
-        text = self.tokenizer.decode(ids)
-        return not chat.is_fixed(self.tokenizer) and all(m["content"].strip() in text for m in messages)
+        return reads_as(self.tokenizer, ids, messages, self.template_kwargs)
 
     def _spells_answer(self, side: Answered) -> bool:
-        """Whether the response's token ids spell the text. Raises ValueError where the row says two other things."""
+        """Whether the response's token ids spell the text.
+
+        Raises ValueError where they do, but the response's own text is another: only that one was edited.
+        """
         ids = side.response["token_ids"]
         ids = ids[:-1] if ids[-1] in self.stop_ids else ids
         same = self.tokenizer.decode(ids, skip_special_tokens=True) == side.text
