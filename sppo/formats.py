@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,29 @@ BEYOND_TEXT = (
 ).split()
 # The same of a row, in columns beside its conversation.
 BESIDE = "tools images image videos video audio documents chat_template_kwargs".split()
+# How a prompt begins and ends as text of the usual chat templates. Both must be there: that is hardly ever by chance.
+_BOS = r"(<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
+_THINK = r"\s*(<think>)?\s*(</think>)?"  # may be open, or closed at once
+_TEMPLATES = [
+    (
+        r"<\|im_start\|>(system|user)(\n|<\|im_sep\|>)",
+        rf"(<\|im_end\|>|<\|im_start\|>assistant(<\|im_sep\|>)?{_THINK})",
+    ),
+    (r"<\|start_header_id\|>(system|user)<\|", r"(<\|eot_id\|>|<\|start_header_id\|>assistant<\|end_header_id\|>)"),
+    (r"<\|header_start\|>(system|user)<\|", r"(<\|eot\|>|<\|header_start\|>assistant<\|header_end\|>)"),  # Llama-4
+    (r"(\[SYSTEM_PROMPT\].*\[/SYSTEM_PROMPT\]\s*)?\[INST\]", r"\[/INST\]"),  # Llama-2, Mistral
+    (r"<start_of_turn>user\n", r"(<end_of_turn>|<start_of_turn>model)"),  # Gemma
+    (r"<\|(system|user)\|>", rf"(<\|assistant\|>{_THINK}|<\|end\|>|</s>)"),  # Zephyr, Phi, GLM
+    (r"(<｜begin▁of▁sentence｜>[^<]*)?<｜User｜>", rf"<｜Assistant｜>{_THINK}"),  # DeepSeek
+    (r"<\|START_OF_TURN_TOKEN\|>", r"(<\|END_OF_TURN_TOKEN\|>|<\|CHATBOT_TOKEN\|>(<\|\w+\|>)?)"),  # Cohere
+    (r"<\|start\|>(system|developer|user)<\|message\|>", r"(<\|end\|>|<\|start\|>assistant(<\|channel\|>.{0,40})?)"),
+    (r"<\|start_of_role\|>", r"(<\|end_of_text\|>|<\|start_of_role\|>assistant[^|]{0,60}<\|end_of_role\|>)"),  # Granite
+    (r"(A chat between [^\n]{0,300}\s)?USER: ", r"\sASSISTANT:"),  # Vicuna
+    (r"(Below is an instruction [^\n]{0,200}\n+)?### Instruction:\n", r"\n### Response:"),  # Alpaca
+    (r"Human: ", r"\n\nAssistant:"),  # HH-RLHF
+]
+_IN_A_TEMPLATE = re.compile(_BOS + "(" + "|".join(f"{begin}.*{end}" for begin, end in _TEMPLATES) + ")", re.DOTALL)
+_ROLE_KEY = re.compile(r"[\"'](role|from)[\"']\s*:")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 REQUIRED = {
@@ -181,6 +205,26 @@ def with_own_system(messages: list[Message], row: dict[str, Any]) -> list[Messag
     if not (system and is_text(system)) or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def written_out(messages: list[Message]) -> str:
+    """Why a conversation's only turn cannot be taken as a user's text, because it is more than that. "" where it can.
+
+    It is a prompt in one of the usual chat templates, or a list of messages as JSON or as Python prints it, as CSV
+    files hold conversations.
+    """
+    text = only_text(messages)
+    if _IN_A_TEMPLATE.fullmatch(text):
+        return "in a chat template already"
+    inside = text.removeprefix("[").removesuffix("]").strip()
+    is_list = len(inside) < len(text) - 1 and inside.startswith("{") and inside.endswith("}")
+    return "a conversation written as text, not as a list of messages" if is_list and _ROLE_KEY.search(inside) else ""
+
+
+def only_text(messages: list[Message]) -> str:
+    """The text of a conversation's only turn beside the system's; "" where there are more."""
+    texts = [m["content"].strip() for m in messages if m["role"] != "system"]
+    return texts[0] if len(texts) == 1 else ""
 
 
 def _message(turn: Any) -> Message:

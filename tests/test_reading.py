@@ -90,6 +90,20 @@ def test_sharegpt_is_a_conversation() -> None:
 
 
 HANDS_ON = "which this pipeline does not hand on"
+IN_A_TEMPLATE = [
+    "<|im_start|>user<|im_sep|>a<|im_end|><|im_start|>assistant<|im_sep|>",
+    "<|begin_of_text|><|header_start|>user<|header_end|>\n\na<|eot|><|header_start|>assistant<|header_end|>\n\n",
+    "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]a[/INST]",
+    "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n",
+    "<|user|>\na</s>\n<|assistant|>\n",
+    "[gMASK]<sop><|user|>\na<|assistant|>\n<think></think>",
+    "<｜begin▁of▁sentence｜>Be brief.<｜User｜>a<｜Assistant｜><think>\n",
+    "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>a<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    "<|start|>system<|message|>You are.<|end|><|start|>user<|message|>a<|end|><|start|>assistant",
+    "<|start_of_role|>user<|end_of_role|>a<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
+    "A chat between a curious user and an assistant. The assistant is polite. USER: a ASSISTANT:",
+    "Below is an instruction that describes a task. Write a response.\n\n### Instruction:\na\n\n### Response:\n",
+]
 SKIPPED = [
     ([USER, answer("", tool_calls=CALL), USER], f"a message has tool_calls, {HANDS_ON}"),
     ([USER, answer(None, tool_calls=CALL), USER], f"a message has tool_calls, {HANDS_ON}"),
@@ -105,6 +119,7 @@ SKIPPED = [
     ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>\n", "in a chat template already"),
     ("<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>", "in a chat template already"),
     ("\n\nHuman: Why None?\n\nAssistant:", "in a chat template already"),
+    *[(text, "in a chat template already") for text in IN_A_TEMPLATE],
     (json.dumps([USER]), "a conversation written as text, not as a list of messages"),
     (str([USER, answer("b"), USER]), "a conversation written as text, not as a list of messages"),
 ]
@@ -113,6 +128,18 @@ SKIPPED = [
 def test_prompts_that_cannot_be_taken_whole_are_skipped_with_their_reason(tmp_path: Path) -> None:
     values = [value for value, _ in SKIPPED]
     fine = ["What does <|im_start|>user mean?", "[INST]", '[{"a": 1}]', "[1, 2]", [USER], [{**USER, **NO_CALL}]]
+    fine += [
+        "[INST] as a literal token: what does [/INST] mean?",
+        "<|im_start|>user\nWhat is this good for, and why not <|user|>?",
+        "<|user|> and <|assistant|>: which model has them, and what for? Please name three, with their years.",
+        "<start_of_turn>user is a token?",
+        "What does DeepSeek make of <｜User｜>hi<｜Assistant｜>?",
+        "<｜User｜> and <｜Assistant｜>: what are they?",
+        "### Instruction: what does this heading mean?",
+        "Human: I said hi.\nAssistant: Hi.\nWhat is wrong with this answer of the Assistant:",
+        "USER: is what Vicuna begins with. What is ASSISTANT: for?",
+        "A chat between friends: write one.",
+    ]
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": value} for value in [*values, *fine]])
     found = load_prompts(str(path), Recipe())
     assert [p.skip for p in found] == [reason for _, reason in SKIPPED] + [""] * len(fine)
@@ -229,6 +256,30 @@ def test_a_later_system_turn_that_a_template_leaves_out_is_refused(models: Path)
     assert chat.with_system(other, [USER], "Be brief.") == [system, USER]
     with pytest.raises(ValueError, match="leaves out a system turn that does not come first"):
         chat.with_system(other, [USER, answer("b"), later, USER], "Be brief.")
+
+
+def test_a_prompt_in_the_models_own_template_is_not_templated_again(models: Path, tmp_path: Path) -> None:
+    """In generation and in training, also where nobody else has such a template."""
+    model = shutil.copytree(models / "qwen3", tmp_path / "own")
+    (model / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ '~' + message['role'] + '~ ' + message['content'] + ' ~~\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '~assistant~ ' }}{% endif %}"
+    )
+    tokenizer = chat.load_tokenizer(model)
+    system = {"role": "system", "content": "Be brief."}
+    texts = [chat.render(tokenizer, turns, True) for turns in ([USER], [system, USER])]
+    fine = ["~user~ what does this mean?", "Why? ~~\n~assistant~ ", "~user~ ~~\n~assistant~ and ~~"]
+    path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in [*texts, *fine]])
+    recipe = Recipe(model=str(model), prompts=str(path))
+    source = Source.of(recipe, (0, 1), tmp_path)
+    requests, _, skipped = prepare(recipe, source.policy, tokenizer, source.rows(0, 5))
+    assert [s["reason"] for s in skipped] == ["in a chat template already"] * 2
+    assert len(requests) == 3
+
+    rows = [{"prompt": text, "chosen": "yes", "rejected": "no", **RATES} for text in [*texts, *fine, IN_A_TEMPLATE[0]]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    data = load_training_set(tmp_path / "t.parquet", tokenizer, {tokenizer.eos_token_id}, Recipe())
+    assert (len(data), data.counts["rows_left_out (prompt: in a chat template already)"]) == (3, 3)
 
 
 # directories and CSV files

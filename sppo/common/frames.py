@@ -9,8 +9,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from sppo import formats
 from sppo.common import chat
-from sppo.formats import Message
+from sppo.formats import Message, only_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,19 @@ def reads_as(
     contents = [m["content"].strip() for m in messages]
     frames = [frame_of(tokenizer, roles, kwargs) for kwargs in ([template_kwargs, {}] if template_kwargs else [{}])]
     return any(_is_framed(tokenizer, text, contents, frame) for frame in frames if frame)
+
+
+def written_out(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    """formats.written_out, which knows the usual templates, and for this model's own template too."""
+    text, bos = only_text(messages), tokenizer.bos_token or ""
+    for roles in (("user",), ("system", "user")):
+        frame = frame_of(tokenizer, roles, {}) or ["", ""]
+        before, behind = frame[0].strip().removeprefix(bos).strip(), frame[-1].strip()
+        if before and behind and _DAY not in before + behind:
+            begun = text.removeprefix(bos).strip()
+            if begun.startswith(before) and begun.endswith(behind) and len(begun) >= len(before) + len(behind):
+                return "in a chat template already"
+    return formats.written_out(messages)
 
 
 def frame_of(

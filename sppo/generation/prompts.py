@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,16 +15,7 @@ from typing import Any
 from sppo.common.errors import SPPOError, first_line
 from sppo.common.parquet import open_parquet
 from sppo.config import Recipe
-from sppo.formats import BESIDE, Message, as_messages, beyond_text, content_id, is_text, with_own_system
-
-# Texts that begin as a chat template's prompt does: of Llama, Mistral, Gemma, ChatML, Zephyr, Alpaca, HH-RLHF.
-_IN_A_TEMPLATE = re.compile(
-    r"(<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>)?\s*"
-    r"(<\|start_header_id\|>(system|user)<\|end_header_id\|>|\[INST\].*\[/INST\]|<start_of_turn>user\b"
-    r"|<\|im_start\|>(system|user)\b|<\|(system|user)\|>\s*\S|### Instruction:.*### Response:$|Human:.*Assistant:$)",
-    re.DOTALL,
-)
-_ROLE_KEY = re.compile(r"[\"'](role|from)[\"']\s*:")
+from sppo.formats import BESIDE, Message, as_messages, beyond_text, content_id, is_text, with_own_system, written_out
 
 
 @dataclass
@@ -101,23 +91,12 @@ def _messages(value: Any) -> tuple[list[Message], str]:
         messages = as_messages(turns)
     except ValueError as error:
         return [], str(error)
-    text = messages[-1]["content"]
-    if not text.strip():
+    if not messages[-1]["content"].strip():
         return [], "empty"
     if messages[-1]["role"] != "user":
         return [], "does not end with a user turn"
-    if len(messages) == 1 and _IN_A_TEMPLATE.match(text.strip()):
-        return [], "in a chat template already"
-    if len(messages) == 1 and _is_written_out(text):
-        return [], "a conversation written as text, not as a list of messages"
-    return messages, ""
-
-
-def _is_written_out(text: str) -> bool:
-    """Whether a text is a list of messages as JSON, or as Python prints it: so CSV files hold conversations."""
-    inside = text.strip().removeprefix("[").removesuffix("]").strip()
-    is_list = len(inside) < len(text.strip()) - 1 and inside.startswith("{") and inside.endswith("}")
-    return is_list and bool(_ROLE_KEY.search(inside))
+    reason = written_out(messages)
+    return ([], reason) if reason else (messages, "")
 
 
 def _rows(source: str, recipe: Recipe) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sppo.common import chat
-from sppo.common.frames import reads_as
+from sppo.common.frames import reads_as, written_out
 from sppo.formats import BeyondTextError, Message, as_messages, beyond_text, with_own_system
 from sppo.training.dataset import RATES, WITHOUT_RATES
 
@@ -176,6 +176,8 @@ class Reading:
 
     def _templated(self, prompt: list[Message], answer: str) -> tuple[list[int], list[int]]:
         """(prompt ids, response ids) of one templating of the conversation."""
+        if reason := written_out(self.tokenizer, prompt):
+            raise BeyondTextError(f"prompt: {reason}")
         messages = chat.with_system(self.tokenizer, prompt, "")
         text = chat.without_end(self.tokenizer, answer, self.stop_ids)
         self.counts["ends_spelled_behind_answers"] += text != answer
