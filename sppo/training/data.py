@@ -204,40 +204,17 @@ def load_training_set(
     names = open_dataset(path, recipe).schema_arrow.names
     wanted = dict.fromkeys([*columns(recipe.loss_type), *(c for c in GENERATED if c in names)])
     for number, values in enumerate(read_rows(path, list(wanted))):
-        try:
-            row = reading.row(values, recipe.loss_type)
-        except BeyondTextError as error:
-            counts[f"rows_left_out ({error})"] += 1
+        row = _read(reading, values, recipe.loss_type, f"{path}, row {number}")
+        if row is None:
             continue
-        except ValueError as error:
-            raise SPPOError(f"{path}, row {number}: {error}") from None
-        except (TypeError, KeyError, IndexError, AttributeError) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise SPPOError(f"{path}, row {number}: it is not as compute_prob.py writes it ({said})") from None
-        if not row.sides:
-            counts["rows_without_a_response"] += 1
-            continue
-        kept_prompts, kept_responses = [], []
-        for (prompt, response), drawn in zip(row.sides, row.drawn or [None] * len(row.sides), strict=True):
-            if not response:
-                raise SPPOError(
-                    f"{path}, row {number}: a response without a token; run compute_prob.py, which drops those"
-                )
-            if len(prompt) > recipe.max_prompt_length:
-                counts["prompts_cut"] += 1
-                head = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []  # the policy never reads without it
-                prompt = [*head, *prompt[len(prompt) - recipe.max_prompt_length + len(head) :]]
-                drawn = None
-            room = recipe.max_length - len(prompt)
-            is_whole = drawn is not None and len(response) <= room and len(drawn) == len(response)
-            drawn_logps.append(sum(drawn) if is_whole else np.nan)
-            counts["responses_cut"] += len(response) > room
-            counts["response_tokens_cut"] += max(0, len(response) - room)
-            kept_prompts.append(np.array(prompt, np.int32))
-            kept_responses.append(np.array(response[:room], np.int32))
-        prompts.append(tuple(kept_prompts))
-        responses.append(tuple(kept_responses))
-        row.sides = []
+        sides = [
+            _cut(prompt, response, drawn, recipe, tokenizer.bos_token_id, counts)
+            for (prompt, response), drawn in zip(row.sides, row.drawn or [None] * len(row.sides), strict=True)
+        ]
+        prompts.append(tuple(side.prompt for side in sides))
+        responses.append(tuple(side.response for side in sides))
+        drawn_logps += [side.drawn_logp for side in sides]
+        row.sides, row.drawn = [], None
         made.append(row)
     if not made:
         raise SPPOError(f"{path} has no rows to train on" + (f"; {dict(+counts)}" if +counts else ""))
@@ -251,3 +228,53 @@ def load_training_set(
         dict(counts),
         np.array(drawn_logps),
     )
+
+
+def _read(reading: Reading, values: dict[str, Any], loss_type: str, where: str) -> Row | None:
+    """The row; None for one that is left out, and counted. Raises SPPOError, which says `where` the row is."""
+    try:
+        row = reading.row(values, loss_type)
+    except BeyondTextError as error:
+        reading.counts[f"rows_left_out ({error})"] += 1
+        return None
+    except ValueError as error:
+        raise SPPOError(f"{where}: {error}") from None
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise SPPOError(f"{where}: it is not as compute_prob.py writes it ({said})") from None
+    if not row.sides:
+        reading.counts["rows_without_a_response"] += 1
+        return None
+    if not all(response for _, response in row.sides):
+        raise SPPOError(f"{where}: a response without a token; run compute_prob.py, which drops those")
+    return row
+
+
+class _Side(NamedTuple):
+    """A prompt and a response within their budgets; the engine's log-prob of the whole response, else NaN."""
+
+    prompt: Ids
+    response: Ids
+    drawn_logp: float
+
+
+def _cut(
+    prompt: list[int],
+    response: list[int],
+    drawn: list[float] | None,
+    recipe: Recipe,
+    bos_id: int | None,
+    counts: Counter[str],
+) -> _Side:
+    """Cut what is too long, the prompt on the left and the response on the right, and count it."""
+    if len(prompt) > recipe.max_prompt_length:
+        counts["prompts_cut"] += 1
+        head = prompt[:1] if prompt[0] == bos_id else []  # the policy never reads without it
+        prompt = [*head, *prompt[len(prompt) - recipe.max_prompt_length + len(head) :]]
+        drawn = None
+    room = recipe.max_length - len(prompt)
+    is_whole = drawn is not None and len(response) <= room and len(drawn) == len(response)
+    counts["responses_cut"] += len(response) > room
+    counts["response_tokens_cut"] += max(0, len(response) - room)
+    logp = sum(drawn) if is_whole else np.nan
+    return _Side(np.array(prompt, np.int32), np.array(response[:room], np.int32), logp)
