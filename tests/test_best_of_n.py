@@ -183,7 +183,7 @@ def test_a_killed_knockout_goes_on(world: Path) -> None:
     process.wait()
     kept, asked = len(agreement.read_bytes().splitlines()) - 1, len((world / "asked").read_text().splitlines())
     (world / "slow").unlink()
-    tiny.succeed(*words, PYTHONPATH=str(world))
+    tiny.succeed(*words, "--overwrite", PYTHONPATH=str(world))  # which keeps what a killed try has left
     # a sampled prompt takes 5 * 4 questions; the first ones' are paid for, and so are all knock-outs
     assert len((world / "asked").read_text().splitlines()) - asked <= (12 - kept) * 5 * 4
     # over two processes

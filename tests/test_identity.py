@@ -29,7 +29,7 @@ from sppo.common.directories import work_of
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import read_json, write_json
 from sppo.common.journal import Journal
-from sppo.common.manifest import Stage
+from sppo.common.manifest import OVERWRITE, Stage
 from sppo.common.parquet import read_rows, write_parquet
 from sppo.common.place import Place
 from sppo.common.policy import policy_of
@@ -46,6 +46,7 @@ from sppo.generation.combine import combine, combine_stage
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
+from sppo.launch.watch import run_shards
 from sppo.pairing.training_set import compute_prob, pairing_stage
 from sppo.rankers import preload
 from sppo.ranking.shards import rank_shards, rank_stage
@@ -229,6 +230,42 @@ def test_what_an_older_version_cut_goes_on_as_it_was_cut(tmp_path: Path, rankers
             compute_prob(recipe, data, True)
 
 
+def test_an_overwrite_that_was_killed_goes_on_and_keeps_what_it_had_made(
+    tmp_path: Path, rankers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command deleted the shards again that it had finished: judgements that were paid for."""
+    data = write_responses(tmp_path / "data", 9, 3)
+    ranked(data, "longest", 3)
+    monkeypatch.setenv(OVERWRITE, "")
+    stamps = lambda: {p.name: p.stat().st_mtime_ns for p in sorted((data / "ranking").glob("*.parquet"))}  # noqa: E731
+    first = stamps()
+
+    def start(by: str, until: int, slots: int = 3) -> list[bool]:
+        """--overwrite as the launcher starts it, killed before the shard `until`; which shards are not as before."""
+        before = stamps()
+
+        def run(command: list[str], *_: object) -> Any:
+            for number in map(int, command[command.index("--data_frac") + 1].split(",")):
+                if number >= until:
+                    return SimpleNamespace(poll=lambda: 1)
+                ranked(data, by, int(command[command.index("--numgpu") + 1]), shards=[number], overwrite=True)
+            return SimpleNamespace(poll=lambda: 0)
+
+        launcher = SimpleNamespace(slots=lambda: slots, start=run, stop=lambda tasks: None)
+        with contextlib.suppress(SystemExit):
+            run_shards(launcher, 0, data / "ranking", tmp_path / "logs", "rank", ["rank.py", "--overwrite"])
+        return [before[name] != stamp for name, stamp in stamps().items()]
+
+    assert start("longest", until=1) == [True, False, False]  # all stood: again means again
+    assert start("longest", until=2, slots=1) == [False, True, False]
+    assert start("longest", until=9) == [False, False, True]
+    assert first.keys() == stamps().keys()
+    assert not (data / "ranking" / "overwrite.json").exists()
+    assert start("longest", until=2) == [True, True, False]
+    assert start("shortest", until=9) == [True, True, True]  # by another one than before the kill
+    assert start("shortest", until=9) == [True, True, True]
+
+
 def test_an_overwrite_with_fewer_shards_leaves_none_of_the_old(tmp_path: Path, rankers: None) -> None:
     """Left over, the old ranker's shards chose 6 of 9 best answers."""
     data, fresh = (write_responses(tmp_path / name, 9, 3) for name in ("data", "fresh"))
@@ -236,7 +273,6 @@ def test_an_overwrite_with_fewer_shards_leaves_none_of_the_old(tmp_path: Path, r
     for name in ("notes.txt", "shard-00007.txt"):  # somebody's
         (data / "ranking" / name).touch()
     assert shard_count(data / "ranking", 0, 1) == 3
-    assert shard_count(data / "ranking", 0, 1, overwrite=True) == 1
     ranked(data, "longest", 1, overwrite=True)
     names = ["notes.txt", "shard-00000.manifest.json", "shard-00000.parquet", "shard-00007.txt", "shards.json"]
     assert sorted(p.name for p in (data / "ranking").iterdir()) == names

