@@ -133,7 +133,7 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
         print(f"loop: {recipe.prompts} is used whole in each of {recipe.iterations} iterations (see --split_prompts)")
     steps = [step for i in range(1, recipe.iterations + 1) for step in _iteration(recipe, args, name, run_dir, i)]
     if args.evaluate:
-        steps.append(_matrix_step(recipe, run_dir))
+        steps.append(_matrix_step(recipe, run_dir, steps[0].recipe))
     refuse_others(steps)
     stop_file = Path(os.environ.get(stopping.VARIABLE) or run_dir.absolute() / "stop")
     old_request = stop_file.exists()  # one that comes during the preflight is for this start
@@ -255,11 +255,10 @@ def _iteration(recipe: Recipe, args: argparse.Namespace, name: str, run_dir: Pat
     return steps
 
 
-def _matrix_step(recipe: Recipe, run_dir: Path) -> Step:
-    """The step behind the last iteration: all models against each other."""
-    written = run_dir / "iter1" / "recipe.yaml"
+def _matrix_step(recipe: Recipe, run_dir: Path, read: tuple[Path, Recipe]) -> Step:
+    """The step behind the last iteration: all models against each other. `read`: the first iteration's recipe."""
     command = [sys.executable, str(ROOT / "scripts/win_matrix.py")]
-    command += flags(recipe=written, run_dir=run_dir, judge=recipe.judge)
+    command += flags(recipe=read[0], run_dir=run_dir, judge=recipe.judge)
 
     def stages() -> Stages:
         from sppo.evaluation.matrix import match_stages, matrix_stage
@@ -267,7 +266,7 @@ def _matrix_step(recipe: Recipe, run_dir: Path) -> Step:
         yield match_stages(recipe, run_dir)
         yield [matrix_stage(recipe, run_dir)]
 
-    return Step("win matrix", command, None, stages, (run_dir / "matrix.json",))
+    return Step("win matrix", command, read, stages, (run_dir / "matrix.json",))
 
 
 def _drawing_stages(recipe: Recipe, args: argparse.Namespace, data: Path, part: tuple[int, int]) -> Stages:

@@ -668,6 +668,18 @@ def finished(models: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     return run, words
 
 
+def test_the_win_matrix_of_a_finished_run_reads_the_settings_of_this_start(
+    models: Path, tmp_path: Path, rankers: None
+) -> None:
+    """It read iter1/recipe.yaml, which is written for a step that is not done: a server's old address stayed there."""
+    run, words = finished(models, tmp_path)
+    held_out, steps = tiny.write_jsonl(tmp_path / "e.jsonl", [{"prompt": "Why?"}]), []
+    with mock.patch.object(loop, "_run_steps", lambda found, _: steps.extend(found) or sys.exit(0)):
+        call([*words, "--evaluate", f"--eval_prompts={held_out}", "--batch_tokens=777"], {})
+    path, recipe = steps[-1].recipe
+    assert (steps[-1].label, path, recipe.batch_tokens) == ("win matrix", run / "iter1" / "recipe.yaml", 777)
+
+
 def test_a_refused_command_changes_nothing(models: Path, tmp_path: Path, rankers: None) -> None:
     """iter1/recipe.yaml, which report.html shows, named settings that nobody had trained with."""
     run, words = finished(models, tmp_path)
