@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import threading
@@ -224,10 +225,15 @@ def test_what_an_older_version_cut_goes_on_as_it_was_cut(tmp_path: Path, rankers
     compute_prob(recipe, data, False)
     ranked(data, "longest", 3, overwrite=True)
     assert rows_of(data) == [[0, 3], [3, 6], [6, 10]]
-    for damaged in ({}, [], {"shards": 0}):
-        write_json(data / "ranking" / "shards.json", damaged)
-        with pytest.raises(SPPOError, match=r"shards\.json is damaged: no number of shards in it"):
+    note = data / "ranking" / "shards.json"
+    for damaged in ("{}", "[]", '{"shards": 0}', '{"shards', "\udcff"):
+        note.write_text(damaged, "utf-8", "surrogateescape")
+        with pytest.raises(SPPOError, match=r"shards\.json is damaged: no number of shards in it.*Write {") as raised:
             compute_prob(recipe, data, True)
+    note.write_text(re.findall("{.*?}", str(raised.value))[0])  # as it says
+    ranked(data, "longest", 3)
+    compute_prob(recipe, data, True)
+    assert rows_of(data) == [[0, 3], [3, 6], [6, 10]]
 
 
 def test_an_overwrite_that_was_killed_goes_on_and_keeps_what_it_had_made(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sppo.common.errors import SPPOError, UsageError
 from sppo.common.files import read_json, write_json
@@ -56,14 +58,29 @@ def parse_shards(text: str) -> list[int]:
 
 def known_count(directory: Path) -> int:
     """How many shards an earlier start laid out in a directory; 0 where none did."""
+    return _noted(directory).get("shards", 0)
+
+
+def _noted(directory: Path) -> dict[str, Any]:
+    """How the shards in a directory were laid out; empty where none are, or by a version that did not note it.
+
+    Raises SPPOError where the note is damaged. Without it the shards would be taken for such a version's.
+    """
     path = directory / COUNT
-    if not path.exists():
-        return 0
-    found = read_json(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:  # no JSON, or no text
+        found = None
     count = found.get("shards") if isinstance(found, dict) else None
-    if not isinstance(count, int) or count < 1:
-        raise SPPOError(f"{path} is damaged: no number of shards in it; delete it and run the stage again")
-    return count
+    if isinstance(count, int) and count >= 1:
+        return found
+    count = max(begun_shards(directory), default=0) + 1
+    raise SPPOError(
+        f"{path} is damaged: no number of shards in it. There seem to be {count}: more only if the logs say so. Write "
+        f'{{"shards": {count}, "even": true}} into it, or {{"shards": {count}}} if these shards are an older version\'s'
+    )
 
 
 def begun_shards(directory: Path) -> list[int]:
@@ -74,7 +91,7 @@ def begun_shards(directory: Path) -> list[int]:
 def as_begun(shards: list[Slice], directory: Path) -> list[Slice]:
     """The shards as they were cut where they are begun: by today's rule, or by an older version's."""
     begun = begun_shards(directory)
-    rounded_up = bool(begun) and not (known_count(directory) and "even" in read_json(directory / COUNT))
+    rounded_up = bool(begun) and "even" not in _noted(directory)
     return [replace(shard, rounded_up=rounded_up) for shard in shards]
 
 
