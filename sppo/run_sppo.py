@@ -33,7 +33,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     from sppo.training.train import train
 
-    with training.at_work() if os.environ.get("RANK", "0") == "0" else nullcontext():
+    with training.at_work() if os.environ.get("RANK", "0") == "0" else nullcontext(True) as is_left:
+        if not is_left:
+            print(f"train: done: {training.output_dir}")
+            return
         train(training)
     if training.processes > 1 and "WORLD_SIZE" in os.environ:
         leave(DONE)  # gloo's threads may abort a rank in the interpreter's own end, when its work is done

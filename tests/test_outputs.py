@@ -56,7 +56,7 @@ from sppo.pairing.training_set import compute_prob
 from sppo.preflight.machine import check_outputs
 from sppo.rankers import pinned
 from sppo.training.average import average
-from sppo.training.settings import prepare
+from sppo.training.settings import Training, prepare
 
 
 def state(directory: Path) -> dict[str, bytes]:
@@ -457,6 +457,22 @@ def test_what_another_process_made_meanwhile_is_not_overwritten(tmp_path: Path) 
     with pytest.raises(SPPOError, match=r"settings\.pairs: 5 there, 4 now"):
         late.begin()
     assert (tmp_path / "out").read_text() == "of five"
+
+
+def test_what_another_process_has_trained_meanwhile_is_done(
+    models: Path, data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    shutil.copytree(trained, tmp_path / "model")
+    before = state(tmp_path)
+    monkeypatch.setattr(Training, "is_done", lambda _: False)  # it ends after this one has looked
+    train(models, data, tmp_path / "model")
+    assert f"train: done: {tmp_path / 'model'}" in capsys.readouterr().out
+    assert state(tmp_path) == before
+    words = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={tmp_path / 'model'}"]
+    ranks = prepare([*preferences.SMALL, *words, "--batch_size=1"], 2)
+    ranks.stage = prepare([*preferences.SMALL, *words], 1).stage
+    with pytest.raises(SPPOError, match="was made by another process meanwhile"), ranks.at_work():
+        pass  # the other ranks would wait for this one
 
 
 def test_where_a_disk_has_no_locks_an_owner_file_stands_for_one_and_goes(

@@ -127,6 +127,8 @@ def run_training(launcher: Launcher, accelerate_config: str, logs: Path, argumen
     if training.is_done():
         return
     refuse_busy(training.output_dir)
+    if training.is_done():  # by the process that was waited for
+        return
     check_place(training.output_dir)
     check_machine(training.recipe, gpu="" not in names)
     log = new_log(logs, "train")

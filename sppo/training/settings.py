@@ -101,15 +101,17 @@ class Training:
             print(f"train: {path} {was}. It is copied again from {source}. {_IF_MEANT}", flush=True)
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[bool]:
         """Hold the work directory, from before anything in it is deleted until the model is in place: for rank 0.
 
-        Raises SPPOError where another process is making this model, or has made it meanwhile.
+        Whether anything is left to do: not where another process has made this model since is_done. Raises SPPOError
+        where one is making it, and where one has made it and other ranks wait for this one.
         """
         with working(self.output_dir):
-            if not self.overwrite and self.stage.stands():
-                raise SPPOError(f"{self.output_dir} was made by another process meanwhile; nothing is left to do")
-            yield
+            is_made = not self.overwrite and self.stage.stands()
+            if is_made and self.processes > 1:
+                raise SPPOError(f"{self.output_dir} was made by another process meanwhile; run the same command again")
+            yield not is_made
 
 
 def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> Training:
