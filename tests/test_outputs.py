@@ -120,7 +120,7 @@ def test_a_directory_with_other_files_is_refused_and_nothing_in_it_is_touched(
         (tmp_path, UsageError, "holds .*, a model that is read"),
         (Path(), UsageError, "is the current directory"),
         (Path(".."), UsageError, "a directory above the current one"),
-        (Path("/"), UsageError, "a directory above the current one"),
+        (Path("/"), UsageError, "holds .*, a model that is read"),
     ]
     for where, kind, said in refusals:
         for overwrite in (False, True):
@@ -189,7 +189,7 @@ def test_only_what_carries_our_marker_is_deleted(tmp_path: Path) -> None:
             remove(tmp_path / "mine")
     work_of(tmp_path / "x").mkdir()
     (work_of(tmp_path / "x") / "notes.txt").write_text("mine")
-    with pytest.raises(SPPOError, match=r"this project did not make it \(notes.txt\)"), appearing(tmp_path / "x"):
+    with pytest.raises(SPPOError, match=r"it carries no mark of this project.*: notes.txt"), appearing(tmp_path / "x"):
         pytest.fail("it was begun")
     assert state(tmp_path) == {"x.partial/notes.txt": b"mine"}
     (work_of(tmp_path / "x") / "notes.txt").unlink()
@@ -434,6 +434,58 @@ def test_a_lock_whose_directory_goes_while_it_is_waited_for(tmp_path: Path, monk
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "gone")
     with pytest.raises(OSError, match="nowhere"):
         hold(tmp_path / "nowhere" / "lock")
+
+
+def test_who_stands_in_a_finished_model_is_told_that_it_is_done(
+    models: Path, data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Nothing would be replaced. The mean of models is made where nothing stands yet."""
+    model = shutil.copytree(trained, tmp_path / "model")
+    for name in (".nfs0000000012345678", ".DS_Store", "Thumbs.db"):
+        (model / name).touch()
+    two = [str(shutil.copytree(models / "llama3", tmp_path / name)) for name in "ab"]
+    average(two, tmp_path / "mean")
+    before = state(tmp_path)
+    small = [word.replace("recipes/", f"{tiny.ROOT}/recipes/") for word in preferences.SMALL]
+    monkeypatch.setattr(preferences, "SMALL", small)
+    monkeypatch.chdir(tmp_path / "mean")
+    average(two, Path())
+    assert "average: done: " in capsys.readouterr().out
+    monkeypatch.chdir(model)
+    train(models, data, Path())
+    assert "train: done: " in capsys.readouterr().out
+    with pytest.raises(UsageError, match="is the current directory"):
+        train(models, data, Path(), "--beta=0.5", "--overwrite")
+    assert state(tmp_path) == before
+    monkeypatch.chdir(tiny.ROOT)
+    train(models, data, model, "--beta=0.5", "--overwrite")
+    assert (model / "sppo_manifest.json").read_bytes() != before["model/sppo_manifest.json"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_directory_that_a_container_image_holds_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """overlayfs cannot rename it, which was seen after all the work."""
+    with appearing(tmp_path / "model") as final:
+        (final / "merged").mkdir()
+        for name in ("old", "merged/old", MANIFEST):
+            (final / name).touch()
+    Stage("s", tmp_path / "model" / MANIFEST, [tmp_path / "model/old", tmp_path / "model/merged/old"], {}, {}).finish(
+        {}
+    )
+    rename, remove, gone = os.rename, directories._remove, []
+
+    def of_overlayfs(source: Any, target: Any) -> None:
+        if Path(source) == tmp_path / "model":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", of_overlayfs)
+    monkeypatch.setattr(directories, "_remove", lambda path: (gone.append(path), remove(path)))
+    with appearing(tmp_path / "model") as final:
+        (final / "new").write_text("whole")
+        gone.clear()
+    assert state(tmp_path) == {"model/new": b"whole"}
+    assert gone.index(tmp_path / "model") == 2  # the manifest goes with it
 
 
 def test_an_empty_work_directory_that_a_kill_left_goes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ first moment, and an output of ours that is replaced, if its manifest knows ever
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,15 +32,11 @@ _OLDER = set(
 def target_of(output_dir: Path) -> Path:
     """The directory itself where `output_dir` is a link to it: the work is then on the target's disk, the link stays.
 
-    Raises UsageError for the current directory and those above it, SPPOError for a link that leads nowhere.
+    Raises SPPOError for a link that leads nowhere.
     """
     real = Path(os.path.realpath(output_dir))
-    here = Path(os.path.realpath(Path.cwd()))
-    if real in (here, *here.parents):
-        what = "the current directory" if real == here else "a directory above the current one"
-        raise UsageError(f"--output_dir {output_dir} is {what}, which cannot be replaced; name a new one, in it")
     if not output_dir.is_symlink():
-        return real if output_dir.name == ".." else output_dir
+        return real if output_dir.name in ("", "..") else output_dir
     if real.is_symlink() or not real.parent.is_dir():
         raise SPPOError(f"{output_dir} is a link to {real}, which cannot be made there; mend the link or remove it")
     return real
@@ -88,13 +85,18 @@ def _is_mounted(path: Path) -> bool:
 def unknown_files(directory: Path) -> list[str]:
     """The files in an output directory that its manifest does not know; all of them where there is no manifest."""
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    found = sorted(path.relative_to(directory).as_posix() for path in paths)
+    found = sorted(path.relative_to(directory).as_posix() for path in paths if not _is_of_system(path.name))
     if MANIFEST not in found:
         return found
     written = read_manifest(directory / MANIFEST)
     known = {MANIFEST, *written["outputs"], *written.get("others", {})}
     is_older = "others" not in written
     return [name for name in found if name not in known and not (is_older and _is_of_older(directory, name))]
+
+
+def _is_of_system(name: str) -> bool:
+    """Whether a file is no one's work: what a file server or a file browser puts into any directory."""
+    return name.startswith(".nfs") or name in (".DS_Store", "Thumbs.db")
 
 
 def _is_of_older(directory: Path, name: str) -> bool:
@@ -111,8 +113,10 @@ def _is_of_older(directory: Path, name: str) -> bool:
 def refuse_unknown(target: Path, maker: str = "") -> None:
     """Raise SPPOError where `target` holds a file that this project did not write, or another stage than `maker` did.
 
-    What is there is replaced in the end. No flag changes this refusal.
+    What is there is replaced in the end. No flag changes this refusal. Raises UsageError for the current directory and
+    those above it.
     """
+    _refuse_current(target)
     if not target.exists():
         return
     if unknown := unknown_files(target):
@@ -125,6 +129,13 @@ def refuse_unknown(target: Path, maker: str = "") -> None:
         wrote = read_manifest(target / MANIFEST).get("stage")
         if wrote != maker:
             raise SPPOError(f"{target} is the work of another stage, {wrote}; name another directory")
+
+
+def _refuse_current(target: Path) -> None:
+    real, here = (Path(os.path.realpath(path)) for path in (target, Path.cwd()))
+    if real in (here, *here.parents):
+        what = "the current directory" if real == here else "a directory above the current one"
+        raise UsageError(f"--output_dir {target} is {what}, which cannot be replaced; name a new one, in it")
 
 
 def refuse_overlap(target: Path, models: list[Path]) -> None:
@@ -164,8 +175,8 @@ def working(target: Path, patience: float | None = None) -> Iterator[Path]:
     names = _names(work)
     if names and not any(name.startswith((MARKER, "identity.json")) for name in names):
         raise SPPOError(
-            f"{work} is where this work would be done, and this project did not make it ({', '.join(names[:3])}); "
-            "move it away"
+            f"{work} is where this work would be done, and it carries no mark of this project (older versions set "
+            f"none): {', '.join(names[:3])}; move it away"
         )
     try:
         held = hold(work / MARKER, patience)
@@ -268,7 +279,12 @@ def put_in_place(final: Path, target: Path, maker: str = "") -> None:
     if before.exists():
         delete(before)
     if target.exists():
-        os.rename(target, before)
+        try:
+            os.rename(target, before)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _delete_known(target)
     try:
         os.rename(final, target)
     except OSError:
@@ -276,6 +292,17 @@ def put_in_place(final: Path, target: Path, maker: str = "") -> None:
             os.rename(before, target)
         raise
     sync_directory(target.parent)
+
+
+def _delete_known(target: Path) -> None:
+    """Delete an output of ours, all of whose files are known. The manifest goes last, so that a kill leaves them known.
+
+    For overlayfs: it cannot rename a directory that lies in a container's image.
+    """
+    for path in target.iterdir():
+        if path.name != MANIFEST:
+            _remove(path)
+    _remove(target)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo.common.directories import appearing, refuse_overlap, refuse_unknown, target_of
+from sppo.common.directories import appearing, refuse_overlap, target_of
 from sppo.common.errors import SPPOError
 from sppo.common.files import read_json
 from sppo.common.manifest import MANIFEST, Stage
@@ -32,7 +32,6 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
     for policy in others:
         _refuse_different(first, policy, shapes)
     stage = Stage("average", target / MANIFEST, [], {"models": [policy.identity() for policy in policies]}, {})
-    refuse_unknown(target, stage.name)
     if not overwrite and stage.is_done():
         print(f"average: done: {output_dir}")
         return

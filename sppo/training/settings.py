@@ -66,9 +66,9 @@ class Training:
                 print(f"train: done: {self.output_dir}")
                 sweep(self.output_dir)
             return True
+        refuse_unknown(self.output_dir, self.stage.name)
         if not self.overwrite:
             refuse_another(self.work, self.stage)
-        refuse_unknown(self.output_dir, self.stage.name)
         return False
 
     def refuse_others(self) -> None:
