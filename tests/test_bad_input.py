@@ -104,7 +104,7 @@ DATA: list[Case] = [
     ("no chosen_probs", lambda w: w.train(w.train_rows(lambda r: r.pop("chosen_probs"))), 1, "no column chosen_probs"),
     ("a rate above 1", lambda w: w.train(w.train_rows(lambda r: r.update(chosen_probs=1.5))), 1, "between 0 and 1"),
     ("a content that is a number", lambda w: w.train(w.train_rows(lambda r: r.update(chosen=[{**m, "content": 1} for m in r["chosen"]]))), 1, "row 0: chosen"),
-    ("a content with an image", lambda w: w.train(w.train_rows(lambda r: r.update(rejected=[{**m, "content": [{"type": "image"}]} for m in r["rejected"]]))), 1, "row 0: rejected"),
+    ("a content with an image", lambda w: w.train(w.train_rows(lambda r: r.update(rejected=[{**m, "content": [{"type": "image"}]} for m in r["rejected"]]))), 1, "rejected: a message has parts that are not text"),
     ("a rate of NaN", lambda w: w.train(w.train_rows(lambda r: r.update(chosen_probs_win=NAN))), 1, "between 0 and 1"),
     ("a rate that is null", lambda w: w.train(w.train_rows(lambda r: r.update(chosen_probs_lose=None))), 1, "between 0 and 1"),
     ("chosen as text", lambda w: w.train(w.train_rows(lambda r: r.update(chosen="yes"))), 1, "ends with the assistant"),
