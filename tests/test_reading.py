@@ -832,8 +832,6 @@ def test_what_the_policy_read_trains_whatever_the_template_would_write_now(
         assert not frames.reads_as(tokenizer, drawn, change(turns), now_with), number
     prompts, counts = prompts_of_a_row(tokenizer, tmp_path / "t.parquet", drawn, turns, now_with)
     assert (prompts, counts["rows_from_generated_ids"]) == ([drawn] * 2, 1)
-    if now_with == THINK:
-        return  # with which this template renders a prompt differently once it is answered
     edited = EDITS[0](turns)
     prompts, counts = prompts_of_a_row(tokenizer, tmp_path / "t.parquet", drawn, edited, now_with)
     assert (prompts, counts["rows_edited"]) == ([chat.prompt_ids(tokenizer, edited, now_with)] * 2, 1)

@@ -147,8 +147,14 @@ class Reading:
             stands = prompts[key], self._spells_answer(side)
             if stands[0] and isinstance(values.get("prompt"), list) and as_messages(values["prompt"]) != side.prompt:
                 raise ValueError("prompt was edited; this loss trains on chosen and rejected, so edit it there")
-            made = generated if all(stands) else self._templated(side.prompt, side.text)
-            sides.append(tuple(old if same else new for old, new, same in zip(generated, made, stands, strict=True)))
+            if all(stands):
+                sides.append(generated)
+            elif stands[1]:
+                messages = self._for_template(side.prompt)
+                sides.append((chat.prompt_ids(self.tokenizer, messages, self.template_kwargs), generated[1]))
+            else:
+                prompt, response = self._templated(side.prompt, side.text)
+                sides.append((generated[0] if stands[0] else prompt, response))
             drawn.append(side.response.get("logps") if all(stands) else None)
         as_drawn = [(values["prompt_token_ids"], side.response["token_ids"]) for side in answered]
         self.counts["rows_from_generated_ids" if sides == as_drawn else "rows_edited"] += 1
@@ -174,11 +180,15 @@ class Reading:
             raise ValueError("responses was edited; this loss trains on chosen and rejected, so edit it there")
         return same
 
-    def _templated(self, prompt: list[Message], answer: str) -> tuple[list[int], list[int]]:
-        """(prompt ids, response ids) of one templating of the conversation."""
+    def _for_template(self, prompt: list[Message]) -> list[Message]:
+        """The prompt as the template takes it. Raises BeyondTextError for one that is in a template already."""
         if reason := written_out(self.tokenizer, prompt):
             raise BeyondTextError(f"prompt: {reason}")
-        messages = chat.with_system(self.tokenizer, prompt, "")
+        return chat.with_system(self.tokenizer, prompt, "")
+
+    def _templated(self, prompt: list[Message], answer: str) -> tuple[list[int], list[int]]:
+        """(prompt ids, response ids) of one templating of the conversation."""
+        messages = self._for_template(prompt)
         text = chat.without_end(self.tokenizer, answer, self.stop_ids)
         self.counts["ends_spelled_behind_answers"] += text != answer
         ids = chat.response_ids(self.tokenizer, messages, text, self.stop_ids, self.template_kwargs)
