@@ -30,17 +30,19 @@ BESIDE = "tools images image videos video audio documents chat_template_kwargs".
 _BOS = r"(<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<\|startoftext\|>|<｜begin▁of▁sentence｜>|\[gMASK\]<sop>)?\s*"
 _THINK = r"\s*(<think>)?\s*(</think>)?"  # may be open, or closed at once
 _TEMPLATES = [
-    (
+    (  # ChatML, as Qwen's; Phi-4
         r"<\|im_start\|>(system|user)(\n|<\|im_sep\|>)",
         rf"(<\|im_end\|>|<\|im_start\|>assistant(<\|im_sep\|>)?{_THINK})",
     ),
+    # Llama-3, Llama-4
     (r"<\|start_header_id\|>(system|user)<\|", r"(<\|eot_id\|>|<\|start_header_id\|>assistant<\|end_header_id\|>)"),
-    (r"<\|header_start\|>(system|user)<\|", r"(<\|eot\|>|<\|header_start\|>assistant<\|header_end\|>)"),  # Llama-4
+    (r"<\|header_start\|>(system|user)<\|", r"(<\|eot\|>|<\|header_start\|>assistant<\|header_end\|>)"),
     (r"(\[SYSTEM_PROMPT\].*\[/SYSTEM_PROMPT\]\s*)?\[INST\]", r"\[/INST\]"),  # Llama-2, Mistral
     (r"<start_of_turn>user\n", r"(<end_of_turn>|<start_of_turn>model)"),  # Gemma
     (r"<\|(system|user)\|>", rf"(<\|assistant\|>{_THINK}|<\|end\|>|</s>)"),  # Zephyr, Phi, GLM
     (r"(<｜begin▁of▁sentence｜>[^<]*)?<｜User｜>", rf"<｜Assistant｜>{_THINK}"),  # DeepSeek
     (r"<\|START_OF_TURN_TOKEN\|>", r"(<\|END_OF_TURN_TOKEN\|>|<\|CHATBOT_TOKEN\|>(<\|\w+\|>)?)"),  # Cohere
+    # gpt-oss
     (r"<\|start\|>(system|developer|user)<\|message\|>", r"(<\|end\|>|<\|start\|>assistant(<\|channel\|>.{0,40})?)"),
     (r"<\|start_of_role\|>", r"(<\|end_of_text\|>|<\|start_of_role\|>assistant[^|]{0,60}<\|end_of_role\|>)"),  # Granite
     (r"(A chat between [^\n]{0,300}\s)?USER: ", r"\sASSISTANT:"),  # Vicuna

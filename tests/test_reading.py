@@ -498,8 +498,11 @@ def test_a_prompt_stands_before_answers_of_several_turns(models: Path, tmp_path:
     one, other = (ids(read(models, path, [row])) for row in parts_of)
     assert one == other  # the prompt is there already
     begun = {"prompt": [USER, answer("The")], "chosen": [answer(" sky")], "rejected": [answer(" sea")], **RATES}
+    begun |= {"responses": [{"text": "a"}, {"text": "b"}], "probability": [[0.5, 0.9], [0.1, 0.5]]}
+    with pytest.raises(SPPOError, match="no rows to train on; .*which the answer would continue"):
+        read(models, path, [{**begun, "chosen": None, "rejected": None}], loss_type="sppo_all")
     data = read(models, path, [begun, {"prompt": None, **whole}])
-    said = "chosen: the prompt ends with an assistant's turn, which the answer would continue"
+    said = "prompt: it ends with an assistant's turn, which the answer would continue"
     assert len(data) == data.counts[f"rows_left_out ({said})"] == 1
 
 

@@ -54,10 +54,10 @@ def responses_columns(path: Path) -> pa.Schema:
     beside = [name for name in BESIDE if name in found.names]
     if beside or {f.name for f in found.field("prompt").type.value_type} - {"role", "content"}:
         for number, row in enumerate(read_rows(path, ["prompt", *beside])):
-            try:
-                said = beyond_text(row) or (as_messages(row["prompt"]) and "")
-            except ValueError as error:
-                said = f"prompt: {error}"
-            if said:
+            if said := beyond_text(row):
                 raise SPPOError(f"{path}, row {number}: {said}")
+            try:
+                as_messages(row["prompt"])
+            except ValueError as error:
+                raise SPPOError(f"{path}, row {number}: prompt: {error}") from None
     return pa.schema([f for f in responses_schema() if f.name in found.names])

@@ -181,9 +181,14 @@ class Reading:
         return same
 
     def _for_template(self, prompt: list[Message]) -> list[Message]:
-        """The prompt as the template takes it. Raises BeyondTextError for one that is in a template already."""
+        """The prompt as the template takes it.
+
+        Raises BeyondTextError for one that is in a template already, or ends with an assistant's turn.
+        """
         if reason := written_out(self.tokenizer, prompt):
             raise BeyondTextError(f"prompt: {reason}")
+        if prompt[-1]["role"] == "assistant":  # trl continues that turn; a chat template would begin another
+            raise BeyondTextError("prompt: it ends with an assistant's turn, which the answer would continue")
         return chat.with_system(self.tokenizer, prompt, "")
 
     def _templated(self, prompt: list[Message], answer: str) -> tuple[list[int], list[int]]:
@@ -216,8 +221,6 @@ def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], s
         messages = messages if messages[: len(before)] == before else before + messages
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(f"{column} {_WANTED}")
-    if messages[-2]["role"] == "assistant":  # trl continues that turn; a chat template would begin another
-        raise BeyondTextError(f"{column}: the prompt ends with an assistant's turn, which the answer would continue")
     return with_own_system(messages[:-1], values), messages[-1]["content"]
 
 
