@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from test_data import data_directory
 
 from sppo import run_sppo
-from sppo.common import directories, locks
+from sppo.common import directories, locks, manifest
 from sppo.common.directories import (
     appearing,
     clear,
@@ -52,6 +52,7 @@ from sppo.common.policy import Policy, open_policy
 from sppo.config import Recipe
 from sppo.formats import content_id
 from sppo.hub.push import _model_files, push_model
+from sppo.launch import __main__ as launch
 from sppo.pairing.training_set import compute_prob
 from sppo.preflight.machine import check_outputs
 from sppo.rankers import pinned
@@ -486,6 +487,29 @@ def test_a_directory_that_a_container_image_holds_is_replaced(tmp_path: Path, mo
         gone.clear()
     assert state(tmp_path) == {"model/new": b"whole"}
     assert gone.index(tmp_path / "model") == 2  # the manifest goes with it
+
+
+def test_what_is_done_on_a_read_only_disk_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between manifest and end left a marker there; and the launcher locked shards that nobody can make."""
+    done = stage(tmp_path / "data", pairs=5)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "out").touch()
+    done.finish({})
+    (tmp_path / "data" / "m.json.started").touch()
+
+    def read_only(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(manifest, "hold", read_only)
+    monkeypatch.setattr(locks, "hold", read_only)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert stage(tmp_path / "data", pairs=5).is_done()
+    started: list[Any] = []
+    monkeypatch.setattr(launch, "run_shards", lambda *words: started.append(words[-1]))
+    words = ["--gpus=none", f"--shards_dir={tmp_path / 'data'}", f"--logs={tmp_path / 'logs'}", "--", "true"]
+    monkeypatch.setattr(sys, "argv", ["launch", "shards", *words])
+    launch.main()
+    assert started == [["true"]]
 
 
 def test_an_empty_work_directory_that_a_kill_left_goes(tmp_path: Path) -> None:

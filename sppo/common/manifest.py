@@ -147,13 +147,16 @@ class Stage:
         return bool(name) and self.stands() and read_manifest(self.manifest).get("overwrite") == name
 
     def _sweep(self) -> None:
-        """Delete what a kill between the manifest and the end has left; a process that is at its end does so itself."""
+        """Delete what a kill between the manifest and the end has left, where that can be written to.
+
+        A process that is at its end does so itself.
+        """
         left = [path for path in (self.journal, self._marker) if path is not None and path.exists()]
         if left:
-            with suppress(BlockingIOError):
+            with suppress(OSError, SPPOError):
                 held = hold(self._marker, patience=0)
                 for path in {*left, self._marker}:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                 held.release()
 
     @property

@@ -147,7 +147,9 @@ def overwriting(directory: Path, wanted: int, slots: int) -> tuple[str, int]:
 
 def end_overwriting(directory: Path) -> None:
     """All shards stand: another --overwrite makes all of them again."""
-    (directory / OVERWRITING).unlink(missing_ok=True)
+    note = directory / OVERWRITING
+    if note.exists():
+        note.unlink()
 
 
 def shard_paths(directory: Path, shard: int) -> tuple[Path, Path, Path]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,7 +55,8 @@ def main() -> None:
     if args.what == "shards":
         here = args.shards_dir
         doing = f"is at work on the shards in {here}"
-        with alone(here / "launch.lock", doing) if here else nullcontext():
+        is_written = here and (not here.exists() or os.access(here, os.W_OK))  # else nobody can be making shards there
+        with alone(here / "launch.lock", doing) if is_written else nullcontext():
             run_shards(launcher, place.shards, here, args.logs, args.name, command)
     else:
         run_training(launcher, args.accelerate_config, args.logs, command)
