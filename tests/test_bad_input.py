@@ -208,7 +208,7 @@ MODELS: list[Case] = [
     ("a shard missing", lambda w: w.of_model(w.model(model__safetensors=sharded)), 1, "model-00002-of-00002.safetensors"),
     ("no tokenizer", lambda w: w.of_model(w.model(tokenizer__json=remove, tokenizer_config__json=remove)), 1, "tokenizer cannot be loaded"),
     ("tokenizer.json damaged", lambda w: w.of_model(w.model(tokenizer__json=truncate)), 1, "tokenizer cannot be loaded"),
-    ("tokenizer_config.json damaged", lambda w: w.of_model(w.model(tokenizer_config__json=truncate)), 1, "tokenizer cannot be loaded"),
+    ("tokenizer_config.json damaged", lambda w: w.of_model(w.model(tokenizer_config__json=truncate)), 1, "tokenizer_config.json is damaged"),
     ("no chat template", lambda w: w.of_model(w.model(chat_template__jinja=remove)), 1, "no chat template"),
     ("a chat template with an error", lambda w: w.of_model(w.model(chat_template__jinja=write("{% for"))), 1, "chat template"),
     ("no end of sequence", lambda w: w.of_model(w.model(generation_config__json=remove, tokenizer_config__json=edit(eos_token=None))), 1, "no end-of-sequence token"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.common.errors import SPPOError, first_line
-from sppo.common.files import digest, read_json
+from sppo.common.files import digest
 
 # What belongs to a tokenizer, a processor or a chat template, by name: transformers' own names and the usual ones.
 _TOKENIZER_FILES = (
@@ -31,7 +32,10 @@ _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safete
 
 def json_object(path: Path, *keys: str) -> dict[str, Any]:
     """A model's JSON file, which holds an object with `keys`. Raises SPPOError for any other."""
-    found = read_json(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise SPPOError(f"{path} is damaged ({error}); fetch the model again") from None
     missing = [key for key in keys if not isinstance(found, dict) or not found.get(key)]
     if missing or not isinstance(found, dict):
         raise SPPOError(f"{path} is damaged: no {', '.join(missing) or 'JSON object'} in it; fetch the model again")
