@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import tiny
 from bad_input import World, call, edit
 
 from sppo import loop
-from sppo.common.errors import NO_OVERWRITE, SPPOError
+from sppo.common.errors import NO_OVERWRITE, SPPOError, UsageError
+from sppo.common.values import refuse_secrets
 from sppo.evaluation.measures import ask
 from sppo.evaluation.suites.alpaca_eval import completions, has_letter
 from sppo.launch import chain
@@ -73,6 +75,30 @@ def test_a_home_directory_is_one_in_every_flag_and_recipe(world: World) -> None:
     assert (driver.run_dir, driver.model, driver.system_prompt) == (world.d / "run", f"{world.d}/m", "~/is text")
     made = chain.pipeline_parser().parse_args(["--dataset=~/d", "--output_dir=~no-such-user/o", "--logs=~/l"])
     assert (made.dataset, made.output_dir, made.logs) == (f"{world.d}/d", Path("~no-such-user/o"), world.d / "l")
+
+
+NO_SECRETS = [
+    "mistral-sk-7b-instruct-v0.2-SPPO-Iter3-and-a-long-name-behind-it",
+    "/runs/sk-llama3-8b-Instruct-SPPO-Iter3-with-all-prompts-1234567890/model",
+    "sk-llama3-8b-Instruct-SPPO-Iter3-with-all-prompts-and-more",
+    "sk-Llama3Instruct8BSPPOIter3/of-somebody-whose-name-is-long-1",
+    "ray://user@head:10001",
+    "ssh://git@github.com/a/b",
+]
+SECRETS = [
+    "sk-" + "aB1" * 16,
+    "K=sk-proj-" + "aB1_" * 8 + "x" * 20,
+    "hf_" + "a" * 34,
+    "https://user:pw@host/v1",
+    "https://:pw@host",
+]
+
+
+@pytest.mark.parametrize(("words", "is_secret"), [(NO_SECRETS, False), (SECRETS, True)])
+def test_a_name_with_sk_in_it_is_no_key(words: list[str], is_secret: bool) -> None:
+    for word in words:
+        with pytest.raises(UsageError, match="a password or a token") if is_secret else nullcontext():
+            refuse_secrets("--model", word)
 
 
 class Answers:

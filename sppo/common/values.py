@@ -16,8 +16,12 @@ from sppo.common.errors import UsageError
 # settings and flags that may be a path, or a name on the Hub
 _PLACES = set("model prompts ranker eval_prompts anchor_model recipe base models mixture questions dataset "
               "accelerate_config".split())  # fmt: skip
-# an address with a user in it; a token of the Hub; a key of OpenAI's kind
-_SECRET = re.compile(r"://[^/\s?#]*@|\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{40,}")
+# An address with a password in it; a token of the Hub; a key of OpenAI's kind. Such a key begins a word, and has
+# capital letters, digits and a long piece without a hyphen: a model's name or a path may hold `sk-` too.
+_SECRET = re.compile(
+    r"://[^/\s?#:@]*:[^/\s?#]*@|\bhf_[A-Za-z0-9]{30,}"
+    r"|(?<![\w./~-])sk-(?=[\w-]*[A-Z])(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z0-9]{16})[\w-]{40,}(?![\w/.-])"
+)
 _INSTEAD = "set OPENAI_API_KEY or HF_TOKEN in the environment"
 
 
