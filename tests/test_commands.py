@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tiny
 from bad_input import World, call, edit
 
 from sppo import loop
+from sppo.common.console import Console
 from sppo.common.errors import NO_OVERWRITE, SPPOError, UsageError
 from sppo.common.values import refuse_secrets
 from sppo.evaluation.measures import ask
@@ -75,6 +77,17 @@ def test_a_home_directory_is_one_in_every_flag_and_recipe(world: World) -> None:
     assert (driver.run_dir, driver.model, driver.system_prompt) == (world.d / "run", f"{world.d}/m", "~/is text")
     made = chain.pipeline_parser().parse_args(["--dataset=~/d", "--output_dir=~no-such-user/o", "--logs=~/l"])
     assert (made.dataset, made.output_dir, made.logs) == (f"{world.d}/d", Path("~no-such-user/o"), world.d / "l")
+
+
+def test_a_console_is_a_stream_with_all_that_streams_have() -> None:
+    """`with sys.stdout` was a TypeError, and what writelines was given came as it was; colours came as \\x1b[31m."""
+    kept = io.StringIO()
+    kept.close = lambda: None
+    with Console(kept) as console:
+        console.writelines(["a\x1b]0;title\x07\n", "https://me:pw@host\n"])
+        console.write("\x1b[1;31mred\x1b[0m \x1b[2J\n")
+    said = "a\\x1b]0;title\\x07\nhttps://***@host\n\x1b[1;31mred\x1b[0m \\x1b[2J\n"
+    assert kept.getvalue() == said
 
 
 NO_SECRETS = [

@@ -6,12 +6,14 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 # C0 controls but tab and line feed, DEL, C1; marks that turn the direction of text; line separators; half characters
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")  # bold, a colour and back: changes how a text looks, and nothing else
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
 _BAR = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # what a progress bar moves the cursor with, in front of its text
 
@@ -35,11 +37,24 @@ class Console:
 
     def write(self, text: str) -> int:
         moves = _BAR.match(text)[0]
+        parts = _COLOUR.split(text[len(moves) :])
+        colours = [*_COLOUR.findall(text[len(moves) :]), ""]
+        shown = "".join(printable(part) + colour for part, colour in zip(parts, colours, strict=True))
         try:
-            self._stream.write(moves + printable(text[len(moves) :]))
+            self._stream.write(moves + shown)
         except OSError:
             self._give_up()
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
 
     def flush(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON, digests; and the lock on a directory."""
+"""Files that are whole or absent: atomic writes, JSON, digests, and the lock on a directory."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 from sppo.common.errors import KEEP_BOTH, OtherWorkError, SPPOError
 from sppo.common.locks import lock
 
-# What older versions did not note. What they made lacks it, and stands as it is.
+# Keys that older manifests lack; a missing key is not a difference.
 LATER = ("chat_template_kwargs", "batch_size", "engine")
 
 

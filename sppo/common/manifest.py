@@ -91,7 +91,7 @@ class Stage:
     inputs: dict[str, Any]
     settings: dict[str, Any]
     journal: Path | None = None
-    remade: bool = False  # it is made in a moment of what is kept: where its identity differs it is made again
+    remade: bool = False  # cheap to compute from files that are kept, so it is computed again instead of refused
     started: float = field(default_factory=time.monotonic)
     _held: Held | None = field(default=None, init=False, repr=False, compare=False)
 
