@@ -253,7 +253,7 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
     try:
         raw = read_yaml(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        known = sorted(str(p.relative_to(ROOT)) for p in DEFAULT_RECIPE.parent.glob("*.yaml"))
+        known = sorted(map(str, DEFAULT_RECIPE.parent.glob("*.yaml")))
         raise UsageError(f"no recipe at {path}; the project brings {', '.join(known)}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None

@@ -33,7 +33,6 @@ from sppo.launch.processes import start, stop
 from sppo.launch.slurm import in_allocation
 from sppo.launch.submit import submit
 
-_ADVICE = "Use another --run_dir to keep both, or go on with the settings that it was made under."
 Stages = Iterator[list[Stage]]  # those of one group were made beside each other, from the groups before them
 
 
@@ -73,9 +72,7 @@ def refuse_others(steps: list[Step]) -> None:
                     stage.refuse_others()
                 if not all(stage.stands() for stage in group):
                     return
-        except OtherWorkError as error:
-            raise OtherWorkError(error.found, _ADVICE) from None
-        except UsageError:
+        except (OtherWorkError, UsageError):
             raise
         except (SPPOError, FileNotFoundError):
             return
@@ -135,6 +132,10 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     if args.evaluate:
         steps.append(_matrix_step(recipe, run_dir, steps[0].recipe))
     refuse_others(steps)
+    held_out = Path(recipe.eval_prompts)
+    if has_begun(run_dir) and held_out.suffix in (".parquet", ".jsonl", ".csv") and not held_out.exists():
+        # the preflight looks only at what is left to do, and the answers to other prompts may be there
+        raise UsageError(f"--eval_prompts {held_out}: no such file")
     stop_file = Path(os.environ.get(stopping.VARIABLE) or run_dir.absolute() / "stop")
     old_request = stop_file.exists()  # one that comes during the preflight is for this start
     code = 0 if args.skip_preflight else _preflight(run_dir, argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import subprocess
@@ -182,10 +183,37 @@ def test_a_models_own_code_that_exits_is_an_error(world: World) -> None:
 def test_a_command_without_overwrite_does_not_advise_it(world: World) -> None:
     code, said = call(world.generate(world.good()), {})
     assert code == 0, said
-    for environment, told in (({}, False), ({NO_OVERWRITE: "1"}, True)):
+    for environment, has_it in (({}, True), ({NO_OVERWRITE: "1"}, False)):
         code, said = call(world.generate(world.good(), "--temperature=0.5"), environment)
-        assert (code, "--overwrite" in said, "name another --run_dir" in said) == (1, True, told), said
+        assert (code, "--overwrite" in said, "move away what is named here" in said) == (1, has_it, not has_it), said
     seen: list[str] = []
     world.patch.setattr(loop, "_preflight", lambda *_: seen.append(os.environ[NO_OVERWRITE]) or 2)
     assert call(world.loop(), {})[0] == 2
     assert seen == ["1"]
+
+
+def test_a_report_by_hand_has_the_runs_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With released.yaml's it compared answers that were drawn in another way, and put that into the run's summary."""
+    (tmp_path / "iter1").mkdir()
+    (tmp_path / "iter1" / "recipe.yaml").write_text(
+        "model: first\ntemperature: 0.3\neval_prompts: held.jsonl\nseed: 7\n"
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr("sppo.evaluation.report.report", lambda *asked: seen.append(asked))
+    monkeypatch.setattr("sppo.evaluation.page.page.write_page", lambda run: run)
+    made = importlib.util.spec_from_file_location("by_hand", tiny.ROOT / "scripts" / "report.py")
+    script = importlib.util.module_from_spec(made)
+    made.loader.exec_module(script)
+    words = ["report.py", f"--run_dir={tmp_path}", "--iteration=2", "--gpus=none"]
+    for more in ([], ["--temperature=0.9", "--base=other"]):
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        script.main()
+    found = [(recipe.temperature, recipe.eval_prompts, recipe.seed, base) for recipe, _, _, base, *_ in seen]
+    assert found == [(0.3, "held.jsonl", 7, "first"), (0.9, "held.jsonl", 7, "other")]
+
+
+def test_prompts_that_are_not_there_change_nothing_of_a_run(world: World) -> None:
+    """A wrong name on a finished run passed the preflight, since nothing seemed left to do, and rewrote recipe.yaml."""
+    world.file("run/.lock", "")
+    code, said = call([*world.loop(), "--eval_prompts=nowhere.jsonl"], {})
+    assert (code, "--eval_prompts nowhere.jsonl: no such file" in said) == (2, True), said

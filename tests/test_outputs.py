@@ -793,3 +793,20 @@ def test_every_recursive_delete_asks_the_one_place() -> None:
     for path in [*(tiny.ROOT / "sppo").rglob("*.py"), *(tiny.ROOT / "scripts").glob("*.py")]:
         if path.name != "directories.py":
             assert "rmtree" not in path.read_text(), path
+
+
+def test_an_edited_output_is_kept_before_it_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A driver makes an edited train.parquet again; the edit is somebody's work."""
+    stage = Stage("made", tmp_path / "x.manifest.json", [tmp_path / "x.txt"], {}, {})
+    stage.begin()
+    stage.outputs[0].write_text("made")
+    stage.finish({})
+    stage.outputs[0].write_text("edited")
+    again = Stage("made", tmp_path / "x.manifest.json", [tmp_path / "x.txt"], {}, {})
+    assert not again.is_done()
+    again.begin()
+    assert "is kept as" in capsys.readouterr().out
+    assert (tmp_path / "x.txt.changed").read_text() == "edited"
+    again.outputs[0].write_text("made")
+    again.finish({})
+    assert again.is_done()

@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import errno
 import os
+import re
 import signal
 import sys
 import typing
@@ -34,15 +35,20 @@ class SPPOError(Exception):
     """A failure that the user can act on. The message says what to do; no traceback is shown."""
 
 
-KEEP_BOTH = "Use another --output_dir or --run_dir to keep both, or --overwrite to make it again."
-
-
 class OtherWorkError(SPPOError):
-    """What is here was made under other inputs or settings, and is kept. `found`: what it is; `advice`: what to do."""
+    """What is here was made under other inputs or settings, and is kept. `found`: what it is.
 
-    def __init__(self, found: str, advice: str = KEEP_BOTH) -> None:
-        super().__init__(f"{found}\n{advice}")
-        self.found = found
+    `advice`: what to do, where it is not the usual: another directory, or the command's --overwrite where it has one.
+    """
+
+    def __init__(self, found: str, advice: str = "") -> None:
+        usual = "Use another --output_dir or --run_dir to keep both, or --overwrite to make it again."
+        if NO_OVERWRITE in os.environ:
+            usual = (
+                "Use another --run_dir to keep both, go on with the settings that it was made under, or move away what "
+                "is named here to make it again."
+            )
+        super().__init__(f"{found}\n{advice or usual}")
 
 
 class UsageError(SPPOError):
@@ -124,8 +130,8 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         code = _use_venv(f"lacks the package {package}")
     except SPPOError as error:
-        told = " (that flag is the single steps' own: here name another --run_dir, or move away what is in the way)"
-        has_none = NO_OVERWRITE in os.environ and "--overwrite" in str(error)
+        told = " (This command has no --overwrite: move away what is named here, or use another --run_dir.)"
+        has_none = NO_OVERWRITE in os.environ and re.search("(pass|rank.py) --overwrite", str(error))
         print(f"error: {error}{told if has_none else ''}", file=sys.stderr)
         code = WRONG_USE if isinstance(error, UsageError) else FAILED
     except OSError as error:

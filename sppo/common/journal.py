@@ -10,7 +10,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import KEEP_BOTH, OtherWorkError, SPPOError
+from sppo.common.errors import OtherWorkError, SPPOError
 from sppo.common.locks import lock
 
 # Keys that older manifests lack; a missing key is not a difference.
@@ -28,7 +28,7 @@ class Journal:
     says one can do. overwrite: such items are deleted instead; those of this identity are kept.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], overwrite: bool = False, advice: str = KEEP_BOTH) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], overwrite: bool = False, advice: str = "") -> None:
         self.path = path
         self.done: dict[str, int] = {}
         self.dropped = 0
@@ -107,7 +107,7 @@ class Journal:
             self._owner.unlink(missing_ok=True)
 
 
-def refuse_another(path: Path, identity: dict[str, Any], advice: str = KEEP_BOTH) -> None:
+def refuse_another(path: Path, identity: dict[str, Any], advice: str = "") -> None:
     """Raise OtherWorkError where a journal holds items of another identity. Names what differs; changes nothing.
 
     A damaged first line names no identity. Then the items tell: one that fits this identity is enough.

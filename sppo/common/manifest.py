@@ -171,9 +171,20 @@ class Stage:
         """
         self._hold()
         if self.manifest.exists():
-            self.refuse_if_different(read_manifest(self.manifest))
+            written = read_manifest(self.manifest)
+            self.refuse_if_different(written)
+            self._keep_changed(written["outputs"])
         if not self.has_begun():
             self._held.write(json.dumps(self.identity))
+
+    def _keep_changed(self, written: dict[str, str]) -> None:
+        """Move outputs that changed since they were written out of the way: somebody may have edited them."""
+        for name in changed(self.manifest.parent, written):
+            path = self.manifest.parent / name
+            if path.is_file():
+                kept = path.with_name(f"{path.name}.changed")
+                os.replace(path, kept)
+                print(f"{self.name}: {path} changed since it was written, and is kept as {kept}", flush=True)
 
     def _hold(self) -> None:
         if self._held is None:

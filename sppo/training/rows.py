@@ -88,13 +88,15 @@ class Reading:
         if self.as_written and _have_ids(responses):
             sides, drawn = self._as_drawn(values, responses)
         else:
-            sides, drawn = self._compared(
-                values,
-                [
-                    Answered(*_conversation(values, column), response)
-                    for column, response in zip(("chosen", "rejected"), responses, strict=True)
-                ],
+            chosen, rejected = (
+                Answered(*_conversation(values, column), response)
+                for column, response in zip(("chosen", "rejected"), responses, strict=True)
             )
+            if chosen.prompt != rejected.prompt:
+                raise ValueError("chosen and rejected answer different prompts")
+            self.counts["pairs_of_equal_answers"] += chosen.text == rejected.text
+            self.counts["empty_answers"] += sum(not side.text.strip() for side in (chosen, rejected))
+            sides, drawn = self._compared(values, [chosen, rejected])
         return Row(sides, rates[1:], rates[0], drawn=drawn)
 
     def _all_responses(self, values: dict[str, Any]) -> Row:
