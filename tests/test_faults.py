@@ -94,8 +94,9 @@ def kill_in(stage: tuple[str, str, str, str], words: list[str], run: Path, delay
 
 
 def files(run: Path) -> dict[str, Path]:
-    """All but logs."""
-    return {str(p.relative_to(run)): p for p in sorted(run.rglob("*")) if p.is_file() and "logs" not in p.parts}
+    """All but logs, and what a stage kept of an output that was edited or damaged."""
+    found = [p for p in sorted(run.rglob("*")) if p.is_file() and "logs" not in p.parts]
+    return {str(p.relative_to(run)): p for p in found if p.suffix != ".changed"}
 
 
 def refused(words: list[str], run: Path, message: str) -> None:

@@ -579,9 +579,12 @@ def test_the_same_pipeline_twice_is_refused_and_the_first_ends_undisturbed(
     words += ["--output_dir", tmp_path / "model"]
     first = tiny.start("bash", *words, slow=tmp_path / "nothing", log=tmp_path / "log")
     tiny.wait_for(first, lambda: (tmp_path / "model.partial" / "identity.json").exists())
-    os.killpg(first.pid, signal.SIGSTOP)  # so that it is at work for as long as the second one takes
+    at_work = [int(path.parent.name) for path in tiny.processes(tmp_path / "model")]  # training is its own session
+    for pid in at_work:
+        os.kill(pid, signal.SIGSTOP)  # so that it is at work for as long as the second one takes
     second = tiny.run(*words)
-    os.killpg(first.pid, signal.SIGCONT)
+    for pid in at_work:
+        os.kill(pid, signal.SIGCONT)
     assert first.poll() is None, (tmp_path / "log").read_text()
     assert second.returncode == 1
     assert f"another process is making {tmp_path / 'model'}; wait for it or stop it" in second.stderr

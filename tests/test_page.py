@@ -207,7 +207,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     assert "report.html" in tiny.succeed(*command, "--run_dir", one)
     for flags, message in ((["--run_dir", tmp_path], "is no run"), ([], "--run_dir is missing"),
                            (["--compare", one, "--run_dir", two], "leave --run_dir"),
-                           (["--run_dir", one, "--iteration", "1"], "--base is missing")):  # fmt: skip
+                           (["--run_dir", one, "--iteration", "1"], "--eval_prompts is missing")):  # fmt: skip
         assert message in tiny.run(*command, *flags).stderr
 
 
