@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.errors import FOREIGN, SPPOError, first_line
+from sppo.common.errors import FOREIGN, SPPOError, with_code_hint
 from sppo.common.files import read_json
 from sppo.common.importing import import_networks
 from sppo.formats import Message
@@ -34,8 +34,7 @@ def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
     except FOREIGN as error:  # tokenizers raises bare Exceptions
-        hint = "; --trust_remote_code runs the code that comes with it" if "trust_remote_code" in str(error) else ""
-        raise SPPOError(f"model {directory}: its tokenizer cannot be loaded: {first_line(error)}{hint}") from None
+        raise SPPOError(f"model {directory}: its tokenizer cannot be loaded: {with_code_hint(error)}") from None
     if not tokenizer.chat_template:
         raise SPPOError(
             f"model {directory} has no chat template, so it is no chat model. Start from its instruct version, "
@@ -88,14 +87,19 @@ def _left_out(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> str
         return ""
     known = tokenizer.__dict__.setdefault("_sppo_left_out", {})
     if roles not in known:
-        texts = [f"turn-{i}-probe" for i in range(len(roles))]
-        probe = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        texts, probe = probe_of(roles)
         try:
             rendered = render(tokenizer, probe, True)
             known[roles] = next((roles[i] for i in unusual if texts[i] not in rendered), "")
         except ValueError:
             known[roles] = ""
     return known[roles]
+
+
+def probe_of(roles: tuple[str, ...]) -> tuple[list[str], list[Message]]:
+    """(a content for each role, which no template writes by itself; the conversation of them)."""
+    texts = [f"turn-{i}-probe" for i in range(len(roles))]
+    return texts, [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
 
 def prompt_ids(

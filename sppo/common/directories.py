@@ -259,10 +259,7 @@ def sweep(target: Path) -> None:
     """Delete the work directory that a kill at the very end left beside a finished `target`."""
     work = work_of(target)
     if {MARKER, "identity.json"} & set(_names(work)):
-        with (
-            suppress(SPPOError),
-            working(target, patience=0),
-        ):  # where another process is in its last moment, it does so
+        with suppress(SPPOError), working(target, patience=0):  # a process in its last moment does so itself
             clear(work)
     _remove_empty(work)
 

@@ -66,6 +66,19 @@ def first_line(error: BaseException) -> str:
     return "it calls sys.exit" if isinstance(error, SystemExit) else said or type(error).__name__
 
 
+def with_code_hint(error: BaseException) -> str:
+    """first_line, and how to run a model's own Python code where transformers misses it."""
+    hint = "; --trust_remote_code runs the code that comes with it" if "trust_remote_code" in str(error) else ""
+    return first_line(error) + hint
+
+
+def cause_line(error: BaseException) -> str:
+    """first_line of what `datasets` met, where it wraps that in an exception of its own."""
+    from datasets.exceptions import DatasetsError
+
+    return first_line(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
+
+
 def die_with_parent(signum: int = signal.SIGKILL) -> None:
     """Let the kernel end this process when its parent dies, so that none is left holding a GPU (on Linux only)."""
     if sys.platform == "linux":

@@ -9,7 +9,6 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from sppo import formats
 from sppo.common import chat
 from sppo.formats import Message, only_text
 
@@ -41,8 +40,11 @@ def reads_as(
     return any(_is_framed(tokenizer, text, contents, frame) for frame in frames if frame)
 
 
-def written_out(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """formats.written_out, which knows the usual templates, and for this model's own template too."""
+def in_own_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    """Why a conversation's only turn is no user's text: it is in this model's own chat template. "" where it is not.
+
+    formats.written_out knows the usual templates.
+    """
     text, bos = only_text(messages), tokenizer.bos_token or ""
     for roles in (("user",), ("system", "user")):
         frame = frame_of(tokenizer, roles, {}) or ["", ""]
@@ -51,7 +53,7 @@ def written_out(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
             begun = text.removeprefix(bos).strip()
             if begun.startswith(before) and begun.endswith(behind) and len(begun) >= len(before) + len(behind):
                 return "in a chat template already"
-    return formats.written_out(messages)
+    return ""
 
 
 def frame_of(
@@ -65,8 +67,7 @@ def frame_of(
     known = tokenizer.__dict__.setdefault("_sppo_frames", {})
     key = roles, json.dumps(template_kwargs, sort_keys=True, default=str)
     if key not in known:
-        texts = [f"turn-{i}-probe" for i in range(len(roles))]
-        probe = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        texts, probe = chat.probe_of(roles)
         try:
             rendered = chat.render(tokenizer, probe, True, {**template_kwargs, "strftime_now": lambda *_: _DAY})
         except ValueError:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import FOREIGN, SPPOError, first_line, out_of_memory
+from sppo.common.errors import FOREIGN, SPPOError, first_line, out_of_memory, with_code_hint
 from sppo.common.policy import Policy
 
 # Nats a token by which merging an adapter may change log-probs, in float32 and more, and in half precision. There the
@@ -45,8 +45,7 @@ def load_config(policy: Policy) -> Any:
     try:
         return AutoConfig.from_pretrained(policy.weights, trust_remote_code=policy.remote_code)
     except (OSError, ValueError, KeyError, SystemExit) as error:
-        hint = "; --trust_remote_code runs the code that comes with it" if "trust_remote_code" in str(error) else ""
-        raise SPPOError(f"model {policy.weights}: its config cannot be loaded: {first_line(error)}{hint}") from None
+        raise SPPOError(f"model {policy.weights}: its config cannot be loaded: {with_code_hint(error)}") from None
 
 
 def _attention(config: Any, asked: str) -> dict[str, str]:

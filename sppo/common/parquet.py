@@ -94,7 +94,7 @@ def read_batches(path: Path, schema: pa.Schema, rows: int) -> Iterator[pa.Record
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def is_text(kind: pa.DataType) -> bool:
+def holds_texts(kind: pa.DataType) -> bool:
     """Whether a column of this type holds texts, or nothing at all."""
     from pyarrow import types
 
@@ -103,7 +103,7 @@ def is_text(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in asked)
 
 
-def is_list(kind: pa.DataType) -> bool:
+def holds_lists(kind: pa.DataType) -> bool:
     from pyarrow import types
 
     asked = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
@@ -114,13 +114,13 @@ def _is_alike(found: pa.DataType, wanted: pa.DataType) -> bool:
     """Whether texts are texts and numbers are numbers in both, in lists and structs too."""
     from pyarrow import types
 
-    if is_list(wanted) and is_list(found):
+    if holds_lists(wanted) and holds_lists(found):
         return _is_alike(found.value_type, wanted.value_type)
     if types.is_struct(wanted) and types.is_struct(found):
         both = {f.name for f in found} & {f.name for f in wanted}
         return all(_is_alike(found.field(name).type, wanted.field(name).type) for name in both)
-    if is_text(wanted) or types.is_null(found):
-        return is_text(found)
+    if holds_texts(wanted) or types.is_null(found):
+        return holds_texts(found)
     is_number = types.is_integer(found) or types.is_floating(found) or types.is_decimal(found)
     return is_number and (types.is_integer(wanted) or types.is_floating(wanted))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from sppo.common.errors import SPPOError
 from sppo.common.journal import LATER, differences
 from sppo.common.manifest import read_manifest, refuse_changed
+from sppo.common.parquet import open_parquet
 from sppo.common.shards import begun_shards, known_count, shard_paths
 
 
@@ -35,11 +36,10 @@ def ranking_files(output_dir: Path) -> list[Path]:
     return [path for path, _ in paths]
 
 
-def check_rankings(files: list[Path], responses: Path, read: str, total: int) -> None:
+def check_rankings(files: list[Path], responses: Path, read: str) -> None:
     """Raise SPPOError unless rankings were made of these responses, by one ranker, and leave no row out.
 
-    read: the digest of `responses`, which has `total` rows. A file without a manifest is another tool's, and is taken
-    as it is.
+    read: the digest of `responses`. A file without a manifest is another tool's, and is taken as it is.
     """
     found = {path: read_manifest(m) for path in files if (m := path.with_suffix(".manifest.json")).exists()}
     for path, manifest in found.items():
@@ -53,6 +53,7 @@ def check_rankings(files: list[Path], responses: Path, read: str, total: int) ->
             said = "\n  ".join([f"{first.name} and {path.name} are not of one ranker:", *changed])
             raise SPPOError(f"{first.parent}: {said}\nRank all shards with one; --overwrite makes a shard again.")
     if len(found) == len(files):
+        total = open_parquet(responses, []).metadata.num_rows
         _refuse_gaps([manifest["settings"].get("rows", [0, total]) for manifest in found.values()], responses, total)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sppo.common.errors import SPPOError
 from sppo.common.manifest import await_written, refuse_changed
-from sppo.common.parquet import is_list, is_text, open_parquet, read_rows
+from sppo.common.parquet import holds_lists, holds_texts, open_parquet, read_rows
 from sppo.common.shards import begun_shards, known_count
 from sppo.formats import BESIDE, REQUIRED, as_messages, beyond_text, responses_schema
 
@@ -42,14 +42,18 @@ def responses_columns(path: Path) -> pa.Schema:
     parquet = open_parquet(path, REQUIRED["responses"])
     found = parquet.schema_arrow
     names = found.field("prompt_id").type
-    if not is_text(names) and not pa.types.is_integer(names):
+    if not holds_texts(names) and not pa.types.is_integer(names):
         raise SPPOError(f"{path}: column prompt_id is {names}; it should be text or whole numbers")
     for name, parts in (("prompt", {"role", "content"}), ("responses", {"text"})):
         kind = found.field(name).type
-        if not is_list(kind) or not pa.types.is_struct(kind.value_type) or parts - {f.name for f in kind.value_type}:
+        if (
+            not holds_lists(kind)
+            or not pa.types.is_struct(kind.value_type)
+            or parts - {f.name for f in kind.value_type}
+        ):
             raise SPPOError(f"{path}: column {name} is {kind}, not a list of {{{', '.join(sorted(parts))}}}")
         for part in sorted(parts):
-            if not is_text(kind.value_type.field(part).type):
+            if not holds_texts(kind.value_type.field(part).type):
                 raise SPPOError(f"{path}: {part} in column {name} is {kind.value_type.field(part).type}, not text")
     beside = [name for name in BESIDE if name in found.names]
     if beside or {f.name for f in found.field("prompt").type.value_type} - {"role", "content"}:

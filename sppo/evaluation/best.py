@@ -21,7 +21,7 @@ from sppo.common.files import atomic, digest
 from sppo.common.journal import Journal
 from sppo.common.manifest import Stage, read_manifest
 from sppo.common.model_files import public_name
-from sppo.common.parquet import open_parquet, read_rows, write_parquet
+from sppo.common.parquet import read_rows, write_parquet
 from sppo.common.place import Place
 from sppo.common.preference import Array, probability, strength
 from sppo.common.progress import progress
@@ -158,7 +158,7 @@ def _ranked(recipe: Recipe, out: Path, rows: list[dict[str, Any]]) -> dict[str, 
     """
     texts, found = {row["prompt_id"]: _texts(row) for row in rows}, {}
     files, responses = ranking_files(out), out / "responses.parquet"
-    check_rankings(files, responses, digest(responses), open_parquet(responses, []).metadata.num_rows)
+    check_rankings(files, responses, digest(responses))
     for path in files:
         for row in read_rows(path, ["prompt_id", "logits"]):
             logits = np.array(row["logits"], dtype=np.float64)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, first_line
+from sppo.common.errors import SPPOError, cause_line
 from sppo.common.parquet import open_parquet
 from sppo.config import Recipe
 from sppo.formats import BESIDE, Message, as_messages, beyond_text, content_id, is_text, with_own_system, written_out
@@ -183,10 +183,9 @@ def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str,
             revision = recipe.prompts_revision or None
             yield from datasets.load_dataset(source, split=recipe.prompt_split, revision=revision)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
-        said = first_line(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
         raise SPPOError(
             f"prompts {source}: no split {recipe.prompt_split!r} can be read from it, neither here nor from the Hub "
-            f"({type(error).__name__}: {said}). Check --prompts, --prompt_split, HF_TOKEN and the network."
+            f"({type(error).__name__}: {cause_line(error)}). Check --prompts, --prompt_split, HF_TOKEN and the network."
         ) from None
 
 

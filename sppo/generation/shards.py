@@ -13,7 +13,7 @@ from typing import Any
 from sppo.common import chat
 from sppo.common.cores import Watch, without_gpu
 from sppo.common.errors import SPPOError
-from sppo.common.frames import written_out
+from sppo.common.frames import in_own_template
 from sppo.common.journal import Journal
 from sppo.common.manifest import Stage
 from sppo.common.model_files import public_name
@@ -193,7 +193,7 @@ def prepare(
     context = policy.context()
     requests, conversations, skipped = [], {}, []
     for prompt in prompts:
-        reason, ids = prompt.skip or written_out(tokenizer, prompt.messages), []
+        reason, ids = prompt.skip or in_own_template(tokenizer, prompt.messages), []
         if not reason:
             try:
                 messages = chat.with_system(tokenizer, prompt.messages, recipe.system_prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, first_line
+from sppo.common.errors import SPPOError, cause_line
 from sppo.common.files import atomic, digest
 from sppo.common.manifest import await_written, read_manifest
 from sppo.common.parquet import open_parquet
@@ -61,7 +61,7 @@ def dataset_file(dataset: str, recipe: Recipe) -> Path:
     try:
         loaded = datasets.load_dataset(dataset, split="train", revision=recipe.prompts_revision or None)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError, DatasetsError) as error:
-        said = first_line(error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error)
+        said = cause_line(error)
         raise SPPOError(f"--dataset {dataset}: no such directory, and the Hub does not give it: {said}") from None
     exported = Path(loaded.cache_files[0]["filename"]).with_suffix(".sppo.parquet")
     if not exported.exists():

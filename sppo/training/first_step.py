@@ -51,8 +51,7 @@ class FirstStep:
                 f"{apart / responses:.2g} nats times the square root of its tokens, and rounding makes at most "
                 f"{limit:g}. Usual reasons: dropout or noise that stays on in training ({_random_parts(config)}; set "
                 "it to 0 in the model's config.json), code of the model's own that computes something else in "
-                f"training, or a damaged {where} "
-                "(delete it to compute it again)"
+                f"training, or a damaged {where} (delete it to compute it again)"
             )
         # where the loss asks for nothing, as for win rates of 1/2, there is no gradient, and that is right
         if pull and self.accelerator.clip_grad_norm_(network.parameters(), float("inf")) == 0:

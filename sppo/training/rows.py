@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sppo.common import chat
-from sppo.common.frames import reads_as, written_out
-from sppo.formats import BeyondTextError, Message, as_messages, beyond_text, with_own_system
+from sppo.common.frames import in_own_template, reads_as
+from sppo.formats import BeyondTextError, Message, as_messages, beyond_text, with_own_system, written_out
 from sppo.training.dataset import RATES, WITHOUT_RATES
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ class Reading:
         if self.as_written and self._known(values) and _have_ids(drawn):
             sides, logps = self._as_drawn(values, drawn)
         else:
-            _refuse_edited_pair(values)
             prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
+            _refuse_edited_pair(values, prompt)
             known = self._known(values)
             sides, logps = self._compared(values, [Answered(prompt, r["text"], r if known else None) for r in drawn])
         pair = int(np.argmax(own)), int(np.argmin(own))
@@ -187,7 +187,7 @@ class Reading:
 
         Raises BeyondTextError for one that is in a template already, or ends with an assistant's turn.
         """
-        if reason := written_out(self.tokenizer, prompt):
+        if reason := in_own_template(self.tokenizer, prompt) or written_out(prompt):
             raise BeyondTextError(f"prompt: {reason}")
         if prompt[-1]["role"] == "assistant":  # trl continues that turn; a chat template would begin another
             raise BeyondTextError("prompt: it ends with an assistant's turn, which the answer would continue")
@@ -236,13 +236,12 @@ def _messages(value: Any, column: str) -> list[Message]:
         raise ValueError(f"{column} {_WANTED} ({error})") from None
 
 
-def _refuse_edited_pair(values: dict[str, Any]) -> None:
+def _refuse_edited_pair(values: dict[str, Any], prompt: list[Message]) -> None:
     """Raise ValueError where the pair was edited and the responses, which sppo_all trains on, were not."""
     for column in ("chosen", "rejected"):
         index = values.get(f"{column}_index")
         if not values.get(column) or index is None:
             continue
-        prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
         drawn = prompt, values["responses"][index]["text"] or ""
         if _conversation(values, column) != drawn:
             raise ValueError(
