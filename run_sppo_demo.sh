@@ -22,4 +22,4 @@ done
 "$PYTHON" "$root/scripts/make_demo.py" --output_dir "$run/world" --seed "$seed"
 exec bash "$root/run_sppo_mistral.sh" --recipe "$recipe" --name demo --model "$run/world/policy" \
   --prompts "$run/world/train.jsonl" --split_prompts --ranker "$run/world/ranker" \
-  --eval_prompts "$run/world/heldout.jsonl" --judge sppo.demo:rule --evaluate --run_dir "$run" --gpus none "$@"
+  --eval_prompts "$run/world/heldout.jsonl" --judge examples.demo:rule --evaluate --run_dir "$run" --gpus none "$@"

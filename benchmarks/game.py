@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from sppo.common.preference import Array, sigmoid
+from sppo.method.preference import Array, sigmoid
 
 ETA = 1.0  # 1/beta: the step
 ANCHOR = 0.1

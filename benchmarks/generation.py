@@ -28,20 +28,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sppo.common import chat  # noqa: E402
-from sppo.common.journal import Journal  # noqa: E402
-from sppo.common.model_files import parameters, weight_shapes  # noqa: E402
-from sppo.common.policy import open_policy  # noqa: E402
-from sppo.common.progress import progress  # noqa: E402
-from sppo.common.shards import Slice  # noqa: E402
-from sppo.config import Recipe  # noqa: E402
-from sppo.demo import chat_tokenizer  # noqa: E402
+from examples.demo import chat_tokenizer  # noqa: E402
+from examples.smollm2.instructions import make_instructions  # noqa: E402
+from sppo.command.progress import progress  # noqa: E402
 from sppo.generation import shards  # noqa: E402
 from sppo.generation.engines import Request, Response, vllm  # noqa: E402
 from sppo.generation.prompts import load_prompts  # noqa: E402
 from sppo.generation.shards import generate_shards  # noqa: E402
+from sppo.models import chat  # noqa: E402
+from sppo.models.files import parameters, weight_shapes  # noqa: E402
+from sppo.models.policy import open_policy  # noqa: E402
 from sppo.preflight.plan import matrix_rate  # noqa: E402
-from sppo.smollm2.instructions import make_instructions  # noqa: E402
+from sppo.recipe import Recipe  # noqa: E402
+from sppo.store.journal import Journal  # noqa: E402
+from sppo.store.shards import Slice  # noqa: E402
 
 WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an".split()
 

@@ -177,7 +177,7 @@ def generate(name: str, out: Path, tiny: bool) -> Iterator[Row]:
     """Drawing by vLLM: ours, LLM.generate, and K passes; by transformers where vLLM is missing."""
     import worlds
 
-    from sppo.common.model_files import parameters, weight_shapes
+    from sppo.models.files import parameters, weight_shapes
     from sppo.preflight.plan import matrix_rate
 
     model = world(out, f"llama-{name}", lambda where: worlds.llama(where / "model", "tiny" if tiny else name)) / "model"
@@ -198,11 +198,11 @@ def generate(name: str, out: Path, tiny: bool) -> Iterator[Row]:
 
 
 def by_transformers(model: Path, asked: Path, maxlen: int) -> Iterator[tuple[str, float]]:
-    from sppo.common.policy import open_policy
-    from sppo.config import Recipe
     from sppo.generation import shards
     from sppo.generation.engines import transformers
     from sppo.generation.prompts import load_prompts
+    from sppo.models.policy import open_policy
+    from sppo.recipe import Recipe
 
     recipe = Recipe(model=str(model), prompts=str(asked), pairs=5, maxlen=maxlen, temperature=1.0, top_p=1.0)
     policy = open_policy(str(model))
@@ -263,7 +263,7 @@ def table(rows: list[Row]) -> str:
     """The rows in Markdown, with the machine and the versions."""
     import torch
 
-    from sppo.common.manifest import version_of
+    from sppo.store.manifest import version_of
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     packages = ("torch", "transformers", "trl", "vllm", "llm-blender", "disentangled-flash", "triton")

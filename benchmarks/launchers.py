@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import cluster  # noqa: E402
 
-from sppo.common.errors import run_main  # noqa: E402
-from sppo.common.progress import columns  # noqa: E402
+from sppo.command.errors import run_main  # noqa: E402
+from sppo.command.progress import columns  # noqa: E402
 
 # a shard that does nothing but say when: the manifest is what a launcher waits for
 SHARD = """

@@ -3,8 +3,8 @@
     python benchmarks/methods.py --output_dir docs
 
 Each method is the demo with that flag: its own world for each seed, three iterations, held-out answers judged by the
-demo's ranker and its rule. Each length penalty is the demo with a judge that likes length (sppo.demo:biased). The runs
-are by run_sppo_mistral.sh, two at a time.
+demo's ranker and its rule. Each length penalty is the demo with a judge that likes length (examples.demo:biased).
+The runs are by run_sppo_mistral.sh, two at a time.
 Reads   nothing.
 Writes  <output_dir>/methods.md; the runs in <work_dir>, where a stopped one goes on.
 A run takes one to two minutes, on one core.
@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from warm_python import call, share_first_answers, warm_python
 
-from sppo.config import ROOT, flags
-from sppo.demo import colour_words
+from examples.demo import colour_words
+from sppo.cli import flags
+from sppo.command.search_path import ROOT
 
 LOSSES = ("sppo", "sppo_single", "sppo_all", "sigmoid", "hinge", "ipo", "kto_pair")
 ESTIMATORS = ("paper", "released")
@@ -48,7 +49,7 @@ def driver(python: str, work: Path, name: str, seed: int, more: list[str]) -> Pa
 
 def judged(work: Path, seed: int) -> list[str]:
     """What answers are drawn to, and their second judge."""
-    return flags(eval_prompts=work / f"world-{seed}" / "heldout.jsonl", judge="sppo.demo:rule")
+    return flags(eval_prompts=work / f"world-{seed}" / "heldout.jsonl", judge="examples.demo:rule")
 
 
 def method(python: str, work: Path, seed: int, loss: str, estimator: str) -> Path:
@@ -63,7 +64,7 @@ def method(python: str, work: Path, seed: int, loss: str, estimator: str) -> Pat
 
 
 def penalised(python: str, work: Path, seed: int, penalty: float) -> Path:
-    own = flags(ranker="sppo.demo:biased", length_penalty=penalty)
+    own = flags(ranker="examples.demo:biased", length_penalty=penalty)
     return driver(python, work, f"penalty-{penalty:g}", seed, [*own, *judged(work, seed), "--evaluate"])
 
 
@@ -138,7 +139,7 @@ def dpo_against_trl(run: Path, world: Path, seed: int, scratch: Path) -> tuple[l
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sppo.config import load_recipe
+    from sppo.recipe import load_recipe
 
     class Trainer(trl.DPOTrainer):
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:
@@ -190,9 +191,9 @@ def table(
             "",
             "## A length penalty",
             "",
-            "The judge (`sppo.demo:biased`) gives a logit of 1 for each colour word more, as the rule would have it, "
-            "and of 0.5 for each word more, whatever it is. `--length_penalty L` takes L of log-odds from a response "
-            "for each mean length that it is longer than the other (`penalised` in `sppo/pairing/winrates.py`). "
+            "The judge (`examples.demo:biased`) gives a logit of 1 for each colour word more, as the rule would have "
+            "it, and of 0.5 for each word more. `--length_penalty L` takes L of log-odds from a response "
+            "for each mean length that it is longer than the other (`penalised` in `sppo/method/winrates.py`). "
             "*Correlation*: of win rate and length in the first iteration's data, after the penalty. "
             f"Seeds: {' '.join(map(str, penalty_seeds))}.",
             "",

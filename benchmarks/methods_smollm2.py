@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 from methods import ESTIMATORS, HEALTH, LOSSES, figures, rows
 from warm_python import call, share_first_answers
 
-from sppo.common.files import read_json
-from sppo.config import ROOT, flags
+from sppo.cli import flags
+from sppo.command.search_path import ROOT
+from sppo.store.files import read_json
 
 # their losses read which response is preferred, and not by how much
 ORDER_ONLY = ("sigmoid", "hinge", "ipo", "kto_pair")

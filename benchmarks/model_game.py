@@ -2,11 +2,11 @@
 
     python benchmarks/game.py --only model --output_dir docs
 
-The judge is sppo.demo:circle: rock, paper, scissors over the leading colours of answers, and all beat an answer without
-a colour. What counts of a policy is how often its answers are of each class. That is measured on held-out prompts, so
-it has an interval; the gap of the measured shares is exact, as in the tables' game. One mixture for all prompts is
-looked for that beats the policy, so a policy that does something else for each prompt may be beaten by more.
-"""
+The judge is examples.demo:circle: rock, paper, scissors over the leading colours of answers, and all beat an answer
+without a colour. What counts of a policy is how often its answers are of each class. That is measured on held-out
+prompts, so it has an interval; the gap of the measured shares is exact, as in the tables' game. One mixture for all
+prompts is looked for that beats the policy, so a policy that does something else for each prompt may be beaten by
+more."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from warm_python import call, share_first_answers, warm_python
 
-from sppo.common.parquet import read_rows
-from sppo.common.preference import Array, sigmoid
-from sppo.config import ROOT, flags
-from sppo.demo import CIRCLE, CLASSES, colour_class, make_demo
+from examples.demo import CIRCLE, CLASSES, colour_class, make_demo
+from sppo.cli import flags
+from sppo.command.search_path import ROOT
+from sppo.method.preference import Array, sigmoid
+from sppo.store.parquet import read_rows
 
 PREFERENCE = sigmoid(np.array(CIRCLE))  # (classes, classes)
 ITERATIONS, PROMPTS, ANSWERS = 6, 96, 3  # of a run; for each iteration; for each held-out prompt
@@ -84,7 +85,7 @@ def run(
     common = flags(recipe=ROOT / "recipes" / "sppo" / "demo.yaml", seed=seed)
     driver = ["bash", "run_sppo_mistral.sh", *common, "--skip_preflight", *flags(run_dir=directory, name="game")]
     driver += flags(model=policy, prompts=directory.parent / "prompts.jsonl", iterations=ITERATIONS, gpus="none")
-    driver += flags(ranker="sppo.demo:circle", num_train_epochs=EPOCHS)
+    driver += flags(ranker="examples.demo:circle", num_train_epochs=EPOCHS)
     commands = [[*driver, *method]]
     commands += [[python, "scripts/average.py", *flags(run_dir=directory, base=policy, output_dir=average)]]
     models = [policy, *(directory / f"iter{i}" / "model" for i in range(1, ITERATIONS + 1)), average]
@@ -132,7 +133,7 @@ def table(found: dict[str, list[Played]], seeds: Sequence[int]) -> str:
         "# A model in a game that goes round in circles",
         "",
         f"`python benchmarks/game.py --only model --seeds {' '.join(map(str, seeds))}`: the demo's small Mistral, "
-        f"{ITERATIONS} iterations of {PROMPTS} prompts by `run_sppo_mistral.sh` with `--ranker sppo.demo:circle`. "
+        f"{ITERATIONS} iterations of {PROMPTS} prompts by `run_sppo_mistral.sh` with `--ranker examples.demo:circle`. "
         "Answers are of four classes: their leading colour is of the first, second or third kind, each of which beats "
         "the next, or there is no colour, which loses to all. Shares are measured on 150 held-out prompts, "
         f"{ANSWERS} answers each: the gap's 95% interval (bootstrap over prompts) is {width:.3f} wide on average. "

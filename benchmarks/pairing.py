@@ -32,7 +32,7 @@ def make(directory: Path, prompts: int, pairs: int, tokens: int, shuffle: bool) 
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from sppo.formats import ranking_schema, responses_schema
+    from sppo.schema import ranking_schema, responses_schema
 
     rng = np.random.default_rng(0)
     words = pa.array(WORDS)

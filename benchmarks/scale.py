@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import cluster  # noqa: E402
 import tiny  # noqa: E402
 
-from sppo.common.errors import run_main  # noqa: E402
+from sppo.command.errors import run_main  # noqa: E402
 
 # Every Python process with this in PYTHONPATH writes down its largest size, and finds an engine that makes answers up.
 SITE = """

@@ -69,8 +69,8 @@ def make_world(directory: Path, name: str) -> int:
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
 
-    from sppo.demo import COLOURS, OTHERS, THINGS
-    from sppo.smollm2.instructions import make_instructions
+    from examples.demo import COLOURS, OTHERS, THINGS
+    from examples.smollm2.instructions import make_instructions
 
     if name.removesuffix("-lora") in worlds.LLAMAS and "hidden_size" not in MODELS[name]:
         worlds.llama(directory / "model", name.removesuffix("-lora"))
@@ -107,7 +107,7 @@ def make_model(directory: Path, size: dict[str, int], words: list[str]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sppo.demo import chat_tokenizer
+    from examples.demo import chat_tokenizer
 
     tokenizer = chat_tokenizer([" ".join(words)] * 4)
     torch.manual_seed(0)

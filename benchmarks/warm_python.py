@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sppo.common.importing import import_networks
-from sppo.config import ROOT
+from sppo.command.importing import import_networks
+from sppo.command.search_path import ROOT
 
 # a core for each command: two commands of two threads each would wait for each other. Read when torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,7 +42,7 @@ sys.exit(int.from_bytes(code, "big", signed=True) if code else 1)
 """
 MODULES = (
     "transformers.trainer transformers.models.mistral.modeling_mistral transformers.models.deberta_v2 pyarrow.parquet "
-    "accelerate.commands.launch scipy.optimize sppo.loop sppo.demo sppo.generation.shards sppo.ranking.shards "
+    "accelerate.commands.launch scipy.optimize sppo.loop examples.demo sppo.generation.shards sppo.ranking.shards "
     "sppo.generation.engines.transformers sppo.rankers._pairrm_network sppo.pairing.training_set sppo.training.train "
     "sppo.training.trainer sppo.training.average sppo.evaluation.report sppo.evaluation.page.page"
 ).split()

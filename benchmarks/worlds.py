@@ -45,7 +45,7 @@ def llama(directory: Path, name: str) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from sppo.demo import CHAT_TEMPLATE
+    from examples.demo import CHAT_TEMPLATE
 
     shape = LLAMAS[name]
     tokens = [*_SPECIAL, *(word(i) for i in range(shape["vocab_size"] - len(_SPECIAL)))]

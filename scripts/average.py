@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import UsageError, run_main
+from sppo import cli
+from sppo.command.errors import UsageError, run_main
 
 
 def main() -> None:
-    parser: argparse.ArgumentParser = config.make_parser(__doc__)
+    parser: argparse.ArgumentParser = cli.make_parser(__doc__)
     parser.add_argument("--run_dir", type=Path, help="a run: the models of all its iterations")
     parser.add_argument("--base", default="", help="with --run_dir: the first model too")
     parser.add_argument("--models", nargs="+", default=[], metavar="M", help="the models, directories or Hub ids")

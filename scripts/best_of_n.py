@@ -19,13 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import UsageError, run_main
-from sppo.common.place import Place, add_place_flags
+from sppo import cli
+from sppo.command.errors import UsageError, run_main
+from sppo.launch.resources import Place, add_place_flags
+from sppo.recipe import KEYS
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["best_of_n"])
+    parser = cli.make_parser(__doc__, KEYS["best_of_n"])
     parser.add_argument("--n", type=int, default=16, help="responses a prompt (%(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="where all of it is written")
     parser.add_argument("--knockout", action="store_true", help="n-1 comparisons a prompt, not n(n-1)/2")
@@ -33,15 +34,15 @@ def main() -> None:
     add_place_flags(parser)
     parser.add_argument("--data_frac", help="play only these shards of the knock-outs (the launcher's flag)")
     parser.add_argument("--numgpu", type=int, default=1, help="with --data_frac: how many shards there are")
-    args, recipe = config.parse(parser)
+    args, recipe = cli.parse(parser)
     if args.n < 2:
         raise UsageError(f"--n {args.n}: at least 2 responses can be compared")
     recipe = dataclasses.replace(recipe, pairs=args.n)
     if args.data_frac is not None and not args.knockout:
         raise UsageError("--data_frac is for a shard of --knockout")
-    from sppo.common.shards import Slice, parse_shards
     from sppo.evaluation.best import best_of_n, play_shard
     from sppo.generation.prompts import load_prompts
+    from sppo.store.shards import Slice, parse_shards
 
     if args.data_frac is not None:
         for number in parse_shards(args.data_frac):

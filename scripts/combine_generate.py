@@ -12,22 +12,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import run_main
+from sppo import cli
+from sppo.command.errors import run_main
+from sppo.recipe import KEYS
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["combine_generate"])
-    config.add_data_flags(parser)
+    parser = cli.make_parser(__doc__, KEYS["combine_generate"])
+    cli.add_data_flags(parser)
     parser.add_argument("--numgpu", type=int, help="how many shards there are (default: as many as were laid out)")
     parser.add_argument(
         "--gpu_ids", metavar="LIST", help="instead of --numgpu: as many shards as there are names in it"
     )
     parser.add_argument("--frac_len", type=int, default=0, help="fail unless the shards have this many rows; 0: any")
-    config.add_prompts_check(parser)
-    args, recipe = config.parse(parser)
-    from sppo.common.shards import known_count
+    cli.add_prompts_check(parser)
+    args, recipe = cli.parse(parser)
     from sppo.generation.combine import check_prompts, combine
+    from sppo.store.shards import known_count
 
     shards = len(args.gpu_ids.split(",")) if args.gpu_ids else args.numgpu
     if shards is None:

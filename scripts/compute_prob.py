@@ -12,18 +12,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import UsageError, run_main
+from sppo import cli
+from sppo.command.errors import UsageError, run_main
+from sppo.recipe import KEYS, require_pairs
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["compute_prob"])
-    config.add_data_flags(parser)
+    parser = cli.make_parser(__doc__, KEYS["compute_prob"])
+    cli.add_data_flags(parser)
     parser.add_argument("--org", help="push the data sets to this Hub organisation when they are written")
     parser.add_argument("--name", help="with --org: name of the data sets on the Hub")
-    config.add_prompts_check(parser)
-    args, recipe = config.parse(parser)
-    config.require_pairs(recipe)
+    cli.add_prompts_check(parser)
+    args, recipe = cli.parse(parser)
+    require_pairs(recipe)
     if args.org and not args.name:
         raise UsageError("--org needs --name, the data sets' name on the Hub")
     from sppo.generation.combine import check_prompts

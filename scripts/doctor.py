@@ -15,15 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import FAILED, run_main
+from sppo import cli
+from sppo.command.errors import FAILED, run_main
 
 
 def main() -> int:
     from sppo import loop
 
-    args, recipe = config.parse(loop.parser(__doc__))
-    from sppo.preflight import open_run, report
+    args, recipe = cli.parse(loop.parser(__doc__))
+    from sppo.preflight.report import open_run, report
 
     run = open_run(recipe, args)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tried here is tried on the CPU; the GPUs stay free

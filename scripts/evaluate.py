@@ -17,10 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import UsageError, run_main
-from sppo.common.place import add_place_flags
-from sppo.common.values import require_plain_address
+from sppo import cli
+from sppo.command.errors import UsageError, run_main
+from sppo.command.values import require_plain_address
+from sppo.launch.resources import add_place_flags
+from sppo.recipe import KEYS, load_recipe
 
 SUITES = ("alpaca_eval", "mt_bench", "open_llm")
 OPENAI = "https://api.openai.com/v1"
@@ -33,7 +34,7 @@ FIXED = {
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["evaluate"])
+    parser = cli.make_parser(__doc__, KEYS["evaluate"])
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="|".join(SUITES))
     parser.add_argument("--judge_url", default="", help=f"the judge's OpenAI-compatible server ({OPENAI})")
     parser.add_argument("--judge_model", default="", help="the judge's name there (default: the suite's published one)")
@@ -50,13 +51,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     require_plain_address("--judge_url", args.judge_url)
-    asked = config.given(parser, args)
+    asked = cli.given(parser, args)
     if no_use := [key for key in FIXED[args.suite] if key in asked]:
         raise UsageError(f"--{no_use[0]} is not read by --suite {args.suite}, which has its own")
     if args.suite == "mt_bench":
         asked.setdefault("maxlen", 1024)  # as published, whatever the run's recipe says
     written = Path(asked.get("model", ""), "..", "recipe.yaml").resolve()
-    recipe = config.load_recipe(
+    recipe = load_recipe(
         args.recipe or (str(written) if asked.get("model") and written.exists() else None), {**asked, "pairs": 1}
     )
     if args.suite == "open_llm" and (args.judge_url or args.judge_model):

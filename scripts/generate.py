@@ -15,24 +15,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import run_main
+from sppo import cli
+from sppo.command.errors import run_main
+from sppo.recipe import KEYS
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["generate"])
-    config.add_shard_flags(parser)
+    parser = cli.make_parser(__doc__, KEYS["generate"])
+    cli.add_shard_flags(parser)
     parser.add_argument(
         "--prompts_part", default="0/1", metavar="I/N", help="every N-th prompt from the I-th on (0/1: all)"
     )
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
     parser.add_argument("--only_prompts", action="store_true", help="only read the prompts, before shards want them")
-    args, recipe = config.parse(parser)
-    from sppo.common.shards import Slice, parse_shards
+    args, recipe = cli.parse(parser)
     from sppo.generation.shards import generate_shards
     from sppo.generation.source import Source
+    from sppo.store.shards import Slice, parse_shards
 
-    part = config.parse_part(args.prompts_part)
+    part = cli.parse_part(args.prompts_part)
     if args.only_prompts:
         source = Source.of(recipe, part, args.output_dir)
         if not args.overwrite:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import SPPOError, run_main
+from sppo import cli
+from sppo.command.errors import SPPOError, run_main
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, ["seed"])
+    parser = cli.make_parser(__doc__, ["seed"])
     parser.add_argument("--output_dir", type=Path, required=True, help="where the demo's world appears")
-    args, recipe = config.parse(parser)
+    args, recipe = cli.parse(parser)
     made_from = args.output_dir / "seed.json"
     if made_from.exists():
         seed = json.loads(made_from.read_text())
@@ -29,7 +29,7 @@ def main() -> None:
             raise SPPOError(f"{args.output_dir} was made with --seed {seed}, not {recipe.seed}; use another --run_dir")
         print(f"make_demo: done: {args.output_dir}")
         return
-    from sppo.demo import make_demo
+    from examples.demo import make_demo
 
     make_demo(args.output_dir, recipe.seed)
 

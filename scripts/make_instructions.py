@@ -14,20 +14,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.directories import appearing, target_of
-from sppo.common.errors import SPPOError, UsageError, run_main
-from sppo.common.files import read_json
+from sppo import cli
+from sppo.command.errors import SPPOError, UsageError, run_main
+from sppo.store.directories import appearing, target_of
+from sppo.store.files import read_json
 
 _MOST = 10_000  # so many different prompts are made quickly; far more there are not
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, ["seed"])
+    parser = cli.make_parser(__doc__, ["seed"])
     parser.add_argument("--output_dir", type=Path, required=True, help="where the directory appears")
     parser.add_argument("--train", type=int, default=288, help="prompts to train on, of all iterations (288)")
     parser.add_argument("--held_out", type=int, default=96, help="held-out prompts (96)")
-    args, recipe = config.parse(parser)
+    args, recipe = cli.parse(parser)
     if not (0 < args.train <= _MOST and 0 < args.held_out <= _MOST):
         raise UsageError(f"--train and --held_out are numbers from 1 to {_MOST}")
     wanted = {"seed": recipe.seed, "train": args.train, "held_out": args.held_out}
@@ -38,7 +38,7 @@ def main() -> None:
             raise SPPOError(f"{args.output_dir} was made with {made}; use another --run_dir or --output_dir")
         print(f"make_instructions: done: {args.output_dir}")
         return
-    from sppo.smollm2.instructions import make_instructions
+    from examples.smollm2.instructions import make_instructions
 
     with appearing(target_of(args.output_dir)) as final:
         make_instructions(final, args.train, args.held_out, recipe.seed)

@@ -13,14 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import UsageError, run_main
-from sppo.common.values import require_plain_address
+from sppo import cli
+from sppo.command.errors import UsageError, run_main
+from sppo.command.values import require_plain_address
+from sppo.recipe import load_recipe
 
 
 def main() -> None:
     keys = ("maxlen", "temperature", "top_p", "system_prompt", "chat_template_kwargs")
-    parser = config.make_parser(__doc__, keys)
+    parser = cli.make_parser(__doc__, keys)
     parser.add_argument("--run_dir", type=Path, help="a run: one configuration for each of its iterations")
     parser.add_argument("--model", default="", help="one model, as the configuration shall name it")
     parser.add_argument("--name", default="", help="with --model: the name in the leaderboard")
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("models_configs"), help="%(default)s")
     args = parser.parse_args()
     require_plain_address("--url", args.url)
-    recipe = config.load_recipe(args.recipe, {**config.given(parser, args), "pairs": 1})
+    recipe = load_recipe(args.recipe, {**cli.given(parser, args), "pairs": 1})
     if bool(args.run_dir) == bool(args.model) or bool(args.model) != bool(args.name):
         raise UsageError("pass --run_dir, or --model and --name")
     from sppo.evaluation.match import iteration_models

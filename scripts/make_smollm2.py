@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo.common.directories import appearing, target_of
-from sppo.common.errors import run_main
-from sppo.common.files import read_json
+from sppo.command.errors import run_main
+from sppo.store.directories import appearing, target_of
+from sppo.store.files import read_json
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     if (directory / "source.json").exists():
         print(f"make_smollm2: done: {directory}, from {read_json(directory / 'source.json')['from']}")
         return
-    from sppo.smollm2.model import make_smollm2
+    from examples.smollm2.model import make_smollm2
 
     with appearing(target_of(directory)) as final:
         make_smollm2(final, args.source)

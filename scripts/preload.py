@@ -12,15 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import run_main
+from sppo import cli
+from sppo.command.errors import run_main
+from sppo.recipe import KEYS
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["preload"])
+    parser = cli.make_parser(__doc__, KEYS["preload"])
     parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to pin the ranker for rank.py")
     parser.add_argument("--overwrite", action="store_true", help="pin it although another ranker began the ranking")
-    args, recipe = config.parse(parser)
+    args, recipe = cli.parse(parser)
     from sppo.rankers import preload
 
     preload(recipe, args.output_dir, args.overwrite)

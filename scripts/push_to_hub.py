@@ -18,16 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import SPPOError, UsageError, run_main
+from sppo import cli
+from sppo.command.errors import SPPOError, UsageError, run_main
+from sppo.recipe import KEYS
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["push_to_hub"])
+    parser = cli.make_parser(__doc__, KEYS["push_to_hub"])
     parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to push the data")
     parser.add_argument("--model_dir", type=Path, help="the iteration's model, to push the model")
     parser.add_argument("--name", required=True, help="the model's name and part of the data sets': mistral-sppo-iter1")
-    args, recipe = config.parse(parser)
+    args, recipe = cli.parse(parser)
     if not recipe.org:
         raise UsageError("--org is missing: the organisation or user to push to")
     if not (args.output_dir or args.model_dir):

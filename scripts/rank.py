@@ -19,22 +19,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import run_main
+from sppo import cli
+from sppo.command.errors import run_main
+from sppo.recipe import KEYS, require_pairs
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["rank"])
-    config.add_shard_flags(parser)
+    parser = cli.make_parser(__doc__, KEYS["rank"])
+    cli.add_shard_flags(parser)
     parser.add_argument("--gpu", help="the GPU to use, as CUDA_VISIBLE_DEVICES names it (default: as it is set)")
-    config.add_prompts_check(parser)
-    args, recipe = config.parse(parser)
-    config.require_pairs(recipe)
+    cli.add_prompts_check(parser)
+    args, recipe = cli.parse(parser)
+    require_pairs(recipe)
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
-    from sppo.common.shards import Slice, parse_shards
     from sppo.generation.combine import check_prompts
     from sppo.ranking.shards import rank_shards
+    from sppo.store.shards import Slice, parse_shards
 
     check_prompts(args.output_dir, args.prompts)
     parts = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]

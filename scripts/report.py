@@ -17,13 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import UsageError, run_main
-from sppo.common.place import Place, add_place_flags
+from sppo import cli
+from sppo.command.errors import UsageError, run_main
+from sppo.launch.resources import Place, add_place_flags
+from sppo.recipe import KEYS, load_recipe
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["report"])
+    parser = cli.make_parser(__doc__, KEYS["report"])
     parser.add_argument("--run_dir", type=Path, help="the run's directory")
     parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="runs to put beside each other")
     parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="--compare's page (%(default)s)")
@@ -34,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     written = args.run_dir / "iter1" / "recipe.yaml" if args.run_dir and args.iteration is not None else None
     own = str(written) if written and written.exists() else None
-    recipe = config.load_recipe(args.recipe or own, config.given(parser, args))
+    recipe = load_recipe(args.recipe or own, cli.given(parser, args))
     if args.compare:
         if args.run_dir or args.iteration is not None:
             raise UsageError("--compare takes runs; leave --run_dir and --iteration out")

@@ -17,14 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import run_main
+from sppo import cli
+from sppo.command.errors import run_main
 
 
 def main() -> None:
     from sppo import loop
 
-    args, recipe = config.parse(loop.parser(__doc__))
+    args, recipe = cli.parse(loop.parser(__doc__))
     loop.run(recipe, args, sys.argv[1:])
 
 

@@ -13,19 +13,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo import config
-from sppo.common.errors import SPPOError, run_main
+from sppo import cli
+from sppo.command.errors import SPPOError, run_main
+from sppo.recipe import KEYS, load_recipe
 
 
 def main() -> None:
-    parser = config.make_parser(__doc__, config.KEYS["win_matrix"])
+    parser = cli.make_parser(__doc__, KEYS["win_matrix"])
     parser.add_argument("--run_dir", type=Path, required=True, help="the run's directory")
     parser.add_argument("--overwrite", action="store_true", help="compare again although another ranker did")
     args = parser.parse_args()
     if not args.run_dir.is_dir():
         raise SPPOError(f"--run_dir {args.run_dir}: no such directory")
     written = args.run_dir / "iter1" / "recipe.yaml"
-    recipe = config.load_recipe(args.recipe or (str(written) if written.exists() else None), config.given(parser, args))
+    recipe = load_recipe(args.recipe or (str(written) if written.exists() else None), cli.given(parser, args))
     from sppo.evaluation.matrix import print_matrix, win_matrix
 
     print_matrix(win_matrix(recipe, args.run_dir, args.overwrite))

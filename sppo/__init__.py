@@ -13,7 +13,7 @@ def _forget_unnamed_directories() -> None:
     """Take directories off the module search path that nobody has named, where a file would hide a library.
 
     They are the current one, put there by `python -m sppo...` or an empty entry of PYTHONPATH, and scripts/ and sppo/,
-    put there by `python scripts/x.py`. What a command itself starts: sppo/common/search_path.py.
+    put there by `python scripts/x.py`. What a command itself starts: sppo/command/search_path.py.
     """
     here = os.path.dirname(os.path.realpath(__file__))
     root = os.path.dirname(here)

@@ -18,20 +18,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sppo import config
-from sppo.common import stopping
-from sppo.common.errors import INTERRUPTED, NO_OVERWRITE, WRONG_USE, OtherWorkError, SPPOError, UsageError
-from sppo.common.files import atomic, exclusive, has_begun, read_json
-from sppo.common.manifest import Stage
-from sppo.common.place import Place, add_place_flags
-from sppo.common.shards import Slice, as_begun, known_count
-from sppo.config import ROOT, Recipe, flags
+from sppo import cli
+from sppo.cli import flags
+from sppo.command import stopping
+from sppo.command.errors import INTERRUPTED, NO_OVERWRITE, WRONG_USE, OtherWorkError, SPPOError, UsageError
+from sppo.command.search_path import ROOT
 from sppo.hub.push import SCRIPT, check_name
 from sppo.hub.push import command as push_command
 from sppo.launch.devices import devices, groups
 from sppo.launch.processes import start, stop
+from sppo.launch.resources import Place, add_place_flags
 from sppo.launch.slurm import in_allocation
 from sppo.launch.submit import submit
+from sppo.recipe import KEYS, Recipe, require_pairs
+from sppo.store.files import atomic, exclusive, has_begun, read_json
+from sppo.store.manifest import Stage
+from sppo.store.shards import Slice, as_begun, known_count
 
 Stages = Iterator[list[Stage]]  # those of one group were made beside each other, from the groups before them
 
@@ -80,7 +82,7 @@ def refuse_others(steps: list[Step]) -> None:
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """Flags of the drivers: every key of the recipe, and the run's own."""
-    made = config.make_parser(doc, [f.name for f in dataclasses.fields(Recipe)])
+    made = cli.make_parser(doc, [f.name for f in dataclasses.fields(Recipe)])
     made.add_argument("--name", help="name of the run and of its data sets on the Hub (default: the model's)")
     made.add_argument("--run_dir", type=Path, help="the run's directory (default: runs/<name>)")
     add_place_flags(made)
@@ -97,7 +99,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 def place(recipe: Recipe, args: argparse.Namespace) -> tuple[str, Path, Place]:
     """(the run's name, its directory, where its processes go). Raises UsageError for flags that clash."""
-    config.require_pairs(recipe)
+    require_pairs(recipe)
     name = args.name or Path(recipe.model).name
     where = Place.of(args)
     if where.launcher == "local":
@@ -304,7 +306,7 @@ def _training_stages(recipe: Recipe, args: argparse.Namespace, here: Path) -> St
     from sppo.training.launching import training_config
     from sppo.training.settings import prepare
 
-    asked = flags(**{key: getattr(recipe, key) for key in config.KEYS["train"]})
+    asked = flags(**{key: getattr(recipe, key) for key in KEYS["train"]})
     asked += flags(dataset=here / "data", output_dir=here / "model")
     is_local = args.launcher == "local"
     made = prepare(asked, training_config(devices(args.gpus), args.accelerate_config)[2] if is_local else 1)

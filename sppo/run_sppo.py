@@ -22,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sppo.common.errors import DONE, die_with_parent, leave, run_main
+from sppo.command.errors import DONE, die_with_parent, leave, run_main
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.common.errors import run_main
-from sppo.common.parquet import write_parquet
-from sppo.formats import responses_schema
+from sppo.command.errors import run_main
 from sppo.launch import __main__ as launch
+from sppo.schema import responses_schema
+from sppo.store.parquet import write_parquet
 
 LOGITS = [[0.0, 1.0], [-1.0, 0.0]]
 FINAL = (".parquet", ".manifest.json", ".safetensors", "ranker.json", "summary.json", "config.json")
@@ -47,7 +47,7 @@ def call(command: list[str], environment: dict[str, str | None]) -> tuple[int, s
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     sys.argv = [str(word) for word in command]
     try:
-        leaves = mock.patch("sppo.common.errors.leave", sys.exit)
+        leaves = mock.patch("sppo.command.errors.leave", sys.exit)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), leaves:
             if command[0] == "sppo.launch":
                 run_main(launch.main)

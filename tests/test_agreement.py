@@ -15,10 +15,10 @@ import tiny
 import torch
 
 from sppo import run_sppo
-from sppo.common.files import read_json
-from sppo.common.health import AGREEING
-from sppo.common.loading import load_causal_lm
-from sppo.common.policy import open_policy
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import open_policy
+from sppo.schema import AGREEING
+from sppo.store.files import read_json
 from sppo.training.reference import agreement, describe
 
 

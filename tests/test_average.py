@@ -10,8 +10,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from sppo.common.errors import SPPOError
-from sppo.common.policy import open_policy
+from sppo.command.errors import SPPOError
+from sppo.models.policy import open_policy
 from sppo.training.average import average
 
 

@@ -307,7 +307,7 @@ def _spoilt(out: Path, name: str, text: str) -> Path:
 
 
 def _schema() -> Any:
-    from sppo.formats import training_schema
+    from sppo.schema import training_schema
 
     return training_schema()
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.common.files import read_json
-from sppo.config import Recipe
 from sppo.evaluation.best import draw_order, knockout_and_full, knockout_winners
-from sppo.formats import Pair
+from sppo.recipe import Recipe
+from sppo.schema import Pair
+from sppo.store.files import read_json
 
 RANKER = """
 import pathlib, time

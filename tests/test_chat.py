@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sppo.common import chat
-from sppo.common.errors import SPPOError
+from sppo.command.errors import SPPOError
+from sppo.models import chat
 
 FAMILIES = ["llama3", "mistral", "gemma2", "qwen3"]
 TURNS = [

@@ -17,9 +17,9 @@ import tiny
 from bad_input import World, call, edit
 
 from sppo import loop
-from sppo.common.console import Console
-from sppo.common.errors import NO_OVERWRITE, SPPOError, UsageError
-from sppo.common.values import refuse_secrets
+from sppo.command.console import Console
+from sppo.command.errors import NO_OVERWRITE, SPPOError, UsageError
+from sppo.command.values import refuse_secrets
 from sppo.evaluation.measures import ask
 from sppo.evaluation.suites.alpaca_eval import completions, has_letter
 from sppo.launch import chain

@@ -7,27 +7,27 @@ from pathlib import Path
 import pytest
 import tiny
 
-from sppo import config
-from sppo.common.errors import UsageError
+from sppo import cli, recipe
+from sppo.command.errors import UsageError
 
 RECIPES = sorted((tiny.ROOT / "recipes" / "sppo").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_recipes_load(path: Path) -> None:
-    assert config.load_recipe(path).pairs == {"smollm2": 8}.get(path.stem, 5)
+    assert recipe.load_recipe(path).pairs == {"smollm2": 8}.get(path.stem, 5)
 
 
 def test_released_yaml_says_what_the_defaults_are() -> None:
-    assert config.load_recipe() == config.Recipe()
+    assert recipe.load_recipe() == recipe.Recipe()
 
 
 def test_a_flag_wins_over_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("pairs: 3\nbeta: 0.01\nmodel: a=b\n")
-    parser = config.make_parser("", ["pairs", "beta", "model", "split_prompts"])
-    _, recipe = config.parse(parser, ["--recipe", str(tmp_path / "r.yaml"), "--beta=1e-4", "--split_prompts"])
+    parser = cli.make_parser("", ["pairs", "beta", "model", "split_prompts"])
+    _, recipe = cli.parse(parser, ["--recipe", str(tmp_path / "r.yaml"), "--beta=1e-4", "--split_prompts"])
     assert (recipe.pairs, recipe.beta, recipe.model, recipe.split_prompts) == (3, 1e-4, "a=b", True)
-    _, recipe = config.parse(parser, ["--model=x=y=z"])  # the released scripts cut at the second =
+    _, recipe = cli.parse(parser, ["--model=x=y=z"])  # the released scripts cut at the second =
     assert recipe.model == "x=y=z"
 
 
@@ -53,7 +53,7 @@ def test_a_flag_wins_over_the_recipe(tmp_path: Path) -> None:
 def test_a_wrong_recipe_names_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
-        config.load_recipe(tmp_path / "r.yaml")
+        recipe.load_recipe(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_wrong_recipe_names_what_is_wrong(tmp_path: Path, text: str, message: 
 )
 def test_a_wrong_flag_names_the_nearest(flags: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        config.parse(config.make_parser("", ["pairs", "beta"]), flags)
+        cli.parse(cli.make_parser("", ["pairs", "beta"]), flags)
 
 
 SCRIPTS = sorted(p for p in (tiny.ROOT / "scripts").iterdir() if p.name not in ("env.sh", "install.sh", "__pycache__"))

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sppo.common import chat
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import digest, read_json, write_json
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError, UsageError
+from sppo.models import chat
 from sppo.pairing.training_set import compute_prob
+from sppo.recipe import Recipe
+from sppo.store.files import digest, read_json, write_json
 from sppo.training.data import Place, load_training_set
 
 LOGITS = [[0.0, 2.0, -1.0], [-2.0, 0.0, 1.0], [3.0, 0.5, 0.0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from sppo import demo
+from examples import demo
 
 
 def test_the_rule_counts_colour_words() -> None:

@@ -16,17 +16,15 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from sppo import config, loop
-from sppo import preflight as doctor
-from sppo.common import chat
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import exclusive
-from sppo.common.findings import Findings, Run, size
-from sppo.common.manifest import version_of
-from sppo.generation import checks as generation
-from sppo.preflight import machine
-from sppo.training import checks as training
-from sppo.training.needs import model_bytes
+from sppo import cli, loop
+from sppo.command.errors import SPPOError, UsageError
+from sppo.models import chat
+from sppo.preflight import generation, machine, training
+from sppo.preflight import report as doctor
+from sppo.preflight.findings import Findings, Run, size
+from sppo.preflight.memory import model_bytes
+from sppo.store.files import exclusive
+from sppo.store.manifest import version_of
 
 Found = list[tuple[str, str]]
 
@@ -36,13 +34,21 @@ def flags_of(models: Path, tmp_path: Path, *more: str | Path) -> list[str]:
     prompts = tmp_path / "prompts.jsonl"
     if not prompts.exists():
         tiny.write_jsonl(prompts, [{"prompt": f"Name {i} rivers"} for i in range(40)] + [{"prompt": " "}])
-    flags = ["--model", models / "llama3", "--prompts", prompts, "--ranker", "sppo.demo:rule", "--iterations=2"]
+    flags = [
+        "--model",
+        models / "llama3",
+        "--prompts",
+        prompts,
+        "--ranker",
+        "examples.demo:rule",
+        "--iterations=2",
+    ]
     flags += ["--recipe", tiny.ROOT / "recipes/sppo/demo.yaml", "--pairs=3", "--maxlen=24", "--gpus=none"]
     return [str(f) for f in [*flags, "--engine=transformers", "--run_dir", tmp_path / "run", *more]]
 
 
 def opened(models: Path, tmp_path: Path, *more: str | Path) -> Run:
-    args, recipe = config.parse(loop.parser(""), flags_of(models, tmp_path, *more))
+    args, recipe = cli.parse(loop.parser(""), flags_of(models, tmp_path, *more))
     assert isinstance(args, argparse.Namespace)
     return doctor.open_run(recipe, args)
 
@@ -60,7 +66,14 @@ def only_no(found: Found) -> str:
 
 def test_a_good_run_is_ready_and_its_numbers_are_right(models: Path, tmp_path: Path) -> None:
     held_out = tiny.write_jsonl(tmp_path / "held.jsonl", [{"prompt": f"Who is {i}?"} for i in range(7)])
-    more = ["--ranker", models / "PairRM", "--test_size=5", "--eval_prompts", held_out, "--judge=sppo.demo:rule"]
+    more = [
+        "--ranker",
+        models / "PairRM",
+        "--test_size=5",
+        "--eval_prompts",
+        held_out,
+        "--judge=examples.demo:rule",
+    ]
     shown = tiny.succeed("scripts/doctor.py", *flags_of(models, tmp_path, *more))
     # 40 x 3 responses; 3 x 2 ordered pairs a prompt; 24 tokens a response; 35 pairs are left to train on, 16 a step
     for i in (1, 2):

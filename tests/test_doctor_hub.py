@@ -11,14 +11,15 @@ import pytest
 import tiny
 from test_doctor import flags_of
 
-from sppo.common.findings import size
+from sppo.preflight.findings import size
 
 ASK_THE_HUB = """
 import sys
-from sppo import config, loop, preflight as doctor
-from sppo.common.errors import SPPOError
-from sppo.hub.checks import check_hub
-args, recipe = config.parse(loop.parser(""), sys.argv[1:])
+from sppo import cli, loop
+from sppo.preflight import report as doctor
+from sppo.command.errors import SPPOError
+from sppo.preflight.hub import check_hub
+args, recipe = cli.parse(loop.parser(""), sys.argv[1:])
 try:
     for finding in check_hub(doctor.open_run(recipe, args)):
         print(finding.level, finding.text)
@@ -71,6 +72,6 @@ def test_a_model_on_the_hub_is_looked_at_without_its_weights(models: Path, tmp_p
     assert "an answer ends with <|eot_id|>" in shown
     assert not [r for r in hub.requests if r.startswith("GET") and r.endswith(".safetensors")]
     # what is in the cache now is not taken for the model: offline, its weights would never come
-    code = "from sppo.common.policy import open_policy; open_policy('me/chat')"
+    code = "from sppo.models.policy import open_policy; open_policy('me/chat')"
     done = tiny.run(sys.executable, "-c", code, **home)
     assert "me/chat: not a directory here, and the Hub does not give it" in done.stderr

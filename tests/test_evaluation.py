@@ -14,10 +14,10 @@ import pytest
 import tiny
 import torch
 
-from sppo.common.files import read_json
-from sppo.common.loading import load_causal_lm
-from sppo.common.policy import open_policy
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import open_policy
 from sppo.rankers import unfinished
+from sppo.store.files import read_json
 
 MEASURE = """
 def letters(prompt, answer):

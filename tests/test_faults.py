@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from test_data import data_directory
 from test_ranking import asked, function_ranker
 
-from sppo.common.files import read_json
+from sppo.store.files import read_json
 
 pytestmark = pytest.mark.slow
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import tiny
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import atomic, exclusive
-from sppo.common.journal import Journal
-from sppo.common.locks import machine
-from sppo.common.manifest import Stage, await_written
-from sppo.common.model_files import model_identity
+from sppo.command.errors import SPPOError
+from sppo.models.files import model_identity
+from sppo.store.files import atomic, exclusive
+from sppo.store.journal import Journal
+from sppo.store.locks import machine
+from sppo.store.manifest import Stage, await_written
 
 IDENTITY = {"inputs": {"a": 1}, "settings": {}}
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 import game
 import model_game
 
-from sppo.common.preference import sigmoid
-from sppo.demo import biased, circle, colour_class
+from examples.demo import biased, circle, colour_class
+from sppo.method.preference import sigmoid
 
 RNG = np.random.default_rng(0)
 CIRCLE = np.array([[0.5, 0.8, 0.2], [0.2, 0.5, 0.8], [0.8, 0.2, 0.5]])

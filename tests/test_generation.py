@@ -20,17 +20,18 @@ import pytest
 import tiny
 import torch
 
-from sppo.common import chat
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import read_json
-from sppo.common.policy import open_policy
-from sppo.common.shards import Slice
-from sppo.config import Recipe, flags
+from sppo.cli import flags
+from sppo.command.errors import SPPOError, UsageError
 from sppo.generation.combine import check_prompts, combine
 from sppo.generation.engines import Request, prompt_seed, vllm
 from sppo.generation.engines.transformers import _Sampler
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards
+from sppo.models import chat
+from sppo.models.policy import open_policy
+from sppo.recipe import Recipe
+from sppo.store.files import read_json
+from sppo.store.shards import Slice
 
 PROMPTS = [f"Why is {n} None{'?' * (n % 5)}" + " and why" * (n % 7) for n in range(21)] + ["Why is 3 None???"]
 

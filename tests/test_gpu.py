@@ -26,13 +26,13 @@ import torch
 from safetensors.torch import load_file
 
 from sppo import run_sppo
-from sppo.common import chat
-from sppo.common.policy import open_policy
-from sppo.common.preference import mean_scores
-from sppo.config import Recipe
 from sppo.generation.engines import Request, prompt_seed, transformers
+from sppo.method.preference import mean_scores
+from sppo.models import chat
+from sppo.models.policy import open_policy
 from sppo.rankers._pairrm_network import PairRM
 from sppo.ranking.shards import prompt_logits
+from sppo.recipe import Recipe
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs a CUDA GPU")]
@@ -231,7 +231,7 @@ def drawn(engine: Any, policy: Any, stops: set[int], requests: list[Request], **
 
 def largest_gap(policy: Any, requests: list[Request], answers: dict[str, Any]) -> float:
     """Nats between the engine's log-probs of the tokens that it drew and a float32 pass on the CPU."""
-    from sppo.common.loading import load_causal_lm
+    from sppo.models.loading import load_causal_lm
 
     network = load_causal_lm(policy, torch.float32).eval()
     worst = 0.0
@@ -369,7 +369,14 @@ def test_a_killed_shard_leaves_no_memory_taken(models: Path, tmp_path: Path) -> 
 
 def test_the_preflight_reads_the_real_nvidia_smi(models: Path, tmp_path: Path) -> None:
     prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Name {i} rivers"} for i in range(40)])
-    words = ["scripts/doctor.py", "--model", models / "llama3", "--prompts", prompts, "--ranker=sppo.demo:rule"]
+    words = [
+        "scripts/doctor.py",
+        "--model",
+        models / "llama3",
+        "--prompts",
+        prompts,
+        "--ranker=examples.demo:rule",
+    ]
     words += ["--recipe=recipes/sppo/demo.yaml", "--run_dir", tmp_path / "run", "--accelerate_config=one_gpu"]
     shown = tiny.run(*words, "--gpus=0").stdout
     name = torch.cuda.get_device_name(0)

@@ -11,17 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.common import chat
-from sppo.common.files import read_json
-from sppo.common.parquet import write_parquet
-from sppo.common.shards import Slice
-from sppo.config import Recipe
-from sppo.formats import responses_schema
 from sppo.generation.combine import combine
 from sppo.generation.shards import generate_shards
+from sppo.models import chat
 from sppo.pairing.training_set import compute_prob
 from sppo.rankers._pairrm_network import CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRM
 from sppo.ranking.shards import prompt_logits, rank_shards
+from sppo.recipe import Recipe
+from sppo.schema import responses_schema
+from sppo.store.files import read_json
+from sppo.store.parquet import write_parquet
+from sppo.store.shards import Slice
 from sppo.training.data import load_training_set
 
 ORDINARY = [f"Why is {n} None" + " and why" * (n % 4) for n in range(6)] + ["Name three rivers.", "A red ball?"]

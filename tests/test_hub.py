@@ -22,10 +22,10 @@ from hub_server import TOKEN, Failure, Hub, Repo
 from huggingface_hub import DatasetCard, ModelCard, constants
 from huggingface_hub.utils import close_session
 
-from sppo.common.errors import run_main
-from sppo.common.files import digest, read_json
-from sppo.config import Recipe
+from sppo.command.errors import run_main
 from sppo.pairing.training_set import compute_prob
+from sppo.recipe import Recipe
+from sppo.store.files import digest, read_json
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ def push(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], her
         place = here / ("data" if what == "--output_dir" else "model")
         argv = ["push_to_hub.py", what, place, "--org", "me", "--name", "x-iter1", *flags]
         monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
-        monkeypatch.setattr("sppo.common.errors.leave", sys.exit)
+        monkeypatch.setattr("sppo.command.errors.leave", sys.exit)
         before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as done:
             run_main(main)

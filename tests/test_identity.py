@@ -25,32 +25,33 @@ import tiny
 from bad_input import call
 from test_ranking import write_responses
 
-from sppo import config, loop
-from sppo.common.directories import work_of
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import read_json, write_json
-from sppo.common.journal import Journal
-from sppo.common.manifest import OVERWRITE, Stage
-from sppo.common.parquet import read_rows, write_parquet
-from sppo.common.place import Place
-from sppo.common.policy import policy_of
-from sppo.common.rankings import ranking_files
-from sppo.common.shards import Slice, shard_count
-from sppo.config import KEYS, Recipe, flags
+from sppo import cli, loop
+from sppo.cli import flags
+from sppo.command.errors import SPPOError, UsageError
 from sppo.evaluation import best, report
 from sppo.evaluation.matrix import match_stages, win_matrix
 from sppo.evaluation.measures import measure_stage
 from sppo.evaluation.suites import mt_bench, open_llm
 from sppo.evaluation.suites.suite import Judge, Order, answers
-from sppo.formats import responses_schema
 from sppo.generation.combine import combine, combine_stage
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
+from sppo.launch.resources import Place
 from sppo.launch.watch import run_shards
+from sppo.models.policy import policy_of
 from sppo.pairing.training_set import compute_prob, pairing_stage
 from sppo.rankers import preload
 from sppo.ranking.shards import rank_shards, rank_stage
+from sppo.recipe import KEYS, Recipe
+from sppo.schema import responses_schema
+from sppo.store.directories import work_of
+from sppo.store.files import read_json, write_json
+from sppo.store.journal import Journal
+from sppo.store.manifest import OVERWRITE, Stage
+from sppo.store.parquet import read_rows, write_parquet
+from sppo.store.rankings import ranking_files
+from sppo.store.shards import Slice, shard_count
 from sppo.training.data import StepBatches
 from sppo.training.settings import prepare
 
@@ -662,7 +663,7 @@ def finished(models: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     words = [f"--model={models / 'llama3'}", f"--prompts={prompts}", "--pairs=2", "--maxlen=4", "--engine=transformers"]
     words += ["--ranker=two_rankers:longest", "--recipe=recipes/sppo/demo.yaml", "--iterations=1", "--keep_degenerate"]
     words = ["scripts/run.py", *words, f"--run_dir={run}", "--gpus=none", "--skip_preflight"]
-    args, recipe = config.parse(loop.parser(""), words[1:])
+    args, recipe = cli.parse(loop.parser(""), words[1:])
     data, model = run / "iter1" / "data", run / "iter1" / "model"
     generate_shards(recipe, data, [Slice(0, 0)], (0, 1), 1, False)
     rank_shards(recipe, data, [Slice(0, 0)], False)

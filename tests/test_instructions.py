@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from sppo.common.files import read_json
-from sppo.common.health import health, repeats
-from sppo.smollm2 import instructions
-from sppo.smollm2.instructions import CONSTRAINTS, closeness, constraints_in, measures, preference
+from examples.smollm2 import instructions
+from examples.smollm2.instructions import CONSTRAINTS, closeness, constraints_in, measures, preference
+from sppo.evaluation.health import health, repeats
+from sppo.store.files import read_json
 
 LIST = "1. Warm\n2. Sweet\n3. Good"
 # (prompt's sentence, an answer that follows it, one that does not)

@@ -27,12 +27,12 @@ import pytest
 import tiny
 from test_data import data_directory
 
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import read_json
-from sppo.config import Recipe
-from sppo.formats import Pair
+from sppo.command.errors import SPPOError, UsageError
 from sppo.rankers import judge
 from sppo.rankers.judge import Judge, judge_prompt, read_answer
+from sppo.recipe import Recipe
+from sppo.schema import Pair
+from sppo.store.files import read_json
 
 KEY = "sk-" + "k" * 40
 USER = [{"role": "user", "content": "Why is the sky blue?"}]

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +14,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from sppo.common import cores
-from sppo.common.errors import SPPOError, UsageError
-from sppo.launch import machine
+from sppo.command.errors import SPPOError, UsageError
+from sppo.launch import cores, machine
 from sppo.launch.devices import devices, groups
 from sppo.launch.logs import last_lines, overall, show_failure
 from sppo.launch.watch import run_shards
@@ -67,19 +65,6 @@ def test_shards_on_one_cpu_share_its_cores(tmp_path: Path) -> None:
     assert [cores.own(i, 2 * len(every)) for i in range(3)] == [every] * 3  # more shards than cores: no better way
 
 
-def test_a_busy_machine_is_noticed() -> None:
-    """Somebody else's work on our cores is seen; what an idle moment looks like depends on the machine."""
-    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores.allowed()]
-    watch = cores.Watch()
-    try:
-        time.sleep(1)
-        assert "cores busy" in watch.warning()
-    finally:
-        for process in spin:
-            process.kill()
-            process.wait()
-
-
 def test_gpus_that_cannot_be_counted_are_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the CPU would silently do what is left of a run after a driver's upgrade."""
     program = tmp_path / "nvidia-smi"
@@ -96,15 +81,6 @@ def test_gpus_that_cannot_be_counted_are_not_taken_for_none(tmp_path: Path, monk
 def test_no_room_for_a_shard_is_no_success(tmp_path: Path) -> None:
     with pytest.raises(SPPOError, match="no machine has room for a shard.*--world_size"):
         run_shards(SimpleNamespace(slots=lambda: 0), 2, None, tmp_path, "s", ["true"])
-
-
-def test_a_process_is_not_warned_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = os.sysconf("SC_CLK_TCK")
-    monkeypatch.setattr(cores, "_used", lambda: [int(time.process_time() * ticks), 0])
-    watch, until = cores.Watch(), time.monotonic() + 0.3
-    while time.monotonic() < until:
-        pass
-    assert watch.warning() == ""
 
 
 def test_all_shards_progress_in_one_line(tmp_path: Path) -> None:
@@ -259,7 +235,7 @@ def test_all_shards_run_and_tries_keep_their_logs(tmp_path: Path) -> None:
 PARTS = """
 import sys
 from pathlib import Path
-from sppo.common.shards import lay_out
+from sppo.store.shards import lay_out
 where = {flag: sys.argv[sys.argv.index(flag) + 1] for flag in ("--data_frac", "--numgpu")}
 lay_out(Path(sys.argv[1]), int(where["--numgpu"]))
 for number in where["--data_frac"].split(","):

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from sppo.common.files import read_json
-from sppo.common.model_files import model_identity
+from sppo.models.files import model_identity
+from sppo.store.files import read_json
 
 SYSTEM = {"role": "system", "content": "Answer in one word."}
 

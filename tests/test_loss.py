@@ -10,8 +10,8 @@ import preferences
 import pytest
 import torch
 
+from sppo.method.loss import anchored_loss, preference_loss, sppo_all_loss
 from sppo.training.logps import response_logps
-from sppo.training.loss import anchored_loss, preference_loss, sppo_all_loss
 
 # beta = 1e-3 (eta = 1000), a = 1, b = -1, p_win = .8, p_lose = .3, p = .9:
 #   sppo         1/2 [(1 - 1000 * .3)^2 + (-1 + 1000 * .2)^2] = 1/2 [299^2 + 199^2]  = 64501

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
-from sppo.config import load_recipe
+from sppo.command.errors import SPPOError
 from sppo.evaluation.match import Match
 from sppo.evaluation.matrix import compare, interval, length_controlled, matrix_stage, uniform, von_neumann_winner
-from sppo.formats import responses_schema
 from sppo.loop import Step
+from sppo.recipe import load_recipe
+from sppo.schema import responses_schema
+from sppo.store.files import read_json
 
 RANKER = """
 import pathlib, time

@@ -29,8 +29,19 @@ from safetensors.torch import load_file, save_file
 from test_data import data_directory
 
 from sppo import run_sppo
-from sppo.common import directories, locks, manifest
-from sppo.common.directories import (
+from sppo.command.errors import SPPOError, UsageError
+from sppo.hub.push import _model_files, push_model
+from sppo.launch import __main__ as launch
+from sppo.models.files import model_identity, tokenizer_files
+from sppo.models.policy import Policy, open_policy
+from sppo.pairing.training_set import compute_prob
+from sppo.preflight.findings import Iteration, Run
+from sppo.preflight.machine import check_outputs
+from sppo.rankers import pinned
+from sppo.recipe import Recipe
+from sppo.schema import content_id
+from sppo.store import directories, locks, manifest
+from sppo.store.directories import (
     appearing,
     clear,
     delete,
@@ -41,21 +52,10 @@ from sppo.common.directories import (
     work_of,
     working,
 )
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import atomic, digest, exclusive, read_json, write_json
-from sppo.common.findings import Iteration, Run
-from sppo.common.journal import Journal
-from sppo.common.locks import Held, alone, hold
-from sppo.common.manifest import MANIFEST, Stage
-from sppo.common.model_files import model_identity, tokenizer_files
-from sppo.common.policy import Policy, open_policy
-from sppo.config import Recipe
-from sppo.formats import content_id
-from sppo.hub.push import _model_files, push_model
-from sppo.launch import __main__ as launch
-from sppo.pairing.training_set import compute_prob
-from sppo.preflight.machine import check_outputs
-from sppo.rankers import pinned
+from sppo.store.files import atomic, digest, exclusive, read_json, write_json
+from sppo.store.journal import Journal
+from sppo.store.locks import Held, alone, hold
+from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.average import average
 from sppo.training.settings import Training, prepare
 
@@ -309,8 +309,8 @@ def no_locks(*_: object) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from sppo.common.directories import working
-from sppo.common.manifest import MANIFEST, Stage
+from sppo.store.directories import working
+from sppo.store.manifest import MANIFEST, Stage
 
 here = Path(sys.argv[1])
 held = Stage("s", here / "m.json", [here / "out"], {"model": "abc"}, {"pairs": 5}, here / "j")

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.common.errors import SPPOError
+from sppo.command.errors import SPPOError
 from sppo.evaluation.page.gather import gather
 from sppo.evaluation.page.page import warnings, write_comparison, write_page
-from sppo.formats import responses_schema, training_schema
+from sppo.schema import responses_schema, training_schema
 
 EVIL = [
     "<script>document.title = 'pwned'</script>",

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import atomic_together, digest, read_json
-from sppo.common.parquet import read_batches
-from sppo.config import Recipe
-from sppo.formats import ranking_schema, responses_schema
+from sppo.command.errors import SPPOError, UsageError
 from sppo.pairing import join
 from sppo.pairing.training_set import compute_prob
+from sppo.recipe import Recipe
+from sppo.schema import ranking_schema, responses_schema
+from sppo.store.files import atomic_together, digest, read_json
+from sppo.store.parquet import read_batches
 
 Rows = list[dict[str, Any]]
 

@@ -16,8 +16,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from sppo.common.errors import SPPOError
-from sppo.common.preference import mean_scores
+from sppo.command.errors import SPPOError
+from sppo.method.preference import mean_scores
 from sppo.rankers._deberta import Attention, speed_up
 from sppo.rankers._pairrm_network import PairInputs, PairRM, PairRMModel
 from sppo.rankers.llm_blender import LLMBlender, load_blender

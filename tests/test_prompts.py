@@ -10,9 +10,9 @@ import datasets
 import pytest
 import tiny
 
-from sppo.common.errors import SPPOError
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
 from sppo.generation.prompts import fingerprint, load_prompts
+from sppo.recipe import Recipe
 
 TEXTS = ["What is None?", "Zwei Sätze, bitte: 🙂", 'commas, "quotes"\nand lines']
 

@@ -21,16 +21,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sppo import config
-from sppo.common import preference
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.journal import Journal
-from sppo.common.shards import Slice
-from sppo.config import Recipe
+from sppo import cli
+from sppo.command.errors import SPPOError, UsageError
 from sppo.generation.prompts import fingerprint, load_prompts
 from sppo.launch.devices import groups
-from sppo.pairing import winrates
+from sppo.method import preference, winrates
 from sppo.ranking.shards import prompt_logits
+from sppo.recipe import _FIELDS, _TYPES, Recipe, load_recipe, nearest
+from sppo.store.journal import Journal
+from sppo.store.shards import Slice
 
 settings.register_profile("small", max_examples=60, derandomize=True, deadline=None, database=None)
 settings.load_profile("small")
@@ -70,7 +69,7 @@ def test_prompts_are_read_as_they_were_written(texts: list[str], with_ids: bool)
 
 def values(name: str) -> st.SearchStrategy[Any]:
     """Any value of a recipe's key."""
-    kind, meta = config._TYPES[name], config._FIELDS[name].metadata
+    kind, meta = _TYPES[name], _FIELDS[name].metadata
     low, high = meta["min"], meta["max"]
     if typing.get_origin(kind) is typing.Literal:
         return st.sampled_from(typing.get_args(kind))
@@ -95,19 +94,19 @@ RECIPES = st.fixed_dictionaries({}, optional={f.name: values(f.name) for f in da
 @given(RECIPES)
 def test_a_recipe_and_its_flags_come_back(changes: dict[str, Any]) -> None:
     """As loop.py hands it to the stages: written as YAML, or as --key=value."""
-    recipe = Recipe(**changes)
+    made = Recipe(**changes)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "r.yaml"
-        path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False), encoding="utf-8")
-        assert config.load_recipe(path) == recipe
+        path.write_text(yaml.safe_dump(dataclasses.asdict(made), sort_keys=False), encoding="utf-8")
+        assert load_recipe(path) == made
     flags = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in changes.items()]
     names = [f.name for f in dataclasses.fields(Recipe)]
-    assert config.parse(config.make_parser("", names), flags)[1] == recipe
+    assert cli.parse(cli.make_parser("", names), flags)[1] == made
 
 
 @given(TEXT, st.lists(TEXT, max_size=3))
 def test_a_hint_never_raises(name: str, known: list[str]) -> None:
-    assert isinstance(config.nearest(name, known), str)
+    assert isinstance(nearest(name, known), str)
 
 
 YAML = ["pairs", ": ", "\n", "- ", "{", "}", "[", "]", "!!int ", "!!timestamp ", "!!binary ", "&a ", "*a", "<<: ", "? "]
@@ -134,7 +133,7 @@ def test_any_text_is_a_recipe_or_wrong_use(text: str) -> None:
         path = Path(scratch) / "r.yaml"
         path.write_bytes(text.encode("utf-8", "replace"))
         try:
-            found = config.load_recipe(path)
+            found = load_recipe(path)
         except UsageError as error:
             assert str(error)  # noqa: PT017 - either is right
         else:

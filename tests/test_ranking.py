@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.common.parquet import write_parquet
-from sppo.formats import responses_schema
+from sppo.schema import responses_schema
+from sppo.store.parquet import write_parquet
 
 RANKER = """
 import json, os, time

@@ -27,24 +27,24 @@ import tiny
 from test_agreement import worst_difference
 
 from sppo import run_sppo
-from sppo.common import chat, frames
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import digest
-from sppo.common.journal import Journal
-from sppo.common.policy import open_policy
-from sppo.common.responses import responses_columns
-from sppo.common.shards import Slice
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError, UsageError
 from sppo.evaluation.suites import alpaca_eval, mt_bench
-from sppo.formats import as_messages
 from sppo.generation import shards
-from sppo.generation.checks import check_template
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards, prepare
 from sppo.generation.source import Source
+from sppo.models import chat, frames
+from sppo.models.policy import open_policy
 from sppo.pairing.training_set import compute_prob
+from sppo.preflight.generation import check_template
 from sppo.rankers import function
 from sppo.ranking.shards import rank_shards
+from sppo.recipe import Recipe
+from sppo.schema import as_messages
+from sppo.store.files import digest
+from sppo.store.journal import Journal
+from sppo.store.responses import responses_columns
+from sppo.store.shards import Slice
 from sppo.training.data import TrainingSet, load_training_set
 from sppo.training.dataset import dataset_file
 

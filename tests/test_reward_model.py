@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_data import data_directory
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
 from sppo.rankers import reward_model
 from sppo.rankers.reward_model import RewardModel
 from sppo.ranking.shards import prompt_logits
+from sppo.recipe import Recipe
+from sppo.store.files import read_json
 
 BERT_TEMPLATE = (
     "{{ '[CLS]' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '[SEP]' }}{% endfor %}"

@@ -25,15 +25,15 @@ import tiny
 import torch
 from bad_input import World, call, write
 
-from sppo.common.console import Console, printable
-from sppo.common.errors import SPPOError
-from sppo.common.loading import load_causal_lm
-from sppo.common.policy import open_policy
-from sppo.config import Recipe
+from sppo.command.console import Console, printable
+from sppo.command.errors import SPPOError
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import open_policy
 from sppo.rankers import TRIAL, reward_model
 from sppo.rankers._pairrm_network import PairRM
 from sppo.rankers.judge import Judge
 from sppo.rankers.llm_blender import load_blender
+from sppo.recipe import Recipe
 from sppo.training.checkpoints import only_plain_values
 
 PROMPTS = [{"prompt": f"Name {i} rivers"} for i in range(6)]
@@ -248,7 +248,7 @@ def test_a_progress_bar_moves_and_a_flag_reaches_bash_to_the_letter(tmp_path: Pa
 def test_a_template_that_loops_for_ever_ends(
     template: str, said: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sppo.common.chat.LONGEST", 0.2)
+    monkeypatch.setattr("sppo.models.chat.LONGEST", 0.2)
     monkeypatch.chdir(tiny.ROOT)
     w = World(tmp_path, models, monkeypatch)
     model = w.model(chat_template__jinja=write(template))

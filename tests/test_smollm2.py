@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from test_agreement import worst_difference
 
-from sppo.common.files import read_json
-from sppo.common.loading import load_causal_lm
-from sppo.common.policy import open_policy
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import open_policy
+from sppo.store.files import read_json
 
 pytestmark = pytest.mark.slow
 # in bfloat16 a token's log-probability has three significant digits: the largest of 396 tokens was 0.21

@@ -24,11 +24,11 @@ import tiny
 import tiny_judge
 from bad_input import call
 
-from sppo.common.files import read_json
-from sppo.common.place import Place
-from sppo.config import Recipe
 from sppo.evaluation.suites import alpaca_eval, mt_bench, open_llm
 from sppo.evaluation.suites.suite import Order, answers, is_iteration
+from sppo.launch.resources import Place
+from sppo.recipe import Recipe
+from sppo.store.files import read_json
 
 KEY = "sk-" + "j" * 40
 DRAW = ("--engine=transformers", "--maxlen=6", "--gpus=none")

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sppo import run_sppo
-from sppo.common import chat
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import read_json
-from sppo.common.loading import load_causal_lm
-from sppo.common.model_files import model_identity
-from sppo.common.policy import open_policy
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError, UsageError
+from sppo.models import chat
+from sppo.models.files import model_identity
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import open_policy
+from sppo.recipe import Recipe
+from sppo.store.files import read_json
 from sppo.training.data import Place, StepBatches, TrainingSet, even_parts, load_training_set
 from sppo.training.logps import add_lean_forward, response_logps
 

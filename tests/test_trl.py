@@ -11,11 +11,11 @@ import trl
 from preferences import rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sppo.common.parquet import write_parquet
-from sppo.common.policy import open_policy
-from sppo.config import Recipe
-from sppo.formats import ranking_schema, responses_schema
+from sppo.models.policy import open_policy
 from sppo.pairing.training_set import compute_prob
+from sppo.recipe import Recipe
+from sppo.schema import ranking_schema, responses_schema
+from sppo.store.parquet import write_parquet
 from sppo.training.data import load_training_set
 
 

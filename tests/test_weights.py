@@ -20,18 +20,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from sppo import config, loop, preflight, rankers, run_sppo
-from sppo.common import stopping
-from sppo.common.errors import INTERRUPTED, SPPOError, _terminated
-from sppo.common.loading import load_causal_lm
-from sppo.common.model_files import is_adapter, model_identity, weight_shapes
-from sppo.common.policy import open_policy
-from sppo.common.vllm import check_vllm
-from sppo.config import Recipe
+from sppo import cli, loop, rankers, run_sppo
+from sppo.command import stopping
+from sppo.command.errors import INTERRUPTED, SPPOError, _terminated
 from sppo.evaluation.suites import open_llm
 from sppo.generation.engines import Request, vllm
 from sppo.generation.engines import transformers as engine
+from sppo.models.files import is_adapter, model_identity, weight_shapes
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import open_policy
+from sppo.models.vllm import check_vllm
+from sppo.preflight import report
 from sppo.rankers import reward_model
+from sppo.recipe import Recipe
 from sppo.training import passes, train
 from sppo.training.first_step import FirstStep
 from sppo.training.trainer import SPPOTrainer, disable_dropout
@@ -240,7 +241,7 @@ def test_a_merge_that_changes_the_network_is_an_error(
         models / "gemma2", dataset, tmp_path / "out", "--use_peft", "--lora_target_modules=lm_head",
         "--learning_rate=2e-2", "--lora_alpha=64",
     )  # fmt: skip
-    monkeypatch.setattr("sppo.common.loading._untie", lambda _: None)
+    monkeypatch.setattr("sppo.models.loading._untie", lambda _: None)
     with pytest.raises(
         SPPOError, match=r"cannot be merged into its base: .* are 4.\d nats a token apart, .*Use --engine"
     ):
@@ -253,10 +254,16 @@ def test_a_merge_that_changes_the_network_is_an_error(
 def problems(model: Path, tmp_path: Path, *more: str) -> list[str]:
     """What the preflight says no to."""
     prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Name {i} rivers"} for i in range(40)])
-    flags = [f"--model={model}", f"--prompts={prompts}", "--ranker=sppo.demo:rule", "--pairs=3", "--maxlen=24"]
+    flags = [
+        f"--model={model}",
+        f"--prompts={prompts}",
+        "--ranker=examples.demo:rule",
+        "--pairs=3",
+        "--maxlen=24",
+    ]
     flags += [f"--recipe={tiny.ROOT / 'recipes/sppo/demo.yaml'}", "--gpus=none", f"--run_dir={tmp_path / 'run'}"]
-    args, recipe = config.parse(loop.parser(""), [*flags, *more])
-    found = preflight.examine(preflight.open_run(recipe, args))
+    args, recipe = cli.parse(loop.parser(""), [*flags, *more])
+    found = report.examine(report.open_run(recipe, args))
     return [f.text for findings in found.values() for f in findings if f.level == "no"]
 
 
@@ -394,7 +401,7 @@ def mixtral(directory: Path, **settings: Any) -> Path:
     """A mixture of experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from sppo.demo import CHAT_TEMPLATE
+    from examples.demo import CHAT_TEMPLATE
 
     fast = tiny.tokenizer(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", "</s>", CHAT_TEMPLATE)
     config = MixtralConfig(**tiny.shape(fast, num_local_experts=4, num_experts_per_tok=2, **settings))

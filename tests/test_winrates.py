@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sppo.common import preference
-from sppo.pairing import winrates
+from sppo.method import preference, winrates
 
 
 def test_released_estimator_is_the_released_scripts() -> None:

@@ -113,7 +113,7 @@ def llama3(directory: Path) -> Path:
 def mistral(directory: Path) -> Path:
     from transformers import MistralConfig, MistralForCausalLM
 
-    from sppo.demo import CHAT_TEMPLATE
+    from examples.demo import CHAT_TEMPLATE
 
     fast = tokenizer(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>", "</s>", CHAT_TEMPLATE)
     config = MistralConfig(**shape(fast, sliding_window=None))

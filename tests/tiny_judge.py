@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny
 
-from sppo.common.files import read_json
 from sppo.evaluation.suites import mt_bench
+from sppo.store.files import read_json
 
 TRAINED = tiny.GOLDEN / "tiny-judge"
 RATING = ("Rating: [[8]]", "Rating: [[4]]")  # of a first turn, of a second

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sppo.common.errors import INTERRUPTED, NO_OVERWRITE, SPPOError
-from sppo.common.place import Place
-from sppo.common.search_path import search_path
-from sppo.config import KEYS, ROOT, Recipe, flags
+from sppo.cli import flags
+from sppo.command.errors import INTERRUPTED, NO_OVERWRITE, SPPOError
+from sppo.command.search_path import ROOT, search_path
+from sppo.launch.resources import Place
+from sppo.recipe import KEYS, Recipe
 
 
 def draw(recipe: Recipe, out: Path, logs: Path, place: Place, name: str, overwrite: bool | None = None) -> Path:

@@ -16,21 +16,23 @@ from typing import Any
 
 import numpy as np
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import atomic, digest
-from sppo.common.journal import Journal
-from sppo.common.manifest import Stage, read_manifest
-from sppo.common.model_files import public_name
-from sppo.common.parquet import read_rows, write_parquet
-from sppo.common.place import Place
-from sppo.common.preference import Array, probability, strength
-from sppo.common.progress import progress
-from sppo.common.rankings import check_rankings, ranking_files
-from sppo.common.shards import Slice
-from sppo.config import ROOT, Recipe, flags
+from sppo.cli import flags
+from sppo.command.errors import SPPOError
+from sppo.command.progress import progress
+from sppo.command.search_path import ROOT
 from sppo.evaluation.answers import call, draw, launch, settings
-from sppo.formats import Message, prompt_text
+from sppo.launch.resources import Place
+from sppo.method.preference import Array, probability, strength
+from sppo.models.files import public_name
 from sppo.rankers import Ranker, backend, log_odds, pinned, unfinished
+from sppo.recipe import Recipe
+from sppo.schema import Message, prompt_text
+from sppo.store.files import atomic, digest
+from sppo.store.journal import Journal
+from sppo.store.manifest import Stage, read_manifest
+from sppo.store.parquet import read_rows, write_parquet
+from sppo.store.rankings import check_rankings, ranking_files
+from sppo.store.shards import Slice
 
 Asked = dict[str, list[Message]]  # by prompt_id, in the source's order; no message where a prompt is no text
 _UNANSWERED = "the ranker gave no answer"

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import digest
-from sppo.common.journal import Journal
-from sppo.common.manifest import Stage
-from sppo.common.parquet import read_rows, write_parquet
-from sppo.common.preference import Array, sigmoid
-from sppo.common.progress import progress
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError, UsageError
+from sppo.command.progress import progress
+from sppo.method.preference import Array, sigmoid
 from sppo.rankers import Ranker, backend, log_odds, unfinished
+from sppo.recipe import Recipe
+from sppo.store.files import digest
+from sppo.store.journal import Journal
+from sppo.store.manifest import Stage
+from sppo.store.parquet import read_rows, write_parquet
 
 Row = tuple[str, Any, list[Any], list[Any]]  # prompt_id, prompt, first's responses, second's
 _CHUNK = 64  # prompts whose comparisons a ranker gets at once

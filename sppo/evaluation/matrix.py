@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import digest, read_json, write_json
-from sppo.common.manifest import Stage
-from sppo.common.preference import Array, sigmoid
-from sppo.common.progress import columns
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
+from sppo.command.progress import columns
 from sppo.evaluation.match import Match, answers_of, iterations_of, judges, match, match_stage
+from sppo.method.preference import Array, sigmoid
 from sppo.rankers import pinned
+from sppo.recipe import Recipe
+from sppo.store.files import digest, read_json, write_json
+from sppo.store.manifest import Stage
 
 DRAWS = 2000  # of the bootstrap
 _SEED = 0

@@ -9,19 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import FOREIGN, SPPOError
-from sppo.common.files import digest, read_json, write_json
-from sppo.common.health import health
-from sppo.common.loading import load_causal_lm
-from sppo.common.manifest import Stage
-from sppo.common.parquet import read_rows
-from sppo.common.policy import open_policy
-from sppo.common.progress import progress
-from sppo.common.stopping import end_if_asked, heard
-from sppo.config import Recipe
-from sppo.formats import prompt_text
+from sppo.command.errors import FOREIGN, SPPOError
+from sppo.command.progress import progress
+from sppo.command.stopping import end_if_asked, heard
+from sppo.evaluation.health import health
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import open_policy
 from sppo.rankers import batches, device_and_dtype
 from sppo.rankers.function import load_function, source_file
+from sppo.recipe import Recipe
+from sppo.schema import prompt_text
+from sppo.store.files import digest, read_json, write_json
+from sppo.store.manifest import Stage
+from sppo.store.parquet import read_rows
 
 _BATCH_TOKENS = 4096  # logits of a 128k vocabulary in float32: 2 GB
 _TAKEN = {  # the report's own names

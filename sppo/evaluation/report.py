@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from sppo.common.files import digest, read_json, write_json
-from sppo.common.manifest import Stage
-from sppo.common.place import Place
-from sppo.common.progress import columns
-from sppo.config import Recipe
+from sppo.command.progress import columns
 from sppo.evaluation.answers import draw
 from sppo.evaluation.match import iterations_of, judges, match
 from sppo.evaluation.matrix import interval
 from sppo.evaluation.measures import measure
+from sppo.launch.resources import Place
 from sppo.rankers import backend, pinned
 from sppo.rankers.function import load_function
+from sppo.recipe import Recipe
+from sppo.store.files import digest, read_json, write_json
+from sppo.store.manifest import Stage
 
 _LENGTHS = ("mean_tokens", "base_mean_tokens")
 _NO_SHARES = ("mean_tokens", "base_perplexity")  # measures whose values are no shares, however small

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import digest
-from sppo.common.manifest import Stage, read_manifest
-from sppo.common.parquet import read_rows, write_parquet
-from sppo.common.responses import require_responses
-from sppo.common.shards import known_count, shard_paths
-from sppo.config import Recipe
-from sppo.formats import responses_schema
+from sppo.command.errors import SPPOError, UsageError
 from sppo.generation.prompts import fingerprint, load_prompts
+from sppo.recipe import Recipe
+from sppo.schema import responses_schema
+from sppo.store.files import digest
+from sppo.store.manifest import Stage, read_manifest
+from sppo.store.parquet import read_rows, write_parquet
+from sppo.store.responses import require_responses
+from sppo.store.shards import known_count, shard_paths
 
 
 def combine_stage(output_dir: Path, numgpu: int, pairs: int) -> Stage:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, cause_line
-from sppo.common.parquet import open_parquet
-from sppo.config import Recipe
-from sppo.formats import BESIDE, Message, as_messages, beyond_text, content_id, is_text, with_own_system, written_out
+from sppo.command.errors import SPPOError, cause_line
+from sppo.recipe import Recipe
+from sppo.schema import BESIDE, Message, as_messages, beyond_text, content_id, is_text, with_own_system, written_out
+from sppo.store.parquet import open_parquet
 
 
 @dataclass

@@ -10,25 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo.common import chat
-from sppo.common.cores import Watch, without_gpu
-from sppo.common.errors import SPPOError
-from sppo.common.frames import in_own_template
-from sppo.common.journal import Journal
-from sppo.common.manifest import Stage
-from sppo.common.model_files import public_name
-from sppo.common.parquet import write_parquet
-from sppo.common.policy import Policy
-from sppo.common.progress import progress
-from sppo.common.shards import Slice, as_begun, lay_out
-from sppo.config import Recipe
-from sppo.formats import Message, responses_schema
+from sppo.command.errors import SPPOError
+from sppo.command.progress import progress
 from sppo.generation.combine import combine
 from sppo.generation.engines import Finished, Request, finished_responses, prompt_seed
 from sppo.generation.prompts import Prompt
 from sppo.generation.source import Source
-
-_LONG_ENOUGH = 5.0  # seconds, before which nothing is said about a busy machine
+from sppo.models import chat
+from sppo.models.files import public_name
+from sppo.models.frames import in_own_template
+from sppo.models.policy import Policy
+from sppo.recipe import Recipe
+from sppo.schema import Message, responses_schema
+from sppo.store.journal import Journal
+from sppo.store.manifest import Stage
+from sppo.store.parquet import write_parquet
+from sppo.store.shards import Slice, as_begun, lay_out
 
 
 @dataclass
@@ -101,7 +98,7 @@ def _generate(source: Source, stages: list[Stage], label: str, world_size: int) 
             _finish_shard(source, work, identity)
     with progress(len(owners), label, "prompt", len(owners) - len(asked)) as bar:
         finished = finished_responses(engine, policy, recipe, stops, asked, world_size)
-        for request in _drawn(_watched(finished) if without_gpu() else finished, tokenizer, owners, recipe, bar):
+        for request in _drawn(finished, tokenizer, owners, recipe, bar):
             work = owners[request.prompt_id]
             work.missing -= 1
             if not work.missing:
@@ -127,16 +124,6 @@ def _finish_shard(source: Source, work: _Work, identity: str) -> None:
     stage.finish(summary, model=recipe.model, source=origin, names=names, skipped=work.skipped)
     work.journal.remove()
     print(f"generate: {stage.outputs[0]}: {json.dumps(summary)}")
-
-
-def _watched(finished: Finished) -> Finished:
-    """The same, with a warning, once, where other programs need the cores on which the engine draws."""
-    watch, warned = Watch(), False
-    for each in finished:
-        if not warned and watch.seconds() > _LONG_ENOUGH and (said := watch.warning()):
-            print(f"\ngenerate: warning: {said}", flush=True)
-            warned = True
-        yield each
 
 
 def _drawn(finished: Finished, tokenizer: Any, owners: dict[str, _Work], recipe: Recipe, bar: Any) -> Iterator[Request]:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError
-from sppo.common.manifest import Stage, read_manifest
-from sppo.common.parquet import read_rows, write_parquet
-from sppo.common.policy import Policy, policy_of
-from sppo.common.shards import Slice, as_begun, known_count, shard_paths
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
 from sppo.generation.engines import pick_engine, prompt_seed
 from sppo.generation.prompts import Prompt, fingerprint, load_prompts
+from sppo.models.policy import Policy, policy_of
+from sppo.recipe import Recipe
+from sppo.store.manifest import Stage, read_manifest
+from sppo.store.parquet import read_rows, write_parquet
+from sppo.store.shards import Slice, as_begun, known_count, shard_paths
 
 # Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
 SAMPLED = 32

@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sppo.common.cards import PAPER, table
-from sppo.common.files import read_json
-from sppo.common.parquet import open_parquet
-from sppo.formats import MEANING
+from sppo.models.cards import PAPER, table
+from sppo.schema import MEANING
+from sppo.store.files import read_json
+from sppo.store.parquet import open_parquet
 
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 _ABOUT = {  # the statistics of train.manifest.json (see pairing/winrates.py)

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import changed, digest, digest_of, read_json, write_json
-from sppo.common.locks import alone
-from sppo.common.manifest import MANIFEST, read_manifest
-from sppo.common.model_files import public_name, tokenizer_files
-from sppo.common.parquet import open_parquet, read_rows, write_parquet
-from sppo.config import ROOT, flags
+from sppo.cli import flags
+from sppo.command.errors import SPPOError, UsageError
+from sppo.command.search_path import ROOT
 from sppo.hub.data_card import data_card
+from sppo.models.files import public_name, tokenizer_files
+from sppo.store.files import changed, digest, digest_of, read_json, write_json
+from sppo.store.locks import alone
+from sppo.store.manifest import MANIFEST, read_manifest
+from sppo.store.parquet import open_parquet, read_rows, write_parquet
 
 T = TypeVar("T")
 Files = dict[str, Path | bytes]  # by their paths in the repository

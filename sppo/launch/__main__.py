@@ -18,11 +18,11 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from sppo.common.errors import UsageError, run_main
-from sppo.common.locks import alone
-from sppo.common.place import Place, add_place_flags
+from sppo.command.errors import UsageError, run_main
 from sppo.launch.nodes import check_machines
+from sppo.launch.resources import Place, add_place_flags
 from sppo.launch.watch import Launcher, run_shards, run_training
+from sppo.store.locks import alone
 
 
 def open_launcher(place: Place, name: str) -> Launcher:

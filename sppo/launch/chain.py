@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sppo import config
-from sppo.common.errors import UsageError, run_main
-from sppo.common.place import Place, add_place_flags
-from sppo.config import KEYS, flags
+from sppo import cli
+from sppo.cli import flags
+from sppo.command.errors import UsageError, run_main
+from sppo.launch.resources import Place, add_place_flags
+from sppo.recipe import KEYS, require_pairs
 
 Words = dict[str, list[str]]  # by the array's name
 
@@ -43,7 +44,7 @@ to run), 2 wrong use, 130 interrupted.
 
 
 def _parser(doc: str, script: str, keys: list[str]) -> argparse.ArgumentParser:
-    parser = config.make_parser(doc, dict.fromkeys(keys))
+    parser = cli.make_parser(doc, dict.fromkeys(keys))
     parser.prog = f"bash scripts/{script}"
     add_place_flags(parser)
     parser.add_argument("--logs", type=Path, help="where logs go (default: logs beside what is written)")
@@ -68,7 +69,7 @@ def generate(args: argparse.Namespace, given: dict[str, Any]) -> Words:
         raise UsageError("--org needs --name, the data sets' name on the Hub")
     if _is_on(given, "public") and not given.get("org"):
         raise UsageError("--public needs --org, where to push to")
-    config.parse_part(args.part)
+    cli.parse_part(args.part)
     data = flags(output_dir=args.out_path) + ["--overwrite"] * args.overwrite
     place, logs = Place.of(args), flags(logs=args.logs or args.out_path.parent / "logs")
 
@@ -138,10 +139,10 @@ def main() -> None:
     if {"--help", "-h"} & set(argv):
         _tell_bash(f"printf %s {shlex.quote(parser.format_help())}; exit 0")
         return
-    args, recipe = config.parse(parser, argv)  # also: a wrong value ends here
+    args, recipe = cli.parse(parser, argv)  # also: a wrong value ends here
     if what == "generate":
-        config.require_pairs(recipe)
-    words = share(args, config.given(parser, args))
+        require_pairs(recipe)
+    words = share(args, cli.given(parser, args))
     _tell_bash("\n".join(f"{name}=({shlex.join(array)})" for name, array in words.items()))
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from sppo.common.errors import SPPOError, UsageError
+from sppo.command.errors import SPPOError, UsageError
 
 
 @dataclass

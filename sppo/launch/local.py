@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sppo.common.cores import own
-from sppo.common.place import Place
+from sppo.launch.cores import own
 from sppo.launch.devices import devices, groups, refuse_absent
 from sppo.launch.nodes import Answer
 from sppo.launch.processes import environment, start, stop
+from sppo.launch.resources import Place
 
 
 class Launcher:

@@ -20,11 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sppo.common.cores import own
-from sppo.common.errors import SPPOError, run_main
-from sppo.common.files import read_json, write_json
-from sppo.config import ROOT, flags
+from sppo.cli import flags
+from sppo.command.errors import SPPOError, run_main
+from sppo.command.search_path import ROOT
+from sppo.launch.cores import own
 from sppo.launch.processes import environment
+from sppo.store.files import read_json, write_json
 from sppo.training.launching import training_config
 
 _PATIENCE = 300  # seconds in which machine 0 must have come

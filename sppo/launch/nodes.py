@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, run_main
-from sppo.common.files import read_json, write_json
-from sppo.common.findings import main_memory
-from sppo.common.manifest import versions
-from sppo.config import ROOT
+from sppo.command.errors import SPPOError, run_main
+from sppo.command.search_path import ROOT
+from sppo.launch.cores import main_memory
 from sppo.launch.devices import list_gpus
 from sppo.launch.machine import own_address
+from sppo.store.files import read_json, write_json
+from sppo.store.manifest import versions
 
 _TRIES, _PAUSE = 5, 5  # of looking at machines some of which leave; seconds between two
 _PATIENCE = 60  # seconds in which all machines must have come

@@ -8,8 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from sppo.common.errors import die_with_parent
-from sppo.common.search_path import search_path
+from sppo.command.errors import die_with_parent
+from sppo.command.search_path import search_path
 
 GRACE = 15  # seconds between asking a process to stop and killing it
 

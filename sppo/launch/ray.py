@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.importing import is_installed
-from sppo.common.locks import SHARED
-from sppo.common.place import Place
-from sppo.common.search_path import search_path
+from sppo.command.errors import SPPOError, UsageError
+from sppo.command.importing import is_installed
+from sppo.command.search_path import search_path
 from sppo.launch.nodes import Answer
 from sppo.launch.processes import GRACE
+from sppo.launch.resources import Place
+from sppo.store.locks import SHARED
 
 _TRIES = 5  # of a task whose machine dies
 _NOTICED = 30.0  # seconds after a rank's failure in which Ray would tell that another rank's machine has died

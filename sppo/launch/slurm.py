@@ -15,13 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.locks import SHARED
-from sppo.common.place import Place
-from sppo.config import ROOT
+from sppo.command.errors import SPPOError, UsageError
+from sppo.command.search_path import ROOT
 from sppo.launch.devices import groups
 from sppo.launch.nodes import Answer
 from sppo.launch.processes import environment, start, stop
+from sppo.launch.resources import Place
+from sppo.store.locks import SHARED
 
 # A node may have its Python elsewhere: then the one that scripts/env.sh finds there does the work.
 _ON_NODE = 'if [ ! -x "$1" ]; then unset PYTHON; . "$0/scripts/env.sh"; shift; set -- "$PYTHON" "$@"; fi; exec "$@"'

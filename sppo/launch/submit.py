@@ -10,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sppo.common import stopping
-from sppo.common.errors import SPPOError, UsageError
-from sppo.config import ROOT
+from sppo.command import stopping
+from sppo.command.errors import SPPOError, UsageError
+from sppo.command.search_path import ROOT
 
 SCRIPT = ROOT / "recipes" / "launch.slurm"
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sppo.common.directories import check_place, refuse_busy
-from sppo.common.errors import INTERRUPTED, SPPOError
-from sppo.common.locks import SHARED
-from sppo.common.manifest import OVERWRITE, await_written
-from sppo.common.shards import end_overwriting, overwriting, shard_count, shard_paths
-from sppo.common.stopping import end_if_asked, stop_asked
+from sppo.command.errors import INTERRUPTED, SPPOError
+from sppo.command.stopping import end_if_asked, stop_asked
 from sppo.launch.logs import new_log, overall, show_ends, show_failure
 from sppo.launch.nodes import Answer
+from sppo.store.directories import check_place, refuse_busy
+from sppo.store.locks import SHARED
+from sppo.store.manifest import OVERWRITE, await_written
+from sppo.store.shards import end_overwriting, overwriting, shard_count, shard_paths
 from sppo.training.launching import training_config
 from sppo.training.settings import check_machine, prepare
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sppo.common.errors import SPPOError
-from sppo.common.parquet import open_parquet, read_batches
+from sppo.command.errors import SPPOError
+from sppo.store.parquet import open_parquet, read_batches
 
 if TYPE_CHECKING:
     import pyarrow as pa

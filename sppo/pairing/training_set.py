@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sppo.common import preference
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import atomic_together, digest
-from sppo.common.manifest import Stage
-from sppo.common.parquet import RowGroups, open_parquet, read_batches
-from sppo.common.progress import progress
-from sppo.common.rankings import check_rankings, ranking_files
-from sppo.common.responses import require_responses, responses_columns
-from sppo.config import Recipe, require_whole_hold_out
-from sppo.formats import content_id, training_schema
-from sppo.pairing import winrates
+from sppo.command.errors import SPPOError, UsageError
+from sppo.command.progress import progress
+from sppo.method import preference, winrates
 from sppo.pairing.join import Rankings, hash64, prompt_ids
+from sppo.recipe import Recipe, require_whole_hold_out
+from sppo.schema import content_id, training_schema
+from sppo.store.files import atomic_together, digest
+from sppo.store.manifest import Stage
+from sppo.store.parquet import RowGroups, open_parquet, read_batches
+from sppo.store.rankings import check_rankings, ranking_files
+from sppo.store.responses import require_responses, responses_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa

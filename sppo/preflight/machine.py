@@ -6,23 +6,21 @@ import ast
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-from sppo.common import cores
-from sppo.common.directories import check_place, check_writable, refuse_unknown, target_of
-from sppo.common.findings import Finding, Findings, Run, main_memory, many, no, note, ok, size
-from sppo.common.manifest import version_of
-from sppo.config import ROOT
-from sppo.generation.checks import data_bytes
+from sppo.command.search_path import ROOT
 from sppo.generation.engines import pick_engine
+from sppo.launch import cores
+from sppo.launch.cores import main_memory
 from sppo.launch.devices import list_gpus
 from sppo.launch.nodes import look
 from sppo.launch.processes import environment
-from sppo.training.needs import checkpoint_bytes, model_bytes
-
-_LOOK = 0.5  # seconds in which it is seen whether the cores are busy
+from sppo.preflight.findings import Finding, Findings, Run, many, no, note, ok, size
+from sppo.preflight.generation import data_bytes
+from sppo.preflight.memory import checkpoint_bytes, model_bytes
+from sppo.store.directories import check_place, check_writable, refuse_unknown, target_of
+from sppo.store.manifest import version_of
 
 
 def requirements() -> list[str]:
@@ -100,10 +98,6 @@ def check_gpus(run: Run) -> Findings:
         return
     if run.cpu:
         yield ok(f"none is used; the CPU has {len(cores.allowed())} cores and {size(main_memory())} of free memory")
-        watch = cores.Watch()
-        time.sleep(_LOOK)
-        if said := watch.warning():
-            yield note(f"{said}; the hours below are an idle machine's")
         return
     listed = list_gpus()
     for name in run.gpus:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
-from sppo.common.findings import TYPICAL_RESPONSE, Findings, Iteration, Load, Run
-from sppo.common.progress import columns
-from sppo.config import Recipe
-from sppo.generation import checks as generation
-from sppo.ranking import checks as ranking
-from sppo.training import needs as training
+from sppo.command.errors import SPPOError
+from sppo.command.progress import columns
+from sppo.preflight import generation, ranking
+from sppo.preflight import memory as training
+from sppo.preflight.findings import TYPICAL_RESPONSE, Findings, Iteration, Load, Run
+from sppo.recipe import Recipe
+from sppo.store.files import read_json
 
 _TRIES = 5  # of measuring the matrix rate
 

@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from sppo.common import chat
-from sppo.common.errors import OtherWorkError, SPPOError
-from sppo.common.files import read_json, write_json
-from sppo.common.journal import differences
-from sppo.common.manifest import read_manifest
-from sppo.common.model_files import commit_of
-from sppo.common.policy import policy_of
-from sppo.common.preference import Array
-from sppo.common.shards import begun_shards, shard_paths
-from sppo.common.stopping import end_if_asked, heard
-from sppo.config import Recipe
-from sppo.formats import Message, Pair, content_id, prompt_text
+from sppo.command.errors import OtherWorkError, SPPOError
+from sppo.command.stopping import end_if_asked, heard
+from sppo.method.preference import Array
+from sppo.models import chat
+from sppo.models.files import commit_of
+from sppo.models.policy import policy_of
+from sppo.recipe import Recipe
+from sppo.schema import Message, Pair, content_id, prompt_text
+from sppo.store.files import read_json, write_json
+from sppo.store.journal import differences
+from sppo.store.manifest import read_manifest
+from sppo.store.shards import begun_shards, shard_paths
 
 if TYPE_CHECKING:
     import torch

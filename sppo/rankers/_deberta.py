@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-from sppo.common.errors import first_line
+from sppo.command.errors import first_line
 
 
 def speed_up(model: Any) -> None:

@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
-from sppo.common.loading import flash_attention, loading
-from sppo.formats import Message, Pair, prompt_text
+from sppo.command.errors import SPPOError
+from sppo.models.loading import flash_attention, loading
 from sppo.rankers import batches
 from sppo.rankers._deberta import speed_up
 from sppo.rankers._normalizer import restore_normalizer
 from sppo.rankers.pairrm import ranker_base
+from sppo.schema import Message, Pair, prompt_text
+from sppo.store.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

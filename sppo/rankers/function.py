@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import FOREIGN, SPPOError, UsageError
-from sppo.common.files import digest
-from sppo.config import Recipe
-from sppo.formats import Message, Pair, prompt_text
+from sppo.command.errors import FOREIGN, SPPOError, UsageError
+from sppo.recipe import Recipe
+from sppo.schema import Message, Pair, prompt_text
+from sppo.store.files import digest
 
 Function = Callable[[str, str, str], float]
 

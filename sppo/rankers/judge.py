@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sppo.common.chat_server import TOO_MUCH, ChatServer, is_logprob
-from sppo.common.errors import SPPOError, UsageError
-from sppo.config import Recipe
-from sppo.formats import Message, Pair, prompt_text
+from sppo.command.errors import SPPOError, UsageError
 from sppo.rankers import TRIAL
+from sppo.rankers._chat_server import TOO_MUCH, ChatServer, is_logprob
+from sppo.recipe import Recipe
+from sppo.schema import Message, Pair, prompt_text
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
-from sppo.common.loading import loading
-from sppo.config import Recipe
-from sppo.formats import Pair
+from sppo.command.errors import SPPOError
+from sppo.models.loading import loading
 from sppo.rankers import pairrm, prompt_renderer
 from sppo.rankers._normalizer import restore_normalizer
 from sppo.rankers._pairrm_network import PairInputs, load_strictly
 from sppo.rankers.pairrm import fetch, fetch_ranker, ranker_base
+from sppo.recipe import Recipe
+from sppo.schema import Pair
+from sppo.store.files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,13 +10,13 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import digest, read_json
-from sppo.common.importing import import_networks
-from sppo.common.model_files import model_identity, resolve, snapshot
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
+from sppo.command.importing import import_networks
+from sppo.models.files import model_identity, resolve, snapshot
 from sppo.rankers import device_and_dtype, prompt_identity, prompt_renderer
 from sppo.rankers._normalizer import mark
+from sppo.recipe import Recipe
+from sppo.store.files import digest, read_json
 
 if TYPE_CHECKING:
     from sppo.rankers._pairrm_network import PairRM

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sppo.common import chat
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
-from sppo.common.importing import import_networks
-from sppo.common.loading import flash_attention, loading
-from sppo.common.model_files import is_adapter, model_identity, resolve
-from sppo.config import Recipe
-from sppo.formats import Message, Pair
+from sppo.command.errors import SPPOError
+from sppo.command.importing import import_networks
+from sppo.models import chat
+from sppo.models.files import is_adapter, model_identity, resolve
+from sppo.models.loading import flash_attention, loading
 from sppo.rankers import batches, device_and_dtype
 from sppo.rankers._normalizer import mark, restore_normalizer
+from sppo.recipe import Recipe
+from sppo.schema import Message, Pair
+from sppo.store.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

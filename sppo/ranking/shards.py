@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 
 from sppo import rankers
-from sppo.common.errors import SPPOError
-from sppo.common.files import digest
-from sppo.common.journal import Journal
-from sppo.common.manifest import Stage, read_manifest
-from sppo.common.model_files import public_name
-from sppo.common.parquet import open_parquet, read_rows, write_parquet
-from sppo.common.preference import mean_scores
-from sppo.common.progress import progress
-from sppo.common.responses import require_responses, responses_columns
-from sppo.common.shards import Slice, as_begun, lay_out, shard_paths
-from sppo.config import Recipe
-from sppo.formats import Message, Pair, as_messages, ranking_schema
+from sppo.command.errors import SPPOError
+from sppo.command.progress import progress
+from sppo.method.preference import mean_scores
+from sppo.models.files import public_name
 from sppo.rankers import Ranker, pinned
+from sppo.recipe import Recipe
+from sppo.schema import Message, Pair, as_messages, ranking_schema
+from sppo.store.files import digest
+from sppo.store.journal import Journal
+from sppo.store.manifest import Stage, read_manifest
+from sppo.store.parquet import open_parquet, read_rows, write_parquet
+from sppo.store.responses import require_responses, responses_columns
+from sppo.store.shards import Slice, as_begun, lay_out, shard_paths
 
 Logits = list[list[float]]
 _CHUNK = 64  # prompts whose pairs are packed into batches together

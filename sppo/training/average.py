@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo.common.directories import appearing, refuse_overlap, target_of
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
-from sppo.common.manifest import MANIFEST, Stage
-from sppo.common.model_files import weight_files, weight_shapes
-from sppo.common.policy import Policy, open_policy
+from sppo.command.errors import SPPOError
+from sppo.models.files import weight_files, weight_shapes
+from sppo.models.policy import Policy, open_policy
+from sppo.store.directories import appearing, refuse_overlap, target_of
+from sppo.store.files import read_json
+from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.save import copy_files, copy_tokenizer, finish_model
 
 

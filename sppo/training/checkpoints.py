@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sppo.common.directories import FINAL, delete
-from sppo.common.errors import SPPOError
-from sppo.common.files import atomic, changed, digest, read_json, write_json
-from sppo.common.manifest import Stage
+from sppo.command.errors import SPPOError
+from sppo.store.directories import FINAL, delete
+from sppo.store.files import atomic, changed, digest, read_json, write_json
+from sppo.store.manifest import Stage
 
 COMPLETE = "complete.json"  # in a checkpoint of which all ranks have written their part: its files' digests
 _ARRAYS = {f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("_reconstruct", "scalar")}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from sppo.common import chat
-from sppo.common.errors import SPPOError
-from sppo.common.parquet import read_rows
-from sppo.config import Recipe
-from sppo.formats import BeyondTextError
+from sppo.command.errors import SPPOError
+from sppo.models import chat
+from sppo.recipe import Recipe
+from sppo.schema import BeyondTextError
+from sppo.store.parquet import read_rows
 from sppo.training.dataset import GENERATED, columns, is_as_written, open_dataset
 from sppo.training.rows import Reading, Row
 

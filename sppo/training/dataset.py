@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import SPPOError, cause_line
-from sppo.common.files import atomic, digest
-from sppo.common.manifest import await_written, read_manifest
-from sppo.common.parquet import open_parquet
-from sppo.config import Recipe
-from sppo.formats import BESIDE, REQUIRED
+from sppo.command.errors import SPPOError, cause_line
+from sppo.recipe import Recipe
+from sppo.schema import BESIDE, REQUIRED
+from sppo.store.files import atomic, digest
+from sppo.store.manifest import await_written, read_manifest
+from sppo.store.parquet import open_parquet
 
 ALL_RESPONSES = ["prompt", "responses", "probability"]  # what sppo_all reads instead of the pair
 RATES = ["chosen_probs", "chosen_probs_win", "chosen_probs_lose"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from sppo.common.errors import SPPOError
+from sppo.command.errors import SPPOError
 
 # Nats by which rounding may move a response's log-prob, divided by the square root of its tokens: the errors of single
 # tokens are independent, so that their sum grows as the root. In float32 rounding made 2e-7, a router's noise of 0.1

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import UsageError
-from sppo.config import ROOT, read_yaml
+from sppo.command.errors import UsageError
+from sppo.command.search_path import ROOT
+from sppo.recipe import read_yaml
 
 
 def training_config(names: list[str], accelerate_config: str, machines: int = 1) -> tuple[Path, dict[str, Any], int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sppo.common.cards import PAPER, table
-from sppo.common.manifest import versions
-from sppo.common.model_files import public_name
-from sppo.config import Recipe
+from sppo.models.cards import PAPER, table
+from sppo.models.files import public_name
+from sppo.recipe import Recipe
+from sppo.store.manifest import versions
 
 
 def write_card(

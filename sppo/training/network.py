@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sppo.common.errors import SPPOError
-from sppo.common.loading import add_adapter, load_config, skeleton
-from sppo.common.policy import Policy
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
+from sppo.models.loading import add_adapter, load_config, skeleton
+from sppo.models.policy import Policy
+from sppo.recipe import Recipe
 
 
 def check_network(recipe: Recipe, policy: Policy) -> None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from sppo.common.errors import SPPOError
-from sppo.common.loading import load_causal_lm
-from sppo.common.policy import Policy
-from sppo.common.progress import progress
-from sppo.common.stopping import heard, may_stop, stop_asked
+from sppo.command.errors import SPPOError
+from sppo.command.progress import progress
+from sppo.command.stopping import heard, may_stop, stop_asked
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import Policy
 from sppo.training.data import Place, even_parts
 from sppo.training.logps import add_lean_forward
 from sppo.training.network import unsharded

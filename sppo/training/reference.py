@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sppo.common.files import atomic
-from sppo.common.health import AGREEING
+from sppo.schema import AGREEING
+from sppo.store.files import atomic
 from sppo.training.data import TrainingSet
 
 

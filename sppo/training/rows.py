@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sppo.common import chat
-from sppo.common.frames import in_own_template, reads_as
-from sppo.formats import BeyondTextError, Message, as_messages, beyond_text, with_own_system, written_out
+from sppo.models import chat
+from sppo.models.frames import in_own_template, reads_as
+from sppo.schema import BeyondTextError, Message, as_messages, beyond_text, with_own_system, written_out
 from sppo.training.dataset import RATES, WITHOUT_RATES
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.directories import clear, put_in_place
-from sppo.common.files import digest, read_json, write_json
-from sppo.common.loading import load_causal_lm, load_config
-from sppo.common.manifest import MANIFEST, Stage
-from sppo.common.model_files import public_name, tokenizer_files
-from sppo.common.policy import Policy
+from sppo.models.files import public_name, tokenizer_files
+from sppo.models.loading import load_causal_lm, load_config
+from sppo.models.policy import Policy
+from sppo.store.directories import clear, put_in_place
+from sppo.store.files import digest, read_json, write_json
+from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.model_card import write_card
 from sppo.training.settings import IDENTITY, Training
 

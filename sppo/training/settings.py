@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sppo import config
-from sppo.common.directories import refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import atomic, changed, digest
-from sppo.common.importing import is_installed
-from sppo.common.manifest import MANIFEST, Stage, read_manifest
-from sppo.common.policy import Policy, open_policy, policy_of
-from sppo.config import KEYS, Recipe
+from sppo import cli
+from sppo.command.errors import SPPOError, UsageError
+from sppo.command.importing import is_installed
+from sppo.models.policy import Policy, open_policy, policy_of
+from sppo.recipe import KEYS, Recipe, nearest
+from sppo.store.directories import refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
+from sppo.store.files import atomic, changed, digest
+from sppo.store.manifest import MANIFEST, Stage, read_manifest
 from sppo.training.checkpoints import refuse_another
 from sppo.training.dataset import dataset_file
 
@@ -119,13 +119,13 @@ def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> T
 
     Raises UsageError for flags that contradict each other, SPPOError for a model or data set that cannot be read.
     """
-    parser = config.make_parser(doc, KEYS["train"])
+    parser = cli.make_parser(doc, KEYS["train"])
     parser.add_argument("recipe_file", nargs="?", help="the recipe, as a first argument instead of --recipe")
     parser.add_argument("--dataset", required=True, help="train.parquet, a $DATA directory, or a data set on the Hub")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the trained model appears")
     parser.add_argument("--iter", type=int, default=0, help="the iteration's number, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="train again over another run's model")
-    args, recipe = config.parse(parser, argv)
+    args, recipe = cli.parse(parser, argv)
     check_flags(recipe)
     steps = accumulation(recipe, processes)
     source, anchor = policy_of(recipe), None
@@ -196,7 +196,7 @@ def check_machine(recipe: Recipe, gpu: bool | None = None) -> None:
     for flag, usual in USUAL.items():
         name = getattr(recipe, flag)
         if name not in usual and name not in (names := known_names(flag)):
-            hint = config.nearest(name, names) or f"; one of {', '.join(names)}"
+            hint = nearest(name, names) or f"; one of {', '.join(names)}"
             raise UsageError(f"--{flag} {name}: transformers does not know it{hint}")
     if recipe.load_in_4bit:
         import torch

@@ -7,13 +7,13 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.directories import clear
-from sppo.common.errors import INTERRUPTED, SPPOError, leave
-from sppo.common.files import write_json
-from sppo.common.importing import TRAINER, import_networks
-from sppo.common.loading import add_adapter, load_causal_lm, load_config
-from sppo.common.stopping import heard
-from sppo.config import Recipe
+from sppo.command.errors import INTERRUPTED, SPPOError, leave
+from sppo.command.importing import TRAINER, import_networks
+from sppo.command.stopping import heard
+from sppo.models.loading import add_adapter, load_causal_lm, load_config
+from sppo.recipe import Recipe
+from sppo.store.directories import clear
+from sppo.store.files import write_json
 from sppo.training.checkpoints import (
     check_parts,
     is_of,

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sppo.common.directories import delete
-from sppo.common.errors import SPPOError
-from sppo.common.stopping import may_stop, stop_asked
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
+from sppo.command.stopping import may_stop, stop_asked
+from sppo.method.loss import anchored_loss, preference_loss, sppo_all_loss
+from sppo.recipe import Recipe
+from sppo.store.directories import delete
 from sppo.training.checkpoints import seal, told_when_full
 from sppo.training.data import Batches, Place, StepBatches, TrainingSet
 from sppo.training.first_step import FirstStep
 from sppo.training.logps import CHUNK_TOKENS, response_logps
-from sppo.training.loss import anchored_loss, preference_loss, sppo_all_loss
 from sppo.training.passes import Anchor, find_anchor, find_reference
 from sppo.training.reference import ReferenceTable, agreement, describe
 

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from sppo.common.preference import Array
 from sppo.evaluation.page.gather import Iteration, Run
+from sppo.method.preference import Array
 
 _INK = "#123457"  # replaced by currentColor
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for all kinds of sight

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from sppo.common.directories import work_of
-from sppo.common.errors import SPPOError
-from sppo.common.files import read_json
-from sppo.common.parquet import read_rows
-from sppo.common.preference import Array
-from sppo.config import read_yaml
+from sppo.command.errors import SPPOError
 from sppo.evaluation.match import iterations_of
+from sppo.method.preference import Array
+from sppo.recipe import read_yaml
+from sppo.store.directories import work_of
+from sppo.store.files import read_json
+from sppo.store.parquet import read_rows
 
 _RATES = {"p": "chosen_probs", "p_win": "chosen_probs_win", "p_lose": "chosen_probs_lose"}
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sppo.common.files import atomic
-from sppo.common.health import AGREEING
-from sppo.common.model_files import public_name
 from sppo.evaluation.page import figures
 from sppo.evaluation.page.gather import Iteration, Run, gather
 from sppo.evaluation.report import table
+from sppo.models.files import public_name
+from sppo.schema import AGREEING
+from sppo.store.files import atomic
 
 _MANY_CUT, _MANY_DROPPED, _MANY_REPEATED, _FAR = 0.2, 0.1, 0.1, 2.0  # above these a reader is warned
 

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sppo.common.chat_server import is_logprob
-from sppo.common.errors import SPPOError
-from sppo.common.files import atomic
+from sppo.command.errors import SPPOError
 from sppo.evaluation.suites.suite import Figures, Judge, Order, answers, fetch, figures_stage, finish, read_questions
-from sppo.formats import content_id
+from sppo.rankers._chat_server import is_logprob
+from sppo.schema import content_id
+from sppo.store.files import atomic
 
 JUDGE = "gpt-4-1106-preview"  # the published one
 DATASET, REFERENCE, GAMED = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json", "df_gamed.csv"

@@ -8,14 +8,14 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-from sppo.common.errors import SPPOError, UsageError
-from sppo.common.files import exclusive, read_json
-from sppo.common.importing import is_installed
-from sppo.common.place import Place
-from sppo.common.policy import policy_of
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError, UsageError
+from sppo.command.importing import is_installed
 from sppo.evaluation.report import update_summary
 from sppo.evaluation.suites.suite import Judge, Order, is_iteration
+from sppo.launch.resources import Place
+from sppo.models.policy import policy_of
+from sppo.recipe import Recipe
+from sppo.store.files import exclusive, read_json
 
 _PACKAGE = {"alpaca_eval": "alpaca_eval", "mt_bench": "openai", "open_llm": "lm_eval"}
 

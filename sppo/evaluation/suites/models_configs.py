@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import atomic
-from sppo.common.policy import open_policy
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
+from sppo.models.policy import open_policy
+from sppo.recipe import Recipe
+from sppo.store.files import atomic
 
 URL = "http://localhost:8000/v1"
 _USER_TURN = "Mixtral-8x7B-Instruct-v0.1/togetherai_prompt.txt"  # in alpaca-eval: the instruction as a user turn

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sppo.common.errors import SPPOError
-from sppo.common.files import atomic, read_json
+from sppo.command.errors import SPPOError
 from sppo.evaluation.suites.suite import Figures, Judge, Order, answers, fetch, figures_stage, finish, read_questions
-from sppo.formats import Message, content_id
+from sppo.schema import Message, content_id
+from sppo.store.files import atomic, read_json
 
 JUDGE = "gpt-4"  # the published one
 SPACE, DATA = "lmsys/mt-bench", "data/mt_bench"

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sppo.common.errors import FOREIGN, SPPOError, first_line
-from sppo.common.files import atomic
-from sppo.common.importing import is_installed
-from sppo.common.journal import Journal
-from sppo.common.manifest import Stage, version_of
-from sppo.common.policy import Policy, policy_of
-from sppo.common.progress import progress
-from sppo.common.stopping import end_if_asked, heard
-from sppo.common.vllm import check_vllm, prepare_vllm, vllm_dtype
-from sppo.config import Recipe, read_yaml
+from sppo.command.errors import FOREIGN, SPPOError, first_line
+from sppo.command.importing import is_installed
+from sppo.command.progress import progress
+from sppo.command.stopping import end_if_asked, heard
 from sppo.evaluation.suites.suite import Figures, Judge, Order, figures_stage, finish
+from sppo.models.policy import Policy, policy_of
+from sppo.models.vllm import check_vllm, prepare_vllm, vllm_dtype
+from sppo.recipe import Recipe, read_yaml
+from sppo.store.files import atomic
+from sppo.store.journal import Journal
+from sppo.store.manifest import Stage, version_of
 
 JUDGE = ""
 CHUNK = 512  # requests between two entries of the journal

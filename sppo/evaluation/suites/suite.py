@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.chat_server import TOO_MUCH, ChatServer
-from sppo.common.errors import OtherWorkError, SPPOError, first_line
-from sppo.common.files import atomic, digest, write_json
-from sppo.common.journal import Journal, refuse_another
-from sppo.common.manifest import Stage
-from sppo.common.model_files import public_name
-from sppo.common.parquet import open_parquet, read_rows
-from sppo.common.place import Place
-from sppo.common.progress import progress
-from sppo.common.shards import begun_shards
-from sppo.common.stopping import end_if_asked
-from sppo.config import Recipe
+from sppo.command.errors import OtherWorkError, SPPOError, first_line
+from sppo.command.progress import progress
+from sppo.command.stopping import end_if_asked
 from sppo.evaluation.answers import draw
-from sppo.formats import Message
+from sppo.launch.resources import Place
+from sppo.models.files import public_name
+from sppo.rankers._chat_server import TOO_MUCH, ChatServer
+from sppo.recipe import Recipe
+from sppo.schema import Message
+from sppo.store.files import atomic, digest, write_json
+from sppo.store.journal import Journal, refuse_another
+from sppo.store.manifest import Stage
+from sppo.store.parquet import open_parquet, read_rows
+from sppo.store.shards import begun_shards
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -12,10 +12,10 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sppo.common.errors import SPPOError
-from sppo.common.importing import is_installed
-from sppo.common.policy import Policy
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
+from sppo.command.importing import is_installed
+from sppo.models.policy import Policy
+from sppo.recipe import Recipe
 
 
 @dataclass

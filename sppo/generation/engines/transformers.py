@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sppo.common.errors import SPPOError
-from sppo.common.loading import load_causal_lm
-from sppo.common.policy import Policy
-from sppo.config import Recipe
+from sppo.command.errors import SPPOError
 from sppo.generation.engines import Finished, Request, Response
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import Policy
+from sppo.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from sppo.common.importing import import_networks
-from sppo.common.policy import Policy
-from sppo.common.vllm import check_vllm, prepare_vllm, vllm_dtype
-from sppo.config import Recipe
+from sppo.command.importing import import_networks
 from sppo.generation.engines import Finished, Request, Response
+from sppo.models.policy import Policy
+from sppo.models.vllm import check_vllm, prepare_vllm, vllm_dtype
+from sppo.recipe import Recipe
 
 # Prompts waiting in the engine's queue: enough to keep it full, few enough to keep memory flat.
 _QUEUE = 1024

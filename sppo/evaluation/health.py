@@ -1,0 +1,34 @@
+"""Signs that a policy has gone wrong: answers that are empty, repeat themselves, or are cut."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_GRAM, _SHARE = 4, 0.25
+_END, _FEWEST, _TIMES = 50, 6, 3
+
+
+def repeats(text: str) -> bool:
+    """Whether an answer repeats itself: more than a quarter of its runs of four words stood in it before, or its
+    last 50 words are so few different ones that each stands there three times on average.
+    """
+    words = text.lower().split()
+    grams = [tuple(words[i : i + _GRAM]) for i in range(len(words) - _GRAM + 1)]
+    if grams and 1 - len(set(grams)) / len(grams) > _SHARE:
+        return True
+    end = [word for word in re.findall(r"\w+", text.lower()) if not word.isdigit()][-_END:]  # no list's numbers
+    return len(end) >= _FEWEST and len(end) >= _TIMES * len(set(end))
+
+
+def health(responses: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of the responses (text, token_ids, finish_reason) that are empty, repeat themselves, or are cut at
+    maxlen, and their mean length in tokens.
+    """
+    count = len(responses)
+    return {
+        "mean_tokens": sum(len(r["token_ids"]) for r in responses) / count,
+        "empty": sum(not r["text"].strip() for r in responses) / count,
+        "repeated": sum(repeats(r["text"]) for r in responses) / count,
+        "cut": sum(r["finish_reason"] == "length" for r in responses) / count,
+    }

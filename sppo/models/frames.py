@@ -1,0 +1,121 @@
+"""What a chat template writes around the contents of a conversation: its frame.
+
+By it a prompt that was read on another day, or with other arguments of the template, is told from an edited one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from sppo.models import chat
+from sppo.schema import Message, only_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DAY = "day-probe"  # stands for a day, as a template writes it by strftime_now
+_MARK = r"<[^<>]*>|\[[^\[\]]*\]"  # how templates mark turns: <|im_end|>, <end_of_turn>, [/INST]
+_EFFORTS = {"low", "medium", "high"}  # the usual values of reasoning_effort, which templates write out
+
+
+def reads_as(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], messages: list[Message], template_kwargs: dict[str, Any]
+) -> bool:
+    """Whether `ids` are a prompt of just these messages, whatever the day was and whatever arguments the template had.
+
+    They are where the template makes them of the messages. Else their text is compared: it must have the contents in
+    order, each between the template's marks, and beside them nothing but what the template writes. White space around
+    a content does not count.
+    """
+    try:
+        if chat.prompt_ids(tokenizer, messages, template_kwargs) == ids:
+            return True
+    except ValueError:
+        pass  # perhaps these arguments are what it refuses
+    text, roles = tokenizer.decode(ids, clean_up_tokenization_spaces=False), tuple(m["role"] for m in messages)
+    contents = [m["content"].strip() for m in messages]
+    frames = [frame_of(tokenizer, roles, kwargs) for kwargs in ([template_kwargs, {}] if template_kwargs else [{}])]
+    return any(_is_framed(tokenizer, text, contents, frame) for frame in frames if frame)
+
+
+def in_own_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    """Why a conversation's only turn is no user's text: it is in this model's own chat template. "" where it is not.
+
+    schema.written_out knows the usual templates.
+    """
+    text, bos = only_text(messages), tokenizer.bos_token or ""
+    for roles in (("user",), ("system", "user")):
+        frame = frame_of(tokenizer, roles, {}) or ["", ""]
+        before, behind = frame[0].strip().removeprefix(bos).strip(), frame[-1].strip()
+        if before and behind and _DAY not in before + behind:
+            begun = text.removeprefix(bos).strip()
+            if begun.startswith(before) and begun.endswith(behind) and len(begun) >= len(before) + len(behind):
+                return "in a chat template already"
+    return ""
+
+
+def frame_of(
+    tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...], template_kwargs: dict[str, Any]
+) -> list[str] | None:
+    """What the template writes before, between and behind the contents of n messages: n + 1 texts.
+
+    None where it refuses such roles, or does not write each content once and in order. Asked once for each sequence of
+    roles.
+    """
+    known = tokenizer.__dict__.setdefault("_sppo_frames", {})
+    key = roles, json.dumps(template_kwargs, sort_keys=True, default=str)
+    if key not in known:
+        texts, probe = chat.probe_of(roles)
+        try:
+            rendered = chat.render(tokenizer, probe, True, {**template_kwargs, "strftime_now": lambda *_: _DAY})
+        except ValueError:
+            rendered = ""
+        split = re.split("(turn-[0-9]+-probe)", rendered)
+        known[key] = split[::2] if split[1::2] == texts else None
+    return known[key]
+
+
+def _is_framed(tokenizer: PreTrainedTokenizerBase, text: str, contents: list[str], frame: list[str]) -> bool:
+    """Whether `text` is the contents in this frame, for some day or other arguments."""
+    place = 0
+    for i, content in enumerate(contents):
+        before, behind = re.escape(_last_mark(frame[i])), re.escape(_first_mark(frame[i + 1]))
+        found = re.compile(rf"{before}(\s*){re.escape(content)}(?=\s*{behind})").search(text, place)
+        if not found or not _is_written(tokenizer, text[place : found.start(1)], frame, i):
+            return False
+        place = found.end()
+    return _is_written(tokenizer, text[place:], frame, len(contents))
+
+
+def _is_written(tokenizer: PreTrainedTokenizerBase, text: str, frame: list[str], place: int) -> bool:
+    """Whether the template writes `text` at this place of its frame, for some day or with other arguments.
+
+    With other arguments it has the same marks of turns, and no word that the template does not have.
+    """
+    wanted = frame[place]
+    day = r"\s*[^\n]{0,60}\s*".join(r"\s+".join(map(re.escape, part.split())) for part in wanted.split(_DAY))
+    if re.fullmatch(day, text.strip()):
+        return True
+    edges = "".join(_last_mark(before) + _first_mark(behind) for before, behind in zip(frame, frame[1:], strict=False))
+    turns = set(re.findall(_MARK, edges))
+    marks, expected = ([m for m in re.findall(_MARK, t) if m in turns] for t in (text, wanted))
+    source = chat.template_source(tokenizer).replace("\\n", "\n")
+    return marks == expected and _words(text) <= _words(source + " ".join(frame)) | _EFFORTS
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+def _first_mark(text: str) -> str:
+    """The mark, or else the word, that comes first in a text of the template; "" for a day."""
+    found = re.match(rf"{_MARK}|\S+", text.strip())
+    return found[0] if found and _DAY not in found[0] else ""
+
+
+def _last_mark(text: str) -> str:
+    """The last marks and words without white space between them; "" for a day."""
+    found = re.search(r"\S+$", text.strip())
+    return found[0] if found and _DAY not in found[0] else ""

@@ -1,0 +1,89 @@
+"""What a training takes: rows, steps, bytes of memory and of disk."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sppo.models.shape import Shape
+from sppo.preflight.findings import Load, Run
+from sppo.recipe import Recipe
+
+# The share of the device's matrix rate that training reaches, measured: docs/benchmarks.md, docs/gpu.md.
+_SHARE = {"cpu": 0.35, "gpu": 0.3}
+# State that an optimiser keeps for each trained number, in bytes; any other keeps two float32, as Adam.
+_STATE = {"rmsprop": 4, "sgd": 0, "adagrad": 4, "adafactor": 1, "lion_32bit": 4}
+
+
+def training_rows(prompts: int, test_size: float) -> int:
+    """Rows of train.parquet, if no pair is dropped."""
+    return max(0, prompts - (round(test_size * prompts) if test_size < 1 else int(test_size)))
+
+
+def steps(rows: int, recipe: Recipe, processes: int, accumulate: int) -> int:
+    """Optimiser steps of one iteration's training."""
+    return math.ceil(math.ceil(rows / (recipe.batch_size * accumulate * processes)) * recipe.num_train_epochs)
+
+
+def trained_numbers(recipe: Recipe, shape: Shape) -> int:
+    """Numbers that training moves: all, or a LoRA adapter on about seven matrices a layer."""
+    if not recipe.use_peft:
+        return shape.parameters
+    return min(shape.parameters, 7 * 3 * recipe.lora_r * shape.hidden * shape.layers)
+
+
+def state_bytes(optim: str) -> int:
+    """Bytes that the optimiser keeps for a trained number."""
+    return 2 if "8bit" in optim else _STATE.get(optim.removesuffix("_bnb"), 8)
+
+
+def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], processes: int) -> tuple[int, int]:
+    """(bytes of weights, gradients and optimiser, bytes of what comes and goes) in one process of a training."""
+    trained, state = trained_numbers(recipe, shape), state_bytes(recipe.optim)
+    zero = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
+    mixed = config.get("mixed_precision") == "bf16"
+    base = 0.6 if recipe.load_in_4bit else shape.bytes if mixed else 4  # bytes; frozen under LoRA
+    number = 2 if mixed else 4
+    moment = 0.0  # a group of gradients in float32, as the optimiser steps
+    if zero:  # weights and gradients in half precision where mixed, master weights, the optimiser's state
+        weights, own = number * shape.parameters, (number + 4 * mixed + state) * trained
+        moment = 4 * min(1e9, trained / processes) * mixed
+        fixed = (weights / processes if zero == 3 else weights) + own / processes
+    else:
+        frozen = 0 if trained == shape.parameters else base * shape.parameters
+        buckets = 4 * (processes > 1)  # DistributedDataParallel's copy of the gradients
+        fixed = frozen + (4 + 4 + state + buckets) * trained
+    tokens = recipe.batch_size * (recipe.pairs if recipe.loss_type == "sppo_all" else 2) * recipe.max_length
+    layer = 34 * number // 2 * tokens * shape.hidden  # arXiv 2205.05198, without attention's scores
+    kept = number * tokens * shape.hidden * shape.layers + layer
+    # the anchor's network (passes.py, find_anchor) is whole on each rank, but gone before the first step
+    anchor = (2 if mixed and (zero or recipe.use_peft) else 4) * shape.parameters * bool(recipe.anchor)
+    return int(fixed), int(max(anchor, moment + (kept if recipe.gradient_checkpointing else layer * shape.layers)))
+
+
+def checkpoint_bytes(recipe: Recipe, shape: Shape, config: dict[str, Any]) -> int:
+    """One checkpoint: weights, and under DeepSpeed master weights beside them, and the optimiser's state."""
+    zero = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
+    weights = (4 if not zero else 6 if config.get("mixed_precision") == "bf16" else 8) + state_bytes(recipe.optim)
+    return weights * trained_numbers(recipe, shape)
+
+
+def model_bytes(recipe: Recipe, shape: Shape, config: dict[str, Any]) -> int:
+    """One iteration's model on disk."""
+    if recipe.use_peft:
+        return 4 * trained_numbers(recipe, shape) + recipe.merge_adapter * shape.bytes * shape.parameters
+    zero = config.get("distributed_type") == "DEEPSPEED"
+    return shape.parameters * ((2 if config.get("mixed_precision") == "bf16" else 4) if zero else shape.bytes)
+
+
+def seconds(load: Load, run: Run, parameters: int) -> float:
+    """Rough seconds of training on the iteration's pairs, at run.rate FLOPs a second."""
+    if not load.train:
+        return 0.0
+    recipe, prompts = run.recipe, max(1, load.prompts)
+    mean = load.response_tokens(recipe) / (prompts * recipe.pairs)
+    sequences = load.rows * (recipe.pairs if recipe.loss_type == "sppo_all" else 2)
+    length = min(load.prompt_tokens / prompts + mean, recipe.max_length)
+    passes = 3 + recipe.gradient_checkpointing  # forward, twice that backward, and what is recomputed
+    flops = 2 * (passes * recipe.num_train_epochs + 1) * parameters * sequences * length  # + the reference's pass
+    return flops / (run.rate * _SHARE["cpu" if run.cpu else "gpu"])

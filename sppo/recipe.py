@@ -1,0 +1,283 @@
+"""The recipe: every setting of a run, with its type, meaning and limits. One YAML holds them all.
+
+An unknown key or a value out of range is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sppo.command.errors import UsageError
+from sppo.command.search_path import ROOT
+from sppo.command.values import expanded, refuse_secrets, require_plain_address
+
+# every module in sppo/rankers whose name does not begin with _ is one
+RANKER_BACKENDS = ("auto", *sorted(p.stem.replace("_", "-") for p in (ROOT / "sppo/rankers").glob("[a-z]*.py")))
+DEFAULT_RECIPE = ROOT / "recipes" / "sppo" / "released.yaml"
+
+
+def _key(default: Any, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
+    kind = {"default_factory": default} if default is dict else {"default": default}
+    return field(**kind, metadata={"help": help, "min": minimum, "max": maximum})
+
+
+@dataclass
+class Recipe:
+    """Settings of a run. The defaults here are `released`: what `bash run_sppo_mistral.sh` really did."""
+
+    # the run
+    model: str = _key("", "model to start from: Hub id or local directory")
+    model_revision: str = _key("", "branch, tag or commit of the model on the Hub; empty: the default branch")
+    trust_remote_code: bool = _key(False, "run the Python files that come with the model: only if you have read them")
+    prompts: str = _key(
+        "UCLA-AGI/data-mistral-7b-instruct-sppo-iter{iter}",
+        "prompts: Hub id, local directory, .parquet, .jsonl or .csv; {iter} is the iteration's number",
+    )
+    prompts_revision: str = _key("", "branch, tag or commit of the prompts on the Hub")
+    prompt_column: str = _key("prompt", "column that holds the prompt: a string or a list of messages")
+    prompt_split: str = _key("train", "split of the prompts to read, where they have splits")
+    split_prompts: bool = _key(False, "give each iteration its own disjoint part of one prompt set")
+    iterations: int = _key(3, "iterations of generate, rank, train", 1)
+    pairs: int = _key(5, "K, the responses drawn for each prompt; at least 2 can be ranked", 1)
+    seed: int = _key(42, "seed of sampling, hold-out and training order", 0, 2**31)
+    # generation
+    engine: Literal["auto", "vllm", "transformers"] = _key("auto", "auto takes vllm where it is installed")
+    temperature: float = _key(0.7, "sampling temperature; 0, the likeliest token each time, with --pairs 1 alone", 0)
+    top_p: float = _key(0.9, "nucleus sampling: the smallest set of tokens with this much probability", 1e-6, 1)
+    maxlen: int = _key(2048, "longest response, in tokens", 1)
+    prompt_seeds: bool = _key(
+        True, "seed each prompt by itself, so that shards decide nothing; false is faster in vllm"
+    )
+    chat_template_kwargs: dict = _key(
+        dict, 'arguments of the chat template, a judge\'s too: {"enable_thinking": false}'
+    )
+    system_prompt: str = _key("", "system message put before every prompt that has none")
+    gpu_memory_utilization: float = _key(0.9, "share of each GPU's memory that vLLM may take", 0.05, 1)
+    # ranking
+    ranker: str = _key(
+        "llm-blender/PairRM", "preference model: a local directory, Hub id, module:function, or a judge's model name"
+    )
+    ranker_backend: Literal[RANKER_BACKENDS] = _key(
+        "auto", "what asks the ranker: auto is a function for module:function, pairrm for everything else"
+    )
+    ranker_revision: str = _key("", "branch, tag or commit of the ranker on the Hub")
+    ranker_prompt: Literal["text", "templated"] = _key(
+        "templated", "what a PairRM reads as the prompt: its text, or the policy's chat template around it"
+    )
+    batch_tokens: int = _key(16384, "tokens in one batch of the ranker, padding included", 1)
+    fused_attention: bool = _key(False, "PairRM on a GPU with the attention of the disentangled-flash package")
+    ranker_url: str = _key("", "a judge's OpenAI-compatible server: http://localhost:8000/v1")
+    ranker_concurrency: int = _key(32, "requests that a judge's server gets at once from each shard", 1)
+    ranker_timeout: float = _key(120, "seconds that a judge's answer may take", 1e-3)
+    ranker_retries: int = _key(5, "how often a request to a judge is sent again when it fails", 0)
+    # pairs
+    estimator: Literal["released", "paper"] = _key("released", "how win rates follow from the ranker's logits")
+    length_penalty: float = _key(
+        0.0, "L: log-odds that a response loses for each mean length that it is longer than the other; 0: none", 0, 100
+    )
+    test_size: float = _key(0, "prompts held out into test.parquet: a count, or a share below 1", 0)
+    keep_degenerate: bool = _key(False, "keep pairs without a preference: same text, or all scores equal")
+    # training
+    loss_type: Literal["sppo", "sppo_single", "sppo_all", "sigmoid", "hinge", "ipo", "kto_pair"] = _key(
+        "sppo", "training loss; sppo_all trains on all K responses of a prompt"
+    )
+    beta: float = _key(1e-3, "1/eta of the SPPO loss", 1e-12)
+    anchor: float = _key(0.0, "A: each step also goes this share of the way back to --anchor_model; 0: SPPO", 0, 0.99)
+    anchor_model: str = _key("", "what --anchor pulls towards: Hub id or directory; empty: the run's first model")
+    anchor_revision: str = _key("", "branch, tag or commit of the anchor's model on the Hub")
+    label_smoothing: float = _key(0.0, "share of preferences taken to be the wrong way round, for sigmoid", 0, 0.5)
+    learning_rate: float = _key(5e-7, "peak learning rate", 0)
+    lr_scheduler_type: str = _key("linear", "schedule, by transformers' name")
+    warmup_ratio: float = _key(0.1, "share of the schedule that is warm-up", 0, 1)
+    num_train_epochs: float = _key(1, "epochs to train in an iteration", 0)
+    schedule_epochs: float = _key(0, "epochs that the schedule is laid out over; 0: num_train_epochs", 0)
+    optim: str = _key("rmsprop", "optimiser, by transformers' name")
+    weight_decay: float = _key(0.0, "weight decay", 0)
+    max_grad_norm: float = _key(0.0, "gradient clipping; 0 is none, as released", 0)
+    global_batch_size: int = _key(64, "pairs in one optimiser step, over all processes", 1)
+    batch_size: int = _key(8, "pairs in one forward pass of one process", 1)
+    accumulate: int = _key(0, "accumulation steps; 0 derives them from global_batch_size and the processes", 0)
+    gradient_checkpointing: bool = _key(True, "recompute activations in the backward pass, to save memory")
+    max_prompt_length: int = _key(512, "longest prompt trained on, in tokens; cut on the left", 1)
+    max_length: int = _key(1024, "longest prompt and response trained on, in tokens; the response is cut", 2)
+    attn_implementation: str = _key("", "attention of transformers; empty: eager for Gemma-2, else its default")
+    use_peft: bool = _key(False, "train a LoRA adapter; a policy that is an adapter goes on with its own")
+    lora_r: int = _key(16, "rank of a new adapter", 1)
+    lora_alpha: int = _key(32, "scale of a new adapter: lora_alpha / lora_r", 1)
+    lora_target_modules: str = _key("all-linear", "modules that a new adapter is put on, with commas between them")
+    load_in_4bit: bool = _key(False, "QLoRA: the base model in 4 bits under the adapter; needs bitsandbytes and a GPU")
+    merge_adapter: bool = _key(False, "write a copy with the adapter merged into <output_dir>/merged")
+    logging_steps: int = _key(1, "optimiser steps between two lines of metrics", 1)
+    save_steps: int = _key(50, "optimiser steps between two checkpoints", 1)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = _key("none", "where metrics go besides files")
+    # report
+    eval_prompts: str = _key("", "held-out prompts for the report after each iteration; empty: no report")
+    eval_pairs: int = _key(2, "responses drawn for each held-out prompt", 2)
+    judge: str = _key("", "a second judge for the report, module:function(prompt, a, b) -> logit")
+    measure: str = _key(
+        "", "a measure for the report, module:function(prompt, answer) -> {name: numbers}; it shows each name's mean"
+    )
+    base_perplexity: bool = _key(False, "report the first model's perplexity of the answers too")
+    # the Hub
+    org: str = _key("", "Hub organisation or user to push each iteration's data to; empty: nothing is pushed")
+    public: bool = _key(False, "let everybody see what is pushed")
+    push_model: bool = _key(False, "push each iteration's model to --org too")
+
+
+_ASKING = (
+    "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs "
+    "trust_remote_code"
+).split()
+_RANKING = "model model_revision ranker_prompt batch_tokens fused_attention ranker_concurrency".split()
+_DRAWING = (
+    "model model_revision trust_remote_code prompt_column prompt_split maxlen engine temperature top_p seed "
+    "prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
+).split()
+# The settings that each script reads. They are its flags, and generate.sh and pipeline.sh pass them on.
+KEYS: dict[str, list[str]] = {
+    "generate": ["prompts", "prompts_revision", "pairs", *_DRAWING],
+    "combine_generate": ["pairs"],
+    "preload": [key for key in _ASKING if key != "trust_remote_code"],
+    "rank": ["pairs", *_ASKING, *_RANKING],
+    "compute_prob": ["pairs", "estimator", "length_penalty", "test_size", "seed", "keep_degenerate"],
+    "push_to_hub": ["org", "public"],
+    "train": (
+        "model model_revision trust_remote_code prompts_revision global_batch_size batch_size accumulate "
+        "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta anchor anchor_model "
+        "anchor_revision label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
+        "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
+        "chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
+    ).split(),
+    "best_of_n": list(dict.fromkeys(["prompts", "prompts_revision", "estimator", *_DRAWING, *_ASKING, *_RANKING])),
+    "win_matrix": ["judge", *dict.fromkeys([*_ASKING, *_RANKING])],
+    "evaluate": [key for key in _DRAWING if key not in ("prompt_column", "prompt_split")],
+    "report": [
+        *("eval_prompts", "eval_pairs", "judge", "measure", "base_perplexity"),
+        *dict.fromkeys([*_DRAWING, *_ASKING, *_RANKING]),
+    ],
+}
+
+_TYPES = typing.get_type_hints(Recipe)
+_FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A hint with the known name nearest to a misspelt one, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _convert(name: str, value: Any, where: str) -> Any:
+    """A recipe's or flag's value as its field's type. Raises UsageError with the place it came from."""
+    kind, meta = _TYPES[name], _FIELDS[name].metadata
+    problem = f"{where}: {name}: {value!r} is not"
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UsageError(f"{problem} one of {', '.join(choices)}{nearest(str(value), choices)}")
+        return value
+    if kind is bool:
+        word = str(value).lower()
+        if word not in ("true", "false"):
+            raise UsageError(f"{problem} true or false")
+        return word == "true"
+    if kind is dict:
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+            same = value == json.loads(json.dumps(value))  # no dates, no numbers as keys, nothing within itself
+        except (TypeError, ValueError, RecursionError):
+            same = False
+        if not same or not isinstance(value, dict):
+            raise UsageError(f"{problem} a mapping, or an object in JSON")
+        return value
+    if kind is str:
+        if value is None or isinstance(value, (dict, list, bool)):
+            raise UsageError(f"{problem} a text")
+        text = expanded(name, str(value))
+        if re.search("[\ud800-\udfff]", text):  # bytes of the command line that are no UTF-8, half a character in YAML
+            raise UsageError(f"{where}: {name}: {ascii(text)} is not a text in UTF-8")
+        return text
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = kind(value) if not (kind is int and isinstance(value, float)) else _whole(value)
+        if math.isinf(number):
+            raise OverflowError
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{problem} {'a whole number' if kind is int else 'a number'}") from None
+    low, high = meta["min"], meta["max"]
+    if number != number or (low is not None and number < low) or (high is not None and number > high):
+        limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        raise UsageError(f"{problem} {limits}")
+    return number
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def read_yaml(text: str) -> Any:
+    """YAML's safe types. Raises ValueError for what is none, and for a key that is there twice: one would be lost."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.YAMLError(f"the key {name!r} is there twice{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Strict)  # noqa: S506 - a SafeLoader
+    except Exception as error:  # noqa: BLE001 - besides YAMLError whatever int() or a date says of a value
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe at `path` (default: released.yaml) with `overrides` on top. Raises UsageError."""
+    path = Path(path) if path else DEFAULT_RECIPE
+    try:
+        raw = read_yaml(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        known = sorted(map(str, DEFAULT_RECIPE.parent.glob("*.yaml")))
+        raise UsageError(f"no recipe at {path}; the project brings {', '.join(known)}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"recipe {path} is not a list of `key: value` lines")
+    values = {}
+    for source, where in ((raw, str(path)), (overrides or {}, "command line")):
+        for name, value in source.items():
+            if name not in _FIELDS:
+                raise UsageError(f"{where}: unknown key {ascii(name)}{nearest(str(name), _FIELDS)}")
+            refuse_secrets(f"{where}: {name}", value)
+            values[name] = _convert(name, value, where)
+    recipe = Recipe(**values)
+    require_plain_address("--ranker_url", recipe.ranker_url)
+    require_whole_hold_out(recipe)
+    if recipe.temperature < 0.01 and recipe.pairs > 1:
+        raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
+    return recipe
+
+
+def require_whole_hold_out(recipe: Recipe) -> None:
+    """Raises UsageError for a hold-out of a part of a prompt."""
+    if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
+        raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
+
+
+def require_pairs(recipe: Recipe) -> None:
+    """Raises UsageError for K = 1: one response a prompt is enough for a benchmark, not for a comparison."""
+    if recipe.pairs < 2:
+        raise UsageError(f"pairs: {recipe.pairs}: at least 2 responses can be compared")

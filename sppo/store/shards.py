@@ -1,0 +1,158 @@
+"""Shards: which rows of a stage's work one process does, and where it puts them."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sppo.command.errors import SPPOError, UsageError
+from sppo.store.files import read_json, write_json
+
+COUNT = "shards.json"  # beside the shards: how many there are, and how they share the rows
+OVERWRITING = "overwrite.json"  # beside the shards, while --overwrite makes them again: its name, how many there are
+_SUFFIXES = (".parquet", ".manifest.json", ".manifest.json.started", ".journal")  # of a shard's files
+
+
+@dataclass
+class Slice:
+    """Which rows of N are this shard's: [data_frac * frac_len, (data_frac + 1) * frac_len).
+
+    Without a frac_len, the n = `numgpu` shards share them evenly: [i * N // n, (i + 1) * N // n). An older version
+    gave each ceil(N / n), and left none for the last ones; what it has begun goes on so (`rounded_up`).
+    """
+
+    frac_len: int
+    data_frac: int
+    numgpu: int = 1
+    rounded_up: bool = False
+
+    def bounds(self, total: int) -> tuple[int, int]:
+        if self.data_frac < 0 or self.frac_len < 0 or self.numgpu < 1:
+            raise UsageError("--frac_len and --data_frac are 0 or more, --numgpu 1 or more")
+        if not self.frac_len and self.data_frac >= self.numgpu:
+            raise UsageError(f"--data_frac {self.data_frac} is beyond --numgpu {self.numgpu}; the first is 0")
+        length, i = self.frac_len, self.data_frac
+        if length or self.rounded_up:
+            length = length or -(-total // self.numgpu)
+            return min(i * length, total), min((i + 1) * length, total)
+        return i * total // self.numgpu, (i + 1) * total // self.numgpu
+
+    def count(self, total: int) -> int:
+        """How many shards there are. By hand, --frac_len comes without --numgpu."""
+        return max(self.numgpu, -(-total // self.frac_len)) if self.frac_len else self.numgpu
+
+
+def parse_shards(text: str) -> list[int]:
+    """--data_frac: one number, or several with commas between them. Raises UsageError."""
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text):
+        raise UsageError(f"--data_frac {text}: a number like 0, or several like 0,1,2")
+    numbers = [int(number) for number in text.split(",")]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"--data_frac {text}: a shard is named twice")
+    return numbers
+
+
+def known_count(directory: Path) -> int:
+    """How many shards an earlier start laid out in a directory; 0 where none did."""
+    return _noted(directory).get("shards", 0)
+
+
+def _noted(directory: Path) -> dict[str, Any]:
+    """How the shards in a directory were laid out; empty where none are, or by a version that did not note it.
+
+    Raises SPPOError where the note is damaged. Without it the shards would be taken for such a version's.
+    """
+    path = directory / COUNT
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:  # no JSON, or no text
+        found = None
+    count = found.get("shards") if isinstance(found, dict) else None
+    if isinstance(count, int) and count >= 1:
+        return found
+    count = max(begun_shards(directory), default=0) + 1
+    raise SPPOError(
+        f"{path} is damaged: no number of shards in it. There seem to be {count}: more only if the logs say so. Write "
+        f'{{"shards": {count}, "even": true}} into it, or {{"shards": {count}}} if these shards are an older version\'s'
+    )
+
+
+def begun_shards(directory: Path) -> list[int]:
+    """The numbers of the shards of which there is any file; one may be there several times."""
+    return [int(p.name[6:11]) for p in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
+
+
+def as_begun(shards: list[Slice], directory: Path) -> list[Slice]:
+    """The shards as they were cut where they are begun: by today's rule, or by an older version's."""
+    begun = begun_shards(directory)
+    rounded_up = bool(begun) and "even" not in _noted(directory)
+    return [replace(shard, rounded_up=rounded_up) for shard in shards]
+
+
+def lay_out(directory: Path, count: int, overwrite: bool = False) -> None:
+    """Note how many shards there are, before the first one begins.
+
+    overwrite: what an earlier layout has beyond them is deleted. Raises SPPOError where there are more or fewer.
+    """
+    begun = set(begun_shards(directory))
+    if begun and not overwrite:
+        if (known := known_count(directory)) not in (0, count):
+            raise SPPOError(
+                f"{directory} is made in {known} shards, not in {count}; pass --numgpu {known}, or --overwrite"
+            )
+        return
+    for number in begun:
+        if number >= count:
+            for suffix in _SUFFIXES:
+                (directory / f"shard-{number:05d}{suffix}").unlink(missing_ok=True)
+    write_json(directory / COUNT, {"shards": count, "even": True})
+
+
+def shard_count(directory: Path, wanted: int, slots: int) -> int:
+    """How many shards a stage has: as many as it began with, else `wanted`, else a slot each.
+
+    So a run goes on with other GPUs than it began with. Raises SPPOError where other shards are wanted than there are.
+    """
+    begun = begun_shards(directory)
+    known = known_count(directory) if begun else 0
+    if wanted and known not in (0, wanted):
+        raise SPPOError(f"{directory} is made in {known} shards; leave --shards out, or pass --overwrite")
+    if known or wanted:
+        return known or wanted
+    # begun by a version that kept no count: it started a shard on each device, all at once
+    return max([slots, *(number + 1 for number in begun)])
+
+
+def overwriting(directory: Path, wanted: int, slots: int) -> tuple[str, int]:
+    """(the name of the --overwrite that is under way, how many shards it makes): one that was killed, or a new one.
+
+    The shards carry its name, so that those which it had finished are kept where it goes on. It ends with
+    end_overwriting, when all shards stand.
+    """
+    path = directory / OVERWRITING
+    if path.exists():
+        found = read_json(path)
+        if wanted in (0, found["shards"]):
+            return found["name"], found["shards"]
+    name, count = uuid.uuid4().hex, wanted or slots
+    write_json(path, {"name": name, "shards": count})
+    return name, count
+
+
+def end_overwriting(directory: Path) -> None:
+    """All shards stand: another --overwrite makes all of them again."""
+    note = directory / OVERWRITING
+    if note.exists():
+        note.unlink()
+
+
+def shard_paths(directory: Path, shard: int) -> tuple[Path, Path, Path]:
+    """(Parquet, manifest, journal) of a shard."""
+    stem = f"shard-{shard:05d}"
+    return directory / f"{stem}.parquet", directory / f"{stem}.manifest.json", directory / f"{stem}.journal"
