@@ -8,7 +8,7 @@ PYTHON="${PYTHON:-}" bash "$here/scripts/install.sh"
 unset PYTHON VIRTUAL_ENV
 # shellcheck source=scripts/env.sh
 source "$here/scripts/env.sh"
-case " $* " in *" --help "*) exec "$PYTHON" "$root/scripts/run.py" --help ;; esac
+case " $* " in *" --help "*) exec bash "$root/scripts/run.sh" --help ;; esac
 recipe=$root/recipes/sppo/demo.yaml run=$root/runs/demo seed=42
 arguments=("$@")
 for i in "${!arguments[@]}"; do

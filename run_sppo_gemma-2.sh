@@ -3,6 +3,4 @@
 #   bash run_sppo_gemma-2.sh [--model M] [--iterations N] [--prompts P] [--gpus LIST] [--recipe FILE] [--org ORG] ...
 # Run again, it goes on where it stopped. All flags: bash run_sppo_gemma-2.sh --help
 set -euo pipefail
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
-exec "$PYTHON" "$root/scripts/run.py" --model google/gemma-2-9b-it --name gemma-2-9b-it-sppo --batch_size 4 "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/run.sh" --model google/gemma-2-9b-it --name gemma-2-9b-it-sppo --batch_size 4 "$@"

@@ -3,6 +3,4 @@
 #   bash run_sppo_llama-3.sh [--model M] [--iterations N] [--prompts P] [--gpus LIST] [--recipe FILE] [--org ORG] ...
 # Run again, it goes on where it stopped. All flags: bash run_sppo_llama-3.sh --help
 set -euo pipefail
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
-exec "$PYTHON" "$root/scripts/run.py" --model meta-llama/Meta-Llama-3-8B-Instruct --name llama-3-8b-instruct-sppo "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/run.sh" --model meta-llama/Meta-Llama-3-8B-Instruct --name llama-3-8b-instruct-sppo "$@"

@@ -3,6 +3,4 @@
 #   bash run_sppo_mistral.sh [--model M] [--iterations N] [--prompts P] [--gpus LIST] [--recipe FILE] [--org ORG] ...
 # Run again, it goes on where it stopped. All flags: bash run_sppo_mistral.sh --help
 set -euo pipefail
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
-exec "$PYTHON" "$root/scripts/run.py" --model mistralai/Mistral-7B-Instruct-v0.2 --name mistral-7b-instruct-sppo "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/scripts/run.sh" --model mistralai/Mistral-7B-Instruct-v0.2 --name mistral-7b-instruct-sppo "$@"

@@ -8,7 +8,7 @@ PYTHON="${PYTHON:-}" bash "$here/scripts/install.sh" vllm
 unset PYTHON VIRTUAL_ENV
 # shellcheck source=scripts/env.sh
 source "$here/scripts/env.sh"
-case " $* " in *" --help "*) exec "$PYTHON" "$root/scripts/run.py" --help ;; esac
+case " $* " in *" --help "*) exec bash "$root/scripts/run.sh" --help ;; esac
 run=$root/runs/smollm2 seed=42 model=$root/runs/SmolLM2-135M-Instruct
 arguments=("$@")
 for i in "${!arguments[@]}"; do
@@ -22,6 +22,6 @@ for i in "${!arguments[@]}"; do
 done
 [ -z "$model" ] || "$PYTHON" "$root/scripts/make_smollm2.py" --output_dir "$model"
 "$PYTHON" "$root/scripts/make_instructions.py" --output_dir "$run/prompts" --seed "$seed"
-exec "$PYTHON" "$root/scripts/run.py" --recipe "$root/recipes/sppo/smollm2.yaml" --name smollm2 --model "$model" \
+exec bash "$root/scripts/run.sh" --recipe "$root/recipes/sppo/smollm2.yaml" --name smollm2 --model "$model" \
   --prompts "$run/prompts/train.jsonl" --split_prompts --eval_prompts "$run/prompts/heldout.jsonl" --evaluate \
   --run_dir "$run" "$@"

@@ -233,7 +233,7 @@ def iteration(out: Path, tiny: bool) -> Iterator[Row]:
     words += ["--batch_size=4", "--global_batch_size=16" if tiny else "--global_batch_size=64"]
     words += [f"--engine={'vllm' if has('vllm') else 'transformers'}", "--gradient_checkpointing=false"]
     words += ["--gpus=0", "--accelerate_config=one_gpu"] if gpu else ["--gpus=none"]
-    command = [sys.executable, str(ROOT / "scripts" / "run.py"), *map(str, words)]
+    command = ["bash", str(ROOT / "scripts" / "run.sh"), *map(str, words)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -44,8 +44,8 @@ def measure(words: list[str], count: int, env: dict[str, str]) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         shards = Path(scratch) / "shards"
         shards.mkdir()
-        launch = [sys.executable, "-m", "sppo.launch", "shards", *words, f"--shards={count}", f"--shards_dir={shards}"]
-        launch += [f"--logs={scratch}/logs", "--name=b", "--", sys.executable, "-S", "-c", SHARD, str(shards)]
+        launch = [sys.executable, str(ROOT / "tests/shards.py"), *words, f"--shards={count}", f"--shards_dir={shards}"]
+        launch += [f"--logs={scratch}/logs", "--stage=b", "--", sys.executable, "-S", "-c", SHARD, str(shards)]
         began = time.time()
         subprocess.run(launch, cwd=ROOT, env=env, check=True, capture_output=True)
         ended = time.time()

@@ -53,7 +53,7 @@ def method(work: Path, model: Path, loss: str, estimator: str, more: list[str]) 
     """One run; its directory."""
     run, first = work / f"{loss}-{estimator}", work / f"{LOSSES[0]}-{ESTIMATORS[0]}"
     share_first_answers(first, run)
-    words = [sys.executable, "scripts/run.py", "--split_prompts", "--evaluate", "--skip_preflight", *more]
+    words = ["bash", "scripts/run.sh", "--split_prompts", "--evaluate", "--skip_preflight", *more]
     words += flags(recipe=ROOT / "recipes/sppo/smollm2.yaml", name="smollm2", model=model, run_dir=run)
     words += flags(prompts=work / "prompts/train.jsonl", eval_prompts=work / "prompts/heldout.jsonl")
     run_command([*words, *flags(loss_type=loss, estimator=estimator)], Path(f"{run}.log"))

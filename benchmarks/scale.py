@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         data = scratch / launcher
         with place(launcher, scratch) as (where, env):
             steps = Steps(scratch, launcher, env, args.tokens)
-            shards = ["-m", "sppo.launch", "shards", *where, f"--shards={args.shards}", f"--logs={data}/logs"]
+            shards = [str(ROOT / "tests/shards.py"), *where, f"--shards={args.shards}", f"--logs={data}/logs"]
             drawing = [ROOT / "scripts/generate.py", "--model", model, "--prompts", prompts, "--engine=transformers"]
             drawing += ["--recipe=recipes/sppo/demo.yaml", f"--maxlen={args.tokens + 50}", f"--output_dir={data}"]
             ranking = [
@@ -135,10 +135,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
             ]
             steps.run("read the prompts", *drawing, "--only_prompts")
             out = f"--shards_dir={data / 'responses'}"
-            steps.run("generate", *shards, out, "--name=generate", "--", sys.executable, *drawing)
+            steps.run("generate", *shards, out, "--stage=generate", "--", sys.executable, *drawing)
             steps.run("combine", ROOT / "scripts/combine_generate.py", f"--output_dir={data}")
             out = f"--shards_dir={data / 'ranking'}"
-            steps.run("rank", *shards, out, "--name=rank", "--", sys.executable, *ranking)
+            steps.run("rank", *shards, out, "--stage=rank", "--", sys.executable, *ranking)
             steps.run("compute_prob", ROOT / "scripts/compute_prob.py", f"--output_dir={data}")
         files = [path for path in data.rglob("*") if path.is_file()]
         total = sum(path.stat().st_size for path in files)

@@ -150,13 +150,14 @@ def warm(model: Any) -> None:
 
 def ours(world: Path, scratch: Path, size: dict[str, int], options: dict[str, Any]) -> tuple[Any, Any]:
     """(model, run) of our trainer; run() gives the seconds that count."""
+    from sppo.recipe import load_recipe
     from sppo.training.settings import prepare
     from sppo.training.train import make_trainer
 
     flags = {
         "model": world / "model",
         "dataset": world / "train.parquet",
-        "output_dir": scratch / "out",
+        "model_dir": scratch / "out",
         "batch_size": size["batch"],
         "global_batch_size": size["step"],
         "beta": 0.1,
@@ -165,7 +166,7 @@ def ours(world: Path, scratch: Path, size: dict[str, int], options: dict[str, An
         "max_length": size.get("max_length", 1024),
         **({"use_peft": "true", "lora_r": size["lora"], "lora_alpha": size["lora"]} if "lora" in size else {}),
     }
-    trainer, _ = make_trainer(prepare([f"--{k}={v}" for k, v in flags.items()], 1))
+    trainer, _ = make_trainer(prepare(load_recipe(None, flags), 1))
 
     def run() -> float:
         warm(trainer.model)

@@ -42,7 +42,7 @@ sys.exit(int.from_bytes(code, "big", signed=True) if code else 1)
 """
 MODULES = (
     "transformers.trainer transformers.models.mistral.modeling_mistral transformers.models.deberta_v2 pyarrow.parquet "
-    "accelerate.commands.launch scipy.optimize sppo.loop examples.demo sppo.generation.shards sppo.ranking.shards "
+    "accelerate.commands.launch scipy.optimize sppo.plan examples.demo sppo.generation.shards sppo.ranking.shards "
     "sppo.generation.engines.transformers sppo.rankers._pairrm_network sppo.pairing.training_set sppo.training.train "
     "sppo.training.trainer sppo.training.average sppo.evaluation.report sppo.evaluation.page.page"
 ).split()

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import cli
 from sppo.command.errors import UsageError, run_main
-from sppo.launch.resources import Place, add_place_flags
 from sppo.recipe import KEYS
 
 
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="where all of it is written")
     parser.add_argument("--knockout", action="store_true", help="n-1 comparisons a prompt, not n(n-1)/2")
     parser.add_argument("--overwrite", action="store_true", help="rank and choose again; the responses stay")
-    add_place_flags(parser)
     parser.add_argument("--data_frac", help="play only these shards of the knock-outs (the launcher's flag)")
     parser.add_argument("--numgpu", type=int, default=1, help="with --data_frac: how many shards there are")
     args, recipe = cli.parse(parser)
@@ -49,7 +47,7 @@ def main() -> None:
             play_shard(recipe, args.output_dir, Slice(0, number, args.numgpu))
         return
     asked = lambda: {p.prompt_id: p.messages for p in load_prompts(recipe.prompts, recipe)}  # noqa: E731 - read late
-    best_of_n(recipe, args.output_dir, Place.of(args), args.knockout, args.overwrite, asked)
+    best_of_n(recipe, args.output_dir, args.knockout, args.overwrite, asked)
 
 
 if __name__ == "__main__":

@@ -18,23 +18,21 @@ from sppo.recipe import KEYS
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS["combine_generate"])
-    cli.add_data_flags(parser)
+    parser = cli.chain_parser(__doc__, KEYS["combine_generate"])
     parser.add_argument("--numgpu", type=int, help="how many shards there are (default: as many as were laid out)")
     parser.add_argument(
         "--gpu_ids", metavar="LIST", help="instead of --numgpu: as many shards as there are names in it"
     )
-    parser.add_argument("--frac_len", type=int, default=0, help="fail unless the shards have this many rows; 0: any")
-    cli.add_prompts_check(parser)
     args, recipe = cli.parse(parser)
+    data_dir = cli.data_dir_of(recipe)
     from sppo.generation.combine import check_prompts, combine
     from sppo.store.shards import known_count
 
     shards = len(args.gpu_ids.split(",")) if args.gpu_ids else args.numgpu
     if shards is None:
-        shards = known_count(args.output_dir / "responses") or 1
-    combine(args.output_dir, shards, recipe.pairs, args.overwrite, args.frac_len)
-    check_prompts(args.output_dir, args.prompts)
+        shards = known_count(data_dir / "responses") or 1
+    combine(data_dir, shards, recipe.pairs, args.overwrite, args.frac_len)
+    check_prompts(data_dir, cli.prompts_by_hand(parser, args))
 
 
 if __name__ == "__main__":

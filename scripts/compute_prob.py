@@ -7,35 +7,35 @@ Writes  <output_dir>/train.parquet, test.parquet and their manifest; prints what
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import cli
-from sppo.command.errors import UsageError, run_main
+from sppo.command.errors import CHILD, UsageError, run_main
 from sppo.recipe import KEYS, require_pairs
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS["compute_prob"])
-    cli.add_data_flags(parser)
-    parser.add_argument("--org", help="push the data sets to this Hub organisation when they are written")
-    parser.add_argument("--name", help="with --org: name of the data sets on the Hub")
-    cli.add_prompts_check(parser)
+    parser = cli.chain_parser(__doc__, KEYS["compute_prob"])
     args, recipe = cli.parse(parser)
+    data_dir = cli.data_dir_of(recipe)
     require_pairs(recipe)
-    if args.org and not args.name:
+    # as the released script does with these flags; in the chain push_to_hub.py does it
+    pushes = "org" in cli.given(parser, args) and CHILD not in os.environ
+    if pushes and not recipe.name:
         raise UsageError("--org needs --name, the data sets' name on the Hub")
     from sppo.generation.combine import check_prompts
     from sppo.pairing.training_set import compute_prob
 
-    check_prompts(args.output_dir, args.prompts)
-    compute_prob(recipe, args.output_dir, args.overwrite)
-    if args.org:
+    check_prompts(data_dir, cli.prompts_by_hand(parser, args))
+    compute_prob(recipe, data_dir, args.overwrite)
+    if pushes:
         from sppo.hub.push import push_data
 
-        push_data(args.output_dir, args.org, args.name, public=False)
+        push_data(data_dir, recipe.org, recipe.name, public=False)
 
 
 if __name__ == "__main__":

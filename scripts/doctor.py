@@ -9,7 +9,6 @@ Writes  nothing but the Hub's cache (HF_HOME). Prints what was found, the plan i
 Exit codes: 0 ready (also: nothing left to do), 1 not ready, 2 wrong use, 130 interrupted.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -20,14 +19,11 @@ from sppo.command.errors import FAILED, run_main
 
 
 def main() -> int:
-    from sppo import loop
+    from sppo.plan import driver_parser, preflight
+    from sppo.run import opened
 
-    args, recipe = cli.parse(loop.parser(__doc__))
-    from sppo.preflight.report import open_run, report
-
-    run = open_run(recipe, args)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tried here is tried on the CPU; the GPUs stay free
-    return FAILED if report(run) else 0
+    _, recipe = cli.parse(driver_parser(__doc__))
+    return FAILED if preflight(opened(recipe)) else 0
 
 
 if __name__ == "__main__":

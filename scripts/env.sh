@@ -1,4 +1,4 @@
-# Sourced by every bash script here: `root`, the Python to use, and the library on its path.
+# Sourced by every bash script here: `root`, the Python to use, the library on its path, and how commands are run.
 # shellcheck shell=bash
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
@@ -10,9 +10,38 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
   fi
 fi
+
 # No file of the current directory runs as a module: `python -m` looks there first, and so does Python for an empty entry
 # of PYTHONPATH.
 PYTHONPATH=:${PYTHONPATH:-}:
 while [[ $PYTHONPATH == *::* ]]; do PYTHONPATH=${PYTHONPATH//::/:}; done
-PYTHONPATH=$root${PYTHONPATH%:} PYTHONSAFEPATH=1
+[[ $PYTHONPATH == ":$root:"* ]] || PYTHONPATH=:$root$PYTHONPATH
+PYTHONPATH=${PYTHONPATH#:} PYTHONPATH=${PYTHONPATH%:} PYTHONSAFEPATH=1
 export PYTHON PYTHONPATH PYTHONSAFEPATH
+
+trap 'exit 130' INT TERM
+# A Python script of this project, to its end. bash hears a signal only when the command before it has ended, so the
+# script is waited for in the background, and a signal to bash ends it in good order.
+run() {
+  local script=$1 command code heard=true
+  shift
+  "$PYTHON" "$root/$script" "$@" &
+  command=$!
+  trap 'heard=true; kill -TERM "$command" 2> /dev/null || true' INT TERM
+  while $heard; do
+    heard=false code=0
+    wait "$command" || code=$?
+  done
+  trap 'exit 130' INT TERM
+  return "$code"
+}
+
+# A push that fails ends a script by hand. It does not end a run, which names at its end what is not on the Hub.
+unless_in_a_run() { [ "$1" = 1 ] && [ -n "${SPPO_RUN:-}" ] || return "$1"; }
+
+# --help of a bash script: the comment at its top, and the flags of the Python script that reads them.
+show_help() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$1"
+  echo
+  "$PYTHON" "$root/$2" --help | sed -n '/^options:/,$p'
+}

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sppo import cli
 from sppo.command.errors import UsageError, run_main
 from sppo.command.values import require_plain_address
-from sppo.launch.resources import add_place_flags
 from sppo.recipe import KEYS, load_recipe
 
 SUITES = ("alpaca_eval", "mt_bench", "open_llm")
@@ -45,7 +44,6 @@ def main() -> None:
                         "--seed, answers each question")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, help="where suites/ goes (default: beside the model of a run)")
     parser.add_argument("--fetch", action="store_true", help="only fetch the questions, for a machine without network")
-    add_place_flags(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="answer and judge again although it was done otherwise"
     )

@@ -16,33 +16,38 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import cli
-from sppo.command.errors import run_main
-from sppo.recipe import KEYS
+from sppo.command.errors import UsageError, run_main
+from sppo.recipe import KEYS, parse_part, require_pairs
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS["generate"])
+    parser = cli.chain_parser(__doc__, KEYS["generate"])
     cli.add_shard_flags(parser)
     parser.add_argument(
-        "--prompts_part", default="0/1", metavar="I/N", help="every N-th prompt from the I-th on (0/1: all)"
+        "--only_prompts",
+        action="store_true",
+        help="only check the flags of generate.sh and read the prompts, before shards want them",
     )
-    parser.add_argument("--world_size", type=int, default=1, help="GPUs that one model is spread over (vllm)")
-    parser.add_argument("--only_prompts", action="store_true", help="only read the prompts, before shards want them")
     args, recipe = cli.parse(parser)
+    data_dir = cli.data_dir_of(recipe)
+    if args.only_prompts:
+        require_pairs(recipe)
+        if recipe.org and not recipe.name:
+            raise UsageError("--org needs --name, the data sets' name on the Hub")
     from sppo.generation.shards import generate_shards
     from sppo.generation.source import Source
     from sppo.store.shards import Slice, parse_shards
 
-    part = cli.parse_part(args.prompts_part)
+    part = parse_part(recipe.prompts_part)
     if args.only_prompts:
-        source = Source.of(recipe, part, args.output_dir)
+        source = Source.of(recipe, part, data_dir)
         if not args.overwrite:
-            source.refuse_others(args.output_dir, args.frac_len)
-        source.keep(args.output_dir)
+            source.refuse_others(data_dir, args.frac_len)
+        source.keep(data_dir)
         print(f"generate: {source.total} prompts")
         return
     shards = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]
-    generate_shards(recipe, args.output_dir, shards, part, args.world_size, args.overwrite)
+    generate_shards(recipe, data_dir, shards, part, recipe.world_size, args.overwrite)
 
 
 if __name__ == "__main__":

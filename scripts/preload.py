@@ -18,13 +18,10 @@ from sppo.recipe import KEYS
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS["preload"])
-    parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to pin the ranker for rank.py")
-    parser.add_argument("--overwrite", action="store_true", help="pin it although another ranker began the ranking")
-    args, recipe = cli.parse(parser)
+    args, recipe = cli.parse(cli.chain_parser(__doc__, KEYS["preload"]))
     from sppo.rankers import preload
 
-    preload(recipe, args.output_dir, args.overwrite)
+    preload(recipe, Path(recipe.data_dir) if recipe.data_dir else None, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -24,28 +24,43 @@ from sppo.recipe import KEYS
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS["push_to_hub"])
-    parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to push the data")
-    parser.add_argument("--model_dir", type=Path, help="the iteration's model, to push the model")
-    parser.add_argument("--name", required=True, help="the model's name and part of the data sets': mistral-sppo-iter1")
+    of_model = "--what=model" in sys.argv
+    parser = cli.chain_parser(__doc__, KEYS["push_to_hub"], "model_dir" if of_model else "data_dir")
+    parser.add_argument(
+        "--what", choices=["data", "model"], help="in the chain: push this, if --org (--push_model) asks"
+    )
     args, recipe = cli.parse(parser)
-    if not recipe.org:
-        raise UsageError("--org is missing: the organisation or user to push to")
-    if not (args.output_dir or args.model_dir):
-        raise UsageError("--output_dir or --model_dir is missing: what to push")
-    from sppo.hub.push import command, push_data, push_model
+    given = cli.given(parser, args)
+    if args.what:
+        is_asked = bool(recipe.org) if args.what == "data" else recipe.push_model
+        if not is_asked:
+            return
+        places = {f"{args.what}_dir"}
+    else:
+        places = {"data_dir", "model_dir"} & given.keys()
+        if not recipe.org:
+            raise UsageError("--org is missing: the organisation or user to push to")
+        if not places:
+            raise UsageError("--output_dir or --model_dir is missing: what to push")
+    if not recipe.name:
+        raise UsageError("--name is missing: the name on the Hub")
+    from sppo.hub.push import command, note_failure, push_data, push_model
 
-    what = (recipe.org, args.name, recipe.public)
+    data_dir = Path(recipe.data_dir) if "data_dir" in places else None
+    model_dir = Path(recipe.model_dir) if "model_dir" in places else None
+    what = (recipe.org, recipe.name, recipe.public)
     try:
-        if args.output_dir:
-            push_data(args.output_dir, *what)
-        if args.model_dir:
-            push_model(args.model_dir, *what)
+        if data_dir:
+            push_data(data_dir, *what)
+        if model_dir:
+            push_model(model_dir, *what)
     except UsageError:
         raise
     except SPPOError as error:
-        again = shlex.join(command(*what, args.output_dir, args.model_dir))
+        again = shlex.join(command(*what, data_dir, model_dir))
+        note_failure([data_dir, model_dir], again)
         raise SPPOError(f"{error}\nNothing here is lost. To push it, run:\n  {again}") from None
+    note_failure([data_dir, model_dir], "")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from sppo.recipe import KEYS, require_pairs
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS["rank"])
+    parser = cli.chain_parser(__doc__, KEYS["rank"])
     cli.add_shard_flags(parser)
     parser.add_argument("--gpu", help="the GPU to use, as CUDA_VISIBLE_DEVICES names it (default: as it is set)")
-    cli.add_prompts_check(parser)
     args, recipe = cli.parse(parser)
+    data_dir = cli.data_dir_of(recipe)
     require_pairs(recipe)
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
@@ -37,9 +37,9 @@ def main() -> None:
     from sppo.ranking.shards import rank_shards
     from sppo.store.shards import Slice, parse_shards
 
-    check_prompts(args.output_dir, args.prompts)
+    check_prompts(data_dir, cli.prompts_by_hand(parser, args))
     parts = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]
-    rank_shards(recipe, args.output_dir, parts, args.overwrite)
+    rank_shards(recipe, data_dir, parts, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,16 @@ from sppo.recipe import KEYS, load_recipe
 
 
 def main() -> None:
-    parser = cli.make_parser(__doc__, KEYS["win_matrix"])
-    parser.add_argument("--run_dir", type=Path, required=True, help="the run's directory")
-    parser.add_argument("--overwrite", action="store_true", help="compare again although another ranker did")
+    parser = cli.chain_parser(__doc__, KEYS["win_matrix"], output_dir="")
     args = parser.parse_args()
-    if not args.run_dir.is_dir():
-        raise SPPOError(f"--run_dir {args.run_dir}: no such directory")
-    written = args.run_dir / "iter1" / "recipe.yaml"
-    recipe = load_recipe(args.recipe or (str(written) if written.exists() else None), cli.given(parser, args))
+    run_dir = cli.require_dir("--run_dir", args.run_dir or "")
+    if not run_dir.is_dir():
+        raise SPPOError(f"--run_dir {run_dir}: no such directory")
+    first = run_dir / "iter1" / "recipe.yaml"
+    recipe = load_recipe(args.recipe or (first if first.exists() else None), cli.given(parser, args))
     from sppo.evaluation.matrix import print_matrix, win_matrix
 
-    print_matrix(win_matrix(recipe, args.run_dir, args.overwrite))
+    print_matrix(win_matrix(recipe, run_dir, args.overwrite))
 
 
 if __name__ == "__main__":

@@ -126,10 +126,33 @@ class Recipe:
         "", "a measure for the report, module:function(prompt, answer) -> {name: numbers}; it shows each name's mean"
     )
     base_perplexity: bool = _key(False, "report the first model's perplexity of the answers too")
+    evaluate: bool = _key(False, "at the end, compare all iterations' models with each other: the win matrix")
     # the Hub
     org: str = _key("", "Hub organisation or user to push each iteration's data to; empty: nothing is pushed")
+    name: str = _key("", "name on the Hub of what is pushed, and of the run; empty: the model's name")
     public: bool = _key(False, "let everybody see what is pushed")
     push_model: bool = _key(False, "push each iteration's model to --org too")
+    # where processes run
+    gpus: str = _key("auto", "the GPUs: 0,2,5, or auto for all, or none for the CPU; on a cluster auto or none")
+    launcher: Literal["local", "slurm", "ray"] = _key("local", "this machine, or a cluster")
+    world_size: int = _key(1, "GPUs that one model is spread over in generation", 1)
+    shards: int = _key(0, "parts of a stage's work; 0: one a GPU or group of GPUs", 0)
+    nodes: int = _key(0, "machines that train together; 0: all there are", 0)
+    ray_address: str = _key("", "ray: the address of the cluster; auto finds it; empty: a cluster made here")
+    gpus_per_node: int = _key(0, "slurm: GPUs that the submitted job asks for on a node", 0)
+    sbatch: str = _key("", 'slurm: more of the flags of sbatch: "--partition=gpu --time=12:00:00"')
+    accelerate_config: str = _key(
+        "",
+        "a YAML, or a name in recipes/accelerate_configs; empty: cpu, one_gpu or zero3. Without GPUs it also says how "
+        "many processes train",
+    )
+    # directories, and which iteration this is; a driver sets all but run_dir
+    run_dir: str = _key("", "the run's directory; empty: runs/<name>")
+    iteration: int = _key(0, "the iteration's number", 0)
+    prompts_part: str = _key("0/1", "I/N: every N-th prompt from the I-th on")
+    data_dir: str = _key("", "$DATA: where an iteration's responses, rankings and training set are")
+    dataset: str = _key("", "what to train on: $DATA, a train.parquet, or a data set on the Hub; empty: data_dir")
+    model_dir: str = _key("", "where the trained model appears")
 
 
 _ASKING = (
@@ -141,26 +164,31 @@ _DRAWING = (
     "model model_revision trust_remote_code prompt_column prompt_split maxlen engine temperature top_p seed "
     "prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
 ).split()
-# The settings that each script reads. They are its flags, and generate.sh and pipeline.sh pass them on.
+_PROCESSES = "gpus launcher world_size shards nodes ray_address".split()
+# The settings that each script reads; its --help shows them first.
 KEYS: dict[str, list[str]] = {
-    "generate": ["prompts", "prompts_revision", "pairs", *_DRAWING],
-    "combine_generate": ["pairs"],
-    "preload": [key for key in _ASKING if key != "trust_remote_code"],
-    "rank": ["pairs", *_ASKING, *_RANKING],
-    "compute_prob": ["pairs", "estimator", "length_penalty", "test_size", "seed", "keep_degenerate"],
-    "push_to_hub": ["org", "public"],
+    "launch": [*_PROCESSES, "accelerate_config"],
+    "generate": ["data_dir", "prompts", "prompts_revision", "prompts_part", "pairs", "world_size", *_DRAWING],
+    "combine_generate": ["data_dir", "pairs"],
+    "preload": ["data_dir", *(key for key in _ASKING if key != "trust_remote_code")],
+    "rank": ["data_dir", "pairs", *_ASKING, *_RANKING],
+    "compute_prob": ["data_dir", "pairs", "estimator", "length_penalty", "test_size", "seed", "keep_degenerate"],
+    "push_to_hub": ["data_dir", "model_dir", "org", "name", "public", "push_model"],
     "train": (
-        "model model_revision trust_remote_code prompts_revision global_batch_size batch_size accumulate "
+        "dataset model_dir iteration model model_revision trust_remote_code prompts_revision "
+        "global_batch_size batch_size accumulate "
         "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta anchor anchor_model "
         "anchor_revision label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
         "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
         "chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
     ).split(),
-    "best_of_n": list(dict.fromkeys(["prompts", "prompts_revision", "estimator", *_DRAWING, *_ASKING, *_RANKING])),
-    "win_matrix": ["judge", *dict.fromkeys([*_ASKING, *_RANKING])],
-    "evaluate": [key for key in _DRAWING if key not in ("prompt_column", "prompt_split")],
+    "best_of_n": list(
+        dict.fromkeys([*_PROCESSES, "prompts", "prompts_revision", "estimator", *_DRAWING, *_ASKING, *_RANKING])
+    ),
+    "win_matrix": ["run_dir", "judge", *dict.fromkeys([*_ASKING, *_RANKING])],
+    "evaluate": [*_PROCESSES, *(key for key in _DRAWING if key not in ("prompt_column", "prompt_split"))],
     "report": [
-        *("eval_prompts", "eval_pairs", "judge", "measure", "base_perplexity"),
+        *("run_dir", "iteration", *_PROCESSES, "eval_prompts", "eval_pairs", "judge", "measure", "base_perplexity"),
         *dict.fromkeys([*_DRAWING, *_ASKING, *_RANKING]),
     ],
 }
@@ -264,11 +292,38 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
             refuse_secrets(f"{where}: {name}", value)
             values[name] = _convert(name, value, where)
     recipe = Recipe(**values)
+    _require_consistent(recipe)
+    return recipe
+
+
+def _require_consistent(recipe: Recipe) -> None:
+    """Raises UsageError for settings that contradict each other, whatever is done with them."""
     require_plain_address("--ranker_url", recipe.ranker_url)
     require_whole_hold_out(recipe)
+    parse_part(recipe.prompts_part)
     if recipe.temperature < 0.01 and recipe.pairs > 1:
         raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
-    return recipe
+    if (recipe.public or recipe.push_model) and not recipe.org:
+        raise UsageError(f"--{'public' if recipe.public else 'push_model'} needs --org, where to push to")
+
+    # where processes run
+    if recipe.ray_address and recipe.launcher != "ray":
+        raise UsageError("--ray_address is for --launcher ray")
+    if recipe.launcher != "slurm" and (recipe.gpus_per_node or recipe.sbatch):
+        raise UsageError("--gpus_per_node and --sbatch are for --launcher slurm")
+    if recipe.launcher == "local" and recipe.nodes > 1:
+        raise UsageError(f"--nodes {recipe.nodes}: --launcher local is one machine; take slurm or ray")
+    is_listed = recipe.gpus != "auto" and set(recipe.gpus.split(",")) != {"none"}
+    if recipe.launcher != "local" and is_listed:
+        raise UsageError(f"--gpus {recipe.gpus}: {recipe.launcher} gives each process its GPUs; auto, or none")
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "1/3" as (1, 3). Raises UsageError."""
+    numbers = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    if not numbers or int(numbers[1]) >= int(numbers[2]):
+        raise UsageError(f"--prompts_part {text!r}: two numbers like 0/3, the first below the second")
+    return int(numbers[1]), int(numbers[2])
 
 
 def require_whole_hold_out(recipe: Recipe) -> None:

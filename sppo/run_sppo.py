@@ -26,9 +26,14 @@ from sppo.command.errors import DONE, die_with_parent, leave, run_main
 
 
 def main(argv: list[str] | None = None) -> None:
+    from sppo import cli
+    from sppo.recipe import KEYS
     from sppo.training.settings import prepare
 
-    training = prepare(argv, int(os.environ.get("WORLD_SIZE", 1)), __doc__)
+    parser = cli.chain_parser(__doc__, KEYS["train"], "model_dir")
+    parser.add_argument("recipe_file", nargs="?", help="the recipe, as a first argument instead of --recipe")
+    args, recipe = cli.parse(parser, argv)
+    training = prepare(recipe, int(os.environ.get("WORLD_SIZE", 1)), args.overwrite)
     if training.is_done():
         return
     from sppo.training.train import train

@@ -23,8 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.command.errors import run_main
-from sppo.launch import __main__ as launch
 from sppo.schema import responses_schema
 from sppo.store.parquet import write_parquet
 
@@ -49,8 +47,6 @@ def call(command: list[str], environment: dict[str, str | None]) -> tuple[int, s
     try:
         leaves = mock.patch("sppo.command.errors.leave", sys.exit)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), leaves:
-            if command[0] == "sppo.launch":
-                run_main(launch.main)
             runpy.run_path(str(tiny.ROOT / command[0]), run_name="__main__")
         code = 0
     except SystemExit as stop:
@@ -200,7 +196,7 @@ class World:
 
     def loop(self, *flags: Any) -> list[str]:
         own = [f"--model={self.models / 'llama3'}", f"--prompts={self.good()}", f"--run_dir={self.d / 'run'}"]
-        return ["scripts/run.py", *own, "--gpus=none", *map(str, flags)]
+        return ["scripts/plan.py", *own, "--gpus=none", *map(str, flags)]
 
 
 # what is done to a file

@@ -10,6 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sppo import cli
+from sppo.recipe import KEYS
+from sppo.training.settings import Training, prepare
+
 WORDS = "red blue ball dog house river market None sky return".split()
 # settings small enough for a test, on top of demo.yaml
 SMALL = ("--recipe=recipes/sppo/demo.yaml", "--global_batch_size=8", "--batch_size=2", "--learning_rate=1e-3")
@@ -53,3 +57,9 @@ def write(directory: Path, made: list[dict[str, Any]]) -> Path:
 def metrics(model: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a trained model, or of a training that is under way."""
     return [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
+
+
+def asked(words: list[str], processes: int) -> Training:
+    """The training that sppo/run_sppo.py would do with these flags."""
+    parser = cli.chain_parser("", KEYS["train"], "model_dir")
+    return prepare(cli.parse(parser, [*SMALL, *words])[1], processes)

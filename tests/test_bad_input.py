@@ -157,11 +157,11 @@ FLAGS: list[Case] = [
     ("data_frac beyond", lambda w: w.generate(w.good(), "--data_frac=3", "--numgpu=2"), 2, "beyond --numgpu 2"),
     ("frac_len below 0", lambda w: w.generate(w.good(), "--frac_len=-1"), 2, "0 or more"),
     ("no shards", lambda w: w.combine(w.d / "out", "--numgpu=0"), 2, "--numgpu"),
-    ("a GPU without a name", lambda w: ["sppo.launch", "shards", "--gpus=0,,1"], 2, "a list like 0,2,5"),
-    ("a GPU twice", lambda w: ["sppo.launch", "shards", "--gpus=0,0"], 2, "named twice"),
-    ("GPUs that do not divide", lambda w: ["sppo.launch", "shards", "--gpus=0,1,2", "--world_size=2"], 2, "does not divide"),
-    ("launch with a typo", lambda w: ["sppo.launch", "shards", "--gpu=0"], 2, "--gpu"),
-    ("launch of nothing", lambda w: ["sppo.launch", "shards", "--gpus=none"], 2, "no command"),
+    ("a GPU without a name", lambda w: _shards(w, "--gpus=0,,1"), 2, "a list like 0,2,5"),
+    ("a GPU twice", lambda w: _shards(w, "--gpus=0,0"), 2, "named twice"),
+    ("GPUs that do not divide", lambda w: _shards(w, "--gpus=0,1,2", "--world_size=2"), 2, "does not divide"),
+    ("launch with a typo", lambda w: _shards(w, "--gpuss=0"), 2, "did you mean --gpus"),
+    ("launch of nothing", lambda w: ["scripts/launch.py", "--gpus=none"], 2, "the script to run"),
     ("no such accelerate config", lambda w: _launch(w, "--accelerate_config=zero9"), 2, "the project brings"),
     ("accelerate config for GPUs", lambda w: _launch(w, "--accelerate_config=zero3"), 2, "is for GPUs"),
     ("accelerate config that is none", lambda w: _launch(w, f"--accelerate_config={w.file('c.yaml', '- a')}"), 2, "accelerate config"),
@@ -358,8 +358,11 @@ def _report(w: World, *flags: str) -> list[str]:
 def _launch(w: World, *flags: str, **environment: str) -> list[str]:
     for name, value in environment.items():
         w.patch.setenv(name, value)
-    own = ["sppo.launch", "train", "--gpus=none", f"--logs={w.d / 'logs'}", *flags, "--"]
-    return [*own, *w.train()[1:]]
+    return ["scripts/launch.py", *w.train(), "--gpus=none", f"--logs={w.d / 'logs'}", *flags]
+
+
+def _shards(w: World, *flags: str) -> list[str]:
+    return ["scripts/launch.py", "scripts/generate.py", f"--output_dir={w.d}", *flags]
 
 
 GROUPS = {
@@ -399,8 +402,8 @@ def test_processes_end_with_the_same_codes(models: Path, tmp_path: Path) -> None
     generate = ["scripts/generate.py", "--model", model, "--output_dir", tmp_path / "out"]
     for command, code, message in (
         ([*generate, "--prompts", prompts], 1, "no such file"),
-        (["scripts/generate.sh", "--model", model, "--prompt", prompts], 2, "--out_path is missing"),
-        (["scripts/generate.sh", "--out_path"], 2, "--out_path needs a value"),
+        (["scripts/generate.sh", "--model", model, "--prompt", prompts], 2, "--output_dir (--out_path) is missing"),
+        (["scripts/generate.sh", "--out_path"], 2, "--out_path/--output_dir needs a value"),
         (["scripts/pipeline.sh", "--dataset=d", "--output_dir", tmp_path / "m", "word"], 2, "word is not a flag"),
     ):
         done = tiny.run(*command)

@@ -16,14 +16,15 @@ import pytest
 import tiny
 from bad_input import World, call, edit
 
-from sppo import loop
+from sppo import cli, plan
 from sppo.command.console import Console
 from sppo.command.errors import NO_OVERWRITE, SPPOError, UsageError
 from sppo.command.values import refuse_secrets
 from sppo.evaluation.measures import ask
 from sppo.evaluation.suites.alpaca_eval import completions, has_letter
-from sppo.launch import chain
+from sppo.plan import driver_parser
 from sppo.rankers.function import load_function
+from sppo.recipe import KEYS
 
 
 @pytest.fixture
@@ -74,10 +75,11 @@ def test_a_home_directory_is_one_in_every_flag_and_recipe(world: World) -> None:
     assert code == 0, said
     assert pq.read_table(world.d / "out" / "responses.parquet").num_rows == 2
     assert not (tiny.ROOT / "~").exists()
-    driver = loop.parser("").parse_args(["--run_dir=~/run", "--model=~/m", "--system_prompt=~/is text"])
-    assert (driver.run_dir, driver.model, driver.system_prompt) == (world.d / "run", f"{world.d}/m", "~/is text")
-    made = chain.pipeline_parser().parse_args(["--dataset=~/d", "--output_dir=~no-such-user/o", "--logs=~/l"])
-    assert (made.dataset, made.output_dir, made.logs) == (f"{world.d}/d", Path("~no-such-user/o"), world.d / "l")
+    driver = driver_parser("").parse_args(["--run_dir=~/run", "--model=~/m", "--system_prompt=~/is text"])
+    assert (driver.run_dir, driver.model, driver.system_prompt) == (f"{world.d}/run", f"{world.d}/m", "~/is text")
+    parser = cli.chain_parser("", KEYS["train"], "model_dir")
+    made = parser.parse_args(["--dataset=~/d", "--output_dir=~no-such-user/o", "--logs=~/l"])
+    assert (made.dataset, made.model_dir, made.logs) == (f"{world.d}/d", "~no-such-user/o", world.d / "l")
 
 
 def test_a_console_is_a_stream_with_all_that_streams_have() -> None:
@@ -187,8 +189,8 @@ def test_a_command_without_overwrite_does_not_advise_it(world: World) -> None:
         code, said = call(world.generate(world.good(), "--temperature=0.5"), environment)
         assert (code, "--overwrite" in said, "move away what is named here" in said) == (1, has_it, not has_it), said
     seen: list[str] = []
-    world.patch.setattr(loop, "_preflight", lambda *_: seen.append(os.environ[NO_OVERWRITE]) or 2)
-    assert call(world.loop(), {})[0] == 2
+    world.patch.setattr(plan, "preflight", lambda *_: seen.append(os.environ[NO_OVERWRITE]) or 2)
+    assert call(world.loop(), {})[0] == 1
     assert seen == ["1"]
 
 

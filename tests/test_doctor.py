@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -16,9 +15,10 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from sppo import cli, loop
+from sppo import cli, run
 from sppo.command.errors import SPPOError, UsageError
 from sppo.models import chat
+from sppo.plan import driver_parser
 from sppo.preflight import generation, machine, training
 from sppo.preflight import report as doctor
 from sppo.preflight.findings import Findings, Run, size
@@ -48,9 +48,8 @@ def flags_of(models: Path, tmp_path: Path, *more: str | Path) -> list[str]:
 
 
 def opened(models: Path, tmp_path: Path, *more: str | Path) -> Run:
-    args, recipe = cli.parse(loop.parser(""), flags_of(models, tmp_path, *more))
-    assert isinstance(args, argparse.Namespace)
-    return doctor.open_run(recipe, args)
+    _, recipe = cli.parse(driver_parser(""), flags_of(models, tmp_path, *more))
+    return doctor.open_run(run.opened(recipe))
 
 
 def examined(models: Path, tmp_path: Path, *more: str | Path) -> Found:
@@ -403,7 +402,7 @@ def test_only_what_is_left_is_looked_at(models: Path, tmp_path: Path) -> None:
     assert (load.responses(3), load.comparisons(3), load.rows, load.steps) == (0, 0, 50, 4)
     assert generation.data_bytes(load, 2000) == 0
     with exclusive(tmp_path / "run"):  # somebody is at work on it
-        done = tiny.run("scripts/run.py", *flags_of(models, tmp_path, *flags))
+        done = tiny.run("scripts/run.sh", *flags_of(models, tmp_path, *flags))
     assert done.returncode == 1
     assert "another run is at work" in done.stderr
     assert "preflight" not in done.stdout

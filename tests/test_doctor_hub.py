@@ -15,13 +15,14 @@ from sppo.preflight.findings import size
 
 ASK_THE_HUB = """
 import sys
-from sppo import cli, loop
+from sppo import cli, run
+from sppo.plan import driver_parser
 from sppo.preflight import report as doctor
 from sppo.command.errors import SPPOError
 from sppo.preflight.hub import check_hub
-args, recipe = cli.parse(loop.parser(""), sys.argv[1:])
+_, recipe = cli.parse(driver_parser(""), sys.argv[1:])
 try:
-    for finding in check_hub(doctor.open_run(recipe, args)):
+    for finding in check_hub(doctor.open_run(run.opened(recipe))):
         print(finding.level, finding.text)
 except SPPOError as error:
     print("no", error)

@@ -188,7 +188,7 @@ def test_killed_at_ten_moments_it_ends_the_same(recipe: Recipe, tmp_path: Path) 
     recipe.maxlen = 12
     undisturbed = generate(recipe, tmp_path / "calm", 2)
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "sppo.launch", "shards", "--gpus=none,none", f"--logs={tmp_path / 'logs'}", "--"]
+    command = [sys.executable, "tests/shards.py", "--gpus=none,none", f"--logs={tmp_path / 'logs'}", "--"]
     command += [sys.executable, str(tiny.ROOT / "scripts/generate.py"), *flags(output_dir=out, engine="transformers")]
     command += flags(**{k: getattr(recipe, k) for k in ("model", "prompts", "pairs", "maxlen", "temperature", "top_p")})
     rng, kept, seen = random.Random(0), 0, set()

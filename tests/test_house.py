@@ -99,7 +99,7 @@ def test_every_name_that_is_imported_exists() -> None:
 
 def test_only_the_commands_and_the_contract_stand_at_the_top() -> None:
     top = {path.stem for path in SPPO.glob("*.py")}
-    assert top == {"__init__", "run_sppo", "loop", "recipe", "cli", "schema"}
+    assert top == {"__init__", "run_sppo", "plan", "run", "recipe", "cli", "schema"}
 
 
 def test_no_file_is_too_long_to_read() -> None:
@@ -121,7 +121,7 @@ def test_every_column_has_a_meaning() -> None:
 
 def test_every_setting_is_read_by_a_script() -> None:
     """A key that no script reads would be a setting that changes nothing."""
-    by_the_loop = {"iterations", "split_prompts", "push_model"}
+    by_the_loop = {"iterations", "split_prompts", "evaluate", "gpus_per_node", "sbatch"}
     read = {key for keys in recipe.KEYS.values() for key in keys}
     assert read | by_the_loop == set(recipe.Recipe.__dataclass_fields__)
     assert set(IDENTITY) <= set(recipe.KEYS["train"])
@@ -159,12 +159,12 @@ def test_a_python_without_the_packages_gives_way_to_the_venv(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["compute_prob.py", "run.py", "rank.py"])
+@pytest.mark.parametrize("script", ["compute_prob.py", "plan.py", "rank.py"])
 def test_a_python_without_the_packages_and_no_venv_is_one_line(tmp_path: Path, script: str) -> None:
     copy = tmp_path / "copy"
     for folder in ("sppo", "scripts", "recipes"):
         shutil.copytree(tiny.ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    flags = {"run.py": ["--skip_preflight"]}.get(script, ["--output_dir", str(tmp_path)])
+    flags = {"plan.py": ["--skip_preflight"]}.get(script, ["--output_dir", str(tmp_path)])
     done = subprocess.run(
         [bare_python(tmp_path), copy / "scripts" / script, *flags], capture_output=True, text=True, cwd=copy
     )

@@ -25,8 +25,8 @@ import tiny
 from bad_input import call
 from test_ranking import write_responses
 
-from sppo import cli, loop
-from sppo.cli import flags
+from sppo import cli
+from sppo import run as runs
 from sppo.command.errors import SPPOError, UsageError
 from sppo.evaluation import best, report
 from sppo.evaluation.matrix import match_stages, win_matrix
@@ -37,13 +37,13 @@ from sppo.generation.combine import combine, combine_stage
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
-from sppo.launch.resources import Place
 from sppo.launch.watch import run_shards
 from sppo.models.policy import policy_of
 from sppo.pairing.training_set import compute_prob, pairing_stage
+from sppo.plan import driver_parser
 from sppo.rankers import preload
 from sppo.ranking.shards import rank_shards, rank_stage
-from sppo.recipe import KEYS, Recipe
+from sppo.recipe import KEYS, Recipe, load_recipe
 from sppo.schema import responses_schema
 from sppo.store.directories import work_of
 from sppo.store.files import read_json, write_json
@@ -162,7 +162,7 @@ def test_another_judge_does_not_drop_what_is_paid_for(tmp_path: Path, server: tu
     requests = [{"messages": [{"role": "user", "content": f"answer {n}"}], "temperature": 0} for n in range(8)]
 
     def judged(name: str, overwrite: bool = False) -> list[dict[str, Any]]:
-        order = Order("mt_bench", Recipe(), tmp_path, Place(), "", url, name, overwrite)
+        order = Order("mt_bench", Recipe(), tmp_path, "", url, name, overwrite)
         judge = Judge(order)
         judge.refuse_another()
         return judge.choices(requests, lambda choice: "[[5]]" in str(choice), "a rating")
@@ -373,7 +373,13 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "maxlen temperature top_p prompt_seeds system_prompt chat_template_kwargs".split(), OWN
     ),
 }
+# where a stage's work is done, and what it is called: no result depends on it; what it reads there is in the identity
+WHERE = set(
+    "gpus launcher world_size shards nodes ray_address gpus_per_node sbatch accelerate_config name run_dir iteration "
+    "prompts_part data_dir dataset model_dir".split()
+)
 NOT_IN_A_STAGE = {
+    "evaluate": "asks for the win matrix, or not",
     "iterations": "how many iterations there are changes none of them",
     "split_prompts": "decides which prompts an iteration reads, and their fingerprint is in the identity",
     **dict.fromkeys(("org", "public", "push_model"), "decides what is pushed, which pushed.json remembers"),
@@ -434,12 +440,11 @@ def drawn_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 
 def training_identity(recipe: Recipe, world: Path) -> list[Stage]:
-    asked = flags(**{key: getattr(recipe, key) for key in KEYS["train"]})
-    return [prepare([*asked, *flags(dataset=world / "train", output_dir=world / "trained")], 2).stage]
+    return [prepare(replace(recipe, dataset=str(world / "train"), model_dir=str(world / "trained")), 2).stage]
 
 
 def report_identity(recipe: Recipe, world: Path) -> list[Stage]:
-    """As sppo/loop.py asks whether an iteration's report is done."""
+    """As sppo/run.py asks whether an iteration's report is done."""
     run = world / "run"
     drawing = replace(recipe, prompts=recipe.eval_prompts, pairs=recipe.eval_pairs)
     by = report.comparing(recipe, run, 1, recipe.model)
@@ -464,7 +469,7 @@ def suite_identity(suite: str) -> Callable[[Recipe, Path], list[Stage]]:
     """The stage that draws a suite's answers, with the settings that the suite gives to scripts/generate.py."""
 
     def identity(recipe: Recipe, world: Path) -> list[Stage]:
-        order = Order(suite, replace(recipe, pairs=1), world / "suites", Place(), "", "", "judge", False)
+        order = Order(suite, replace(recipe, pairs=1), world / "suites", "", "", "judge", False)
         asked: list[Recipe] = []
         conversation = {"1": [{"role": "user", "content": "a"}]}
         question = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
@@ -481,7 +486,7 @@ def suite_identity(suite: str) -> Callable[[Recipe, Path], list[Stage]]:
 
 
 def tasks_identity(recipe: Recipe, world: Path) -> list[Stage]:
-    order = Order("open_llm", recipe, world / "suites", Place(), "", "", "", False)
+    order = Order("open_llm", recipe, world / "suites", "", "", "", False)
     return [open_llm.tasks_stage(order, policy_of(recipe), ["arc"])]
 
 
@@ -546,7 +551,7 @@ def test_each_setting_is_in_the_identity_of_what_it_decides(name: str, world: Pa
 
     first, elsewhere = identity(settings), {**ALWAYS, **ELSEWHERE.get(name, {})}
     missing = {"engine"} if importlib.util.find_spec("vllm") is None else set()
-    for key in set(KEYS[script]) - missing:
+    for key in set(KEYS[script]) - missing - WHERE:
         try:
             changed = identity({**settings, key: others[key]}) != first
         except UsageError:
@@ -561,9 +566,9 @@ def test_the_scenarios_decide_every_setting() -> None:
     scripts = {script for script, *_ in SCENARIOS.values()}
     if set(DECIDED) == scripts:  # else only some of them were run
         for script in scripts:
-            assert set(KEYS[script]) - DECIDED[script] <= {"engine"}, script
+            assert set(KEYS[script]) - DECIDED[script] - WHERE <= {"engine"}, script
     read = {key for script in scripts for key in KEYS[script]}
-    assert read | set(NOT_IN_A_STAGE) == {f.name for f in fields(Recipe)}
+    assert read | set(NOT_IN_A_STAGE) | WHERE == {f.name for f in fields(Recipe)}
 
 
 def test_the_processes_decide_no_row_of_a_micro_batch() -> None:
@@ -610,7 +615,7 @@ def test_a_changed_judge_leaves_no_old_report(tmp_path: Path, rankers: None, mon
         (tmp_path / "a_judge.py").write_text(JUDGE.format(logit))
         importlib.invalidate_caches()
         monkeypatch.delitem(sys.modules, "a_judge", raising=False)
-        report.report(recipe, run, 1, "base", Place(), overwrite)
+        report.report(recipe, run, 1, "base", overwrite)
         matrix = win_matrix(recipe, run)
         return read_json(run / "iter1/eval/report.json")["likes_win_rate"], matrix["judge"]["win_rates"][1][0]
 
@@ -662,16 +667,17 @@ def finished(models: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     run, prompts = tmp_path / "run", tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Why {i}?"} for i in range(4)])
     words = [f"--model={models / 'llama3'}", f"--prompts={prompts}", "--pairs=2", "--maxlen=4", "--engine=transformers"]
     words += ["--ranker=two_rankers:longest", "--recipe=recipes/sppo/demo.yaml", "--iterations=1", "--keep_degenerate"]
-    words = ["scripts/run.py", *words, f"--run_dir={run}", "--gpus=none", "--skip_preflight"]
-    args, recipe = cli.parse(loop.parser(""), words[1:])
+    words = ["scripts/plan.py", *words, f"--run_dir={run}", "--gpus=none"]
+    recipe = runs.iteration(runs.opened(cli.parse(driver_parser(""), words[1:])[1]), 1)
+    words.append("--skip_preflight")
     data, model = run / "iter1" / "data", run / "iter1" / "model"
     generate_shards(recipe, data, [Slice(0, 0)], (0, 1), 1, False)
     rank_shards(recipe, data, [Slice(0, 0)], False)
     compute_prob(recipe, data, False)
     shutil.copytree(models / "llama3", model)
-    (group,) = loop._training_stages(recipe, args, run / "iter1")
+    (group,) = runs.training_stages(recipe)
     replace(group[0], outputs=[model / "model.safetensors"]).finish({}, loss=1.0, beta2_loss=0.1, names={})
-    loop._write_recipe(run / "iter1" / "recipe.yaml", recipe)
+    runs.write(recipe)
     return run, words
 
 
@@ -680,11 +686,10 @@ def test_the_win_matrix_of_a_finished_run_reads_the_settings_of_this_start(
 ) -> None:
     """It read iter1/recipe.yaml, which is written for a step that is not done: a server's old address stayed there."""
     run, words = finished(models, tmp_path)
-    held_out, steps = tiny.write_jsonl(tmp_path / "e.jsonl", [{"prompt": "Why?"}]), []
-    with mock.patch.object(loop, "_run_steps", lambda found, _: steps.extend(found) or sys.exit(0)):
-        call([*words, "--evaluate", f"--eval_prompts={held_out}", "--batch_tokens=777"], {})
-    path, recipe = steps[-1].recipe
-    assert (steps[-1].label, path, recipe.batch_tokens) == ("win matrix", run / "iter1" / "recipe.yaml", 777)
+    held_out = tiny.write_jsonl(tmp_path / "e.jsonl", [{"prompt": "Why?"}])
+    code, said = call([*words, "--evaluate", f"--eval_prompts={held_out}", "--batch_tokens=777"], {})
+    assert code == 0, said
+    assert load_recipe(run / "iter1" / "recipe.yaml").batch_tokens == 777
 
 
 def test_a_refused_command_changes_nothing(models: Path, tmp_path: Path, rankers: None) -> None:
@@ -704,7 +709,7 @@ def test_a_refused_command_changes_nothing(models: Path, tmp_path: Path, rankers
 
     def refuse(cases: list[tuple[str, str]]) -> None:
         before = tree(run)
-        assert {"recipe.yaml", "report.html", "commands.log"} <= {Path(name).name for name in before}
+        assert {"recipe.yaml", "commands.log"} <= {Path(name).name for name in before}
         for flag, message in cases:
             code, said = call([*words, *flag.split()], {})
             assert (code in (1, 2), message in said) == (True, True), said
@@ -754,7 +759,7 @@ def test_another_ranker_is_not_pinned_over_the_one_that_ranked(tmp_path: Path, r
 
 
 def test_other_questions_do_not_take_the_place_of_those_that_are_answered(tmp_path: Path) -> None:
-    order = Order("alpaca_eval", Recipe(), tmp_path, Place(), "", "", "judge", False)
+    order = Order("alpaca_eval", Recipe(), tmp_path, "", "", "judge", False)
     where = tmp_path / "answers" / "alpaca_eval"
 
     def ask(question: str, order: Order = order) -> str:
@@ -800,7 +805,7 @@ def test_a_prompt_without_a_best_response_is_counted_and_has_an_entry(
     monkeypatch.setattr(best, "call", lambda *_: None)
     monkeypatch.setattr(best, "launch", lambda *_: rank_shards(recipe, out, [Slice(0, 0)], False))
     asked = lambda: {p.prompt_id: p.messages for p in load_prompts(recipe.prompts, recipe)}  # noqa: E731 - as the script
-    best.best_of_n(recipe, out, Place(), False, False, asked)
+    best.best_of_n(recipe, out, False, False, asked)
     rows = {row["prompt_id"]: row for row in read_rows(out / "best.parquet", ["prompt_id", "response"])}
     entries = read_json(out / "best.alpaca.json")
     assert [entry["instruction"] for entry in entries] == [text for text in texts if text]

@@ -46,12 +46,10 @@ def test_shards_on_one_cpu_share_its_cores(tmp_path: Path) -> None:
     show = "import os; print('mine:', *sorted(os.sched_getaffinity(0)), os.environ.get('OMP_NUM_THREADS'))"
     command = [
         sys.executable,
-        "-m",
-        "sppo.launch",
-        "shards",
+        "tests/shards.py",
         "--gpus=none,none",
         f"--logs={tmp_path}",
-        "--name=x",
+        "--stage=x",
         "--",
     ]
     tiny.succeed(*command, sys.executable, "-c", show)
@@ -111,9 +109,6 @@ def test_a_library_s_warnings_are_not_taken_for_progress(tmp_path: Path) -> None
     assert overall([log]) == "generate: rows 0 to 9 of 9: 9 to do"
 
 
-CHAIN = [sys.executable, "-m", "sppo.launch.chain"]
-
-
 def test_what_a_rank_raised_is_shown_although_its_launcher_says_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,24 +124,31 @@ def test_what_a_rank_raised_is_shown_although_its_launcher_says_more(
     assert not any("ChildFailedError" in line for line in said)
 
 
-def test_a_flag_of_the_chain_goes_to_every_stage_that_reads_it_and_to_no_other(tmp_path: Path) -> None:
-    awkward = "it's $(touch pwned) `touch pwned`"
-    flags = [f"--model={awkward}", "--prompt=p.jsonl", "--out_path", str(tmp_path / "data"), "--top_p", "0.8"]
-    shown = tiny.succeed(*CHAIN, "generate", *flags, "--pairs=3", "--gpus=none,none")
-    stages = ("generate", "combine_generate", "preload", "rank", "compute_prob", "push_to_hub")
-    print_words = "".join(f'printf "%s\\n" {name} "${{{name}[@]}}" ""; ' for name in stages)
-    bash = subprocess.run(["bash", "-c", f"{shown}\n{print_words}"], capture_output=True, text=True, check=True)
-    words = {part.split("\n")[0]: part.split("\n")[1:] for part in bash.stdout.strip("\n").split("\n\n")}
-    assert {name for name in stages if "--top_p=0.8" in words[name]} == {"generate"}
-    assert {name for name in stages if "--pairs=3" in words[name]} == {
-        "generate",
-        "combine_generate",
-        "rank",
-        "compute_prob",
-    }
-    assert {name for name in stages if f"--model={awkward}" in words[name]} == {"generate", "rank"}
-    assert not [word for word in words["combine_generate"] if "numgpu" in word]  # the launcher notes how many there are
-    assert not any(words["push_to_hub"])
+def test_the_chain_hands_its_flags_on_to_the_letter(tmp_path: Path) -> None:
+    """Seen by a PYTHON that writes its words down: generate.sh is its commands, each with the flags as they came."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/bash\nfor word in "$@"; do printf "%s^" "$word"; done >> {log}; echo >> {log}\n')
+    python.chmod(0o755)
+    flags = [
+        "--model=it's $(touch pwned) `touch pwned`",
+        "--prompt",
+        "p.jsonl",
+        "--top_p",
+        "0.8",
+        "--system_prompt",
+        "",
+    ]
+    tiny.succeed("scripts/generate.sh", *flags, "--out_path", tmp_path / "data", PYTHON=str(python))
+    commands = [line.split("^")[:-1] for line in log.read_text().splitlines()]
+    names = [" ".join(Path(w).name for w in words if w.endswith(".py")) for words in commands]
+    assert names == [
+        "generate.py", "launch.py generate.py", "combine_generate.py", "preload.py", "launch.py rank.py",
+        "compute_prob.py", "push_to_hub.py",
+    ]  # fmt: skip
+    asked = [*flags, "--out_path", str(tmp_path / "data")]
+    for words in commands:
+        first = words.index(asked[0])
+        assert words[first : first + len(asked)] == asked
     assert not list(tiny.ROOT.rglob("pwned"))
 
 
@@ -189,9 +191,7 @@ def command(tmp_path: Path, what: str) -> list[str]:
     (tmp_path / "stage.py").write_text(STAGE)
     launch = [
         sys.executable,
-        "-m",
-        "sppo.launch",
-        "shards",
+        "tests/shards.py",
         "--gpus",
         "none,none,none",
         "--logs",
@@ -201,7 +201,7 @@ def command(tmp_path: Path, what: str) -> list[str]:
         *launch,
         "--logs",
         str(tmp_path / "logs"),
-        "--name",
+        "--stage",
         "s",
         "--",
         sys.executable,
@@ -246,9 +246,9 @@ print("mine:", where["--data_frac"], "of", where["--numgpu"])
 
 def parts(tmp_path: Path, *flags: str) -> list[str]:
     (tmp_path / "parts.py").write_text(PARTS)
-    where = [f"--logs={tmp_path / 'logs'}", "--name=p", f"--shards_dir={tmp_path / 'parts'}", *flags]
+    where = [f"--logs={tmp_path / 'logs'}", "--stage=p", f"--shards_dir={tmp_path / 'parts'}", *flags]
     own = [sys.executable, str(tmp_path / "parts.py"), str(tmp_path / "parts")]
-    return [sys.executable, "-m", "sppo.launch", "shards", *where, "--", *own]
+    return [sys.executable, "tests/shards.py", *where, "--", *own]
 
 
 def test_more_shards_than_devices_go_to_few_processes_first_many_then_few(tmp_path: Path) -> None:

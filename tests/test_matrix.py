@@ -15,8 +15,8 @@ import tiny
 from sppo.command.errors import SPPOError
 from sppo.evaluation.match import Match
 from sppo.evaluation.matrix import compare, interval, length_controlled, matrix_stage, uniform, von_neumann_winner
-from sppo.loop import Step
 from sppo.recipe import load_recipe
+from sppo.run import is_done
 from sppo.schema import responses_schema
 from sppo.store.files import read_json
 
@@ -216,10 +216,10 @@ def test_a_lost_comparison_is_made_again_and_lost_answers_are_named(run: Path, m
     (run / "iter2/eval/against-iter0-ranker.parquet").unlink()
     monkeypatch.syspath_prepend(str(run.parent))
     recipe = load_recipe(None, {"ranker": "mine:longer"})
-    assert not Step("win matrix", [], None, lambda: [[matrix_stage(recipe, run)]]).is_done()
+    assert not is_done([[matrix_stage(recipe, run)]])
     tiny.succeed(*command(run), PYTHONPATH=str(run.parent))
     assert len(asked(run)) == count + 6 * 4 * 2
-    assert Step("win matrix", [], None, lambda: [[matrix_stage(recipe, run)]]).is_done()
+    assert is_done([[matrix_stage(recipe, run)]])
     assert (run / "matrix.json").read_bytes() == before
     (run / "iter1/eval/responses.parquet").unlink()
     refused = tiny.run(*command(run), PYTHONPATH=str(run.parent))

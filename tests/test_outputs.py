@@ -31,7 +31,7 @@ from test_data import data_directory
 from sppo import run_sppo
 from sppo.command.errors import SPPOError, UsageError
 from sppo.hub.push import _model_files, push_model
-from sppo.launch import __main__ as launch
+from sppo.launch import script as launch
 from sppo.models.files import model_identity, tokenizer_files
 from sppo.models.policy import Policy, open_policy
 from sppo.pairing.training_set import compute_prob
@@ -57,7 +57,7 @@ from sppo.store.journal import Journal
 from sppo.store.locks import Held, alone, hold
 from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.average import average
-from sppo.training.settings import Training, prepare
+from sppo.training.settings import Training
 
 
 def state(directory: Path) -> dict[str, bytes]:
@@ -506,10 +506,10 @@ def test_what_is_done_on_a_read_only_disk_is_done(tmp_path: Path, monkeypatch: p
     assert stage(tmp_path / "data", pairs=5).is_done()
     started: list[Any] = []
     monkeypatch.setattr(launch, "run_shards", lambda *words: started.append(words[-1]))
-    words = ["--gpus=none", f"--shards_dir={tmp_path / 'data'}", f"--logs={tmp_path / 'logs'}", "--", "true"]
-    monkeypatch.setattr(sys, "argv", ["launch", "shards", *words])
-    launch.main()
-    assert started == [["true"]]
+    words = ["--gpus=none", f"--output_dir={tmp_path / 'data'}", f"--logs={tmp_path / 'logs'}"]
+    (tmp_path / "data" / "responses").mkdir()
+    launch.launch(["scripts/generate.py", *words], "")
+    assert started == [[sys.executable, str(tiny.ROOT / "scripts/generate.py"), *words]]
 
 
 def test_an_empty_work_directory_that_a_kill_left_goes(tmp_path: Path) -> None:
@@ -545,8 +545,8 @@ def test_what_another_process_has_trained_meanwhile_is_done(
     assert f"train: done: {tmp_path / 'model'}" in capsys.readouterr().out
     assert state(tmp_path) == before
     words = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={tmp_path / 'model'}"]
-    ranks = prepare([*preferences.SMALL, *words, "--batch_size=1"], 2)
-    ranks.stage = prepare([*preferences.SMALL, *words], 1).stage
+    ranks = preferences.asked([*words, "--batch_size=1"], 2)
+    ranks.stage = preferences.asked(words, 1).stage
     with pytest.raises(SPPOError, match="was made by another process meanwhile"), ranks.at_work():
         pass  # the other ranks would wait for this one
 
@@ -716,7 +716,7 @@ def test_a_changed_template_is_copied_again_before_anything_is_drawn_with_it(
     before, template = state(model), model / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant", "tssistant"))
     words = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={model}"]
-    asked = prepare([*preferences.SMALL, *words], 1)
+    asked = preferences.asked(words, 1)
     assert not asked.stage.stands()  # so the driver does not go on to iteration 2, but to this:
     (model / "tokenizer.json").unlink()
     train(models, data, model)

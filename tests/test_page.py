@@ -100,7 +100,7 @@ def make_run(run: Path, iterations: int = 2, apart: float = 1e-6) -> Path:
     for i in range(iterations):  # the last iteration has not been asked
         dump(run / f"iter{i}/suites/mt_bench/figures.json", {**suite, "figures": {"turn 1": 5.25 + i}})
     (run / "logs").mkdir()
-    (run / "logs/commands.log").write_text("2026-01-01 00:00:00 python scripts/run.py --model '<b>'\n")
+    (run / "logs/commands.log").write_text("2026-01-01 00:00:00 bash scripts/run.sh --model '<b>'\n")
     return run
 
 

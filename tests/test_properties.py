@@ -93,7 +93,7 @@ RECIPES = st.fixed_dictionaries({}, optional={f.name: values(f.name) for f in da
 
 @given(RECIPES)
 def test_a_recipe_and_its_flags_come_back(changes: dict[str, Any]) -> None:
-    """As loop.py hands it to the stages: written as YAML, or as --key=value."""
+    """As plan.py hands it to the stages: written as YAML, or as --key=value."""
     made = Recipe(**changes)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "r.yaml"

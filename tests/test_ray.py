@@ -94,12 +94,12 @@ def test_a_ray_node_dies_in_every_stage_and_another_comes(ray: Any, world: Path,
 def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) -> None:
     """A worker of Ray's: Ray starts it again. A shard, a rank or the driver: the same command goes on."""
     run = tmp_path / "run"
-    plan = [(ONE[0], b"scripts/run.py"), (ONE[2], b"rank.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")]
+    plan = [(ONE[0], b"scripts/run.sh"), (ONE[2], b"rank.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.sh")]
     for stage, victim in plan:
         process = drive(ray, world, run)
         tiny.wait_for(process, lambda stage=stage: at_work(run, stage))
         pids = [int(p.parent.name) for p in tiny.processes(run, victim)]
-        os.kill(process.pid if victim == b"scripts/run.py" else pids[-1], signal.SIGKILL)
+        os.kill(process.pid if victim == b"scripts/run.sh" else pids[-1], signal.SIGKILL)
         assert process.wait(120) != 0
         cluster.wait_until(lambda: nothing_left(run), 60)
     process = drive(ray, world, run)
@@ -124,7 +124,7 @@ def test_a_ray_node_with_other_packages_is_named_before_any_work(ray: Any, world
 
 def test_no_cluster_at_the_address_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    words = [sys.executable, "-m", "sppo.launch", "shards", "--launcher=ray", "--gpus=none"]
+    words = [sys.executable, "tests/shards.py", "--launcher=ray", "--gpus=none"]
     words += ["--ray_address=127.0.0.1:9", "--", "true"]
     done = tiny.run(*words)
     assert done.returncode == 1

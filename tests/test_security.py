@@ -187,10 +187,9 @@ def test_no_file_of_the_current_directory_runs(evil: Path, path: str) -> None:
 
 
 def test_a_ranker_of_the_current_directory_runs_in_children_and_nothing_else_there(evil: Path) -> None:
-    """A launch of shards, started by hand with `python -m`, of Python's own -c and of rank.py."""
-    (evil / "sppo.py").unlink()  # Python itself runs it for `python -m sppo.launch`, before any code of ours
+    """A launch of shards, of Python's own -c and of rank.py."""
     data = World(evil.parent, evil, pytest.MonkeyPatch()).responses()
-    launch = [sys.executable, "-m", "sppo.launch", "shards", "--gpus=none", f"--logs={evil.parent / 'logs'}", "--"]
+    launch = [sys.executable, tiny.ROOT / "tests/shards.py", "--gpus=none", f"--logs={evil.parent / 'logs'}", "--"]
     here = {"PYTHONPATH": str(tiny.ROOT)}
     shown = shell(evil, *launch, sys.executable, "-c", "import yaml; print('yaml', yaml.__file__)", **here)
     assert "site-packages" in shown
@@ -210,7 +209,7 @@ def test_controls_of_other_peoples_texts_are_shown_by_name(
     w = World(tmp_path, models, monkeypatch)
     w.file("hostile.py", "def f(*_): raise ValueError('\x1b]0;evil\x07 \u202e')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    log = ["sppo.launch", "shards", "--gpus=none", f"--logs={tmp_path / 'logs'}", "--"]
+    log = ["tests/shards.py", "--gpus=none", f"--logs={tmp_path / 'logs'}", "--"]
     for command in (
         w.generate(w.file("p.jsonl", '{"\\u001b[2Jevil": "a"}')),
         w.rank(w.responses(), tmp_path, "--ranker=hostile:f"),
@@ -223,17 +222,11 @@ def test_controls_of_other_peoples_texts_are_shown_by_name(
         assert not [c for c in said if c != "\n" and unicodedata.category(c) in ("Cc", "Cf")], ascii(said)
 
 
-def test_a_progress_bar_moves_and_a_flag_reaches_bash_to_the_letter(tmp_path: Path) -> None:
+def test_a_progress_bar_moves() -> None:
     shown = io.StringIO()
     console = Console(shown)
     console.write("\r\x1b[Agenerate: 3/4\r")
     assert shown.getvalue() == "\r\x1b[Agenerate: 3/4\\r"
-    text = "one\n\ttwo \x1b[2J \u202e 'three'"
-    line = (
-        f'words=$("{sys.executable}" -m sppo.launch.chain generate "$@"); eval "$words"; printf %s "${{generate[@]}}"'
-    )
-    flags = [f"--system_prompt={text}", "--model=m", "--prompt=p", f"--out_path={tmp_path}"]
-    assert f"--system_prompt={text}--" in shell(tiny.ROOT, "bash", "-c", line, "bash", *flags)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +296,9 @@ def test_a_judges_redirect_sends_no_prompt_to_another_host(status: int, monkeypa
 
 
 def test_no_script_hides_a_library(tmp_path: Path) -> None:
-    """`import doctor` in a user's module is not scripts/doctor.py, nor `import loop` sppo/loop.py."""
+    """`import doctor` in a user's module is not scripts/doctor.py, nor `import plan` sppo/plan.py."""
     (tmp_path / "mine.py").write_text(
-        "import importlib.util\nprint(*map(importlib.util.find_spec, ('doctor', 'loop')))"
+        "import importlib.util\nprint(*map(importlib.util.find_spec, ('doctor', 'plan')))"
     )
     for folder in ("scripts", "sppo"):
         probe = f"import sys; sys.path.insert(0, {str(tiny.ROOT / folder)!r}); import sppo, mine"

@@ -179,7 +179,7 @@ class TestNodes:
         """Two nodes of two GPUs: four shards at once, one GPU each. These GPUs are only named."""
         mine = "os.environ['SLURMD_NODENAME'], os.environ['CUDA_VISIBLE_DEVICES']"
         show = f"import os, time; print('mine:', {mine}); time.sleep(3)"
-        launch = [sys.executable, "-m", "sppo.launch", "shards", "--launcher=slurm", f"--logs={tmp_path}", "--name=x"]
+        launch = [sys.executable, "tests/shards.py", "--launcher=slurm", f"--logs={tmp_path}", "--stage=x"]
         done = in_allocation(slurm, *launch, "--", sys.executable, "-c", show, gpus=True)
         assert done.returncode == 0, done.stderr
         said = [re.search("mine: (.*)", (tmp_path / f"x-{i}.1.log").read_text())[1] for i in range(4)]
@@ -216,14 +216,14 @@ class TestJobs:
         job.wait(lambda: at_work(run, ONE[0]))
         slurm.ask("scancel", job.number)
         assert job.end() == "CANCELLED", job.shown()  # and does not go back into the queue
-        for stage, victim in ((ONE[0], b"--data_frac"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.py")):
+        for stage, victim in ((ONE[0], b"--data_frac"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.sh")):
             job = Job(slurm, world, run, delay=1)
             job.wait(lambda stage=stage, victim=victim: at_work(run, stage) and bool(pids(run, victim)))
             os.kill(pids(run, victim)[-1], signal.SIGKILL)
             assert job.end() == "FAILED", job.shown()
             said.append(job.shown())
         assert re.search(r"generate [0-2] .*; the end of ", said[0])
-        assert "=== iteration 1: train: failed; run the same command again" in said[1]
+        assert "=== iter1: train: failed; run the same command again" in said[1]
         assert Job(slurm, world, run).end() == "COMPLETED"
         assert_same(world, run)
 

@@ -26,7 +26,6 @@ from bad_input import call
 
 from sppo.evaluation.suites import alpaca_eval, mt_bench, open_llm
 from sppo.evaluation.suites.suite import Order, answers, is_iteration
-from sppo.launch.resources import Place
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
 
@@ -298,9 +297,8 @@ def stub() -> Iterator[tuple[type[Stub], str]]:
 @pytest.mark.slow
 def test_a_mixture_answers_each_question_by_one_of_its_models(iteration: Path, models: Path, tmp_path: Path) -> None:
     """Which one, the seed and the question decide; the answer is the one that this model gives alone."""
-    recipe = Recipe(model=str(iteration / "model"), engine="transformers", maxlen=6, pairs=1)
-    place = Place(gpus="none")
-    order = Order("mt_bench", recipe, tmp_path / "mixed", place, "", "", "", False, mixture=(str(models / "qwen3"),))
+    recipe = Recipe(model=str(iteration / "model"), engine="transformers", maxlen=6, pairs=1, gpus="none")
+    order = Order("mt_bench", recipe, tmp_path / "mixed", "", "", "", False, mixture=(str(models / "qwen3"),))
     questions = {f"q{n}": [{"role": "user", "content": f"What is {n}?"}] for n in range(12)}
     mixed = answers(order, questions, "turn1")
     alone = []

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from sppo import cli, loop, rankers, run_sppo
+from sppo import cli, rankers, run, run_sppo
 from sppo.command import stopping
 from sppo.command.errors import INTERRUPTED, SPPOError, _terminated
 from sppo.evaluation.suites import open_llm
@@ -30,6 +30,7 @@ from sppo.models.files import is_adapter, model_identity, weight_shapes
 from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
 from sppo.models.vllm import check_vllm
+from sppo.plan import driver_parser
 from sppo.preflight import report
 from sppo.rankers import reward_model
 from sppo.recipe import Recipe
@@ -262,8 +263,8 @@ def problems(model: Path, tmp_path: Path, *more: str) -> list[str]:
         "--maxlen=24",
     ]
     flags += [f"--recipe={tiny.ROOT / 'recipes/sppo/demo.yaml'}", "--gpus=none", f"--run_dir={tmp_path / 'run'}"]
-    args, recipe = cli.parse(loop.parser(""), [*flags, *more])
-    found = report.examine(report.open_run(recipe, args))
+    _, recipe = cli.parse(driver_parser(""), [*flags, *more])
+    found = report.examine(report.open_run(run.opened(recipe)))
     return [f.text for findings in found.values() for f in findings if f.level == "no"]
 
 

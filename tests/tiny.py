@@ -209,6 +209,9 @@ def wait_until(moment: Callable[[], bool], seconds: float = 240) -> None:
         time.sleep(0.02)  # what lasts for a moment only lasts longer on a slow disk
 
 
+LAUNCHERS = (b"sppo.launch", b"scripts/launch.py", b"tests/shards.py")
+
+
 def processes(directory: Path, name: bytes = b"") -> list[Path]:
     """/proc/<pid>/cmdline of the processes with `directory` in their commands.
 
@@ -220,7 +223,7 @@ def processes(directory: Path, name: bytes = b"") -> list[Path]:
             line = path.read_bytes()
         except OSError:  # it ended meanwhile
             continue
-        if str(directory).encode() in line and name in line and not (name and b"sppo.launch" in line):
+        if str(directory).encode() in line and name in line and not (name and any(each in line for each in LAUNCHERS)):
             found.append(path)
     return found
 

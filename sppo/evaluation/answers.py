@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,21 +11,19 @@ from pathlib import Path
 from sppo.cli import flags
 from sppo.command.errors import INTERRUPTED, NO_OVERWRITE, SPPOError
 from sppo.command.search_path import ROOT, search_path
-from sppo.launch.resources import Place
 from sppo.recipe import KEYS, Recipe
 
 
-def draw(recipe: Recipe, out: Path, logs: Path, place: Place, name: str, overwrite: bool | None = None) -> Path:
+def draw(recipe: Recipe, out: Path, logs: Path, name: str, overwrite: bool | None = None) -> Path:
     """out/responses.parquet: recipe.pairs responses of recipe.model to each of recipe.prompts. `name`: of the logs.
 
     overwrite: None where the command that asks has no such flag for its answers.
     """
-    generate = [sys.executable, str(ROOT / "scripts/generate.py"), *settings(recipe, "generate")]
-    again, told = ["--overwrite"] * bool(overwrite), {NO_OVERWRITE: "1"} if overwrite is None else {}
-    shard = [*generate, *flags(output_dir=out, world_size=place.world_size), *again]
-    launch([*place.flags(), *flags(shards_dir=out / "responses")], logs, name, shard, **told)
+    recipe = dataclasses.replace(recipe, data_dir=str(out))
+    told = {NO_OVERWRITE: "1"} if overwrite is None else {}
+    launch(recipe, "generate", logs, name, bool(overwrite), **told)
     combine = [sys.executable, str(ROOT / "scripts/combine_generate.py"), *settings(recipe, "combine_generate")]
-    call([*combine, *flags(output_dir=out), *again], name, **told)
+    call([*combine, *_overwrite(bool(overwrite))], name, **told)
     return out / "responses.parquet"
 
 
@@ -33,10 +32,19 @@ def settings(recipe: Recipe, script: str) -> list[str]:
     return flags(**{key: getattr(recipe, key) for key in KEYS[script]})
 
 
-def launch(where: list[str], logs: Path, name: str, command: list[str], **more: str) -> None:
-    """Run the shards of `command`; `where`: the launcher's flags. Raises SPPOError where one fails."""
-    words = [sys.executable, "-m", "sppo.launch", "shards", *where, *flags(name=name, logs=logs)]
-    call([*words, "--", *command], name, **more)
+def launch(recipe: Recipe, script: str, logs: Path, name: str, overwrite: bool, **more: str) -> None:
+    """Run scripts/<script>.py (generate or rank) over all devices of the recipe, with what it reads, and where.
+
+    Raises SPPOError where a process fails.
+    """
+    keys = dict.fromkeys([*KEYS["launch"], *KEYS[script]])
+    asked = flags(**{key: getattr(recipe, key) for key in keys}, logs=logs)
+    words = [sys.executable, str(ROOT / "scripts/launch.py"), f"--label={name}", f"scripts/{script}.py"]
+    call([*words, *asked, *_overwrite(overwrite)], name, **more)
+
+
+def _overwrite(is_asked: bool) -> list[str]:
+    return ["--overwrite"] if is_asked else []
 
 
 def call(command: list[str], name: str, **more: str) -> None:

@@ -21,7 +21,6 @@ from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
 from sppo.command.search_path import ROOT
 from sppo.evaluation.answers import call, draw, launch, settings
-from sppo.launch.resources import Place
 from sppo.method.preference import Array, probability, strength
 from sppo.models.files import public_name
 from sppo.rankers import Ranker, backend, log_odds, pinned, unfinished
@@ -55,9 +54,7 @@ class Choice:
     same: int = 0
 
 
-def best_of_n(
-    recipe: Recipe, out: Path, place: Place, knockout: bool, overwrite: bool, asked: Callable[[], Asked]
-) -> None:
+def best_of_n(recipe: Recipe, out: Path, knockout: bool, overwrite: bool, asked: Callable[[], Asked]) -> None:
     """Draw recipe.pairs responses a prompt, choose, and write best.parquet, best.jsonl and best.alpaca.json into `out`.
 
     A prompt without a best response, skipped in generation or without an answer of the ranker, is counted by reason; it
@@ -67,8 +64,7 @@ def best_of_n(
     other settings, before the ranker is asked; `overwrite` ranks and chooses again, and keeps the responses.
     """
     logs = out / "logs"
-    responses = draw(recipe, out, logs, place, "generate")
-    ranking = [*settings(recipe, "rank"), *flags(output_dir=out)]
+    responses = draw(recipe, out, logs, "generate")
     preload = [sys.executable, str(ROOT / "scripts/preload.py"), *settings(recipe, "preload"), *flags(output_dir=out)]
     call([*preload, *["--overwrite"] * overwrite], "preload")
     recipe = pinned(recipe, out)
@@ -82,11 +78,9 @@ def best_of_n(
         stage.begin()  # before the games, so that --overwrite keeps those of a killed try
         own = flags(n=recipe.pairs, output_dir=out)
         play = [sys.executable, str(ROOT / "scripts/best_of_n.py"), *settings(recipe, "best_of_n"), *own, "--knockout"]
-        launch(place.flags(world_size=False), logs, "knock-out", play)
+        call(play, "knock-out")
     else:
-        rank = [sys.executable, str(ROOT / "scripts/rank.py"), *ranking, *["--overwrite"] * overwrite]
-        where = [*place.flags(world_size=False), *flags(shards_dir=out / "ranking")]
-        launch(where, logs, "rank", rank)
+        launch(dataclasses.replace(recipe, data_dir=str(out)), "rank", logs, "rank", overwrite)
         stage.begin()
     rows = list(read_rows(responses, ["prompt_id", "prompt", "responses"]))
     choices, more = _played(recipe, stage, rows) if knockout else (_ranked(recipe, out, rows), {})

@@ -18,7 +18,6 @@ from sppo.evaluation.answers import draw
 from sppo.evaluation.match import iterations_of, judges, match
 from sppo.evaluation.matrix import interval
 from sppo.evaluation.measures import measure
-from sppo.launch.resources import Place
 from sppo.rankers import backend, pinned
 from sppo.rankers.function import load_function
 from sppo.recipe import Recipe
@@ -49,7 +48,7 @@ def report_stage(by: Recipe, run_dir: Path, iteration: int) -> Stage:
     )
 
 
-def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, place: Place, overwrite: bool = False) -> None:
+def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, overwrite: bool = False) -> None:
     """Answer recipe.eval_prompts with the base and with iteration's model, compare, and write summary.json.
 
     Raises SPPOError where another ranker or judge has compared these answers; `overwrite`: they are compared again.
@@ -59,9 +58,9 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, place: Plac
         load_function(recipe.judge, "--judge")  # so that a wrong name is an error now, and not after the work
     if recipe.measure:
         load_function(recipe.measure, "--measure")
-    before = _answers(recipe, run_dir / "iter0", base, place, recipe.model_revision)
+    before = _answers(drawing(recipe, base, recipe.model_revision), run_dir / "iter0")
     here = run_dir / f"iter{iteration}"
-    after = _answers(recipe, here, str(here / "model"), place)
+    after = _answers(drawing(recipe, str(here / "model")), here)
     by = comparing(recipe, run_dir, iteration, base)
     stage = report_stage(by, run_dir, iteration)
     if overwrite or not stage.stands():  # made of the matches, which refuse another ranker or judge, in a moment
@@ -102,11 +101,14 @@ def summary_rows(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _answers(recipe: Recipe, directory: Path, model: str, place: Place, revision: str = "") -> Path:
-    """directory/eval/responses.parquet: eval_pairs responses of a model to each held-out prompt."""
-    asked = {"prompts": recipe.eval_prompts, "prompts_revision": "", "pairs": recipe.eval_pairs}
-    drawing = dataclasses.replace(recipe, model=model, model_revision=revision, **asked)
-    return draw(drawing, directory / "eval", directory / "logs", place, "eval")
+def drawing(recipe: Recipe, model: str, revision: str = "") -> Recipe:
+    """The recipe that draws eval_pairs responses of a model to each held-out prompt."""
+    held_out = {"prompts": recipe.eval_prompts, "prompts_revision": "", "prompts_part": "0/1"}
+    return dataclasses.replace(recipe, model=model, model_revision=revision, pairs=recipe.eval_pairs, **held_out)
+
+
+def _answers(recipe: Recipe, directory: Path) -> Path:
+    return draw(recipe, directory / "eval", directory / "logs", "eval")
 
 
 def _compare(recipe: Recipe, run_dir: Path, iteration: int, overwrite: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 import tempfile
@@ -40,6 +41,21 @@ def command(org: str, name: str, public: bool, output_dir: Path | None = None, m
     places = {"output_dir": output_dir, "model_dir": model_dir}
     made = [sys.executable, str(SCRIPT), *flags(**{k: p.absolute() for k, p in places.items() if p})]
     return [*made, *flags(org=org, name=name), *(["--public"] if public else [])]
+
+
+def note_failure(places: list[Path | None], again: str) -> None:
+    """Keep, beside each place in a run, the command that pushes it, for the end of the run; with "" it is pushed."""
+    for place in filter(None, places):
+        note = place.absolute().parent / f"unpushed-{place.name}.txt"
+        if not again:
+            note.unlink(missing_ok=True)
+        elif "SPPO_RUN" in os.environ:
+            note.write_text(f"{again}\n", encoding="utf-8")
+
+
+def unpushed(run_dir: Path) -> list[str]:
+    """The commands that push what a run could not push."""
+    return [note.read_text(encoding="utf-8").strip() for note in sorted(run_dir.glob("iter*/unpushed-*.txt"))]
 
 
 def check_name(org: str, name: str) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from sppo.command.errors import SPPOError, UsageError
 
+CPU = ""  # the name of the CPU among devices: what CUDA_VISIBLE_DEVICES is where no GPU is to be seen
+
 
 @dataclass
 class GPU:
@@ -34,20 +36,20 @@ def list_gpus() -> list[GPU]:
 
 
 def devices(gpus: str) -> list[str]:
-    """The value of CUDA_VISIBLE_DEVICES for each process; an empty one is the CPU. Raises UsageError."""
+    """The value of CUDA_VISIBLE_DEVICES for each process; CPU for the CPU. Raises UsageError."""
     if gpus == "auto":
         standing = os.environ.get("CUDA_VISIBLE_DEVICES")
         if standing is None:
             standing = ",".join(map(str, range(_gpu_count())))
         found = [d for d in standing.split(",") if d.strip() not in ("", "-1")]
-        return [d.strip() for d in found] or [""]
+        return [d.strip() for d in found] or [CPU]
     names = [name.strip() for name in gpus.split(",")]
     if "" in names or ("none" in names and set(names) != {"none"}):
         raise UsageError(f"--gpus {gpus!r}: a list like 0,2,5, or auto, or none")
     real = [n for n in names if n != "none"]
     if len(set(real)) < len(real):
         raise UsageError(f"--gpus {gpus}: a GPU is named twice")
-    return ["" if n == "none" else n for n in names]
+    return [CPU if n == "none" else n for n in names]
 
 
 def _gpu_count() -> int:
@@ -76,6 +78,6 @@ def refuse_absent(names: list[str]) -> None:
 
 def groups(names: list[str], world_size: int) -> list[str]:
     """GPUs in groups of `world_size` for models larger than one: ["0","1","2","3"], 2 -> ["0,1", "2,3"]."""
-    if world_size < 1 or len(names) % world_size or (world_size > 1 and "" in names):
+    if world_size < 1 or len(names) % world_size or (world_size > 1 and CPU in names):
         raise UsageError(f"--world_size {world_size} does not divide {len(names)} GPUs")
     return [",".join(names[i : i + world_size]) for i in range(0, len(names), world_size)]

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sppo.launch.cores import own
-from sppo.launch.devices import devices, groups, refuse_absent
+from sppo.launch.devices import CPU, devices, groups, refuse_absent
 from sppo.launch.nodes import Answer
 from sppo.launch.processes import environment, start, stop
-from sppo.launch.resources import Place
+from sppo.recipe import Recipe
 
 
 class Launcher:
     """See watch.Launcher. Its tasks are processes."""
 
-    def __init__(self, place: Place, name: str) -> None:
-        self.gpus = devices(place.gpus)
-        self.groups = groups(self.gpus, place.world_size)
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        self.gpus = devices(recipe.gpus)
+        self.groups = groups(self.gpus, recipe.world_size)
         refuse_absent(self.gpus)
 
     def slots(self) -> int:
@@ -29,7 +29,7 @@ class Launcher:
         count, device = len(self.groups), self.groups[slot]
         mine = own(slot, count) if count > 1 else []
         # on GPUs the cores are shared: which of them are near a GPU, the system knows better
-        return start(command, device, log, len(mine), mine if device == "" else None)
+        return start(command, device, log, len(mine), mine if device == CPU else None)
 
     def machines(self) -> tuple[int, list[str]]:
         return 1, self.gpus

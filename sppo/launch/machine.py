@@ -24,6 +24,7 @@ from sppo.cli import flags
 from sppo.command.errors import SPPOError, run_main
 from sppo.command.search_path import ROOT
 from sppo.launch.cores import own
+from sppo.launch.devices import CPU
 from sppo.launch.processes import environment
 from sppo.store.files import read_json, write_json
 from sppo.training.launching import training_config
@@ -78,7 +79,7 @@ def command(args: argparse.Namespace, arguments: list[str]) -> tuple[list[str], 
         words += flags(config_file=path, num_processes=processes, main_process_port=port)
         if args.machines > 1:
             words += flags(num_machines=args.machines, machine_rank=args.rank, main_process_ip=address)
-    return [*words, *train], environment(None, len(own(0, here)) if "" in devices and here > 1 else 0)
+    return [*words, *train], environment(None, len(own(0, here)) if CPU in devices and here > 1 else 0)
 
 
 def _alone(config: dict[str, Any]) -> dict[str, str]:

@@ -17,9 +17,10 @@ from typing import Any
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.importing import is_installed
 from sppo.command.search_path import search_path
+from sppo.launch.devices import CPU
 from sppo.launch.nodes import Answer
 from sppo.launch.processes import GRACE
-from sppo.launch.resources import Place
+from sppo.recipe import Recipe
 from sppo.store.locks import SHARED
 
 _TRIES = 5  # of a task whose machine dies
@@ -133,14 +134,14 @@ class Training:
 class Launcher:
     """See watch.Launcher. Its tasks are Shard and Training."""
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str) -> None:
         if not is_installed("ray"):
             raise SPPOError("--launcher ray: Ray is not installed; pip install '.[ray]'")
         import ray
 
         os.environ[SHARED] = "1"
-        self.place, self.name, self.cpu = place, name, place.gpus != "auto"
-        address = place.ray_address
+        self.recipe, self.name, self.cpu = recipe, name, recipe.gpus != "auto"
+        address = recipe.ray_address
         host, _, port = address.rpartition(":")
         try:
             if host and port.isdecimal():  # Ray itself would try for minutes
@@ -175,13 +176,13 @@ class Launcher:
     def _of_a_node(self) -> int:
         """Slots of the machine that has the fewest."""
         if self.cpu:
-            return len(self.place.gpus.split(","))
-        return min(int(node["Resources"]["GPU"]) for node in self._nodes()) // self.place.world_size
+            return len(self.recipe.gpus.split(","))
+        return min(int(node["Resources"]["GPU"]) for node in self._nodes()) // self.recipe.world_size
 
     def slots(self) -> int:
         if self.cpu:
             return len(self._nodes()) * self._of_a_node()
-        return sum(int(node["Resources"]["GPU"]) // self.place.world_size for node in self._nodes())
+        return sum(int(node["Resources"]["GPU"]) // self.recipe.world_size for node in self._nodes())
 
     def _submit(self, argv: list[str], log: str, **options: Any) -> Any:
         import ray
@@ -194,15 +195,15 @@ class Launcher:
         return remote.remote(argv, env, log, os.getcwd())
 
     def start(self, command: list[str], slot: int, log: Path) -> Shard:
-        share = {"num_cpus": 1} if self.cpu else {"num_gpus": self.place.world_size, "num_cpus": 1}
+        share = {"num_cpus": 1} if self.cpu else {"num_gpus": self.recipe.world_size, "num_cpus": 1}
         return Shard(
             self._submit(command, str(log.absolute()), **share, max_retries=_TRIES - 1, scheduling_strategy="SPREAD")
         )
 
     def machines(self) -> tuple[int, list[str]]:
-        nodes = self.place.nodes or len(self._nodes())
+        nodes = self.recipe.nodes or len(self._nodes())
         if self.cpu:
-            return nodes, [""] * len(self.place.gpus.split(","))
+            return nodes, [CPU] * len(self.recipe.gpus.split(","))
         return nodes, [str(i) for i in range(min(int(node["Resources"]["GPU"]) for node in self._nodes()))]
 
     def train(self, part: list[str], machines: int, log: Path) -> Training:

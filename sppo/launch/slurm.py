@@ -17,10 +17,10 @@ from pathlib import Path
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.search_path import ROOT
-from sppo.launch.devices import groups
+from sppo.launch.devices import CPU, groups
 from sppo.launch.nodes import Answer
 from sppo.launch.processes import environment, start, stop
-from sppo.launch.resources import Place
+from sppo.recipe import Recipe
 from sppo.store.locks import SHARED
 
 # A node may have its Python elsewhere: then the one that scripts/env.sh finds there does the work.
@@ -42,25 +42,25 @@ def _gpus_on_node() -> int:
 class Launcher:
     """See watch.Launcher. Its tasks are srun's processes, which end with the code of what they run."""
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str) -> None:
         if not in_allocation():
             raise UsageError("--launcher slurm works inside an allocation (salloc, sbatch), and this is none")
         if not shutil.which("srun"):
             raise SPPOError("--launcher slurm: there is no srun here")
         os.environ[SHARED] = "1"
         nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"])
-        if place.nodes > nodes:
-            raise UsageError(f"--nodes {place.nodes}: the allocation has {nodes}")
-        self.nodes, self.name = place.nodes or nodes, name
-        if place.gpus == "auto":
+        if recipe.nodes > nodes:
+            raise UsageError(f"--nodes {recipe.nodes}: the allocation has {nodes}")
+        self.nodes, self.name = recipe.nodes or nodes, name
+        if recipe.gpus == "auto":
             count = _gpus_on_node()
             if not count:
                 raise UsageError("this allocation has no GPUs (--gpus-per-node); --gpus none runs on its CPUs")
             self.gpus = [str(i) for i in range(count)]
         else:
-            self.gpus = [""] * len(place.gpus.split(","))
-        self.here = len(groups(self.gpus, place.world_size))  # slots of a node
-        self.world_size = place.world_size
+            self.gpus = [CPU] * len(recipe.gpus.split(","))
+        self.here = len(groups(self.gpus, recipe.world_size))  # slots of a node
+        self.world_size = recipe.world_size
         if (cores := int(os.environ.get("SLURM_CPUS_ON_NODE", self.here))) < self.here:
             said = f"{cores} cores of a node for its {self.here} shards, so that they wait for each other"
             print(f'launch: warning: {said}; ask for more: --sbatch "--cpus-per-task=N"', flush=True)
@@ -80,19 +80,19 @@ class Launcher:
         return [*words, "bash", "-c", _ON_NODE, str(ROOT)]
 
     def start(self, command: list[str], slot: int, log: Path) -> subprocess.Popen[bytes]:
-        on_cpu = self.gpus[0] == ""
+        on_cpu = self.gpus[0] == CPU
         words = self._srun(1, self.here, 0 if on_cpu else self.world_size, log.stem)
         # srun, asked to end, ends what it runs; killed, it would leave it
-        return start([*words, *command], "" if on_cpu else None, log, dies_by=signal.SIGTERM)
+        return start([*words, *command], CPU if on_cpu else None, log, dies_by=signal.SIGTERM)
 
     def machines(self) -> tuple[int, list[str]]:
         return self.nodes, self.gpus
 
     def train(self, part: list[str], machines: int, log: Path) -> subprocess.Popen[bytes]:
-        on_cpu = self.gpus[0] == ""
+        on_cpu = self.gpus[0] == CPU
         words = self._srun(machines, 1, 0 if on_cpu else len(self.gpus), "train")
         words += [sys.executable, "-m", "sppo.launch.machine", *part]  # Slurm tells it its rank and its peer
-        return start(words, "" if on_cpu else None, log, dies_by=signal.SIGTERM)
+        return start(words, CPU if on_cpu else None, log, dies_by=signal.SIGTERM)
 
     def count(self) -> int:
         return self.nodes

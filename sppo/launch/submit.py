@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from sppo.command import stopping
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.search_path import ROOT
+from sppo.recipe import Recipe
 
 SCRIPT = ROOT / "recipes" / "launch.slurm"
 
 
-def sbatch_command(args: argparse.Namespace, name: str, run_dir: Path, argv: list[str]) -> list[str]:
+def sbatch_command(recipe: Recipe, argv: list[str]) -> list[str]:
     """The sbatch command of a run with the drivers' flags `argv`; --sbatch's flags win over ours."""
-    log = run_dir.absolute() / "logs" / "%x-%j.log"
-    words = ["sbatch", "--parsable", f"--job-name={name}", f"--nodes={args.nodes or 1}", f"--output={log}"]
-    words += [f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []
+    log = Path(recipe.run_dir).absolute() / "logs" / "%x-%j.log"
+    words = ["sbatch", "--parsable", f"--job-name={recipe.name}", f"--nodes={recipe.nodes or 1}", f"--output={log}"]
+    words += [f"--gpus-per-node={recipe.gpus_per_node}"] if recipe.gpus_per_node else []
     try:
-        theirs = shlex.split(args.sbatch)
+        theirs = shlex.split(recipe.sbatch)
     except ValueError as error:
-        raise UsageError(f"--sbatch {args.sbatch}: not flags as a shell takes them ({error})") from None
-    return [*words, *theirs, str(SCRIPT), sys.executable, str(ROOT / "scripts" / "run.py"), *argv]
+        raise UsageError(f"--sbatch {recipe.sbatch}: not flags as a shell takes them ({error})") from None
+    return [*words, *theirs, str(SCRIPT), "bash", str(ROOT / "scripts" / "run.sh"), *argv]
 
 
-def submit(args: argparse.Namespace, name: str, run_dir: Path, argv: list[str]) -> None:
-    """Submit the run, or with --dry_run print the script. Raises SPPOError where Slurm does not take it."""
-    command = sbatch_command(args, name, run_dir, argv)
+def submit(recipe: Recipe, argv: list[str], dry_run: bool) -> None:
+    """Submit the run of `recipe`, with the flags `argv`; a dry run prints the script.
+
+    Raises SPPOError where Slurm does not take it.
+    """
+    command, run_dir = sbatch_command(recipe, argv), Path(recipe.run_dir)
     stop = str(run_dir.absolute() / "stop")
-    if args.dry_run:
+    if dry_run:
         print(f"{SCRIPT.read_text(encoding='utf-8')}\n# {stopping.VARIABLE}={shlex.quote(stop)} {shlex.join(command)}")
         return
     if not shutil.which("sbatch"):
@@ -44,5 +46,5 @@ def submit(args: argparse.Namespace, name: str, run_dir: Path, argv: list[str]) 
     if done.returncode:
         raise SPPOError(f"sbatch does not take the job: {' '.join(done.stderr.split())}. Change --sbatch or --nodes")
     job = done.stdout.strip().partition(";")[0]
-    print(f"submitted: job {job}; its log: {run_dir / 'logs' / f'{name}-{job}.log'}")
+    print(f"submitted: job {job}; its log: {run_dir / 'logs' / f'{recipe.name}-{job}.log'}")
     print(f"squeue -j {job} shows it; scancel {job} ends it; the same command goes on from there")

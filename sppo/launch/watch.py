@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 from sppo.command.errors import INTERRUPTED, SPPOError
 from sppo.command.stopping import end_if_asked, stop_asked
+from sppo.launch.devices import CPU
 from sppo.launch.logs import new_log, overall, show_ends, show_failure
 from sppo.launch.nodes import Answer
+from sppo.recipe import Recipe
 from sppo.store.directories import check_place, refuse_busy
 from sppo.store.locks import SHARED
 from sppo.store.manifest import OVERWRITE, await_written
@@ -116,23 +118,23 @@ def run_shards(
     show_ends(shown, name)
 
 
-def run_training(launcher: Launcher, accelerate_config: str, logs: Path, arguments: list[str]) -> None:
-    """`accelerate launch` sppo/run_sppo.py over all devices of all machines.
+def run_training(launcher: Launcher, recipe: Recipe, overwrite: bool, logs: Path, arguments: list[str]) -> None:
+    """`accelerate launch` sppo/run_sppo.py with `arguments`, which ask for `recipe`, over all devices of all machines.
 
     What is done is not launched, and wrong flags are refused here, before a process for each GPU loads anything.
     """
     machines, names = launcher.machines()
-    path, _, processes = training_config(names, accelerate_config, machines)
-    training = prepare(arguments, processes)
+    config = training_config(names, recipe.accelerate_config, machines)
+    training = prepare(recipe, config.processes, overwrite)
     if training.is_done():
         return
     refuse_busy(training.output_dir)
     if training.is_done():  # by the process that was waited for
         return
     check_place(training.output_dir)
-    check_machine(training.recipe, gpu="" not in names)
+    check_machine(training.recipe, gpu=CPU not in names)
     log = new_log(logs, "train")
-    part = ["--machines", str(machines), "--devices", ",".join(names), "--accelerate_config", str(path)]
+    part = ["--machines", str(machines), "--devices", ",".join(names), "--accelerate_config", str(config.path)]
     part += ["--meeting", str(log.with_suffix(".meeting.json")), "--", *arguments]
     running: dict[int, _Started] = {}
     waiting = [part]

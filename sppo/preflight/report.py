@@ -7,22 +7,20 @@ Writes nothing; prints the findings, a plan in numbers, and a yes or a no.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from sppo.command.errors import SPPOError
-from sppo.launch.__main__ import open_launcher
-from sppo.launch.devices import devices
-from sppo.loop import place
+from sppo.launch.devices import CPU, devices
+from sppo.launch.script import open_launcher
 from sppo.preflight import plan
 from sppo.preflight.findings import Finding, Findings, Iteration, Run, no
 from sppo.recipe import Recipe
 
 
-def open_run(recipe: Recipe, args: argparse.Namespace) -> Run:
-    """The run that the drivers' flags ask for, and what of it is left. Raises UsageError for flags that clash."""
-    name, run_dir, where = place(recipe, args)
-    left = []
+def open_run(recipe: Recipe) -> Run:
+    """The run that an opened recipe (see run.opened) asks for, and what of it is left."""
+    run_dir, left = Path(recipe.run_dir), []
     for i in range(1, recipe.iterations + 1):
         here = run_dir / f"iter{i}"
         data = not (here / "data" / "train.manifest.json").exists()
@@ -30,11 +28,12 @@ def open_run(recipe: Recipe, args: argparse.Namespace) -> Run:
         report = bool(recipe.eval_prompts) and not (here / "eval" / "report.manifest.json").exists()
         if data or training or report:
             left.append(Iteration(i, data, training, report))
-    if where.launcher == "local":
-        return Run(recipe, name, run_dir, devices(where.gpus), where.world_size, args.accelerate_config, left)
-    cluster = open_launcher(where, "look") if left else None
-    machines, gpus = cluster.machines() if cluster else (1, [""])
-    return Run(recipe, name, run_dir, gpus, where.world_size, args.accelerate_config, left, machines, cluster)
+    where = (recipe.world_size, recipe.accelerate_config, left)
+    if recipe.launcher == "local":
+        return Run(recipe, recipe.name, run_dir, devices(recipe.gpus), *where)
+    cluster = open_launcher(recipe, "look") if left else None
+    machines, gpus = cluster.machines() if cluster else (1, [CPU])
+    return Run(recipe, recipe.name, run_dir, gpus, *where, machines, cluster)
 
 
 def examine(run: Run) -> dict[str, list[Finding]]:

@@ -77,6 +77,8 @@ def pinned(recipe: Recipe, data_dir: Path) -> Recipe:
     A branch may move while shards, or iterations, are made; a commit does not.
     """
     path = data_dir / "ranker.json"
+    if not path.exists() and recipe.run_dir:  # one ranker for all iterations of a run
+        path = Path(recipe.run_dir) / "iter1" / "data" / "ranker.json"
     if not path.exists():
         return recipe
     pin = read_json(path)

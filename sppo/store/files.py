@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import SPPOError
-from sppo.store.locks import hold, is_alive, machine
+from sppo.store.locks import hold, is_alive, lock, machine
 
 _WHOLE = 64 << 20  # bytes up to which a file is hashed whole
 
@@ -127,8 +127,25 @@ def exclusive(directory: Path) -> Iterator[None]:
     try:
         held = hold(directory / ".lock")
     except BlockingIOError:
-        raise SPPOError(f"another run is at work in {directory}; wait for it, or use another --run_dir") from None
+        raise _busy(directory) from None
     try:
         yield
     finally:
         held.release()
+
+
+def hold_for_caller(directory: Path, channel: int, pid: int) -> None:
+    """Lock a directory, as `exclusive` does, for the process `pid`, which has the lock's file open as `channel`.
+
+    The lock belongs to the open file, so it lasts until that process has ended. Raises SPPOError where another process
+    has it.
+    """
+    with open(channel, "a", encoding="utf-8", closefd=False) as handle:
+        try:
+            lock(handle, directory / ".lock", pid=pid)
+        except BlockingIOError:
+            raise _busy(directory) from None
+
+
+def _busy(directory: Path) -> SPPOError:
+    return SPPOError(f"another run is at work in {directory}; wait for it, or use another --run_dir")

@@ -58,10 +58,10 @@ def usual_patience() -> float:
     return _DEAD if SHARED in os.environ or is_restarted else 0.0
 
 
-def lock(handle: IO[Any], path: Path, patience: float | None = None) -> Path | None:
-    """Lock an open file until it is closed. Raises BlockingIOError where another process has it, for longer than
-    `patience` (None: usual_patience), in seconds.
+def lock(handle: IO[Any], path: Path, patience: float | None = None, pid: int | None = None) -> Path | None:
+    """Lock an open file until it is closed, for this process, or for `pid`, which has it open too.
 
+    Raises BlockingIOError where another process has it for longer than `patience`, in seconds (None: usual_patience).
     Where the disk has no locks it says so, and makes `<path>.owner`, which is returned, to be removed in the end. One
     that a process of this machine left when it was killed gives way; one of another machine cannot be asked, and
     raises SPPOError.
@@ -69,7 +69,7 @@ def lock(handle: IO[Any], path: Path, patience: float | None = None) -> Path | N
     deadline, is_waiting = time.monotonic() + (usual_patience() if patience is None else patience), False
     while True:
         try:
-            return _lock_at_once(handle, path)
+            return _lock_at_once(handle, path, pid or os.getpid())
         except (BlockingIOError, SPPOError):
             if time.monotonic() >= deadline:
                 raise
@@ -79,7 +79,7 @@ def lock(handle: IO[Any], path: Path, patience: float | None = None) -> Path | N
         time.sleep(0.2)
 
 
-def _lock_at_once(handle: IO[Any], path: Path) -> Path | None:
+def _lock_at_once(handle: IO[Any], path: Path, pid: int) -> Path | None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return None
@@ -87,12 +87,13 @@ def _lock_at_once(handle: IO[Any], path: Path) -> Path | None:
         if error.errno not in _NO_LOCKS:
             raise
     owner = path.with_name(path.name + ".owner")
-    mine = json.dumps({"machine": machine(), "pid": os.getpid()})
+    mine = json.dumps({"machine": machine(), "pid": pid})
     for _ in range(2):
         try:
             with open(owner, "x", encoding="utf-8") as out:
                 out.write(mine)
-            atexit.register(_remove_if_of, owner, mine)
+            if pid == os.getpid():
+                atexit.register(_remove_if_of, owner, mine)
             print(f"{path.parent}: this disk has no file locks; {owner.name} stands for one", flush=True)
             return owner
         except FileExistsError:

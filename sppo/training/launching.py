@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sppo.command.errors import UsageError
 from sppo.command.search_path import ROOT
 from sppo.recipe import read_yaml
 
 
-def training_config(names: list[str], accelerate_config: str, machines: int = 1) -> tuple[Path, dict[str, Any], int]:
-    """(accelerate config, what it says, how many processes train). `names`: the devices of each of the machines.
+class AccelerateConfig(NamedTuple):
+    """An accelerate config: its file, what it says, and how many processes train under it."""
+
+    path: Path
+    content: dict[str, Any]
+    processes: int
+
+
+def training_config(names: list[str], accelerate_config: str, machines: int = 1) -> AccelerateConfig:
+    """The accelerate config of a training on the devices `names` of each of the machines.
 
     Raises UsageError for a config that does not fit.
     """
@@ -34,9 +42,9 @@ def training_config(names: list[str], accelerate_config: str, machines: int = 1)
             raise UsageError(
                 f"{path} is for one process, and {machines} machines shall train; leave it out, or --nodes 1"
             )
-        return path, config, 1
+        return AccelerateConfig(path, config, 1)
     # without GPUs to count, the config says how many processes there are, but at least one a machine
     count = max(stated, machines) if cpu and len(names) == 1 else devices
     if count % machines:
         raise UsageError(f"{path}: {count} processes cannot be shared evenly by {machines} machines; change --nodes")
-    return path, config, count
+    return AccelerateConfig(path, config, count)

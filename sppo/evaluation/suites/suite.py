@@ -15,7 +15,6 @@ from sppo.command.errors import OtherWorkError, SPPOError, first_line
 from sppo.command.progress import progress
 from sppo.command.stopping import end_if_asked
 from sppo.evaluation.answers import draw
-from sppo.launch.resources import Place
 from sppo.models.files import public_name
 from sppo.rankers._chat_server import TOO_MUCH, ChatServer
 from sppo.recipe import Recipe
@@ -46,7 +45,6 @@ class Order:
     suite: str
     recipe: Recipe
     out: Path
-    place: Place
     questions: str
     judge_url: str
     judge_model: str
@@ -112,7 +110,7 @@ def _drawn(
             temporary.write_text("".join(lines), encoding="utf-8")
     asked = {"prompts": str(prompts), "prompts_revision": "", "prompt_column": "prompt", "pairs": 1, **settings}
     recipe = dataclasses.replace(recipe, **asked)
-    drawn = draw(recipe, out, order.out / "logs", order.place, name.replace("/", "-"), order.overwrite)
+    drawn = draw(recipe, out, order.out / "logs", name.replace("/", "-"), order.overwrite)
     return {row["prompt_id"]: row["responses"][0]["text"] for row in read_rows(drawn, ["prompt_id", "responses"])}
 
 

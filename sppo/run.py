@@ -1,0 +1,231 @@
+"""A run: the recipe of each iteration, what of it is left to do, and whether it may begin.
+
+scripts/plan.py asks this before anything is written. The work itself is scripts/run.sh's: for each iteration
+generate.sh, pipeline.sh and the report, each with that iteration's recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import yaml
+
+from sppo.command.errors import OtherWorkError, SPPOError, UsageError
+from sppo.hub.push import check_name
+from sppo.launch.devices import devices, groups
+from sppo.recipe import Recipe, load_recipe, parse_part, require_pairs
+from sppo.store.files import atomic, read_json
+from sppo.store.manifest import Stage
+from sppo.store.shards import Slice, as_begun, known_count
+
+Stages = Iterator[list[Stage]]  # those of one group are made beside each other, from the groups before them
+_OF_A_DRIVER = ("iteration", "prompts_part", "data_dir", "dataset", "model_dir")
+
+
+def opened(recipe: Recipe) -> Recipe:
+    """The recipe of a run, with its name and its directory. Raises UsageError for settings that clash in a run."""
+    require_pairs(recipe)
+    for key in _OF_A_DRIVER:
+        if getattr(recipe, key) != getattr(Recipe, key):
+            raise UsageError(f"--{key} is for one iteration by hand; a run sets it for each of its iterations")
+    name = recipe.name or Path(recipe.model).name
+    if recipe.launcher == "local":
+        groups(devices(recipe.gpus), recipe.world_size)
+    if recipe.split_prompts and "{iter}" in recipe.prompts:
+        raise UsageError("--split_prompts splits one prompt set; these prompts already differ by {iter}")
+    if recipe.evaluate and not recipe.eval_prompts:
+        raise UsageError("--evaluate needs --eval_prompts, the held-out prompts on which the models are compared")
+    if recipe.org:
+        check_name(recipe.org, f"{name}-iter{recipe.iterations}")
+    return dataclasses.replace(recipe, name=name, run_dir=recipe.run_dir or str(Path("runs") / name))
+
+
+def iteration(recipe: Recipe, number: int) -> Recipe:
+    """The recipe of one iteration of an opened run: its model is the one that the iteration before trained."""
+    run_dir = Path(recipe.run_dir)
+    here = run_dir / f"iter{number}"
+    mine = dataclasses.replace(
+        recipe,
+        name=f"{recipe.name}-iter{number}",
+        iteration=number,
+        prompts=recipe.prompts.replace("{iter}", str(number)),
+        prompts_part=f"{number - 1}/{recipe.iterations}" if recipe.split_prompts else "0/1",
+        seed=recipe.seed + number - 1,
+        data_dir=str(here / "data"),
+        dataset=str(here / "data"),
+        model_dir=str(here / "model"),
+    )
+    if recipe.anchor and not recipe.anchor_model:
+        mine = dataclasses.replace(mine, anchor_model=recipe.model, anchor_revision=recipe.model_revision)
+    if number > 1:
+        before = str(run_dir / f"iter{number - 1}" / "model")
+        mine = dataclasses.replace(mine, model=before, model_revision="")
+    return mine
+
+
+def iterations(recipe: Recipe) -> list[Recipe]:
+    """The recipe of every iteration of an opened run, in order."""
+    return [iteration(recipe, number) for number in range(1, recipe.iterations + 1)]
+
+
+def path_of(recipe: Recipe) -> Path:
+    """Where an iteration's recipe is written."""
+    return Path(recipe.run_dir) / f"iter{recipe.iteration}" / "recipe.yaml"
+
+
+def write(recipe: Recipe) -> None:
+    """Write an iteration's recipe: every setting of generate.sh, pipeline.sh and report.py for it."""
+    from sppo.rankers import pinned
+
+    text = yaml.safe_dump(dataclasses.asdict(pinned(recipe, _first_data(recipe))), sort_keys=False)
+    with atomic(path_of(recipe)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def of_run(recipe: Recipe) -> Recipe:
+    """An iteration's recipe with the model and the seed that its run began with: what all its reports compare with.
+
+    They stand in the first iteration's recipe. Where there is none, `recipe` as it is.
+    """
+    written = path_of(dataclasses.replace(recipe, iteration=1))
+    if not written.exists():
+        return recipe
+    first = load_recipe(written)
+    return dataclasses.replace(recipe, model=first.model, model_revision=first.model_revision, seed=first.seed)
+
+
+# What is left to do
+
+
+def is_done(groups_of_stages: Iterable[list[Stage]], *files: Path) -> bool:
+    """Whether all stages are current, and `files` are there. Writes nothing."""
+    if not all(path.exists() for path in files):
+        return False
+    try:
+        return all(stage.stands() for group in groups_of_stages for stage in group)
+    except (SPPOError, FileNotFoundError):  # what they stand on is not there, or not whole
+        return False
+
+
+def is_iteration_done(recipe: Recipe, run: Recipe) -> bool:
+    """Whether an iteration's data, model and report are there as its recipe asks. With --org the scripts decide."""
+    here = path_of(recipe).parent
+    data, model = Path(recipe.data_dir) / "train.manifest.json", Path(recipe.model_dir) / "sppo_manifest.json"
+    if recipe.org or not is_done(data_stages(recipe), data) or not is_done(training_stages(recipe), model):
+        return False
+    report = (here / "eval" / "report.manifest.json", Path(recipe.run_dir) / "summary.json")
+    return not recipe.eval_prompts or is_done(report_stages(recipe, run), *report)
+
+
+def left(recipes: list[Recipe], run: Recipe) -> list[Recipe]:
+    """The iterations that have work left; where nothing but the win matrix is left, the last one."""
+    found = [recipe for recipe in recipes if not is_iteration_done(recipe, run)]
+    matrix = Path(run.run_dir) / "matrix.json"
+    if not found and run.evaluate and not is_done(matrix_stages(run), matrix):
+        found = recipes[-1:]
+    return found
+
+
+def refuse_foreign(recipes: list[Recipe], run: Recipe) -> None:
+    """Raise OtherWorkError where the run would meet work of other settings. Asks, before anything is written.
+
+    As far as the stages stand: what is made of files that are missing or damaged is known when these are made again.
+    """
+    steps = []
+    for recipe in recipes:
+        steps += [data_stages(recipe), training_stages(recipe)]
+        steps += [report_stages(recipe, run)] if run.eval_prompts else []
+    if run.evaluate:
+        steps.append(matrix_stages(run))
+    for step in steps:
+        try:
+            for group in step:
+                for stage in group:
+                    stage.refuse_others()
+                if not all(stage.stands() for stage in group):
+                    return
+        except (OtherWorkError, UsageError):
+            raise
+        except (SPPOError, FileNotFoundError):
+            return
+
+
+# The stages of one iteration, from its recipe
+
+
+def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
+    """The stages of generation: each shard, and the shards put together. Raises SPPOError where none has begun."""
+    from sppo.generation.combine import combine_stage
+    from sppo.generation.source import Source
+
+    shards = data_dir / "responses"
+    if not shards.exists():
+        raise SPPOError(f"{data_dir} is not begun")
+    source = Source.of(recipe, parse_part(recipe.prompts_part), data_dir)
+    count = known_count(shards) or len(groups(devices(recipe.gpus), recipe.world_size))
+    yield [source.stage(data_dir, part) for part in as_begun([Slice(0, i, count) for i in range(count)], shards)]
+    yield [combine_stage(data_dir, count, recipe.pairs)]
+
+
+def data_stages(recipe: Recipe) -> Stages:
+    """The stages of generate.sh."""
+    from sppo.pairing.training_set import pairing_stage
+    from sppo.rankers import pinned
+    from sppo.ranking.shards import rank_stage
+
+    data_dir = Path(recipe.data_dir)
+    recipe = pinned(recipe, _first_data(recipe))
+    yield from drawing_stages(recipe, data_dir)
+    count = known_count(data_dir / "ranking") or len(devices(recipe.gpus))
+    slices = as_begun([Slice(0, i, count) for i in range(count)], data_dir / "ranking")
+    yield [rank_stage(recipe, data_dir, part) for part in slices]
+    yield [pairing_stage(recipe, data_dir)]
+
+
+def training_stages(recipe: Recipe) -> Stages:
+    """The stage of pipeline.sh."""
+    from sppo.training.launching import training_config
+    from sppo.training.settings import prepare
+
+    is_local = recipe.launcher == "local"
+    config = training_config(devices(recipe.gpus), recipe.accelerate_config) if is_local else None
+    asked = prepare(recipe, config.processes if config else 1)
+    if asked.recipe.accumulate and not is_local:
+        raise SPPOError("how many rows a step has depends on the cluster's devices")
+    asked.refuse_others()
+    if asked.work.exists():
+        raise SPPOError(f"{recipe.model_dir} is not whole")
+    yield [asked.stage]
+
+
+def report_stages(recipe: Recipe, run: Recipe) -> Stages:
+    """The stages of report.py: the answers of the run's first model, the iteration's answers, and their comparison."""
+    from sppo.evaluation.match import judges, match_stage
+    from sppo.evaluation.measures import measure_stage
+    from sppo.evaluation.report import comparing, drawing, report_stage, summary_rows
+
+    run_dir, number = Path(recipe.run_dir), recipe.iteration
+    asked = dataclasses.replace(recipe, model=run.model, model_revision=run.model_revision, seed=run.seed)
+    yield from drawing_stages(drawing(asked, run.model, run.model_revision), run_dir / "iter0" / "eval")
+    yield from drawing_stages(drawing(asked, recipe.model_dir), run_dir / f"iter{number}" / "eval")
+    by = comparing(asked, run_dir, number, run.model)
+    yield [match_stage(one, name, run_dir, 0, number) for name, one in judges(by).items()]
+    yield [measure_stage(asked, run_dir / f"iter{n}" / "eval", run.model) for n in (0, number)]
+    yield [report_stage(by, run_dir, number)]
+    if read_json(run_dir / "summary.json") != summary_rows(run_dir):
+        raise SPPOError(f"{run_dir / 'summary.json'} is not what the reports say")
+
+
+def matrix_stages(run: Recipe) -> Stages:
+    """The stages of win_matrix.py."""
+    from sppo.evaluation.matrix import match_stages, matrix_stage
+
+    yield match_stages(run, Path(run.run_dir))
+    yield [matrix_stage(run, Path(run.run_dir))]
+
+
+def _first_data(recipe: Recipe) -> Path:
+    """The first iteration's data: its ranker's revision is that of all iterations."""
+    return Path(recipe.run_dir) / "iter1" / "data"
