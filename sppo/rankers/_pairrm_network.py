@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,14 +53,6 @@ class PairRMModel(nn.Module):
             input_ids=input_ids, attention_mask=attention_mask
         ).last_hidden_state  # (B, T, H)
         return self._compare(hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places])
-
-    def packed(self, input_ids: torch.Tensor, bounds: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """The same of sequences one behind the other, without padding: input_ids (N,), bounds (B + 1,), places (B, 3)
-        among the N. Only for a model whose attention is fused."""
-        encoder = self.pretrained_model
-        embedded = encoder.embeddings(input_ids[None], mask=torch.ones_like(input_ids)[None])[0]  # (N, H)
-        hidden = encoder.encoder.forward_packed(embedded, bounds).last_hidden_state  # (N, H)
-        return self._compare(hidden[places])
 
     def _compare(self, marks: torch.Tensor) -> torch.Tensor:
         """Hidden states at the three prefixes, (B, 3, H) -> logits (B,)."""
@@ -131,19 +122,11 @@ class PairInputs:
         places = torch.tensor([p for _, p in inputs])
         return tuple(x.to(device) for x in (torch.from_numpy(ids), torch.from_numpy(mask), places))
 
-    def packed(self, inputs: list[Input], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """PairRMModel.packed's arguments for one batch."""
-        starts = list(accumulate((len(ids) for ids, _ in inputs), initial=0))
-        ids = torch.from_numpy(np.concatenate([ids for ids, _ in inputs])).to(device)
-        places = [[start + p for p in item[1]] for start, item in zip(starts, inputs, strict=False)]
-        return ids, torch.tensor(starts, dtype=torch.int32, device=device), torch.tensor(places, device=device)
-
 
 class PairRM:
     """A loaded ranker that answers pairs in batches of a token budget.
 
-    dtype: of the weights; what is not finite in half precision is asked again in float32. fused_backend: attention by
-    the disentangled-flash package on sequences without padding, `triton` or (for a CPU) `torch`; empty: DeBERTa's own.
+    dtype: of the weights; what is not finite in half precision is asked again in float32.
     """
 
     batched = True
@@ -155,7 +138,6 @@ class PairRM:
         batch_tokens: int,
         dtype: torch.dtype = torch.float32,
         render: Callable[[list[Message]], str] = prompt_text,
-        fused_backend: str = "",
     ) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         # (T, T) scores in a batch: a CPU is slower on more than its cache holds
@@ -164,11 +146,7 @@ class PairRM:
         self.inputs = PairInputs(directory, render)
         self.count_cut = self.inputs.count_cut
         self.model = self._network().to(device, dtype)
-        self.fused = bool(fused_backend)
-        if self.fused:
-            _fuse(self.model, fused_backend)
-        else:
-            speed_up(self.model.pretrained_model)
+        speed_up(self.model.pretrained_model)
         self._exact: PairRMModel | None = None  # in float32, made when it is needed
 
     def _network(self) -> PairRMModel:
@@ -208,27 +186,12 @@ class PairRM:
     def _forward(self, model: PairRMModel, inputs: list[Input]) -> torch.Tensor:
         """(B,), float32: one logit for each input, in one batch. A GPU may still be computing them."""
         try:
-            if self.fused and model is self.model:
-                return model.packed(*self.inputs.packed(inputs, self.device)).float()
             return model(*self.inputs.padded(inputs, self.device)).float()
         except torch.OutOfMemoryError:
             raise SPPOError(
                 f"out of memory ranking {len(inputs)} pairs of up to {max(len(ids) for ids, _ in inputs)} tokens at "
                 f"once; lower --batch_tokens {self.batch_tokens} and run the same command to go on"
             ) from None
-
-
-def _fuse(model: PairRMModel, fused_backend: str) -> None:
-    """Swap DeBERTa's attention for disentangled-flash's. Raises SPPOError where it is missing or does not fit."""
-    try:
-        from disentangled_flash import DebertaV2OptimizedEncoder, optimize_deberta
-    except ImportError:
-        raise SPPOError("--fused_attention needs a package: pip install '.[fused]'") from None
-    if model.pretrained_model.config.position_biased_input:
-        raise SPPOError("--fused_attention: this ranker adds absolute positions to its input, which packing would lose")
-    optimize_deberta(model.pretrained_model, backend=fused_backend)
-    if not isinstance(model.pretrained_model.encoder, DebertaV2OptimizedEncoder):
-        raise SPPOError("--fused_attention needs a GPU with Triton and heads of 32, 64 or 128 numbers; leave it out")
 
 
 def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:

@@ -10,7 +10,6 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.command.errors import SPPOError
 from sppo.command.importing import import_networks
 from sppo.models.files import model_identity, resolve, snapshot
 from sppo.rankers import device_and_dtype, prompt_identity, prompt_renderer
@@ -72,7 +71,4 @@ def load(recipe: Recipe) -> PairRM:
 
     directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
     device, dtype = device_and_dtype()
-    if recipe.fused_attention and device == "cpu":
-        raise SPPOError("--fused_attention needs a GPU; leave it out")
-    fused_backend = "triton" if recipe.fused_attention else ""
-    return PairRM(directory, device, recipe.batch_tokens, dtype, prompt_renderer(recipe), fused_backend)
+    return PairRM(directory, device, recipe.batch_tokens, dtype, prompt_renderer(recipe))
