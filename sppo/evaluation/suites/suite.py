@@ -27,7 +27,7 @@ from sppo.store.parquet import open_parquet, read_rows
 from sppo.store.shards import begun_shards
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import OpenAI
 
 Figures = dict[str, float]
 _OTHER_JUDGE = (
@@ -158,9 +158,9 @@ class Judge:
             journal.close()
         return [found[key] for key in keys]
 
-    async def _ask(self, client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            return dict((await self.server.complete(client, {"model": self.model, **request}))["choices"][0])
+            return dict(self.server.complete(client, {"model": self.model, **request})["choices"][0])
         except (*self.server.failures, IndexError) as error:
             if getattr(error, "status_code", None) not in TOO_MUCH:
                 raise self.server.failure(error) from None
