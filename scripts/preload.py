@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="the iteration's data directory, to pin the ranker for rank.py")
     parser.add_argument("--overwrite", action="store_true", help="pin it although another ranker began the ranking")
     args, recipe = cli.parse(parser)
-    from sppo.rankers import preload
+    from sppo.rankers.pinning import preload
 
     preload(recipe, args.output_dir, args.overwrite)
 

@@ -170,7 +170,7 @@ def run(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
 
 def _run_steps(steps: list[Step], run_dir: Path) -> list[str]:
     """Run what is not done; returns the commands of the pushes that failed."""
-    from sppo.rankers import pinned
+    from sppo.rankers.pinning import pinned
 
     unpushed = []
     for step in steps:
@@ -289,7 +289,7 @@ def _drawing_stages(recipe: Recipe, args: argparse.Namespace, data: Path, part: 
 def _data_stages(recipe: Recipe, args: argparse.Namespace, here: Path, part: tuple[int, int]) -> Stages:
     """The stages of generate.sh."""
     from sppo.pairing.training_set import pairing_stage
-    from sppo.rankers import pinned
+    from sppo.rankers.pinning import pinned
     from sppo.ranking.shards import rank_stage
 
     data = here / "data"

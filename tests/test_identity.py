@@ -41,7 +41,7 @@ from sppo.launch.resources import Place
 from sppo.launch.watch import run_shards
 from sppo.models.policy import policy_of
 from sppo.pairing.training_set import compute_prob, pairing_stage
-from sppo.rankers import preload
+from sppo.rankers.pinning import preload
 from sppo.ranking.shards import rank_shards, rank_stage
 from sppo.recipe import KEYS, Recipe
 from sppo.schema import responses_schema
@@ -738,7 +738,7 @@ def test_another_ranker_is_not_pinned_over_the_one_that_ranked(tmp_path: Path, r
     mine, other = Recipe(ranker="acme/PairRM"), Recipe(ranker="acme/Other")
 
     def pin(asked: Recipe, overwrite: bool = False) -> bytes:
-        with mock.patch("sppo.rankers.backend", return_value=fetched):
+        with mock.patch("sppo.rankers.pinning.backend", return_value=fetched):
             preload(asked, data, overwrite)
         return (data / "ranker.json").read_bytes()
 

@@ -9,7 +9,9 @@ from typing import Any
 from sppo import rankers
 from sppo.models.files import files_to_fetch, parameters, weight_files, weight_shapes
 from sppo.preflight.findings import Findings, Load, Run, no, note, ok, parameters_text, size
-from sppo.rankers import TRIAL, ask_trial, pinned, prompt_renderer
+from sppo.rankers import TRIAL, ask_trial
+from sppo.rankers.pairrm import prompt_renderer
+from sppo.rankers.pinning import pinned
 
 # The share of the device's matrix rate that ranking reaches, measured: docs/benchmarks.md, docs/gpu.md.
 _SHARE = {"cpu": 0.7, "gpu": 0.28}

@@ -16,10 +16,10 @@ from torch import nn
 
 from sppo.command.errors import SPPOError
 from sppo.models.loading import flash_attention, loading
-from sppo.rankers import batches
 from sppo.rankers._deberta import speed_up
 from sppo.rankers._normalizer import restore_normalizer
-from sppo.rankers.pairrm import ranker_base
+from sppo.rankers._pairrm_files import ranker_base
+from sppo.rankers.batching import batches
 from sppo.schema import Message, Pair, prompt_text
 from sppo.store.files import read_json
 

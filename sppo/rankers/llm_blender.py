@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.models.loading import loading
-from sppo.rankers import pairrm, prompt_renderer
+from sppo.rankers import pairrm
 from sppo.rankers._normalizer import restore_normalizer
+from sppo.rankers._pairrm_files import fetch_ranker, ranker_base
 from sppo.rankers._pairrm_network import PairInputs, load_strictly
-from sppo.rankers.pairrm import fetch, fetch_ranker, ranker_base
+from sppo.rankers.pairrm import fetch, prompt_renderer
 from sppo.recipe import Recipe
 from sppo.schema import Pair
 from sppo.store.files import read_json

@@ -21,8 +21,8 @@ from sppo.command.importing import import_networks
 from sppo.models import chat
 from sppo.models.files import is_adapter, model_identity, resolve
 from sppo.models.loading import flash_attention, loading
-from sppo.rankers import batches, device_and_dtype
-from sppo.rankers._normalizer import mark, restore_normalizer
+from sppo.rankers._normalizer import normalizer_identity, restore_normalizer
+from sppo.rankers.batching import batches, device_and_dtype
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair
 from sppo.store.files import read_json
@@ -223,7 +223,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     """Weights, config, tokenizer and chat template of the reward model."""
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
     deberta = read_json(directory / "config.json").get("model_type") == "deberta-v2"
-    return {"backend": "reward-model", "ranker": model_identity(directory), **(mark(directory) if deberta else {})}
+    characters = normalizer_identity(directory) if deberta else {}
+    return {"backend": "reward-model", "ranker": model_identity(directory), **characters}
 
 
 def load(recipe: Recipe) -> RewardModel:

@@ -19,7 +19,8 @@ from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
 from sppo.method.preference import mean_scores
 from sppo.models.files import public_name
-from sppo.rankers import Ranker, pinned
+from sppo.rankers import Ranker
+from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair, as_messages, ranking_schema
 from sppo.store.files import digest
@@ -92,7 +93,7 @@ def _with_model(recipe: Recipe, output_dir: Path) -> Recipe:
 def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite: bool) -> None:
     """Write $DATA/ranking/shard-<data_frac>.parquet for each slice of $DATA/responses.parquet, with one ranker.
 
-    Prompts that a killed try had finished are in the journal and are not asked again (see rankers.unfinished).
+    Prompts that a killed try had finished are in the journal and are not asked again (see rankers.pending_chunks).
     """
     responses = require_responses(output_dir)
     responses_columns(responses)
@@ -120,7 +121,7 @@ def _rank_shard(recipe: Recipe, stage: Stage, shard: int, load: Callable[[], Ran
     print(f"rank: rows {start} to {stop} of {total}: {len(journal.done)} in the journal", flush=True)
     with progress(stop - start, f"shard {shard}", "prompt", len(journal.done)) as bar:
         is_done = lambda row: row["prompt_id"] in journal.done  # noqa: E731 - short
-        for ranker, asked in rankers.unfinished(rows, is_done, _CHUNK, load):
+        for ranker, asked in rankers.pending_chunks(rows, is_done, _CHUNK, load):
             items = [(row["prompt"], [(r or {}).get("text") or "" for r in row["responses"]]) for row in asked]
             for index, logits in prompt_logits(ranker, items):
                 name = asked[index]["prompt_id"]
