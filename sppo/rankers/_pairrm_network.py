@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,23 @@ from sppo.store.files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Input = tuple[list[int], list[int]]  # token ids of one comparison; where its three prefixes are
 _ALIGNED = 8  # a GPU's fused attention wants its (T, T) scores in rows of a multiple of this
 SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE = "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"
+
+
+class Input(NamedTuple):
+    """The token ids of one comparison, and where in them its three prefixes are."""
+
+    ids: list[int]
+    places: list[int]
+
+
+class Batch(NamedTuple):
+    """The arguments of PairRMModel.forward."""
+
+    input_ids: torch.Tensor  # (B, T)
+    attention_mask: torch.Tensor  # (B, T), 1 for real tokens
+    places: torch.Tensor  # (B, 3), where the source, candidate 1 and candidate 2 prefixes are
 
 
 class PairRMModel(nn.Module):
@@ -47,16 +62,12 @@ class PairRMModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Logits (B,), positive where the first candidate is better.
 
-        input_ids, attention_mask: (B, T). places: (B, 3), where the source, candidate 1 and candidate 2 prefixes are.
+        The arguments are a Batch.
         """
-        hidden = self.pretrained_model(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state  # (B, T, H)
-        return self._compare(hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places])
-
-    def _compare(self, marks: torch.Tensor) -> torch.Tensor:
-        """Hidden states at the three prefixes, (B, 3, H) -> logits (B,)."""
-        source, first, second = marks.unbind(1)
+        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = output.last_hidden_state  # (B, T, H)
+        each = torch.arange(len(hidden), device=hidden.device)[:, None]  # (B, 1)
+        source, first, second = hidden[each, places].unbind(1)  # (B, H) each
         left = self.head_layer(torch.cat([source, first], -1))  # (B, n_tasks)
         right = self.head_layer(torch.cat([source, second], -1))
         return (left - right).mean(-1)
@@ -67,11 +78,12 @@ class PairInputs:
 
     def __init__(self, directory: Path, render: Callable[[list[Message]], str] = prompt_text) -> None:
         self.render = render
-        self.config, self.tokenizer, settings = _read_checkpoint(directory)
-        self.n_tasks: int = settings["n_tasks"]
-        self.source_maxlength: int = settings["source_maxlength"]
-        self.candidate_maxlength: int = settings["candidate_maxlength"]
-        self.prefix_ids: dict[str, int] = settings["prefix_ids"]
+        settings = _read_settings(directory)
+        self.config, self.tokenizer = settings.config, settings.tokenizer
+        self.n_tasks = settings.n_tasks
+        self.source_maxlength = settings.source_maxlength
+        self.candidate_maxlength = settings.candidate_maxlength
+        self.prefix_ids = settings.prefix_ids
         tokenizer = self.tokenizer
         self.control_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | set(self.prefix_ids.values())
         self.control_text = [t for t in [*tokenizer.all_special_tokens, *self.prefix_ids] if t != tokenizer.sep_token]
@@ -94,13 +106,15 @@ class PairInputs:
         return self.candidate_maxlength + (self.source_maxlength - source_length) // 2
 
     def encode(self, prompt: list[Message], first: str, second: str) -> Input:
-        """(token ids, the three prefixes' places): `[CLS]<|source|>prompt[SEP]` and the two candidates likewise, each
-        cut on the right to its budget, CLS, prefix and SEP included."""
+        """`[CLS]<|source|>prompt[SEP]` and the two candidates likewise, one behind the other.
+
+        Each is cut on the right to its budget, CLS, prefix and SEP included.
+        """
         source = self._wrap(SOURCE, self.text_ids(self.render(prompt)), self.source_maxlength)
         limit = self._candidate_limit(len(source))
         left = self._wrap(CANDIDATE1, self.text_ids(first), limit)
         right = self._wrap(CANDIDATE2, self.text_ids(second), limit)
-        return source + left + right, [1, len(source) + 1, len(source) + len(left) + 1]
+        return Input(source + left + right, [1, len(source) + 1, len(source) + len(left) + 1])
 
     def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
         """How many of the texts do not fit their budgets."""
@@ -109,18 +123,18 @@ class PairInputs:
         cut = len(text) > self.source_maxlength - 3
         return cut + sum(len(self.text_ids(r)) > limit - 3 for r in responses)
 
-    def padded(self, inputs: list[Input], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """PairRMModel.forward's arguments for one batch."""
-        width = max(len(ids) for ids, _ in inputs)
+    def padded(self, inputs: list[Input], device: str) -> Batch:
+        """Inputs as one batch, padded on the right."""
+        width = max(len(item.ids) for item in inputs)
         if device != "cpu":
             width = -(-width // _ALIGNED) * _ALIGNED
         ids = np.full((len(inputs), width), self.tokenizer.pad_token_id)  # (B, T)
         mask = np.zeros_like(ids)
-        for row, (one, _) in enumerate(inputs):
-            ids[row, : len(one)] = one
-            mask[row, : len(one)] = 1
-        places = torch.tensor([p for _, p in inputs])
-        return tuple(x.to(device) for x in (torch.from_numpy(ids), torch.from_numpy(mask), places))
+        for row, item in enumerate(inputs):
+            ids[row, : len(item.ids)] = item.ids
+            mask[row, : len(item.ids)] = 1
+        places = torch.tensor([item.places for item in inputs])
+        return Batch(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), places.to(device))
 
 
 class PairRM:
@@ -163,7 +177,7 @@ class PairRM:
         """
         inputs = [self.inputs.encode(*pair) for pair in pairs]
         running: list[tuple[list[int], torch.Tensor]] = []
-        for chosen in batches([len(ids) for ids, _ in inputs], self.batch_tokens, self.batch_scores):
+        for chosen in batches([len(item.ids) for item in inputs], self.batch_tokens, self.batch_scores):
             running.append((chosen, self._forward(self.model, [inputs[i] for i in chosen])))
             if len(running) > 1:
                 yield from self._read(inputs, *running.pop(0))
@@ -189,13 +203,25 @@ class PairRM:
             return model(*self.inputs.padded(inputs, self.device)).float()
         except torch.OutOfMemoryError:
             raise SPPOError(
-                f"out of memory ranking {len(inputs)} pairs of up to {max(len(ids) for ids, _ in inputs)} tokens at "
+                f"out of memory ranking {len(inputs)} pairs of up to {max(len(item.ids) for item in inputs)} tokens at "
                 f"once; lower --batch_tokens {self.batch_tokens} and run the same command to go on"
             ) from None
 
 
-def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
-    """(DeBERTa config, tokenizer, settings) of either layout."""
+@dataclass
+class _Settings:
+    """What a PairRM's directory says besides the weights."""
+
+    config: Any  # DebertaV2Config
+    tokenizer: PreTrainedTokenizerBase
+    prefix_ids: dict[str, int]  # token ids of <|source|> and the others, by name
+    source_maxlength: int  # tokens of the prompt, CLS, prefix and SEP included
+    candidate_maxlength: int  # tokens of a response, at least
+    n_tasks: int  # outputs of the head, of which the mean is the score
+
+
+def _read_settings(directory: Path) -> _Settings:
+    """The settings of a PairRM of either layout. Raises SPPOError for a directory that is none."""
     from transformers import AutoConfig, AutoTokenizer
 
     raw = read_json(directory / "config.json")
@@ -226,13 +252,14 @@ def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dic
             f"ranker {directory}: {rows or 'no'} embedding rows do not fit its tokenizer of {max(ids.values()) + 1}"
         )
     config.vocab_size = rows
-    settings = {
-        "source_maxlength": raw.get("source_maxlength") or 1224,
-        "candidate_maxlength": raw.get("candidate_maxlength") or 412,
-        "n_tasks": raw.get("n_tasks") or 1,
-        "prefix_ids": ids,
-    }
-    return config, tokenizer, settings
+    return _Settings(
+        config=config,
+        tokenizer=tokenizer,
+        prefix_ids=ids,
+        source_maxlength=raw.get("source_maxlength") or 1224,
+        candidate_maxlength=raw.get("candidate_maxlength") or 412,
+        n_tasks=raw.get("n_tasks") or 1,
+    )
 
 
 def load_strictly(model: nn.Module, directory: Path) -> None:

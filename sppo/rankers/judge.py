@@ -16,7 +16,7 @@ import numpy as np
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.rankers import TRIAL
-from sppo.rankers._chat_server import TOO_MUCH, ChatServer, is_logprob
+from sppo.rankers.chat_server import TOO_MUCH, ChatServer, is_logprob
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair, prompt_text
 

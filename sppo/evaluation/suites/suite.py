@@ -17,7 +17,7 @@ from sppo.command.stopping import end_if_asked
 from sppo.evaluation.answers import draw
 from sppo.launch.resources import Place
 from sppo.models.files import public_name
-from sppo.rankers._chat_server import TOO_MUCH, ChatServer
+from sppo.rankers.chat_server import TOO_MUCH, ChatServer
 from sppo.recipe import Recipe
 from sppo.schema import Message
 from sppo.store.files import atomic, digest, write_json
