@@ -179,7 +179,7 @@ def ranker(directory: Path) -> Path:
     rows = load_file(directory / "PairRM" / "model.safetensors")["pretrained_model.embeddings.word_embeddings.weight"]
     config.vocab_size = len(rows)
     torch.manual_seed(0)
-    model = PairRMModel(config, settings.get("n_tasks") or 1, 0.0)
+    model = PairRMModel(config, settings.get("n_tasks") or 1)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.06)

@@ -119,7 +119,7 @@ def test_the_transformers_layout_gives_the_same(models: Path, golden: dict[str, 
 def test_the_faster_attention_is_debertas_own(models: Path, length: int) -> None:
     """Every hidden state of real tokens, shorter and longer than the position buckets, beside a padded neighbour."""
     inputs = PairInputs(models / "PairRM")
-    plain = PairRMModel(inputs.config, 1, 0.0).eval().pretrained_model
+    plain = PairRMModel(inputs.config).eval().pretrained_model
     fast = copy.deepcopy(plain)
     speed_up(fast)
     ids = torch.randint(5, 200, (2, length), generator=torch.Generator().manual_seed(length))

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from sppo.models.files import model_identity, resolve, snapshot
+from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json
 
 _BASE_FILES = ("*.json", "spm.model")  # config and tokenizer; the base's weights are never read
@@ -26,9 +27,9 @@ def ranker_base(directory: Path) -> Path:
     return snapshot(name, "", "the ranker's base model", _BASE_FILES, cached_first=True)
 
 
-def fetch_ranker(name: str, revision: str) -> Path:
+def fetch_ranker(recipe: Recipe) -> Path:
     """The ranker's directory; its files and those of its base model are in the cache after this."""
-    directory = resolve(name, revision, "ranker")
+    directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
     ranker_base(directory)
     return directory
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
@@ -49,15 +48,16 @@ class Batch(NamedTuple):
 class PairRMModel(nn.Module):
     """The network: parameters are named as in the published checkpoint."""
 
-    def __init__(self, config: Any, n_tasks: int, dropout: float) -> None:
+    def __init__(self, config: Any, n_tasks: int = 1) -> None:
         super().__init__()
         from transformers import DebertaV2Model
 
         width = config.hidden_size
         self.pretrained_model = DebertaV2Model(config)
         self.head_layer = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(2 * width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, n_tasks)
-        )
+            # Identity: where the published network has its dropout, so that the layers' numbers are the same
+            nn.Identity(), nn.Linear(2 * width, width), nn.Tanh(), nn.Identity(), nn.Linear(width, n_tasks)
+        )  # fmt: skip
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Logits (B,), positive where the first candidate is better.
@@ -78,12 +78,17 @@ class PairInputs:
 
     def __init__(self, directory: Path, render: Callable[[list[Message]], str] = prompt_text) -> None:
         self.render = render
-        settings = _read_settings(directory)
-        self.config, self.tokenizer = settings.config, settings.tokenizer
-        self.n_tasks = settings.n_tasks
-        self.source_maxlength = settings.source_maxlength
-        self.candidate_maxlength = settings.candidate_maxlength
-        self.prefix_ids = settings.prefix_ids
+        settings = read_json(directory / "config.json")
+        if not (directory / "model.safetensors").exists():
+            raise SPPOError(f"ranker {directory}: no model.safetensors in it (pickled weights are not read)")
+        self.config, self.tokenizer = _read_base(directory)
+        self.prefix_ids = _prefix_ids(self.tokenizer, settings, directory)
+        self.config.vocab_size = _embedding_rows(directory, wanted=max(self.prefix_ids.values()) + 1)
+        # in tokens, CLS, prefix and SEP included: of the prompt at most, of a response at least (see _candidate_limit)
+        self.source_maxlength: int = settings.get("source_maxlength") or 1224
+        self.candidate_maxlength: int = settings.get("candidate_maxlength") or 412
+        self.n_tasks: int = settings.get("n_tasks") or 1
+
         tokenizer = self.tokenizer
         self.control_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | set(self.prefix_ids.values())
         self.control_text = [t for t in [*tokenizer.all_special_tokens, *self.prefix_ids] if t != tokenizer.sep_token]
@@ -164,7 +169,7 @@ class PairRM:
         self._exact: PairRMModel | None = None  # in float32, made when it is needed
 
     def _network(self) -> PairRMModel:
-        model = PairRMModel(self.inputs.config, self.inputs.n_tasks, 0.0)
+        model = PairRMModel(self.inputs.config, self.inputs.n_tasks)
         load_strictly(model, self.directory)
         return model.eval()
 
@@ -208,26 +213,10 @@ class PairRM:
             ) from None
 
 
-@dataclass
-class _Settings:
-    """What a PairRM's directory says besides the weights."""
-
-    config: Any  # DebertaV2Config
-    tokenizer: PreTrainedTokenizerBase
-    prefix_ids: dict[str, int]  # token ids of <|source|> and the others, by name
-    source_maxlength: int  # tokens of the prompt, CLS, prefix and SEP included
-    candidate_maxlength: int  # tokens of a response, at least
-    n_tasks: int  # outputs of the head, of which the mean is the score
-
-
-def _read_settings(directory: Path) -> _Settings:
-    """The settings of a PairRM of either layout. Raises SPPOError for a directory that is none."""
+def _read_base(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(DeBERTa config, tokenizer) of a PairRM of either layout. Raises SPPOError where its base is another network."""
     from transformers import AutoConfig, AutoTokenizer
 
-    raw = read_json(directory / "config.json")
-    weights_path = directory / "model.safetensors"
-    if not weights_path.exists():
-        raise SPPOError(f"ranker {directory}: no model.safetensors in it (pickled weights are not read)")
     base = ranker_base(directory)
     with loading(f"ranker {directory}"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -236,30 +225,31 @@ def _read_settings(directory: Path) -> _Settings:
     with loading(f"ranker {directory}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         restore_normalizer(tokenizer, base)
-    # Added tokens, in this order, behind the tokenizer's own; a tokenizer saved with them has them already.
-    names = [SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE]
+    return config, tokenizer
+
+
+def _prefix_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], directory: Path) -> dict[str, int]:
+    """Token ids of the prefixes, by name. Raises SPPOError where config.json has others.
+
+    They come in this order behind the tokenizer's own tokens; a tokenizer that was saved with them has them already.
+    """
     vocabulary = tokenizer.get_vocab()
-    first_free = len(vocabulary)
-    ids = {name: vocabulary.get(name, first_free + i) for i, name in enumerate(names)}
+    names = (SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE)
+    ids = {name: vocabulary.get(name, len(vocabulary) + i) for i, name in enumerate(names)}
     for key, name in (("source_prefix_id", SOURCE), ("cand1_prefix_id", CANDIDATE1), ("cand2_prefix_id", CANDIDATE2)):
-        if raw.get(key, ids[name]) != ids[name]:
-            raise SPPOError(f"ranker {directory}: config.json has {key} {raw[key]}, its tokenizer {ids[name]}")
-    with loading(f"ranker {directory}"), safe_open(weights_path, "pt") as weights:
-        name = "pretrained_model.embeddings.word_embeddings.weight"
+        if settings.get(key, ids[name]) != ids[name]:
+            raise SPPOError(f"ranker {directory}: config.json has {key} {settings[key]}, its tokenizer {ids[name]}")
+    return ids
+
+
+def _embedding_rows(directory: Path, wanted: int) -> int:
+    """Rows of the embedding in model.safetensors. Raises SPPOError where there are fewer than `wanted`."""
+    name = "pretrained_model.embeddings.word_embeddings.weight"
+    with loading(f"ranker {directory}"), safe_open(directory / "model.safetensors", "pt") as weights:
         rows = weights.get_slice(name).get_shape()[0] if name in weights.keys() else 0  # noqa: SIM118 - not a dict
-    if rows <= max(ids.values()):
-        raise SPPOError(
-            f"ranker {directory}: {rows or 'no'} embedding rows do not fit its tokenizer of {max(ids.values()) + 1}"
-        )
-    config.vocab_size = rows
-    return _Settings(
-        config=config,
-        tokenizer=tokenizer,
-        prefix_ids=ids,
-        source_maxlength=raw.get("source_maxlength") or 1224,
-        candidate_maxlength=raw.get("candidate_maxlength") or 412,
-        n_tasks=raw.get("n_tasks") or 1,
-    )
+    if rows < wanted:
+        raise SPPOError(f"ranker {directory}: {rows or 'no'} embedding rows do not fit its tokenizer of {wanted}")
+    return rows
 
 
 def load_strictly(model: nn.Module, directory: Path) -> None:

@@ -80,7 +80,8 @@ class ChatServer:
         Where `ask` raises, nothing more is sent. The requests under way are paid for, so their answers are waited for a
         few seconds; then the error is raised. A Ctrl-C, or a caller that wants no more, does not wait.
         """
-        waiting, running = iter(enumerate(items)), dict[Future[Answer], int]()
+        waiting = iter(enumerate(items))
+        running: dict[Future[Answer], int] = {}  # the index of each item that is asked about
         failure: BaseException | None = None
         client, pool = self.client(), ThreadPoolExecutor(self.concurrency)
         try:
@@ -128,17 +129,13 @@ class ChatServer:
                 raise SPPOError(f"the judge at {self.url} {told}. Take another judge as {self.model_flag}") from None
             raise
 
-    def models(self) -> list[str]:
-        """The names that the server gives its models. Raises SPPOError."""
-        try:
-            with self.client() as client:
-                return [model.id for model in client.models.list()]
-        except self.failures as error:
-            raise self.failure(error) from None
-
     def check_serves(self, model: str) -> None:
         """Raises SPPOError where the server gives no answer, or has no such model."""
-        served = self.models()
+        try:
+            with self.client() as client:
+                served = [listed.id for listed in client.models.list()]
+        except self.failures as error:
+            raise self.failure(error) from None
         if model not in served:
             raise SPPOError(f"{self.url} serves {', '.join(served) or 'no model'}, not {self.model_flag} {model}")
 

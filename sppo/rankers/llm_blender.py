@@ -110,6 +110,6 @@ def load(recipe: Recipe) -> LLMBlender:
     """llm-blender on the GPU if there is one, else on the CPU."""
     import torch
 
-    directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
+    directory = fetch_ranker(recipe)
     blender = load_blender(directory, "cuda" if torch.cuda.is_available() else "cpu")
     return LLMBlender(blender, PairInputs(directory, prompt_renderer(recipe)))

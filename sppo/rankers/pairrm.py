@@ -45,12 +45,12 @@ def prompt_identity(recipe: Recipe) -> dict[str, Any]:
 
 def fetch(recipe: Recipe) -> str:
     """The ranker's directory; its files and those of its base model are in the cache after this."""
-    return str(fetch_ranker(recipe.ranker, recipe.ranker_revision))
+    return str(fetch_ranker(recipe))
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Weights, config and tokenizer of the ranker, and what it reads as the prompt."""
-    directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
+    directory = fetch_ranker(recipe)
     return {
         "backend": "pairrm",
         "ranker": ranker_identity(directory),
@@ -64,6 +64,6 @@ def load(recipe: Recipe) -> PairRM:
     import_networks()
     from sppo.rankers._pairrm_network import PairRM
 
-    directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
+    directory = fetch_ranker(recipe)
     device, dtype = device_and_dtype()
     return PairRM(directory, device, recipe.batch_tokens, dtype, prompt_renderer(recipe))
