@@ -116,11 +116,12 @@ def compare(directory: Path, items: list[Item], args: argparse.Namespace) -> Non
             ways[f"llm-blender, batch_size={size}"] = functools.partial(rank_theirs, theirs, items, size)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     scores: dict[str, np.ndarray] = {}
-    for warm in [True] * (DEVICE == "cuda") + [False] * args.rounds:
+    warm_ups = 1 if DEVICE == "cuda" else 0  # rounds that are not timed: kernels are loaded and compiled
+    for number in range(warm_ups + args.rounds):
         for name, way in ways.items():
             started = time.perf_counter()
             scores[name] = way()
-            if not warm:
+            if number >= warm_ups:
                 seconds[name].append(time.perf_counter() - started)
     pairs, rate, flops = pairs_of(items), matrix_rate(), useful_flops(ours, items, args.size)
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -95,8 +95,10 @@ class PairInputs:
         self.text_ids = lru_cache(maxsize=4096)(self._text_ids)  # a text stands in up to 2K pairs
 
     def _text_ids(self, text: str) -> list[int]:
-        """Text is data: no control token comes out of it, whatever it spells. [SEP] becomes a space, as in
-        llm-blender; another control token's name is broken by a space."""
+        """The token ids of a text, none of them a control token, whatever the text spells.
+
+        [SEP] becomes a space, as in llm-blender; a space parts the name of any other control token.
+        """
         text = text.replace(self.tokenizer.sep_token, " ")
         for name in self.control_text:
             text = text.replace(name, f"{name[0]} {name[1:]}")
@@ -253,8 +255,10 @@ def _embedding_rows(directory: Path, wanted: int) -> int:
 
 
 def load_strictly(model: nn.Module, directory: Path) -> None:
-    """Read model.safetensors into the model. A key missing or left over is an error, but for the position_ids buffer
-    that older checkpoints carry."""
+    """Read model.safetensors into the model. Raises SPPOError where a key is missing or left over.
+
+    The position_ids buffer does not count: older checkpoints have it.
+    """
     with loading(f"ranker {directory}"):
         weights = load_file(directory / "model.safetensors")
     weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}

@@ -43,7 +43,7 @@ class Reading(NamedTuple):
 
 
 class RewardModel:
-    """A loaded reward model: scores texts in batches of a token budget.
+    """A loaded reward model, which scores texts in batches of at most batch_tokens tokens.
 
     dtype: of the weights; what is not finite in half precision is asked again in float32.
     """
