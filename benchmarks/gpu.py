@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --out /tmp/try --shape tiny          the same commands with tiny shapes, on a CPU too
 
 Reads   nothing: models with random weights at real shapes, and data of usual lengths, are made here. What a missing
-        package (vllm, llm-blender, disentangled-flash) would be needed for is left out, and said.
+        package (vllm, llm-blender) would be needed for is left out, and said.
 Writes  <out>/rows.jsonl, a line as soon as it is measured, and <out>/table.md from it. Started again, it goes on with
         what is missing. The models are in <out>/world, 20 GB, and are deleted at the end.
 Exit codes: 0 done, 1 something failed; the rest is measured.
@@ -51,7 +51,7 @@ def main() -> int:
                 rows.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
         return 0
-    for package in ("vllm", "llm_blender", "disentangled_flash"):
+    for package in ("vllm", "llm_blender"):
         if not has(package):
             print(f"{package} is not installed: what needs it is left out")
     failed = []
@@ -113,15 +113,12 @@ def rank(out: Path, tiny: bool) -> Iterator[Row]:
     items = ranking.make_items(6 if tiny else 96, 5, False)
     some = items[: max(2, len(items) // 8)]  # llm-blender takes so much longer
     ways: dict[str, Callable[[], Any]] = {}
-    for fused in (False, True):
-        if not fused or (has("disentangled_flash") and worlds.DEVICE == "cuda"):
-            ranker = functools.cache(functools.partial(ranking.load_ours, directory, 16384, fused))
-            ways["ours, fused" if fused else "ours"] = lambda part, r=ranker: ranking.rank_ours(r(), part)
+    ranker = functools.cache(lambda: ranking.load_ours(directory, 16384))
+    ways["ours"] = lambda part: ranking.rank_ours(ranker(), part)
     if has("llm_blender"):
         blender = functools.cache(lambda: load_blender(directory, worlds.DEVICE))
         ways["llm-blender, batch size 1"] = lambda part: ranking.rank_theirs(blender(), part, 1)
     rate = matrix_rate()
-    inputs = ranking.load_ours(directory, 16384, False)
     for way in missing(out, "rank", list(ways)):
         asked = some if way.startswith("llm") else items
         ways[way](asked[: max(2, len(asked) // 4)])  # kernels are loaded, and compiled
@@ -133,7 +130,7 @@ def rank(out: Path, tiny: bool) -> Iterator[Row]:
             ways[way](asked)
             took.append(time.perf_counter() - began)
         took = sorted(took)[len(took) // 2]
-        share = ranking.useful_flops(inputs, asked, size) / took / rate
+        share = ranking.useful_flops(ranker(), asked, size) / took / rate
         pairs = ranking.pairs_of(asked)
         yield {"way": way, "rate": pairs / took, "unit": "pairs/s", "share": share, "memory": peak(), "of": pairs}
 
@@ -266,7 +263,7 @@ def table(rows: list[Row]) -> str:
     from sppo.store.manifest import version_of
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    packages = ("torch", "transformers", "trl", "vllm", "llm-blender", "disentangled-flash", "triton")
+    packages = ("torch", "transformers", "trl", "vllm", "llm-blender", "triton")
     versions = ", ".join(f"{name} {version_of(name)}" for name in packages if has(name.replace("-", "_")))
     lines = [f"{where}; {versions}; `python benchmarks/gpu.py`", ""]
     lines += ["| | | rate | of the matrix rate | memory, GiB | ours against it |", "|---|---|---|---|---|---|"]

@@ -3,7 +3,7 @@
     python benchmarks/ranking.py                    a tiny PairRM
     python benchmarks/ranking.py --short_texts      the same with texts of a line, where launching work is what costs
     python benchmarks/ranking.py --size large       DeBERTa-v3-large's shape, random weights; a handful of pairs
-    python benchmarks/ranking.py --size large --prompts 64 --pairs 5 --fused_attention       on a GPU
+    python benchmarks/ranking.py --size large --prompts 64 --pairs 5      on a GPU
 
 Reads   nothing: makes a PairRM with random weights, and texts of mixed length.
 Writes  nothing; prints medians over the rounds, ratios, and the share of this machine's matrix rate.
@@ -72,9 +72,9 @@ def pairs_of(items: list[Item]) -> int:
     return sum(len(responses) * (len(responses) - 1) for _, responses in items)
 
 
-def load_ours(directory: Path, batch_tokens: int, fused: bool) -> PairRM:
+def load_ours(directory: Path, batch_tokens: int) -> PairRM:
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    return PairRM(directory, DEVICE, batch_tokens, dtype, fused_backend="triton" if fused else "")
+    return PairRM(directory, DEVICE, batch_tokens, dtype)
 
 
 def rank_ours(ranker: PairRM, items: list[Item]) -> np.ndarray:
@@ -99,7 +99,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch_tokens", type=int, default=16384)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4], help="llm-blender's, to find its best")
-    parser.add_argument("--fused_attention", action="store_true")
     args = parser.parse_args()
     tiny = args.size == "tiny"
     items = make_items(args.prompts or (12 if tiny else 2), args.pairs or (5 if tiny else 2), args.short_texts)
@@ -109,7 +108,7 @@ def main() -> None:
 
 def compare(directory: Path, items: list[Item], args: argparse.Namespace) -> None:
     """Rank `items` in every way, in turns, and print what each took."""
-    ours = load_ours(directory, args.batch_tokens, args.fused_attention)
+    ours = load_ours(directory, args.batch_tokens)
     theirs = load_blender(directory, DEVICE)
     ways = {"ours": lambda: rank_ours(ours, items)}
     for size in args.batch_sizes:
@@ -117,11 +116,12 @@ def compare(directory: Path, items: list[Item], args: argparse.Namespace) -> Non
             ways[f"llm-blender, batch_size={size}"] = functools.partial(rank_theirs, theirs, items, size)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     scores: dict[str, np.ndarray] = {}
-    for warm in [True] * (DEVICE == "cuda") + [False] * args.rounds:
+    warm_ups = 1 if DEVICE == "cuda" else 0  # rounds that are not timed: kernels are loaded and compiled
+    for number in range(warm_ups + args.rounds):
         for name, way in ways.items():
             started = time.perf_counter()
             scores[name] = way()
-            if not warm:
+            if number >= warm_ups:
                 seconds[name].append(time.perf_counter() - started)
     pairs, rate, flops = pairs_of(items), matrix_rate(), useful_flops(ours, items, args.size)
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -107,7 +107,7 @@ def pairrm(directory: Path, size: str) -> Path:
     tokenizer.save_pretrained(directory / "base")
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = PairRMModel(config, 1, 0.0)
+        model = PairRMModel(config)
     (directory / "PairRM").mkdir(parents=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, directory / "PairRM" / "model.safetensors", metadata={"format": "pt"})

@@ -203,7 +203,7 @@ def train_ranker(directory: Path, prompts: list[tuple[str, str, str]], rng: rand
     config.save_pretrained(base)
     tokenizer.save_pretrained(base)
     config.vocab_size += len((SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE))
-    model = PairRMModel(config, n_tasks=1, dropout=0.0)
+    model = PairRMModel(config)
     directory.mkdir(exist_ok=True)
     settings = {
         "ranker_type": "pairranker",

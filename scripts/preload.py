@@ -19,7 +19,7 @@ from sppo.recipe import KEYS
 
 def main() -> None:
     args, recipe = cli.parse(cli.chain_parser(__doc__, KEYS["preload"]))
-    from sppo.rankers import preload
+    from sppo.rankers.pinning import preload
 
     preload(recipe, Path(recipe.data_dir) if recipe.data_dir else None, args.overwrite)
 

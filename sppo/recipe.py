@@ -19,8 +19,6 @@ from sppo.command.errors import UsageError
 from sppo.command.search_path import ROOT
 from sppo.command.values import expanded, refuse_secrets, require_plain_address
 
-# every module in sppo/rankers whose name does not begin with _ is one
-RANKER_BACKENDS = ("auto", *sorted(p.stem.replace("_", "-") for p in (ROOT / "sppo/rankers").glob("[a-z]*.py")))
 DEFAULT_RECIPE = ROOT / "recipes" / "sppo" / "released.yaml"
 
 
@@ -65,7 +63,7 @@ class Recipe:
     ranker: str = _key(
         "llm-blender/PairRM", "preference model: a local directory, Hub id, module:function, or a judge's model name"
     )
-    ranker_backend: Literal[RANKER_BACKENDS] = _key(
+    ranker_backend: Literal["auto", "function", "judge", "llm-blender", "pairrm", "reward-model"] = _key(
         "auto", "what asks the ranker: auto is a function for module:function, pairrm for everything else"
     )
     ranker_revision: str = _key("", "branch, tag or commit of the ranker on the Hub")
@@ -73,7 +71,6 @@ class Recipe:
         "templated", "what a PairRM reads as the prompt: its text, or the policy's chat template around it"
     )
     batch_tokens: int = _key(16384, "tokens in one batch of the ranker, padding included", 1)
-    fused_attention: bool = _key(False, "PairRM on a GPU with the attention of the disentangled-flash package")
     ranker_url: str = _key("", "a judge's OpenAI-compatible server: http://localhost:8000/v1")
     ranker_concurrency: int = _key(32, "requests that a judge's server gets at once from each shard", 1)
     ranker_timeout: float = _key(120, "seconds that a judge's answer may take", 1e-3)
@@ -155,11 +152,14 @@ class Recipe:
     model_dir: str = _key("", "where the trained model appears")
 
 
+# Settings that no longer exist, with their defaults. The recipe.yaml of an older run names them.
+_REMOVED = {"fused_attention": False}
+
 _ASKING = (
     "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs "
     "trust_remote_code"
 ).split()
-_RANKING = "model model_revision ranker_prompt batch_tokens fused_attention ranker_concurrency".split()
+_RANKING = "model model_revision ranker_prompt batch_tokens ranker_concurrency".split()
 _DRAWING = (
     "model model_revision trust_remote_code prompt_column prompt_split maxlen engine temperature top_p seed "
     "prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
@@ -287,6 +287,10 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
     values = {}
     for source, where in ((raw, str(path)), (overrides or {}, "command line")):
         for name, value in source.items():
+            if name in _REMOVED:
+                if value is not _REMOVED[name]:
+                    raise UsageError(f"{where}: {name}: {value!r}: this setting no longer exists; remove the line")
+                continue
             if name not in _FIELDS:
                 raise UsageError(f"{where}: unknown key {ascii(name)}{nearest(str(name), _FIELDS)}")
             refuse_secrets(f"{where}: {name}", value)

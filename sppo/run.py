@@ -77,7 +77,7 @@ def path_of(recipe: Recipe) -> Path:
 
 def write(recipe: Recipe) -> None:
     """Write an iteration's recipe: every setting of generate.sh, pipeline.sh and report.py for it."""
-    from sppo.rankers import pinned
+    from sppo.rankers.pinning import pinned
 
     text = yaml.safe_dump(dataclasses.asdict(pinned(recipe, _first_data(recipe))), sort_keys=False)
     with atomic(path_of(recipe)) as temporary:
@@ -172,7 +172,7 @@ def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
 def data_stages(recipe: Recipe) -> Stages:
     """The stages of generate.sh."""
     from sppo.pairing.training_set import pairing_stage
-    from sppo.rankers import pinned
+    from sppo.rankers.pinning import pinned
     from sppo.ranking.shards import rank_stage
 
     data_dir = Path(recipe.data_dir)

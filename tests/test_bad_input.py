@@ -253,7 +253,6 @@ RANKERS: list[Case] = [
     ("a judge at no address", lambda w: w.rank(w.responses(), "m", "--ranker=m", *_judge("localhost:8000")), 1, "judge at localhost:8000"),
     ("llm-blender not installed", lambda w: w.rank(w.responses(), _hide(w, "llm_blender", w.models / "PairRM"), "--ranker_backend=llm-blender"), 1, "pip install"),
     ("openai not installed", lambda w: w.rank(w.responses(), _hide(w, "openai", "m"), "--ranker=m", *_judge("http://127.0.0.1:9/v1")), 1, "pip install"),
-    ("fused attention without a GPU", lambda w: w.rank(w.responses(), w.models / "PairRM", "--fused_attention"), 1, "needs a GPU"),
     ("ranker.json damaged", lambda w: w.rank(_spoilt(w.responses(), "ranker.json", "[]")), 1, "ranker.json"),
     ("preload of nothing", lambda w: ["scripts/preload.py", "--ranker=no/such-ranker"], 1, "the Hub does not give it"),
 ]  # fmt: skip

@@ -22,6 +22,12 @@ def test_released_yaml_says_what_the_defaults_are() -> None:
     assert recipe.load_recipe() == recipe.Recipe()
 
 
+def test_the_recipe_of_an_older_run_still_loads(tmp_path: Path) -> None:
+    """Its recipe.yaml names every setting of that time, at its default."""
+    (tmp_path / "recipe.yaml").write_text("pairs: 3\nfused_attention: false\n")
+    assert recipe.load_recipe(tmp_path / "recipe.yaml") == recipe.Recipe(pairs=3)
+
+
 def test_a_flag_wins_over_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("pairs: 3\nbeta: 0.01\nmodel: a=b\n")
     parser = cli.make_parser("", ["pairs", "beta", "model", "split_prompts"])
@@ -48,6 +54,7 @@ def test_a_flag_wins_over_the_recipe(tmp_path: Path) -> None:
         ("chat_template_kwargs: [1]", "a mapping"),
         ("- a", "key: value"),
         ("a: b: c", "not YAML"),
+        ("fused_attention: true", "fused_attention: True: this setting no longer exists; remove the line"),
     ],
 )
 def test_a_wrong_recipe_names_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:

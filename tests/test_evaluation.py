@@ -16,7 +16,7 @@ import torch
 
 from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
-from sppo.rankers import unfinished
+from sppo.rankers import pending_chunks
 from sppo.store.files import read_json
 
 MEASURE = """
@@ -53,7 +53,7 @@ def test_a_ranker_s_work_ends_between_two_chunks_where_it_is_asked_to(
 ) -> None:
     """Comparisons of a report are in the driver's own process: nobody else would stop them."""
     monkeypatch.setenv("SPPO_STOP", str(tmp_path / "stop"))
-    chunks = unfinished([{}] * 3, lambda row: False, 2, lambda: SimpleNamespace(batched=False))
+    chunks = pending_chunks([{}] * 3, lambda row: False, 2, lambda: SimpleNamespace(batched=False))
     assert len(next(chunks)[1]) == 2
     (tmp_path / "stop").touch()
     with pytest.raises(KeyboardInterrupt):

@@ -41,7 +41,7 @@ from sppo.launch.watch import run_shards
 from sppo.models.policy import policy_of
 from sppo.pairing.training_set import compute_prob, pairing_stage
 from sppo.plan import driver_parser
-from sppo.rankers import preload
+from sppo.rankers.pinning import preload
 from sppo.ranking.shards import rank_shards, rank_stage
 from sppo.recipe import KEYS, Recipe, load_recipe
 from sppo.schema import responses_schema
@@ -347,7 +347,7 @@ FILES = "says which files are read; the identity holds what was read"
 PLACE = "decides only where and how fast"
 ALWAYS = {
     **dict.fromkeys("model_revision prompts_revision prompt_split ranker_revision anchor_revision".split(), FILES),
-    **dict.fromkeys("batch_tokens fused_attention gpu_memory_utilization gradient_checkpointing".split(), PLACE),
+    **dict.fromkeys("batch_tokens gpu_memory_utilization gradient_checkpointing".split(), PLACE),
     **dict.fromkeys(
         "ranker_concurrency ranker_timeout ranker_retries logging_steps save_steps report_to".split(), PLACE
     ),
@@ -387,7 +387,7 @@ NOT_IN_A_STAGE = {
 ANOTHER: dict[str, Any] = {
     **{"prompt_column": "question", "pairs": 4, "maxlen": 9, "engine": "vllm", "temperature": 0.3, "top_p": 0.4},
     **{"seed": 7, "prompt_seeds": False, "system_prompt": "Be brief.", "chat_template_kwargs": {"a": 1}},
-    **{"trust_remote_code": True, "gpu_memory_utilization": 0.5, "batch_tokens": 64, "fused_attention": True},
+    **{"trust_remote_code": True, "gpu_memory_utilization": 0.5, "batch_tokens": 64},
     **{"ranker_concurrency": 3, "ranker_timeout": 5.0, "ranker_retries": 1, "ranker_url": "http://b/v1"},
     **{"estimator": "paper", "length_penalty": 0.5, "test_size": 2, "keep_degenerate": True, "ranker_prompt": "text"},
     **{"loss_type": "ipo", "beta": 0.5, "anchor": 0.3, "label_smoothing": 0.1, "learning_rate": 0.5, "optim": "sgd"},
@@ -743,7 +743,7 @@ def test_another_ranker_is_not_pinned_over_the_one_that_ranked(tmp_path: Path, r
     mine, other = Recipe(ranker="acme/PairRM"), Recipe(ranker="acme/Other")
 
     def pin(asked: Recipe, overwrite: bool = False) -> bytes:
-        with mock.patch("sppo.rankers.backend", return_value=fetched):
+        with mock.patch("sppo.rankers.pinning.backend", return_value=fetched):
             preload(asked, data, overwrite)
         return (data / "ranker.json").read_bytes()
 

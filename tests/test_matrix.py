@@ -216,10 +216,10 @@ def test_a_lost_comparison_is_made_again_and_lost_answers_are_named(run: Path, m
     (run / "iter2/eval/against-iter0-ranker.parquet").unlink()
     monkeypatch.syspath_prepend(str(run.parent))
     recipe = load_recipe(None, {"ranker": "mine:longer"})
-    assert not is_done([[matrix_stage(recipe, run)]])
+    assert not is_done([matrix_stage(recipe, run)] for _ in "1")
     tiny.succeed(*command(run), PYTHONPATH=str(run.parent))
     assert len(asked(run)) == count + 6 * 4 * 2
-    assert is_done([[matrix_stage(recipe, run)]])
+    assert is_done([matrix_stage(recipe, run)] for _ in "1")
     assert (run / "matrix.json").read_bytes() == before
     (run / "iter1/eval/responses.parquet").unlink()
     refused = tiny.run(*command(run), PYTHONPATH=str(run.parent))

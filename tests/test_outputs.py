@@ -37,7 +37,7 @@ from sppo.models.policy import Policy, open_policy
 from sppo.pairing.training_set import compute_prob
 from sppo.preflight.findings import Iteration, Run
 from sppo.preflight.machine import check_outputs
-from sppo.rankers import pinned
+from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.schema import content_id
 from sppo.store import directories, locks, manifest

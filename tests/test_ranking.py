@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import typing
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
+from sppo import rankers
+from sppo.recipe import Recipe
 from sppo.schema import responses_schema
 from sppo.store.parquet import write_parquet
 
@@ -62,6 +65,16 @@ def function_ranker(directory: Path, unanswered: str = "no such prompt") -> tupl
 
 def asked(log: Path) -> Counter[tuple[str, ...]]:
     return Counter(tuple(json.loads(line)) for line in log.read_text().splitlines() if line.endswith("]"))
+
+
+def test_every_file_of_a_ranker_is_a_choice_of_ranker_backend() -> None:
+    """A ranker's module has a function `load`; the others in its folder do not."""
+    choices = set(typing.get_args(typing.get_type_hints(Recipe)["ranker_backend"])) - {"auto"}
+    files = (tiny.ROOT / "sppo" / "rankers").glob("*.py")
+    assert choices == {p.stem.replace("_", "-") for p in files if "\ndef load(" in p.read_text(encoding="utf-8")}
+    for name in choices:
+        module = rankers.backend(Recipe(ranker_backend=name))
+        assert all(callable(getattr(module, function)) for function in ("fetch", "identity", "load"))
 
 
 def test_a_function_ranks_and_what_it_cannot_answer_is_counted(tmp_path: Path) -> None:
@@ -125,7 +138,6 @@ def _lengths(i: int) -> list[tuple[int, int]]:
         (["--ranker", "./nowhere"], "no such directory"),
         (["--ranker", "x", "--ranker_backend", "pair-rm"], "did you mean pairrm?"),
         (["--ranker", "{models}/mistral"], "a mistral is not a PairRM"),
-        (["--ranker", "{models}/PairRM", "--fused_attention"], "needs a GPU"),
     ],
 )
 def test_a_ranker_that_cannot_be(models: Path, tmp_path: Path, flags: list[str], says: str) -> None:

@@ -31,7 +31,7 @@ from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
 from sppo.rankers import TRIAL, reward_model
 from sppo.rankers._pairrm_network import PairRM
-from sppo.rankers.judge import Judge
+from sppo.rankers.judge import JudgeRanker
 from sppo.rankers.llm_blender import load_blender
 from sppo.recipe import Recipe
 from sppo.training.checkpoints import only_plain_values
@@ -284,7 +284,7 @@ def test_a_judges_redirect_sends_no_prompt_to_another_host(status: int, monkeypa
     with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as other, ThreadingHTTPServer(("", 0), Redirects) as first:
         for server in (other, first):
             threading.Thread(target=server.serve_forever, daemon=True).start()
-        judge = Judge(Recipe(ranker="j", ranker_url=f"http://127.0.0.1:{first.server_port}/v1"))
+        judge = JudgeRanker(Recipe(ranker="j", ranker_url=f"http://127.0.0.1:{first.server_port}/v1"))
         there = f"http://127.0.0.1:{other.server_port}/v1/"
         for ask in (judge.server.models, lambda: list(judge.logits([TRIAL]))):
             with pytest.raises(SPPOError, match=f"HTTP {status} and points to {there}") as refusal:

@@ -599,7 +599,7 @@ def test_a_request_to_stop_is_heard_while_a_network_is_loaded(
         run_training(models / "qwen3", dataset, tmp_path / "out")
     stop.unlink()
     with pytest.raises(KeyboardInterrupt):  # a ranker's, in the report and the win matrix
-        list(rankers.unfinished([1], lambda _: False, 1, slow))
+        list(rankers.pending_chunks([1], lambda _: False, 1, slow))
     with pytest.raises(KeyboardInterrupt), stopping.heard():  # asked before
         pytest.fail("it was not heard")
     stop.unlink()

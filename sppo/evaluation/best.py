@@ -23,7 +23,8 @@ from sppo.command.search_path import ROOT
 from sppo.evaluation.answers import call, draw, launch, settings
 from sppo.method.preference import Array, probability, strength
 from sppo.models.files import public_name
-from sppo.rankers import Ranker, backend, log_odds, pinned, unfinished
+from sppo.rankers import Ranker, backend, log_odds, pending_chunks
+from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.schema import Message, prompt_text
 from sppo.store.files import atomic, digest
@@ -175,7 +176,7 @@ def play_shard(recipe: Recipe, out: Path, part: Slice) -> None:
     journal = Journal(out / "knockout" / f"shard-{part.data_frac:05d}.journal", stage.identity)
     is_done = lambda row: row["prompt_id"] in journal.done  # noqa: E731 - short, and for two places
     with progress(len(rows), "knock-out", "prompt", sum(map(is_done, rows))) as bar:
-        for ranker, asked in unfinished(rows, is_done, _CHUNK, lambda: backend(recipe).load(recipe)):
+        for ranker, asked in pending_chunks(rows, is_done, _CHUNK, lambda: backend(recipe).load(recipe)):
             items = [(row["prompt"], _texts(row)) for row in asked]
             orders = [draw_order(recipe.seed, row["prompt_id"], len(row["responses"])) for row in asked]
             for row, choice in zip(asked, knockout_winners(ranker, items, orders), strict=True):

@@ -13,7 +13,7 @@ import numpy as np
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.progress import progress
 from sppo.method.preference import Array, sigmoid
-from sppo.rankers import Ranker, backend, log_odds, unfinished
+from sppo.rankers import Ranker, backend, log_odds, pending_chunks
 from sppo.recipe import Recipe
 from sppo.store.files import digest
 from sppo.store.journal import Journal
@@ -89,7 +89,7 @@ def match(by: Recipe, name: str, run_dir: Path, first: int, second: int, overwri
         label = f"{name}: iteration {second} against {first}"
         with progress(len(rows), label, "prompt", len(journal.done)) as bar:
             is_done, load = lambda row: row[0] in journal.done, lambda: backend(by).load(by)
-            for ranker, asked in unfinished(rows, is_done, _CHUNK, load):
+            for ranker, asked in pending_chunks(rows, is_done, _CHUNK, load):
                 for row, block in zip(asked, _blocks(ranker, asked), strict=True):
                     if not is_done(row):
                         journal.add(row[0], {"probability": block.tolist()})

@@ -17,7 +17,7 @@ from sppo.command.errors import SPPOError
 from sppo.command.progress import columns
 from sppo.evaluation.match import Match, answers_of, iterations_of, judges, match, match_stage
 from sppo.method.preference import Array, sigmoid
-from sppo.rankers import pinned
+from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import Stage

@@ -15,7 +15,7 @@ from sppo.command.stopping import end_if_asked, heard
 from sppo.evaluation.health import health
 from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
-from sppo.rankers import batches, device_and_dtype
+from sppo.rankers.batching import batches, device_and_dtype
 from sppo.rankers.function import load_function, source_file
 from sppo.recipe import Recipe
 from sppo.schema import prompt_text

@@ -18,8 +18,9 @@ from sppo.evaluation.answers import draw
 from sppo.evaluation.match import iterations_of, judges, match
 from sppo.evaluation.matrix import interval
 from sppo.evaluation.measures import measure
-from sppo.rankers import backend, pinned
+from sppo.rankers import backend
 from sppo.rankers.function import load_function
+from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import Stage

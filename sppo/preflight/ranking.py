@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sppo import rankers
-from sppo.command.importing import is_installed
 from sppo.models.files import files_to_fetch, parameters, weight_files, weight_shapes
 from sppo.preflight.findings import Findings, Load, Run, no, note, ok, parameters_text, size
-from sppo.rankers import TRIAL, ask_trial, pinned, prompt_renderer
+from sppo.rankers import TRIAL, ask_trial
+from sppo.rankers.pairrm import prompt_renderer
+from sppo.rankers.pinning import pinned
 
 # The share of the device's matrix rate that ranking reaches, measured: docs/benchmarks.md, docs/gpu.md.
 _SHARE = {"cpu": 0.7, "gpu": 0.28}
@@ -43,8 +44,6 @@ def check_ranker(run: Run) -> Findings:
     if kind == "judge":
         yield ok(f"{recipe.ranker} at {recipe.ranker_url} answers a trial question")
         return
-    if recipe.fused_attention and (run.cpu or not is_installed("disentangled_flash")):
-        yield no("--fused_attention needs a GPU and a package: pip install '.[fused]'; or leave it out")
     told = recipe.ranker
     if kind != "function":
         shapes = weight_shapes(where)
@@ -58,7 +57,7 @@ def check_ranker(run: Run) -> Findings:
             yield ok(f"{told}; its config, tokenizer and files are whole; not loaded, which would take long")
             return
     # on the CPU, with the prompt as text: the policy's weights may not be here yet
-    ranker = module.load(dataclasses.replace(recipe, fused_attention=False, ranker_prompt="text"))
+    ranker = module.load(dataclasses.replace(recipe, ranker_prompt="text"))
     one, other = ask_trial(ranker, [TRIAL, (TRIAL[0], TRIAL[2], TRIAL[1])], f"--ranker {recipe.ranker}")
     yield ok(f"{told}; it loads and answers a trial pair ({one:.3g}, {other:.3g} the other way round)")
     yield from _ranker_cuts(run, ranker)

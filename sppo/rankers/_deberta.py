@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,42 +47,44 @@ class Attention(nn.Module):
         self.project.weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
         self.project.bias = nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
         self.heads, self.width = source.num_attention_heads, source.attention_head_size
-        self.span, self.buckets, self.furthest = (
-            source.pos_ebd_size,
-            source.position_buckets,
-            source.max_relative_positions,
-        )
+        self.span = source.pos_ebd_size
+        self.buckets = source.position_buckets
+        self.furthest = source.max_relative_positions
         self.scale = 1 / math.sqrt(self.width * 3)  # content-content, content-position, position-content
+        # the position table projected to keys and to queries, (h, d, 2 span) each; weights do not change in inference
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], self.heads, self.width)  # (..., H) -> (..., h, d)
 
+    def _position_terms(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Each token's products with R rows of a table, (B, T, h, d) and (h, d, R) -> (h, B, T, R)."""
+        batch, length = x.shape[:2]
+        of_heads = x.flatten(0, 1).transpose(0, 1)  # (h, B T, d)
+        return (of_heads @ table).view(self.heads, batch, length, -1)
+
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, *_: Any, rel_embeddings: Any = None, **__: Any
     ) -> tuple[torch.Tensor, None]:
         """hidden_states: (B, T, H); attention_mask: (B, 1, T, T), 1 where both tokens are real. Returns (B, T, H)."""
-        batch, length, _size = hidden_states.shape
         query, key, value = map(self._split, self.project(hidden_states).chunk(3, -1))  # (B, T, h, d)
-        if self._tables is None:  # weights do not change in inference
-            of_query, of_key, _ = self.project(rel_embeddings[: 2 * self.span]).chunk(3, -1)
-            self._tables = (
-                self._split(of_key).permute(1, 2, 0),
-                self._split(of_query).permute(1, 2, 0),
-            )  # (h, d, 2 span)
-        low, high, rows = _positions(length, self.span, self.buckets, self.furthest, hidden_states.device)
-        to_position, of_position = (
-            (x.flatten(0, 1).transpose(0, 1) @ table[..., low:high]).view(self.heads, batch, length, -1)  # (h, B, T, R)
-            for x, table in zip((query, key), self._tables, strict=True)
-        )
+        if self._tables is None:
+            of_query, of_key, _ = self.project(rel_embeddings[: 2 * self.span]).chunk(3, -1)  # (2 span, H)
+            self._tables = self._split(of_key).permute(1, 2, 0), self._split(of_query).permute(1, 2, 0)
+        key_table, query_table = self._tables
+
+        length, device = hidden_states.shape[1], hidden_states.device
+        used = _positions(length, self.span, self.buckets, self.furthest, device)
+        to_position = self._position_terms(query, key_table[..., used.low : used.high])
+        of_position = self._position_terms(key, query_table[..., used.low : used.high])
         # (B, T): the first token is real, so its row says which keys are
         keep = attention_mask[:, 0, 0].contiguous()
-        attend = _attention(hidden_states.device, self.width, hidden_states.dtype)
-        return attend(query, key, value, to_position, of_position, rows, keep, self.scale).flatten(2), None
+        attend = _fastest_attention(device, self.width, hidden_states.dtype)
+        return attend(query, key, value, to_position, of_position, used.rows, keep, self.scale).flatten(2), None
 
 
 @lru_cache
-def _attention(device: torch.device, width: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+def _fastest_attention(device: torch.device, width: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """attention of _attention.py on a GPU where it works and agrees with plain_attention, else the latter."""
     if device.type != "cuda" or width not in (16, 32, 64, 128):
         return plain_attention
@@ -123,12 +125,20 @@ def plain_attention(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale).movedim(0, 2)
 
 
+class _Positions(NamedTuple):
+    """What T tokens use of a position table: its rows low to high - 1.
+
+    rows: (2T - 1,), for each offset i - j = -(T - 1), ..., T - 1 of query i and key j the row inside this slice.
+    """
+
+    low: int
+    high: int
+    rows: torch.Tensor
+
+
 @lru_cache(maxsize=64)
-def _positions(
-    length: int, span: int, buckets: int, furthest: int, device: torch.device
-) -> tuple[int, int, torch.Tensor]:
-    """Which rows of the position tables `length` tokens ask for: (the first, the one behind the last, (2T - 1,) rows
-    for query i and key j by i - j from -(T - 1) on, counted from the first)."""
+def _positions(length: int, span: int, buckets: int, furthest: int, device: torch.device) -> _Positions:
+    """What `length` tokens use of a table of 2 `span` rows: `span` is offset 0, offsets far away share a bucket."""
     relative = torch.arange(1 - length, length)
     if buckets > 0 and furthest > 0:
         relative = make_log_bucket_position(relative, buckets, furthest).long()
@@ -137,4 +147,4 @@ def _positions(
     if device.type == "cuda":  # matrix products are slow where a row does not start at a multiple of 16 bytes
         low = max(0, low - -(high - low) % 8)
         high = min(2 * span, high + -(high - low) % 8)
-    return low, high, (rows - low).to(device, torch.int32)
+    return _Positions(low, high, (rows - low).to(device, torch.int32))

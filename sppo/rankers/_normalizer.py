@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 
-def _saved(directory: Path) -> bool:
-    """Whether tokenizer.json has the map: one that transformers 5 has saved has it not."""
+def _has_saved_map(directory: Path) -> bool:
+    """Whether the map is in tokenizer.json. It is not in one that transformers 5 has saved."""
     path = directory / "tokenizer.json"
     written = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return '"Precompiled"' in json.dumps(written.get("normalizer"))
 
 
-def mark(directory: Path) -> dict[str, str]:
-    """What a ranking's identity says of it: rankings made without the map are of other tokens."""
-    return {"characters": "as in training"} if (directory / "spm.model").exists() or _saved(directory) else {}
+def normalizer_identity(directory: Path) -> dict[str, str]:
+    """A part of a ranker's identity, so that rankings tokenized without the map are not reused."""
+    has_map = (directory / "spm.model").exists() or _has_saved_map(directory)
+    return {"characters": "as in training"} if has_map else {}
 
 
 def restore_normalizer(tokenizer: Any, directory: Path) -> None:
@@ -29,7 +30,7 @@ def restore_normalizer(tokenizer: Any, directory: Path) -> None:
     from tokenizers import Regex, Tokenizer, normalizers
 
     model = directory / "spm.model"
-    if _saved(directory):
+    if _has_saved_map(directory):
         tokenizer.backend_tokenizer.normalizer = Tokenizer.from_file(str(directory / "tokenizer.json")).normalizer
     elif model.exists() and (charsmap := _charsmap(model)):
         # as transformers 4 converted it

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,55 +16,58 @@ from torch import nn
 
 from sppo.command.errors import SPPOError
 from sppo.models.loading import flash_attention, loading
-from sppo.rankers import batches
 from sppo.rankers._deberta import speed_up
 from sppo.rankers._normalizer import restore_normalizer
-from sppo.rankers.pairrm import ranker_base
+from sppo.rankers._pairrm_files import ranker_base
+from sppo.rankers.batching import batches
 from sppo.schema import Message, Pair, prompt_text
 from sppo.store.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Input = tuple[list[int], list[int]]  # token ids of one comparison; where its three prefixes are
 _ALIGNED = 8  # a GPU's fused attention wants its (T, T) scores in rows of a multiple of this
 SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE = "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"
+
+
+class Input(NamedTuple):
+    """The token ids of one comparison, and where in them its three prefixes are."""
+
+    ids: list[int]
+    places: list[int]
+
+
+class Batch(NamedTuple):
+    """The arguments of PairRMModel.forward."""
+
+    input_ids: torch.Tensor  # (B, T)
+    attention_mask: torch.Tensor  # (B, T), 1 for real tokens
+    places: torch.Tensor  # (B, 3), where the source, candidate 1 and candidate 2 prefixes are
 
 
 class PairRMModel(nn.Module):
     """The network: parameters are named as in the published checkpoint."""
 
-    def __init__(self, config: Any, n_tasks: int, dropout: float) -> None:
+    def __init__(self, config: Any, n_tasks: int = 1) -> None:
         super().__init__()
         from transformers import DebertaV2Model
 
         width = config.hidden_size
         self.pretrained_model = DebertaV2Model(config)
         self.head_layer = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(2 * width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, n_tasks)
-        )
+            # Identity: where the published network has its dropout, so that the layers' numbers are the same
+            nn.Identity(), nn.Linear(2 * width, width), nn.Tanh(), nn.Identity(), nn.Linear(width, n_tasks)
+        )  # fmt: skip
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Logits (B,), positive where the first candidate is better.
 
-        input_ids, attention_mask: (B, T). places: (B, 3), where the source, candidate 1 and candidate 2 prefixes are.
+        The arguments are a Batch.
         """
-        hidden = self.pretrained_model(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state  # (B, T, H)
-        return self._compare(hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places])
-
-    def packed(self, input_ids: torch.Tensor, bounds: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """The same of sequences one behind the other, without padding: input_ids (N,), bounds (B + 1,), places (B, 3)
-        among the N. Only for a model whose attention is fused."""
-        encoder = self.pretrained_model
-        embedded = encoder.embeddings(input_ids[None], mask=torch.ones_like(input_ids)[None])[0]  # (N, H)
-        hidden = encoder.encoder.forward_packed(embedded, bounds).last_hidden_state  # (N, H)
-        return self._compare(hidden[places])
-
-    def _compare(self, marks: torch.Tensor) -> torch.Tensor:
-        """Hidden states at the three prefixes, (B, 3, H) -> logits (B,)."""
-        source, first, second = marks.unbind(1)
+        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask)
+        hidden = output.last_hidden_state  # (B, T, H)
+        each = torch.arange(len(hidden), device=hidden.device)[:, None]  # (B, 1)
+        source, first, second = hidden[each, places].unbind(1)  # (B, H) each
         left = self.head_layer(torch.cat([source, first], -1))  # (B, n_tasks)
         right = self.head_layer(torch.cat([source, second], -1))
         return (left - right).mean(-1)
@@ -76,19 +78,27 @@ class PairInputs:
 
     def __init__(self, directory: Path, render: Callable[[list[Message]], str] = prompt_text) -> None:
         self.render = render
-        self.config, self.tokenizer, settings = _read_checkpoint(directory)
-        self.n_tasks: int = settings["n_tasks"]
-        self.source_maxlength: int = settings["source_maxlength"]
-        self.candidate_maxlength: int = settings["candidate_maxlength"]
-        self.prefix_ids: dict[str, int] = settings["prefix_ids"]
+        settings = read_json(directory / "config.json")
+        if not (directory / "model.safetensors").exists():
+            raise SPPOError(f"ranker {directory}: no model.safetensors in it (pickled weights are not read)")
+        self.config, self.tokenizer = _read_base(directory)
+        self.prefix_ids = _prefix_ids(self.tokenizer, settings, directory)
+        self.config.vocab_size = _embedding_rows(directory, wanted=max(self.prefix_ids.values()) + 1)
+        # in tokens, CLS, prefix and SEP included: of the prompt at most, of a response at least (see _candidate_limit)
+        self.source_maxlength: int = settings.get("source_maxlength") or 1224
+        self.candidate_maxlength: int = settings.get("candidate_maxlength") or 412
+        self.n_tasks: int = settings.get("n_tasks") or 1
+
         tokenizer = self.tokenizer
         self.control_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | set(self.prefix_ids.values())
         self.control_text = [t for t in [*tokenizer.all_special_tokens, *self.prefix_ids] if t != tokenizer.sep_token]
         self.text_ids = lru_cache(maxsize=4096)(self._text_ids)  # a text stands in up to 2K pairs
 
     def _text_ids(self, text: str) -> list[int]:
-        """Text is data: no control token comes out of it, whatever it spells. [SEP] becomes a space, as in
-        llm-blender; another control token's name is broken by a space."""
+        """The token ids of a text, none of them a control token, whatever the text spells.
+
+        [SEP] becomes a space, as in llm-blender; a space parts the name of any other control token.
+        """
         text = text.replace(self.tokenizer.sep_token, " ")
         for name in self.control_text:
             text = text.replace(name, f"{name[0]} {name[1:]}")
@@ -103,13 +113,15 @@ class PairInputs:
         return self.candidate_maxlength + (self.source_maxlength - source_length) // 2
 
     def encode(self, prompt: list[Message], first: str, second: str) -> Input:
-        """(token ids, the three prefixes' places): `[CLS]<|source|>prompt[SEP]` and the two candidates likewise, each
-        cut on the right to its budget, CLS, prefix and SEP included."""
+        """`[CLS]<|source|>prompt[SEP]` and the two candidates likewise, one behind the other.
+
+        Each is cut on the right to its budget, CLS, prefix and SEP included.
+        """
         source = self._wrap(SOURCE, self.text_ids(self.render(prompt)), self.source_maxlength)
         limit = self._candidate_limit(len(source))
         left = self._wrap(CANDIDATE1, self.text_ids(first), limit)
         right = self._wrap(CANDIDATE2, self.text_ids(second), limit)
-        return source + left + right, [1, len(source) + 1, len(source) + len(left) + 1]
+        return Input(source + left + right, [1, len(source) + 1, len(source) + len(left) + 1])
 
     def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
         """How many of the texts do not fit their budgets."""
@@ -118,32 +130,24 @@ class PairInputs:
         cut = len(text) > self.source_maxlength - 3
         return cut + sum(len(self.text_ids(r)) > limit - 3 for r in responses)
 
-    def padded(self, inputs: list[Input], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """PairRMModel.forward's arguments for one batch."""
-        width = max(len(ids) for ids, _ in inputs)
+    def padded(self, inputs: list[Input], device: str) -> Batch:
+        """Inputs as one batch, padded on the right."""
+        width = max(len(item.ids) for item in inputs)
         if device != "cpu":
             width = -(-width // _ALIGNED) * _ALIGNED
         ids = np.full((len(inputs), width), self.tokenizer.pad_token_id)  # (B, T)
         mask = np.zeros_like(ids)
-        for row, (one, _) in enumerate(inputs):
-            ids[row, : len(one)] = one
-            mask[row, : len(one)] = 1
-        places = torch.tensor([p for _, p in inputs])
-        return tuple(x.to(device) for x in (torch.from_numpy(ids), torch.from_numpy(mask), places))
-
-    def packed(self, inputs: list[Input], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """PairRMModel.packed's arguments for one batch."""
-        starts = list(accumulate((len(ids) for ids, _ in inputs), initial=0))
-        ids = torch.from_numpy(np.concatenate([ids for ids, _ in inputs])).to(device)
-        places = [[start + p for p in item[1]] for start, item in zip(starts, inputs, strict=False)]
-        return ids, torch.tensor(starts, dtype=torch.int32, device=device), torch.tensor(places, device=device)
+        for row, item in enumerate(inputs):
+            ids[row, : len(item.ids)] = item.ids
+            mask[row, : len(item.ids)] = 1
+        places = torch.tensor([item.places for item in inputs])
+        return Batch(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device), places.to(device))
 
 
 class PairRM:
     """A loaded ranker that answers pairs in batches of a token budget.
 
-    dtype: of the weights; what is not finite in half precision is asked again in float32. fused_backend: attention by
-    the disentangled-flash package on sequences without padding, `triton` or (for a CPU) `torch`; empty: DeBERTa's own.
+    dtype: of the weights; what is not finite in half precision is asked again in float32.
     """
 
     batched = True
@@ -155,7 +159,6 @@ class PairRM:
         batch_tokens: int,
         dtype: torch.dtype = torch.float32,
         render: Callable[[list[Message]], str] = prompt_text,
-        fused_backend: str = "",
     ) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         # (T, T) scores in a batch: a CPU is slower on more than its cache holds
@@ -164,15 +167,11 @@ class PairRM:
         self.inputs = PairInputs(directory, render)
         self.count_cut = self.inputs.count_cut
         self.model = self._network().to(device, dtype)
-        self.fused = bool(fused_backend)
-        if self.fused:
-            _fuse(self.model, fused_backend)
-        else:
-            speed_up(self.model.pretrained_model)
+        speed_up(self.model.pretrained_model)
         self._exact: PairRMModel | None = None  # in float32, made when it is needed
 
     def _network(self) -> PairRMModel:
-        model = PairRMModel(self.inputs.config, self.inputs.n_tasks, 0.0)
+        model = PairRMModel(self.inputs.config, self.inputs.n_tasks)
         load_strictly(model, self.directory)
         return model.eval()
 
@@ -185,7 +184,7 @@ class PairRM:
         """
         inputs = [self.inputs.encode(*pair) for pair in pairs]
         running: list[tuple[list[int], torch.Tensor]] = []
-        for chosen in batches([len(ids) for ids, _ in inputs], self.batch_tokens, self.batch_scores):
+        for chosen in batches([len(item.ids) for item in inputs], self.batch_tokens, self.batch_scores):
             running.append((chosen, self._forward(self.model, [inputs[i] for i in chosen])))
             if len(running) > 1:
                 yield from self._read(inputs, *running.pop(0))
@@ -208,37 +207,18 @@ class PairRM:
     def _forward(self, model: PairRMModel, inputs: list[Input]) -> torch.Tensor:
         """(B,), float32: one logit for each input, in one batch. A GPU may still be computing them."""
         try:
-            if self.fused and model is self.model:
-                return model.packed(*self.inputs.packed(inputs, self.device)).float()
             return model(*self.inputs.padded(inputs, self.device)).float()
         except torch.OutOfMemoryError:
             raise SPPOError(
-                f"out of memory ranking {len(inputs)} pairs of up to {max(len(ids) for ids, _ in inputs)} tokens at "
+                f"out of memory ranking {len(inputs)} pairs of up to {max(len(item.ids) for item in inputs)} tokens at "
                 f"once; lower --batch_tokens {self.batch_tokens} and run the same command to go on"
             ) from None
 
 
-def _fuse(model: PairRMModel, fused_backend: str) -> None:
-    """Swap DeBERTa's attention for disentangled-flash's. Raises SPPOError where it is missing or does not fit."""
-    try:
-        from disentangled_flash import DebertaV2OptimizedEncoder, optimize_deberta
-    except ImportError:
-        raise SPPOError("--fused_attention needs a package: pip install '.[fused]'") from None
-    if model.pretrained_model.config.position_biased_input:
-        raise SPPOError("--fused_attention: this ranker adds absolute positions to its input, which packing would lose")
-    optimize_deberta(model.pretrained_model, backend=fused_backend)
-    if not isinstance(model.pretrained_model.encoder, DebertaV2OptimizedEncoder):
-        raise SPPOError("--fused_attention needs a GPU with Triton and heads of 32, 64 or 128 numbers; leave it out")
-
-
-def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dict[str, Any]]:
-    """(DeBERTa config, tokenizer, settings) of either layout."""
+def _read_base(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(DeBERTa config, tokenizer) of a PairRM of either layout. Raises SPPOError where its base is another network."""
     from transformers import AutoConfig, AutoTokenizer
 
-    raw = read_json(directory / "config.json")
-    weights_path = directory / "model.safetensors"
-    if not weights_path.exists():
-        raise SPPOError(f"ranker {directory}: no model.safetensors in it (pickled weights are not read)")
     base = ranker_base(directory)
     with loading(f"ranker {directory}"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -247,34 +227,38 @@ def _read_checkpoint(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, dic
     with loading(f"ranker {directory}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         restore_normalizer(tokenizer, base)
-    # Added tokens, in this order, behind the tokenizer's own; a tokenizer saved with them has them already.
-    names = [SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE]
+    return config, tokenizer
+
+
+def _prefix_ids(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], directory: Path) -> dict[str, int]:
+    """Token ids of the prefixes, by name. Raises SPPOError where config.json has others.
+
+    They come in this order behind the tokenizer's own tokens; a tokenizer that was saved with them has them already.
+    """
     vocabulary = tokenizer.get_vocab()
-    first_free = len(vocabulary)
-    ids = {name: vocabulary.get(name, first_free + i) for i, name in enumerate(names)}
+    names = (SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE)
+    ids = {name: vocabulary.get(name, len(vocabulary) + i) for i, name in enumerate(names)}
     for key, name in (("source_prefix_id", SOURCE), ("cand1_prefix_id", CANDIDATE1), ("cand2_prefix_id", CANDIDATE2)):
-        if raw.get(key, ids[name]) != ids[name]:
-            raise SPPOError(f"ranker {directory}: config.json has {key} {raw[key]}, its tokenizer {ids[name]}")
-    with loading(f"ranker {directory}"), safe_open(weights_path, "pt") as weights:
-        name = "pretrained_model.embeddings.word_embeddings.weight"
+        if settings.get(key, ids[name]) != ids[name]:
+            raise SPPOError(f"ranker {directory}: config.json has {key} {settings[key]}, its tokenizer {ids[name]}")
+    return ids
+
+
+def _embedding_rows(directory: Path, wanted: int) -> int:
+    """Rows of the embedding in model.safetensors. Raises SPPOError where there are fewer than `wanted`."""
+    name = "pretrained_model.embeddings.word_embeddings.weight"
+    with loading(f"ranker {directory}"), safe_open(directory / "model.safetensors", "pt") as weights:
         rows = weights.get_slice(name).get_shape()[0] if name in weights.keys() else 0  # noqa: SIM118 - not a dict
-    if rows <= max(ids.values()):
-        raise SPPOError(
-            f"ranker {directory}: {rows or 'no'} embedding rows do not fit its tokenizer of {max(ids.values()) + 1}"
-        )
-    config.vocab_size = rows
-    settings = {
-        "source_maxlength": raw.get("source_maxlength") or 1224,
-        "candidate_maxlength": raw.get("candidate_maxlength") or 412,
-        "n_tasks": raw.get("n_tasks") or 1,
-        "prefix_ids": ids,
-    }
-    return config, tokenizer, settings
+    if rows < wanted:
+        raise SPPOError(f"ranker {directory}: {rows or 'no'} embedding rows do not fit its tokenizer of {wanted}")
+    return rows
 
 
 def load_strictly(model: nn.Module, directory: Path) -> None:
-    """Read model.safetensors into the model. A key missing or left over is an error, but for the position_ids buffer
-    that older checkpoints carry."""
+    """Read model.safetensors into the model. Raises SPPOError where a key is missing or left over.
+
+    The position_ids buffer does not count: older checkpoints have it.
+    """
     with loading(f"ranker {directory}"):
         weights = load_file(directory / "model.safetensors")
     weights = {k: v for k, v in weights.items() if not k.endswith("embeddings.position_ids")}

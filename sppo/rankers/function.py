@@ -47,7 +47,7 @@ class FunctionRanker:
         self.function, self.name = function, name
 
     def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
-        """(index, what the function says) in the pairs' order."""
+        """(index, what the function returns) in the order of `pairs`."""
         for index, (prompt, first, second) in enumerate(pairs):
             yield index, self._ask(prompt_text(prompt), first, second)
 
@@ -67,7 +67,7 @@ class FunctionRanker:
             raise SPPOError(f"{name} gave {said!r}, not a number; it should return a logit") from None
 
     def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
-        """None: the function gets all of the text."""
+        """0: the function gets all of the text."""
         return 0
 
 

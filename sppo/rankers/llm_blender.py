@@ -1,9 +1,10 @@
 """llm-blender's own PairRM code as the ranker, for people who want the original: `--ranker_backend llm-blender`.
 
-llm-blender 0.0.2 wants two attributes that transformers 5 no longer has; they are put back here, if missing. Its loader
-would first fetch the base model's own weights, pickled ones, only to overwrite them, and would accept a checkpoint that
-does not fit. Here the network is made from the base's config, and the checkpoint is read strictly. Its loader of
-tokenizers lets the Python code of a model run whose path has "phi" in it; here no such code runs.
+What is changed in llm-blender 0.0.2:
+- It wants two attributes that transformers 5 no longer has. They are put back where they are missing.
+- It would fetch the base model's own weights, which are pickled, only to overwrite them, and would accept a checkpoint
+  that does not fit. Here the network is made from the base's config, and the checkpoint is read strictly.
+- It would run the Python code of a model whose path has "phi" in it. Here no such code runs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.models.loading import loading
-from sppo.rankers import pairrm, prompt_renderer
+from sppo.rankers import pairrm
 from sppo.rankers._normalizer import restore_normalizer
+from sppo.rankers._pairrm_files import fetch_ranker, ranker_base
 from sppo.rankers._pairrm_network import PairInputs, load_strictly
-from sppo.rankers.pairrm import fetch, fetch_ranker, ranker_base
+from sppo.rankers.pairrm import fetch, prompt_renderer
 from sppo.recipe import Recipe
 from sppo.schema import Pair
 from sppo.store.files import read_json
@@ -62,7 +64,7 @@ def load_blender(directory: Path, device: str) -> Any:
 
 
 def _from_config(model_type: str, model_name: str, **_: Any) -> Any:
-    """What llm-blender would load with weights that the checkpoint then replaces."""
+    """The base network without its weights: llm-blender would load them, and the checkpoint replaces them."""
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
@@ -109,6 +111,6 @@ def load(recipe: Recipe) -> LLMBlender:
     """llm-blender on the GPU if there is one, else on the CPU."""
     import torch
 
-    directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
+    directory = fetch_ranker(recipe)
     blender = load_blender(directory, "cuda" if torch.cuda.is_available() else "cpu")
     return LLMBlender(blender, PairInputs(directory, prompt_renderer(recipe)))

@@ -6,63 +6,57 @@ the tokenizer are used) and llm-blender/PairRM-hf (one transformers directory).
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sppo.command.errors import SPPOError
 from sppo.command.importing import import_networks
-from sppo.models.files import model_identity, resolve, snapshot
-from sppo.rankers import device_and_dtype, prompt_identity, prompt_renderer
-from sppo.rankers._normalizer import mark
+from sppo.models import chat
+from sppo.models.policy import policy_of
+from sppo.rankers._normalizer import normalizer_identity
+from sppo.rankers._pairrm_files import fetch_ranker, ranker_base, ranker_identity
+from sppo.rankers.batching import device_and_dtype
 from sppo.recipe import Recipe
-from sppo.store.files import digest, read_json
+from sppo.schema import Message, prompt_text
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from sppo.rankers._pairrm_network import PairRM
 
 
-def ranker_base(directory: Path) -> Path:
-    """Config and tokenizer of the base model that a ranker's config.json names, without the base's weights.
+def prompt_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Callable[[list[Message]], str]:
+    """messages -> what a PairRM reads as the prompt: its text, or the policy's chat template around it.
 
-    A copy in the cache is taken as it is, so that all shards read the same one. In the layout of llm-blender/PairRM-hf
-    they are the ranker's own.
+    tokenizer: the policy's, where it is open already.
     """
-    name = read_json(directory / "config.json").get("model_name")
-    if name is None:
-        return directory
-    for local in (directory / name, Path(name)):
-        if local.is_dir():
-            return local.resolve()
-    return snapshot(name, "", "the ranker's base model", ("*.json", "spm.model"), cached_first=True)
+    if recipe.ranker_prompt == "text":
+        return prompt_text
+    tokenizer = tokenizer or policy_of(recipe).tokenizer()
+    return lambda messages: chat.render(tokenizer, messages, True, recipe.chat_template_kwargs)
 
 
-def fetch_ranker(name: str, revision: str) -> Path:
-    """The ranker's directory, with what its base model has to give, in the cache after this."""
-    directory = resolve(name, revision, "ranker")
-    ranker_base(directory)
-    return directory
-
-
-def ranker_identity(directory: Path) -> str:
-    """A fingerprint of a ranker and of its base model's config and tokenizer."""
-    own, base = model_identity(directory), ranker_base(directory)
-    if base == directory:
-        return own
-    files = sorted(f for pattern in ("*.json", "spm.model") for f in base.glob(pattern))
-    return f"{own}+{hashlib.sha256(''.join(f.name + digest(f) for f in files).encode()).hexdigest()}"
+def prompt_identity(recipe: Recipe) -> dict[str, Any]:
+    """The part of a ranker's identity that decides what prompt_renderer gives."""
+    if recipe.ranker_prompt == "text":
+        return {"ranker_prompt": "text"}
+    model = {"model": policy_of(recipe).identity(), "chat_template_kwargs": recipe.chat_template_kwargs}
+    return {"ranker_prompt": "templated", **model}
 
 
 def fetch(recipe: Recipe) -> str:
-    """The ranker's directory, with what its base model has to give, in the cache after this."""
-    return str(fetch_ranker(recipe.ranker, recipe.ranker_revision))
+    """The ranker's directory; its files and those of its base model are in the cache after this."""
+    return str(fetch_ranker(recipe))
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Weights, config and tokenizer of the ranker, and what it reads as the prompt."""
-    directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
-    own = {"ranker": ranker_identity(directory), **mark(ranker_base(directory))}
-    return {"backend": "pairrm", **own, **prompt_identity(recipe)}
+    directory = fetch_ranker(recipe)
+    return {
+        "backend": "pairrm",
+        "ranker": ranker_identity(directory),
+        **normalizer_identity(ranker_base(directory)),
+        **prompt_identity(recipe),
+    }
 
 
 def load(recipe: Recipe) -> PairRM:
@@ -70,9 +64,6 @@ def load(recipe: Recipe) -> PairRM:
     import_networks()
     from sppo.rankers._pairrm_network import PairRM
 
-    directory = fetch_ranker(recipe.ranker, recipe.ranker_revision)
+    directory = fetch_ranker(recipe)
     device, dtype = device_and_dtype()
-    if recipe.fused_attention and device == "cpu":
-        raise SPPOError("--fused_attention needs a GPU; leave it out")
-    fused_backend = "triton" if recipe.fused_attention else ""
-    return PairRM(directory, device, recipe.batch_tokens, dtype, prompt_renderer(recipe), fused_backend)
+    return PairRM(directory, device, recipe.batch_tokens, dtype, prompt_renderer(recipe))

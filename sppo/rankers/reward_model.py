@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import isfinite, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +21,8 @@ from sppo.command.importing import import_networks
 from sppo.models import chat
 from sppo.models.files import is_adapter, model_identity, resolve
 from sppo.models.loading import flash_attention, loading
-from sppo.rankers import batches, device_and_dtype
-from sppo.rankers._normalizer import mark, restore_normalizer
+from sppo.rankers._normalizer import normalizer_identity, restore_normalizer
+from sppo.rankers.batching import batches, device_and_dtype
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair
 from sppo.store.files import read_json
@@ -34,8 +34,16 @@ Key = tuple[str, str]  # (prompt as JSON, response): what has one score
 _CLASSIFIER = "AutoModelForSequenceClassification"
 
 
+class Reading(NamedTuple):
+    """A conversation as the reward model reads it. `ids`: None where its chat template refuses the conversation."""
+
+    ids: list[int] | None
+    prompt_cut: bool = False
+    response_cut: bool = False
+
+
 class RewardModel:
-    """A loaded reward model: scores texts in batches of a token budget.
+    """A loaded reward model, which scores texts in batches of at most batch_tokens tokens.
 
     dtype: of the weights; what is not finite in half precision is asked again in float32.
     """
@@ -45,7 +53,7 @@ class RewardModel:
     def __init__(self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         flash_attention()
-        config, self.tokenizer = _open(directory)
+        config, self.tokenizer = _open_reward_model(directory)
         text, longest = config.get_text_config(), self.tokenizer.model_max_length
         self.context = min(getattr(text, "max_position_embeddings", None) or longest, longest)
         self.read = lru_cache(maxsize=2048)(self._read)  # count_cut and logits both want it
@@ -63,11 +71,10 @@ class RewardModel:
             head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         return network
 
-    def _read(self, prompt: str, response: str) -> tuple[list[int] | None, bool, bool]:
-        """(token ids, whether the prompt is cut, whether the response is) of the whole conversation.
+    def _read(self, prompt: str, response: str) -> Reading:
+        """The whole conversation. `prompt`: its messages as JSON.
 
         What the context has no room for goes from the left, behind the first token (BOS, an encoder's [CLS]).
-        No ids where the template refuses the conversation.
         """
         try:
             messages = chat.with_system(self.tokenizer, json.loads(prompt), "")
@@ -78,16 +85,16 @@ class RewardModel:
                     f"ranker {self.directory}: its tokenizer gives token {max(ids)}, its embedding has {self.rows} rows"
                 )
             if len(ids) <= self.context:
-                return ids, False, False
+                return Reading(ids)
             own = len(ids) - len(chat.prompt_ids(self.tokenizer, messages))  # the response and its end
-            return ids[:1] + ids[1 - self.context :], True, own > self.context - 1
+            return Reading(ids[:1] + ids[1 - self.context :], prompt_cut=True, response_cut=own > self.context - 1)
         except ValueError:
-            return None, False, False
+            return Reading(None)
 
     def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
         """How many of the texts do not fit the context: the prompt, where any response leaves it too little room."""
         found = [self.read(json.dumps(prompt), response) for response in responses]
-        return any(prompt_cut for _, prompt_cut, _ in found) + sum(own_cut for _, _, own_cut in found)
+        return any(reading.prompt_cut for reading in found) + sum(reading.response_cut for reading in found)
 
     def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
         """(index, r(first) - r(second)) of every pair, as soon as both are scored; NaN where a text has no score."""
@@ -111,7 +118,7 @@ class RewardModel:
         """
         inputs: dict[Key, list[int]] = {}
         for key in keys:
-            ids = self.read(*key)[0]
+            ids = self.read(*key).ids
             if ids:
                 inputs[key] = ids
             else:
@@ -158,7 +165,7 @@ class RewardModel:
         return torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
 
 
-def _open(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+def _open_reward_model(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """(config, tokenizer) of a reward model. Raises SPPOError for a directory that is none."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -215,7 +222,7 @@ def _load_strictly(directory: Path, dtype: torch.dtype) -> nn.Module:
 def fetch(recipe: Recipe) -> str:
     """The reward model's directory, in the cache after this. Raises SPPOError where it is none."""
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
-    _open(directory)
+    _open_reward_model(directory)
     return str(directory)
 
 
@@ -223,7 +230,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     """Weights, config, tokenizer and chat template of the reward model."""
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
     deberta = read_json(directory / "config.json").get("model_type") == "deberta-v2"
-    return {"backend": "reward-model", "ranker": model_identity(directory), **(mark(directory) if deberta else {})}
+    characters = normalizer_identity(directory) if deberta else {}
+    return {"backend": "reward-model", "ranker": model_identity(directory), **characters}
 
 
 def load(recipe: Recipe) -> RewardModel:

@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
 from sppo.method.preference import mean_scores
 from sppo.models.files import public_name
-from sppo.rankers import Ranker, pinned
+from sppo.rankers import Ranker
+from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair, as_messages, ranking_schema
 from sppo.store.files import digest
@@ -38,28 +39,30 @@ def prompt_logits(ranker: Ranker, items: list[tuple[list[Message], list[str]]]) 
 
     K may differ between items. Identical responses are asked once, and batches mix the pairs of all items.
     """
+    # the ordered pairs of all items in one list, and for each pair the index of its item
     pairs: list[Pair] = []
     owners: list[int] = []
-    asked: list[dict[tuple[str, str], float]] = []
     for owner, (prompt, responses) in enumerate(items):
-        unique = dict.fromkeys(itertools.permutations(responses, 2))
-        pairs += [(prompt, first, second) for first, second in unique]
-        owners += [owner] * len(unique)
-        asked.append({})
+        for first, second in dict.fromkeys(itertools.permutations(responses, 2)):
+            pairs.append((prompt, first, second))
+            owners.append(owner)
+
     left = Counter(owners)
+    answers: list[dict[tuple[str, str], float]] = [{} for _ in items]
     for index, logit in ranker.logits(pairs):
         owner = owners[index]
-        asked[owner][pairs[index][1:]] = logit
+        answers[owner][pairs[index][1:]] = logit
         left[owner] -= 1
         if not left[owner]:
-            responses = items[owner][1]
-            yield (
-                owner,
-                [
-                    [0.0 if i == j else asked[owner][a, b] for j, b in enumerate(responses)]
-                    for i, a in enumerate(responses)
-                ],
-            )
+            yield owner, _logit_matrix(items[owner][1], answers[owner])
+
+
+def _logit_matrix(responses: list[str], answers: dict[tuple[str, str], float]) -> Logits:
+    """(K, K): the answers to (first, second), row first, column second; a response against itself is 0."""
+    matrix = []
+    for i, first in enumerate(responses):
+        matrix.append([0.0 if i == j else answers[first, second] for j, second in enumerate(responses)])
+    return matrix
 
 
 def rank_stage(recipe: Recipe, output_dir: Path, part: Slice) -> Stage:
@@ -68,7 +71,7 @@ def rank_stage(recipe: Recipe, output_dir: Path, part: Slice) -> Stage:
     Raises SPPOError where there are no responses, or the recipe has no model and the one that drew them has changed.
     """
     responses = require_responses(output_dir)
-    named = _with_model(pinned(recipe, output_dir), output_dir)
+    named = _with_ranker_and_model(recipe, output_dir)
     asked = rankers.backend(named).identity(named)
     if not recipe.model and "model" in asked:
         drew = read_manifest(output_dir / "responses.manifest.json", "generated")["generated"]["model"]
@@ -80,8 +83,12 @@ def rank_stage(recipe: Recipe, output_dir: Path, part: Slice) -> Stage:
     return Stage("rank", manifest, [path], inputs, {"rows": rows, "pairs": recipe.pairs}, journal)
 
 
-def _with_model(recipe: Recipe, output_dir: Path) -> Recipe:
-    """The recipe with the model that drew the responses, where it has none: a PairRM may need its chat template."""
+def _with_ranker_and_model(recipe: Recipe, output_dir: Path) -> Recipe:
+    """The recipe with the commit of the ranker that preload.py pinned, if it did.
+
+    And, where it names no model, with the model that drew the responses: a PairRM may need its chat template.
+    """
+    recipe = pinned(recipe, output_dir)
     manifest = output_dir / "responses.manifest.json"
     if recipe.model or not manifest.exists():
         return recipe
@@ -92,15 +99,23 @@ def _with_model(recipe: Recipe, output_dir: Path) -> Recipe:
 def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite: bool) -> None:
     """Write $DATA/ranking/shard-<data_frac>.parquet for each slice of $DATA/responses.parquet, with one ranker.
 
-    Prompts that a killed try had finished are in the journal and are not asked again (see rankers.unfinished).
+    Prompts that a killed try had finished are in the journal and are not asked again (see rankers.pending_chunks).
     """
     responses = require_responses(output_dir)
     responses_columns(responses)
     directory, total = output_dir / "ranking", open_parquet(responses, []).metadata.num_rows
     parts = parts if overwrite else as_begun(parts, directory)
-    named = _with_model(pinned(recipe, output_dir), output_dir)
-    load = functools.cache(lambda: rankers.backend(named).load(named))
-    note_count = functools.cache(lambda: lay_out(directory, parts[0].count(total), overwrite))
+    named = _with_ranker_and_model(recipe, output_dir)
+
+    # both once, for the first shard that is not done
+    @functools.cache
+    def load() -> Ranker:
+        return rankers.backend(named).load(named)
+
+    @functools.cache
+    def note_count() -> None:
+        lay_out(directory, parts[0].count(total), overwrite)
+
     for part in parts:
         stage = rank_stage(recipe, output_dir, part)
         if stage.is_done(overwrite):
@@ -116,21 +131,46 @@ def _rank_shard(recipe: Recipe, stage: Stage, shard: int, load: Callable[[], Ran
     (start, stop), total = stage.settings["rows"], open_parquet(responses, []).metadata.num_rows
     stage.begin()
     journal = Journal(stage.journal, stage.identity)
-    rows = _slice(responses, start, stop, recipe.pairs)
     print(f"rank: rows {start} to {stop} of {total}: {len(journal.done)} in the journal", flush=True)
+
+    # every prompt's logits into the journal
+    rows = _checked_rows(responses, start, stop, recipe.pairs)
     with progress(stop - start, f"shard {shard}", "prompt", len(journal.done)) as bar:
-        is_done = lambda row: row["prompt_id"] in journal.done  # noqa: E731 - short
-        for ranker, asked in rankers.unfinished(rows, is_done, _CHUNK, load):
-            items = [(row["prompt"], [(r or {}).get("text") or "" for r in row["responses"]]) for row in asked]
-            for index, logits in prompt_logits(ranker, items):
-                name = asked[index]["prompt_id"]
-                if name not in journal.done:
-                    journal.add(name, {"logits": logits, "cut": ranker.count_cut(*items[index])})
-                    bar.update()
-    _write_shard(stage, journal, path, responses, (start, stop), recipe)
+        for _ in _ask_ranker(rows, journal, load):
+            bar.update()
+
+    # from the journal into the shard
+    outcome = _Outcome()
+    prompt_ids = (str(row["prompt_id"]) for row in read_rows(responses, ["prompt_id"], start, stop))
+    written = write_parquet(path, ranking_schema(), _shard_rows(prompt_ids, journal, outcome))
+    counts = {
+        "prompts": stop - start,
+        "written": written,
+        "pairs": written * recipe.pairs * (recipe.pairs - 1),
+        "texts_cut_for_the_ranker": outcome.texts_cut,
+        "skipped": dict(Counter(prompt["reason"] for prompt in outcome.skipped)),
+    }
+    stage.finish(counts, ranker=recipe.ranker, ranker_name=public_name(recipe.ranker), skipped=outcome.skipped)
+    journal.remove()
+    print(f"rank: {path}: {json.dumps(counts)}")
 
 
-def _slice(responses: Path, start: int, stop: int, pairs: int) -> Iterator[dict[str, Any]]:
+def _ask_ranker(rows: Iterator[dict[str, Any]], journal: Journal, load: Callable[[], Ranker]) -> Iterator[str]:
+    """Put the logits of every prompt that is not in the journal there; yields the prompt's id each time."""
+
+    def is_done(row: dict[str, Any]) -> bool:
+        return row["prompt_id"] in journal.done
+
+    for ranker, chunk in rankers.pending_chunks(rows, is_done, _CHUNK, load):
+        items = [(row["prompt"], [(answer or {}).get("text") or "" for answer in row["responses"]]) for row in chunk]
+        for index, logits in prompt_logits(ranker, items):
+            if not is_done(chunk[index]):
+                prompt_id = chunk[index]["prompt_id"]
+                journal.add(prompt_id, {"logits": logits, "cut": ranker.count_cut(*items[index])})
+                yield prompt_id
+
+
+def _checked_rows(responses: Path, start: int, stop: int, pairs: int) -> Iterator[dict[str, Any]]:
     """The rows to rank. Raises SPPOError for one without an id, with a repeated id, or without K responses."""
     seen: set[str] = set()
     for row in read_rows(responses, ["prompt_id", "prompt", "responses"], start, stop):
@@ -152,31 +192,21 @@ def _slice(responses: Path, start: int, stop: int, pairs: int) -> Iterator[dict[
         yield row
 
 
-def _write_shard(
-    stage: Stage, journal: Journal, path: Path, responses: Path, bounds: tuple[int, int], recipe: Recipe
-) -> None:
-    skipped: list[dict[str, str]] = []
-    cut: Counter[str] = Counter()
+@dataclass
+class _Outcome:
+    """What a shard's manifest says besides the number of rows. `skipped`: prompt_id and reason of each."""
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for row in read_rows(responses, ["prompt_id"], *bounds):
-            name = str(row["prompt_id"])
-            answer = journal.read(name)
-            logits, cut["texts"] = answer["logits"], cut["texts"] + answer["cut"]
-            if not all(math.isfinite(x) for line in logits for x in line):
-                skipped.append({"prompt_id": name, "reason": "the ranker's logits are not finite"})
-                continue
-            scores = mean_scores(np.array(logits)).tolist()
-            yield {"prompt_id": name, "logits": logits, "scores": scores}
+    texts_cut: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
 
-    written = write_parquet(path, ranking_schema(), rows())
-    counts = {
-        "prompts": bounds[1] - bounds[0],
-        "written": written,
-        "pairs": written * recipe.pairs * (recipe.pairs - 1),
-        "texts_cut_for_the_ranker": cut["texts"],
-        "skipped": dict(Counter(s["reason"] for s in skipped)),
-    }
-    stage.finish(counts, ranker=recipe.ranker, ranker_name=public_name(recipe.ranker), skipped=skipped)
-    journal.remove()
-    print(f"rank: {path}: {json.dumps(counts)}")
+
+def _shard_rows(prompt_ids: Iterator[str], journal: Journal, outcome: _Outcome) -> Iterator[dict[str, Any]]:
+    """The rows of the shard, from the journal; what else the journal tells is added to `outcome`."""
+    for prompt_id in prompt_ids:
+        answer = journal.read(prompt_id)
+        outcome.texts_cut += answer["cut"]
+        logits = np.array(answer["logits"])  # (K, K)
+        if np.isfinite(logits).all():
+            yield {"prompt_id": prompt_id, "logits": answer["logits"], "scores": mean_scores(logits).tolist()}
+        else:
+            outcome.skipped.append({"prompt_id": prompt_id, "reason": "the ranker's logits are not finite"})

@@ -15,7 +15,7 @@ from typing import Any
 
 from sppo.command.errors import SPPOError
 from sppo.evaluation.suites.suite import Figures, Judge, Order, answers, fetch, figures_stage, finish, read_questions
-from sppo.rankers._chat_server import is_logprob
+from sppo.rankers.chat_server import is_logprob
 from sppo.schema import content_id
 from sppo.store.files import atomic
 

@@ -16,7 +16,7 @@ from sppo.command.progress import progress
 from sppo.command.stopping import end_if_asked
 from sppo.evaluation.answers import draw
 from sppo.models.files import public_name
-from sppo.rankers._chat_server import TOO_MUCH, ChatServer
+from sppo.rankers.chat_server import TOO_MUCH, ChatServer
 from sppo.recipe import Recipe
 from sppo.schema import Message
 from sppo.store.files import atomic, digest, write_json
@@ -26,7 +26,7 @@ from sppo.store.parquet import open_parquet, read_rows
 from sppo.store.shards import begun_shards
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import OpenAI
 
 Figures = dict[str, float]
 _OTHER_JUDGE = (
@@ -156,9 +156,9 @@ class Judge:
             journal.close()
         return [found[key] for key in keys]
 
-    async def _ask(self, client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            return dict((await self.server.complete(client, {"model": self.model, **request}))["choices"][0])
+            return dict(self.server.complete(client, {"model": self.model, **request})["choices"][0])
         except (*self.server.failures, IndexError) as error:
             if getattr(error, "status_code", None) not in TOO_MUCH:
                 raise self.server.failure(error) from None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,12 +20,12 @@ from sppo.command.importing import is_installed
 from sppo.command.values import require_plain_address
 
 if TYPE_CHECKING:
-    from openai import APIError, AsyncOpenAI
+    from openai import APIError, OpenAI
 
 Item, Answer = TypeVar("Item"), TypeVar("Answer")
 
-_GRACE = 5  # seconds for the answers that are under way when one fails
-TOO_MUCH = (400, 413, 422)  # this request is not taken: too long for the model, or filtered
+_GRACE = 5  # seconds to wait for each further answer once a question has failed
+TOO_MUCH = (400, 413, 422)  # statuses of a request that is refused for what it holds: too long, or filtered
 
 
 def is_logprob(value: Any) -> bool:
@@ -54,59 +55,61 @@ class ChatServer:
             raise SPPOError("asking a chat server needs a package: pip install 'openai>=2.25'")
         import openai
 
+        self._lock = threading.Lock()
         self.openai = openai
         # all but the first: the server has answered with something that is no chat completion
         self.failures = (openai.APIError, AttributeError, KeyError, TypeError, ValueError)
         self.key = os.environ.get("OPENAI_API_KEY", "")
 
-    def client(self) -> AsyncOpenAI:
-        """A client of this event loop, which itself retries 408, 409, 429, 5xx, no connection, no answer in time.
+    def client(self) -> OpenAI:
+        """A client for any number of threads. It retries 408, 409, 429, 5xx, a lost connection and a timeout itself.
 
         It follows no redirect: prompts and key go to the address that the user has named, and nowhere else.
         """
-        there = self.openai.DefaultAsyncHttpxClient(follow_redirects=False)
-        how = {"timeout": self.timeout, "max_retries": self.retries, "http_client": there}
-        return self.openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", **how)
+        return self.openai.OpenAI(
+            base_url=self.url,
+            api_key=self.key or "none",
+            timeout=self.timeout,
+            max_retries=self.retries,
+            http_client=self.openai.DefaultHttpxClient(follow_redirects=False),
+        )
 
-    def ask_all(
-        self, items: Iterable[Item], ask: Callable[[AsyncOpenAI, Item], Awaitable[Answer]]
-    ) -> Iterator[tuple[int, Answer]]:
-        """(index, what `ask` gives of the item), as answers come.
+    def ask_all(self, items: Iterable[Item], ask: Callable[[OpenAI, Item], Answer]) -> Iterator[tuple[int, Answer]]:
+        """(index of the item, what `ask` returns for it), in the order in which the answers come.
 
-        Raises what `ask` raises, once those under way have had some seconds: their answers are paid for. At a Ctrl-C
-        they are dropped.
+        Where `ask` raises, nothing more is sent. The requests under way are paid for, so their answers are waited for a
+        few seconds; then the error is raised. A Ctrl-C, or a caller that wants no more, does not wait.
         """
-        loop, failed = asyncio.new_event_loop(), None
-        client, waiting, running = self.client(), iter(enumerate(items)), set()
-
-        async def answer(index: int, item: Item) -> tuple[int, Answer]:
-            return index, await ask(client, item)
-
+        waiting = iter(enumerate(items))
+        running: dict[Future[Answer], int] = {}  # the index of each item that is asked about
+        failure: BaseException | None = None
+        client, pool = self.client(), ThreadPoolExecutor(self.concurrency)
         try:
             while True:
-                for index, item in islice(waiting, 0 if failed else self.concurrency - len(running)):
-                    running.add(loop.create_task(answer(index, item)))
+                # as many requests as the server may get at once
+                free = 0 if failure else self.concurrency - len(running)
+                for index, item in islice(waiting, free):
+                    running[pool.submit(ask, client, item)] = index
+
                 if not running:
                     break
-                grace = _GRACE if failed else None
-                some = asyncio.wait(running, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
-                done, running = loop.run_until_complete(some)
+                done, _ = wait(running, timeout=_GRACE if failure else None, return_when=FIRST_COMPLETED)
                 if not done:
                     break
-                for task in done:
-                    failed = failed or task.exception()
-                    if not task.exception():
-                        yield task.result()
-            if failed:
-                raise failed
+                for future in done:
+                    index = running.pop(future)
+                    if error := future.exception():
+                        failure = failure or error
+                    else:
+                        yield index, future.result()
+            if failure:
+                raise failure
         finally:
-            for task in running:
-                if task.done() and not task.cancelled():
-                    task.exception()  # a Ctrl-C that came while it was at work: read, so that asyncio does not print it
-            loop.run_until_complete(_drop(asyncio.all_tasks(loop), client))
-            loop.close()
+            # a thread that still waits for its answer ends with it, or with the process
+            pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
 
-    async def complete(self, client: AsyncOpenAI, request: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, client: OpenAI, request: dict[str, Any]) -> dict[str, Any]:
         """The chat completion of a request, as JSON.
 
         Raises SPPOError where the server does not take the temperature: every judgement would be another one then.
@@ -115,32 +118,24 @@ class ChatServer:
             rest = {key: value for key, value in request.items() if key != "max_tokens"}
             request = {**rest, "max_completion_tokens": request["max_tokens"]}
         try:
-            return json.loads((await client.chat.completions.with_raw_response.create(**request)).text)
+            return json.loads(client.chat.completions.with_raw_response.create(**request).text)
         except self.openai.BadRequestError as error:
             if "max_tokens" in request and "max_completion_tokens" in error.message:
                 self.note("asking with max_completion_tokens, as the server wants it, for max_tokens")
                 self.newer_limit = True
-                return await self.complete(client, request)
+                return self.complete(client, request)
             if "temperature" in request and re.search("temperature.*support", error.message):
                 told = f"does not take temperature {request['temperature']:g}: {self.words(error)}"
                 raise SPPOError(f"the judge at {self.url} {told}. Take another judge as {self.model_flag}") from None
             raise
 
-    def models(self) -> list[str]:
-        """The names that the server gives its models. Raises SPPOError."""
-
-        async def listed() -> list[str]:
-            async with self.client() as client:
-                return [model.id async for model in client.models.list()]
-
-        try:
-            return asyncio.run(listed())
-        except self.failures as error:
-            raise self.failure(error) from None
-
     def check_serves(self, model: str) -> None:
         """Raises SPPOError where the server gives no answer, or has no such model."""
-        served = self.models()
+        try:
+            with self.client() as client:
+                served = [listed.id for listed in client.models.list()]
+        except self.failures as error:
+            raise self.failure(error) from None
         if model not in served:
             raise SPPOError(f"{self.url} serves {', '.join(served) or 'no model'}, not {self.model_flag} {model}")
 
@@ -179,13 +174,8 @@ class ChatServer:
 
     def note(self, text: str) -> None:
         """Say once what holds for one answer and maybe for all."""
-        if text.split(":")[0] not in self.noted:
-            self.noted.add(text.split(":")[0])
-            print(f"judge: {text}", file=sys.stderr, flush=True)
-
-
-async def _drop(tasks: set[asyncio.Task[Any]], client: AsyncOpenAI) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await client.close()
+        kind = text.split(":")[0]
+        with self._lock:
+            if kind not in self.noted:
+                self.noted.add(kind)
+                print(f"judge: {text}", file=sys.stderr, flush=True)
