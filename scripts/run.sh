@@ -13,7 +13,8 @@ set -euo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 case " $* " in *" --help "*) show_help "$root/scripts/run.sh" scripts/plan.py; exit 0 ;; esac
-export SPPO_CHILD=1 SPPO_RUN=1 # killed, this script leaves nothing running; see env.sh
+# killed, this script leaves nothing running; in a run a push may fail (see env.sh), and there is no --overwrite
+export SPPO_CHILD=1 SPPO_RUN=1 SPPO_NO_OVERWRITE=1
 
 # Look at everything first: flags, preflight, each iteration's recipe. What is left comes back in a file.
 plan=$(mktemp)

@@ -17,7 +17,7 @@ import tiny
 from sppo.command.errors import SPPOError, UsageError
 from sppo.launch import cores, machine
 from sppo.launch.devices import devices, groups
-from sppo.launch.logs import last_lines, overall, show_failure
+from sppo.launch.logs import last_lines, progress_line, show_failure
 from sppo.launch.watch import run_shards
 
 
@@ -89,24 +89,27 @@ def test_all_shards_progress_in_one_line(tmp_path: Path) -> None:
     logs = [tmp_path / str(i) for i in range(2)]
     for log, bar in zip(logs, bars, strict=True):
         log.write_text(f"generate: rows\n{bar}")
-    assert overall(logs) == "20 of 59 prompts, 2 shards, 1000 tok/s, 1:01:29 left"
+    assert progress_line(logs, "generate") == "generate: 20 of 59 prompts, 2 shards, 1000 tok/s, 1:01:29 left"
     logs[0].write_text("train: going on\n 30%|x | 3/10 [00:10<00:20, 3.10s/it]")
-    assert overall(logs[:1]) == "3 of 10 steps, 00:20 left"
+    assert progress_line(logs[:1], "train") == "train: 3 of 10 steps, 00:20 left"
     with open(logs[0], "a") as log:  # a checkpoint is saved, as transformers shows it
         log.write("\n\nWriting model shards: 100%|x | 1/1 [00:00<00:00, 98it/s]\x1b[A")
-    assert overall(logs[:1]) == "3 of 10 steps, 00:20 left"
+    assert progress_line(logs[:1], "train") == "train: 3 of 10 steps, 00:20 left"
     logs[0].write_text("train: going on\nLoading weights: 100%|x | 21/21 [00:00<00:00, 9348.37it/s]\n")
-    assert overall(logs[:1]) == "train: going on"
+    assert progress_line(logs[:1], "train") == "train: going on"
     logs[0].write_text("reference log-probs:  50%|x | 8/16 [00:10<00:10, 2.10row/s]")
-    assert overall(logs[:1]) == "8 of 16 rows, 00:10 left"
+    assert progress_line(logs[:1], "train") == "train: 8 of 16 rows, 00:10 left"
 
 
 def test_a_library_s_warnings_are_not_taken_for_progress(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("WARNING 11-25 01:00:00 [input_processor.py:409] Passing raw prompts is deprecated\n")
-    assert overall([log]) == "starting"
+    assert progress_line([log], "generate") == "generate: starting"
     log.write_text("generate: rows 0 to 9 of 9: 9 to do\n(EngineCore) WARNING: no time to spare\n")
-    assert overall([log]) == "generate: rows 0 to 9 of 9: 9 to do"
+    assert progress_line([log], "generate") == "generate: rows 0 to 9 of 9: 9 to do"
+    with open(log, "a") as out:  # vLLM, while it starts
+        out.write("100%|x | 1/1 [00:00<00:00, 31.5it/s]\n")
+    assert progress_line([log], "generate") == "generate: rows 0 to 9 of 9: 9 to do"
 
 
 def test_what_a_rank_raised_is_shown_although_its_launcher_says_more(

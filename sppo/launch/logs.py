@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 _TAIL = 30  # lines of a failing log to show
 _LEAST_FREE = 64 << 10  # bytes
@@ -37,37 +38,56 @@ def last_lines(log: Path, count: int) -> list[str]:
 
 # a progress bar's done, total, time left, unit ("2.1prompt/s", or slower "3.2s/prompt") and tokens a second
 _BAR = re.compile(r"(\d+)/(\d+) \[[\d:]+<([\d:]+), *(?:[\d.?]+s/([a-z]+)|[\d.?]+([a-z]+)/s)(?:.* ([\d.]+) tok/s)?")
-# the trainer counts iterations, which are steps, and names its bar nothing; with a name ("Loading weights: 100%|") it
-# is a library's bar of something else
-_UNITS = {"it": "step"}
+# The Trainer's bar has no description, and its unit `it` is an optimiser step. A bar of `it` with a description
+# ("Loading weights: 100%|"), or in another stage, is a library's.
 _NAMED = re.compile(r"[A-Za-z].*\d%\|")
 _RANK = re.compile(r"^\[rank\d+\]:( |$)")  # torch puts it before each line of a rank's traceback
 _OURS = re.compile(r"(generate|combine|preload|rank|train|eval)\b.*: ")  # else it is a library's warning
 
 
-def _bar(line: str) -> re.Match[str] | None:
+class _Bar(NamedTuple):
+    """A progress bar as it stands in a log. left: as tqdm writes it; tokens: a second."""
+
+    done: int
+    total: int
+    left: str
+    unit: str
+    tokens: float
+
+    @property
+    def seconds_left(self) -> int:
+        return sum(int(n) * 60**i for i, n in enumerate(reversed(self.left.split(":"))))
+
+
+def _bar(line: str, stage: str) -> _Bar | None:
     """The progress bar of a stage of ours in a line, if there is one."""
-    bar = _BAR.search(line)
-    return None if bar and (bar[4] or bar[5]) in _UNITS and _NAMED.search(line[: bar.start()]) else bar
+    found = _BAR.search(line)
+    if not found:
+        return None
+    unit = found[4] or found[5]
+    if unit == "it":
+        if stage != "train" or _NAMED.search(line[: found.start()]):
+            return None
+        unit = "step"
+    return _Bar(int(found[1]), int(found[2]), found[3], unit, float(found[6] or 0))
 
 
-def overall(logs: list[Path]) -> str:
-    """All shards' progress in one line, from the progress bars at the ends of their logs."""
-    done, total, rate, left, unit = 0, 0, 0.0, (0, "0:00"), ""
-    for log in logs:
-        bars = [bar for line in last_lines(log, 5) if (bar := _bar(line))]
-        if bars:
-            bar = bars[-1]
-            done, total = done + int(bar[1]), total + int(bar[2])
-            rate += float(bar[6] or 0)
-            unit = _UNITS.get(bar[4] or bar[5], bar[4] or bar[5])
-            seconds = sum(int(n) * 60**i for i, n in enumerate(reversed(bar[3].split(":"))))
-            left = max(left, (seconds, bar[3]))
-    if not total:
-        return last_words(logs[0]) or "starting"
-    shards = f", {len(logs)} shards" if len(logs) > 1 else ""
-    speed = f", {rate:.0f} tok/s" if rate else ""
-    return f"{done} of {total} {unit}s{shards}{speed}, {left[1]} left"
+def progress_line(logs: list[Path], stage: str) -> str:
+    """How far a stage has come, in one line, from the progress bars at the ends of all its processes' logs."""
+    last = [[bar for line in last_lines(log, 5) if (bar := _bar(line, stage))][-1:] for log in logs]
+    bars = [bar for found in last for bar in found]
+    if not bars:
+        words = last_words(logs[0]).removeprefix(f"{stage}: ")
+        return f"{stage}: {words or 'starting'}"
+
+    done, total = sum(bar.done for bar in bars), sum(bar.total for bar in bars)
+    slowest, tokens = max(bars, key=lambda bar: bar.seconds_left), sum(bar.tokens for bar in bars)
+    parts = [f"{done} of {total} {slowest.unit}s"]
+    if len(logs) > 1:
+        parts.append(f"{len(logs)} shards")
+    if tokens:
+        parts.append(f"{tokens:.0f} tok/s")
+    return f"{stage}: {', '.join(parts)}, {slowest.left} left"
 
 
 def last_words(log: Path) -> str:

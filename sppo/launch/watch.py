@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from sppo.command.errors import INTERRUPTED, SPPOError
 from sppo.command.stopping import end_if_asked, stop_asked
 from sppo.launch.devices import CPU
-from sppo.launch.logs import new_log, overall, show_ends, show_failure
+from sppo.launch.logs import new_log, progress_line, show_ends, show_failure
 from sppo.launch.nodes import Answer
 from sppo.recipe import Recipe
 from sppo.store.directories import check_place, refuse_busy
@@ -29,6 +29,7 @@ from sppo.training.launching import training_config
 from sppo.training.settings import check_machine, prepare
 
 _REPORT = 30  # seconds between two progress lines
+_PAUSE = 0.1  # seconds between two looks at what runs
 
 
 class Task(Protocol):
@@ -78,15 +79,66 @@ class _Started:
     log: Path
 
 
+class _Watch:
+    """What a launcher has started for a stage. The first failure stops the rest, and so does leaving with an error."""
+
+    def __init__(self, launcher: Launcher, stage: str) -> None:
+        self.launcher, self.stage = launcher, stage
+        self.running: dict[int, _Started] = {}  # by slot
+        self.logs: list[Path] = []
+        self._told, self._line = time.monotonic(), ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            self.launcher.stop([started.task for started in self.running.values()])
+
+    def add(self, slot: int, task: Task, what: str, log: Path) -> None:
+        self.running[slot] = _Started(task, what, log)
+        self.logs.append(log)
+
+    def look(self) -> None:
+        """Take note of what has ended, and tell how far the rest is. Raises SystemExit for a process that failed."""
+        for slot, started in list(self.running.items()):
+            code = started.task.poll()
+            if code is not None:
+                del self.running[slot]
+            if code:  # what it has started itself may live on, and hold a GPU
+                self.launcher.stop([started.task, *(other.task for other in self.running.values())])
+                _end(started, code)
+        if time.monotonic() - self._told > _REPORT:
+            before, self._line = self._line, progress_line(self.logs, self.stage)
+            self._told = time.monotonic()
+            if self._line != before:
+                print(self._line, flush=True)
+
+
+class ShardQueue:
+    """The shards that nobody has begun yet, handed out in groups: each process loads its model once for its group.
+
+    The first groups take a half of what is left for all slots together. Later groups are smaller, so that a slow
+    machine keeps nobody waiting at the end.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.waiting = list(range(count))
+
+    def next(self, slots: int) -> list[int]:
+        """The next group, when `slots` processes can be at work."""
+        take = max(1, len(self.waiting) // (2 * slots))
+        group, self.waiting = self.waiting[:take], self.waiting[take:]
+        return group
+
+
 def run_shards(
-    launcher: Launcher, wanted: int, shards_dir: Path | None, logs: Path, name: str, command: list[str]
+    launcher: Launcher, wanted: int, shards_dir: Path | None, logs: Path, stage: str, command: list[str]
 ) -> None:
     """Run `command --data_frac <numbers> --numgpu <count>` until all shards are done.
 
-    wanted: how many shards there shall be; 0: as many as an earlier try in `shards_dir` made, else one a slot. With
-    more shards than slots a process gets several, so that it loads its model once: first a half of what is left for
-    all slots together, and less each time, so that a slow machine holds nobody up. Where `command` has --overwrite and
-    was killed, it keeps the shards that it had already made again.
+    wanted: how many shards there are; 0: as many as an earlier try in `shards_dir` made, else one per slot. Where
+    `command` has --overwrite and was killed, it keeps the shards that it had already made again.
     """
     slots = launcher.slots()
     if not slots:
@@ -96,32 +148,36 @@ def run_shards(
         os.environ[OVERWRITE], count = overwriting(shards_dir, wanted, slots)
     elif shards_dir:
         count = shard_count(shards_dir, wanted, slots)
-    waiting, running, shown = list(range(count)), {}, []
 
-    def fill() -> None:
-        slots = launcher.slots() if waiting else 0
-        for slot in range(slots):
-            if waiting and slot not in running:
-                take = max(1, len(waiting) // (2 * slots))
-                mine, waiting[:take] = waiting[:take], []
-                shown.append(new_log(logs, f"{name}-{mine[0]}"))
-                which = str(mine[0]) if take == 1 else f"{mine[0]} to {mine[-1]}"
-                argv = [*command, "--data_frac", ",".join(map(str, mine)), "--numgpu", str(count)]
-                running[slot] = _Started(launcher.start(argv, slot, shown[-1]), f"{name} {which}", shown[-1])
+    queue = ShardQueue(count)
+    with _Watch(launcher, stage) as watch:
+        while queue.waiting or watch.running:
+            watch.look()
+            end_if_asked()
+            slots = launcher.slots() if queue.waiting else 0
+            for slot in range(slots):
+                if queue.waiting and slot not in watch.running:
+                    group = queue.next(slots)
+                    log = new_log(logs, f"{stage}-{group[0]}")
+                    which = str(group[0]) if len(group) == 1 else f"{group[0]} to {group[-1]}"
+                    argv = [*command, "--data_frac", ",".join(map(str, group)), "--numgpu", str(count)]
+                    watch.add(slot, launcher.start(argv, slot, log), f"{stage} {which}", log)
+            if not watch.running and queue.waiting:
+                left = len(queue.waiting)
+                raise SPPOError(f"{stage}: no machine is left for {left} shards; the same command goes on from here")
+            time.sleep(_PAUSE)
 
-    _watch(launcher, running, fill, shown, name)
-    if waiting:
-        raise SPPOError(f"{name}: no machine is left for {len(waiting)} shards; the same command goes on from here")
     if shards_dir:
         _await_manifests(shards_dir, count)
         end_overwriting(shards_dir)
-    show_ends(shown, name)
+    show_ends(watch.logs, stage)
 
 
 def run_training(launcher: Launcher, recipe: Recipe, overwrite: bool, logs: Path, arguments: list[str]) -> None:
     """`accelerate launch` sppo/run_sppo.py with `arguments`, which ask for `recipe`, over all devices of all machines.
 
-    What is done is not launched, and wrong flags are refused here, before a process for each GPU loads anything.
+    What is done is not launched, and wrong flags are refused here, before a process for each GPU loads anything. A
+    request to stop is the training's own to hear: it saves and ends.
     """
     machines, names = launcher.machines()
     config = training_config(names, recipe.accelerate_config, machines)
@@ -133,57 +189,20 @@ def run_training(launcher: Launcher, recipe: Recipe, overwrite: bool, logs: Path
         return
     check_place(training.output_dir)
     check_machine(training.recipe, gpu=CPU not in names)
+
     log = new_log(logs, "train")
+    meeting = log.with_suffix(".meeting.json")
     part = ["--machines", str(machines), "--devices", ",".join(names), "--accelerate_config", str(config.path)]
-    part += ["--meeting", str(log.with_suffix(".meeting.json")), "--", *arguments]
-    running: dict[int, _Started] = {}
-    waiting = [part]
-
-    def begin() -> None:
-        if waiting:
-            running[0] = _Started(launcher.train(waiting.pop(), machines, log), "train", log)
-
+    part += ["--meeting", str(meeting), "--", *arguments]
     try:
-        _watch(launcher, running, begin, [log], "train", saves=True)
+        with _Watch(launcher, "train") as watch:
+            watch.add(0, launcher.train(part, machines, log), "train", log)
+            while watch.running:
+                watch.look()
+                time.sleep(_PAUSE)
     finally:
-        log.with_suffix(".meeting.json").unlink(missing_ok=True)
+        meeting.unlink(missing_ok=True)
     show_ends([log], "train")
-
-
-def _watch(
-    launcher: Launcher,
-    running: dict[int, _Started],
-    fill: Callable[[], None],
-    logs: list[Path],
-    name: str,
-    saves: bool = False,
-) -> None:
-    """Wait for all that runs; on the first failure stop the others and raise SystemExit with its code.
-
-    `fill` starts what there is room for. A request to stop ends the work here, unless what runs `saves` and then ends
-    by itself.
-    """
-    reported = time.monotonic()
-    try:
-        fill()
-        while running:
-            for slot, started in list(running.items()):
-                code = started.task.poll()
-                if code is not None:
-                    del running[slot]
-                if code:  # what it has started itself may live on, and hold a GPU
-                    launcher.stop([started.task, *(other.task for other in running.values())])
-                    _end(started, code)
-            if not saves:
-                end_if_asked()
-            fill()
-            if time.monotonic() - reported > _REPORT:
-                reported = time.monotonic()
-                print(f"{name}: {overall(logs)}", flush=True)
-            time.sleep(0.1 if running else 0)
-    except BaseException:
-        launcher.stop([started.task for started in running.values()])
-        raise
 
 
 def _end(started: _Started, code: int) -> None:
