@@ -170,9 +170,15 @@ def table(found: dict[str, dict[str, dict[str, Array]]]) -> str:
     lines = [
         "# A preference that goes round in circles",
         "",
-        f"`python benchmarks/game.py --output_dir docs`. Medians over {len(SEEDS)} seeds (tables and first policies). "
-        "The gap is 0 where nothing beats the policy more often than it is beaten; *mean* is the mixture so far. "
-        f"One step is an exact update with eta = {ETA:g}; a run has three, and {STEPS} show where the method goes.",
+        "This page is for you if you want to see where each method goes when no answer is best.",
+        "",
+        *("```bash", "python benchmarks/game.py --only tables --output_dir docs", "```"),
+        "",
+        f"Figures are medians over {len(SEEDS)} seeds (tables and first policies).",
+        "",
+        "- The *gap* is 0 where nothing beats the policy more often than it is beaten.",
+        "- *last* is the newest policy, *mean* the mixture of all policies so far.",
+        f"- One step is an exact update with eta = {ETA:g}. A run has three steps; {STEPS} show where the method goes.",
         "",
         "![gaps over the steps](game.png)",
         "",

@@ -180,29 +180,35 @@ def table(
         [
             "# Methods beside each other",
             "",
-            f"`python benchmarks/methods.py {command}`, on 2 CPU cores, two runs at a time: *training, s*, of one "
-            f"iteration, is noisy. Medians over the seeds ({len(seeds)}), in brackets the lowest and the highest. "
-            "All is of the third "
-            "iteration's model on 150 held-out prompts, win rates against the first model. What a method gains here it "
-            "gains with the demo's settings (`recipes/sppo/demo.yaml`: beta 0.1, 12 steps an iteration), which were "
-            "chosen for `sppo` with the paper's estimator, and not for each method.",
+            "This page is for you if you choose a `--loss_type` or an `--estimator`.",
+            "",
+            *("```bash", f"python benchmarks/methods.py {command}", "```"),
+            "",
+            f"Figures are medians over {len(seeds)} seeds. In brackets are the lowest and the highest.",
+            "All is of the third iteration's model on 150 held-out prompts. Win rates are against the first model.",
+            "",
+            "The settings are the demo's (`recipes/sppo/demo.yaml`: beta 0.1, 12 steps an iteration).",
+            "They were chosen for `sppo` with the paper's estimator, and not for each method.",
+            "*training, s* is of one iteration. It is noisy, since two runs shared 2 CPU cores.",
             "",
             *rows(methods, METHOD_COLUMNS),
             "",
             "## A length penalty",
             "",
-            "The judge (`examples.demo:biased`) gives a logit of 1 for each colour word more, as the rule would have "
-            "it, and of 0.5 for each word more. `--length_penalty L` takes L of log-odds from a response "
-            "for each mean length that it is longer than the other (`penalised` in `sppo/method/winrates.py`). "
-            "*Correlation*: of win rate and length in the first iteration's data, after the penalty. "
+            "The judge (`examples.demo:biased`) gives a logit of 1 for each colour word more, as the rule has it.",
+            "It also gives 0.5 for each word more, whatever the word is. `--length_penalty L` works against that.",
+            "A response loses L of log-odds for each mean length by which it is longer than the other one",
+            "(`penalised` in `sppo/method/winrates.py`).",
+            "",
+            "*Correlation* is that of win rate and length in the first iteration's data, after the penalty.",
             f"Seeds: {' '.join(map(str, penalty_seeds))}.",
             "",
             *rows(penalties, PENALTY_COLUMNS),
             "",
             "## Iterated DPO and trl's DPOTrainer",
             "",
-            f"`--loss_type sigmoid`, seed {seeds[0]}, first iteration: the loss of each step, on the same pairs in the "
-            f"same order. The largest difference is {apart:.1e}.",
+            f"`--loss_type sigmoid`, seed {seeds[0]}, first iteration: the loss of each step, on the same pairs.",
+            f"The largest difference is {apart:.1e}.",
             "",
             "| step | " + " | ".join(str(n + 1) for n in range(len(curves[0]))) + " |",
             "|---" * (len(curves[0]) + 1) + "|",

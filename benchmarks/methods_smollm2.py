@@ -68,21 +68,28 @@ def same_pairs(run: Path, other: Path) -> bool:
 
 def table(found: dict[str, list[dict[str, Any]]], iterations: int, command: str, same: bool) -> str:
     """methods-smollm2.md."""
-    both = (
-        "The losses that read only which response is preferred have one row: both estimators' data sets prefer the "
-        "same responses (compared)."
-    )
+    both = [
+        "",
+        "The losses that read only which response is preferred have one row.",
+        "Both estimators' data sets prefer the same responses, which was compared.",
+    ]
     return "\n".join(
         [
             "# Methods beside each other on SmolLM2-135M-Instruct",
             "",
-            f"`python benchmarks/methods_smollm2.py {command}`, on CPU cores. One seed, {iterations} iteration"
-            f"{'s' if iterations > 1 else ''} of the run in the README, with `recipes/sppo/smollm2.yaml`, whose "
-            "learning rate and beta were chosen for `sppo` with the paper's estimator, and not for each method. "
-            "All is of 96 held-out prompts with 4 answers each: differences of some points are noise. Which prompts "
-            "are trained on matters as much: the README's run of seed 42 has others in its first iteration, and then "
-            "follows 42.4%.",
-            *([both] if same else []),
+            "This page is for you if you choose a `--loss_type` and want to see more than the demo.",
+            "",
+            *("```bash", f"python benchmarks/methods_smollm2.py {command}", "```"),
+            "",
+            f"Iterations of SmolLM2's run ([results.md](results.md)): {iterations}. It ran on a CPU, with one seed.",
+            "",
+            "The settings are those of `recipes/sppo/smollm2.yaml`.",
+            "Learning rate and beta were chosen for `sppo` with the paper's estimator, and not for each method.",
+            "All is of 96 held-out prompts with 4 answers each, so differences of some points are noise.",
+            "",
+            "Which prompts are trained on matters as much.",
+            "The run in results.md has other prompts in the first iteration of seed 42, and then follows 42.4%.",
+            *(both if same else []),
             "",
             *rows(found, COLUMNS),
             "",

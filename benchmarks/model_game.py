@@ -132,15 +132,23 @@ def table(found: dict[str, list[Played]], seeds: Sequence[int]) -> str:
     lines = [
         "# A model in a game that goes round in circles",
         "",
-        f"`python benchmarks/game.py --only model --seeds {' '.join(map(str, seeds))}`: the demo's small Mistral, "
-        f"{ITERATIONS} iterations of {PROMPTS} prompts by `run_sppo_mistral.sh` with `--ranker examples.demo:circle`. "
-        "Answers are of four classes: their leading colour is of the first, second or third kind, each of which beats "
-        "the next, or there is no colour, which loses to all. Shares are measured on 150 held-out prompts, "
-        f"{ANSWERS} answers each: the gap's 95% interval (bootstrap over prompts) is {width:.3f} wide on average. "
-        f"Medians over {len(seeds)} seeds of sampling and training, and in brackets the lowest and the highest. "
-        "The gap is 0 where no class beats the policy more often than it is beaten; the policy that nothing beats has "
-        f"shares of {', '.join(f'{x:.2f}' for x in best)}. *Mixture*: one of all models so far, the first too, drawn "
-        "for each answer. *Mean weights*: `scripts/average.py` of the same models.",
+        "This page is for you if you want to see whether a real model circles when no answer is best.",
+        "",
+        *("```bash", f"python benchmarks/game.py --only model --seeds {' '.join(map(str, seeds))}", "```"),
+        "",
+        f"The demo's small Mistral runs {ITERATIONS} iterations of {PROMPTS} prompts by `run_sppo_mistral.sh`.",
+        "The judge is `--ranker examples.demo:circle`, which knows four classes of answers.",
+        "The leading colour is of the first, second or third kind, each of which beats the next.",
+        "An answer without a colour loses to all.",
+        "",
+        f"- Shares of the classes are measured on 150 held-out prompts, with {ANSWERS} answers each.",
+        f"- The gap's 95% interval (bootstrap over prompts) is {width:.3f} wide on average.",
+        f"- Figures are medians over {len(seeds)} seeds of sampling and training.",
+        "  In brackets are the lowest and the highest.",
+        "- The *gap* is 0 where no class beats the policy more often than it is beaten.",
+        f"- The policy that nothing beats has shares of {', '.join(f'{x:.2f}' for x in best)}.",
+        "- *Mixture*: one of all models so far, the first too, is drawn for each answer.",
+        "- *Mean weights*: `scripts/average.py` of the same models.",
         "",
         "![gaps over the iterations](game-model.png)",
         "",
