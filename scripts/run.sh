@@ -52,7 +52,7 @@ step() {
 recipe=''
 while IFS= read -r next <&3; do
   recipe=$next
-  iteration=$(basename "$(dirname "$recipe")")
+  iteration=$(basename "$(dirname "$recipe")") && iteration="iteration ${iteration#iter}"
   # sourced, so that they are this very process: what they start ends with it
   step "$iteration: generate" source "$root/scripts/generate.sh" --recipe "$recipe"
   step "$iteration: train" source "$root/scripts/pipeline.sh" --recipe "$recipe"

@@ -223,7 +223,7 @@ class TestJobs:
             assert job.end() == "FAILED", job.shown()
             said.append(job.shown())
         assert re.search(r"generate [0-2] .*; the end of ", said[0])
-        assert "=== iter1: train: failed; run the same command again" in said[1]
+        assert "=== iteration 1: train: failed; run the same command again" in said[1]
         assert Job(slurm, world, run).end() == "COMPLETED"
         assert_same(world, run)
 
