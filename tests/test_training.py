@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,34 +180,73 @@ def test_an_anchor_pulls_back(
         train("ipo", "--anchor=0.5", "--loss_type=ipo", f"--anchor_model={first}")
 
 
-def test_the_reference_is_computed_once_and_known_by_the_weights(
-    models: Path, tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+@dataclass
+class Trained:
+    """A policy and a data set that has the table of this policy's log-probs beside it."""
+
+    policy: Path
+    data: Path
+
+    def tables(self) -> list[Path]:
+        return sorted((self.data / "reference").iterdir())
+
+
+@pytest.fixture(scope="module")
+def trained_once(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One training, whose table is found or not found by the trainings of the tests below."""
+    directory = tmp_path_factory.mktemp("once")
+    made = Trained(tiny.llama3(directory / "policy"), preferences.write(directory / "data", preferences.rows(9)))
+    flags = [f"--model={made.policy}", f"--dataset={made.data}", f"--output_dir={directory / 'model'}"]
+    run_sppo.main([*preferences.SMALL, *flags])
+    assert len(made.tables()) == 1
+    return made
+
+
+@pytest.fixture
+def trained(trained_once: Trained, tmp_path: Path) -> Trained:
+    """A copy that a test may change."""
+    policy = shutil.copytree(trained_once.policy, tmp_path / "policy")
+    return Trained(policy, shutil.copytree(trained_once.data, tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--beta=0.01", "--loss_type=ipo"),
+        ("--max_length=400",),  # cuts as little as before: the same token ids
+    ],
+)
+def test_the_reference_is_computed_once(
+    trained: Trained, train: Train, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
-    data = preferences.write(tmp_path / "data", preferences.rows(9))
-    policy = tmp_path / "policy"
-    tiny.llama3(policy)
-    train("first", model=policy, data=data)
-    assert "log-probs are kept in" in capsys.readouterr().out
-    train("second", "--beta=0.01", "--loss_type=ipo", model=policy, data=data)
+    """Another loss, or another limit that cuts the same tokens, reads the table of the first training."""
+    train("again", *flags, model=trained.policy, data=trained.data)
     assert "found the reference's log-probs" in capsys.readouterr().out
-    weights = load_file(policy / "model.safetensors")
-    save_file({k: v * 1.01 for k, v in weights.items()}, policy / "model.safetensors", metadata={"format": "pt"})
-    third = train("third", model=policy, data=data)
-    assert "log-probs are kept in" in capsys.readouterr().out
-    assert preferences.metrics(third)[0]["rewards/chosen"] == 0  # not the first weights' table
-    train("longer", "--max_length=400", model=policy, data=data)  # cuts as little as before: the same token ids
-    assert "found" in capsys.readouterr().out
+    assert len(trained.tables()) == 1
+
+
+def test_the_reference_of_other_weights_is_another_table(trained: Trained, train: Train) -> None:
+    """At the first step the policy is its reference, so its reward is 0; with the first weights' table it is not."""
+    path = trained.policy / "model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    model = train("other_weights", model=trained.policy, data=trained.data)
+    assert preferences.metrics(model)[0]["rewards/chosen"] == 0
+    assert len(trained.tables()) == 2
+
+
+def test_the_reference_of_other_token_ids_is_another_table(trained: Trained, train: Train) -> None:
     cut = ("--max_length=50", "--max_prompt_length=40")
-    train("fourth", *cut, model=policy, data=data)
-    assert "kept in" in capsys.readouterr().out
-    tables = sorted((data / "reference").iterdir())
-    assert len(tables) == 3
-    tables[0].write_bytes(b"half a file")
-    train("fifth", model=policy, data=data)
-    train("sixth", *cut, model=policy, data=data)
-    save_file(weights, policy / "model.safetensors", metadata={"format": "pt"})
-    train("seventh", model=policy, data=data)
-    assert len(load_file(tables[0])["logps"]) == 18  # the damaged one was made again
+    train("cut", *cut, model=trained.policy, data=trained.data)
+    assert len(trained.tables()) == 2
+
+
+def test_a_damaged_table_of_the_reference_is_made_again(trained: Trained, train: Train) -> None:
+    (table,) = trained.tables()
+    whole = load_file(table)["logps"].clone()  # which was mapped from the file
+    assert len(whole) == 18  # 9 pairs
+    table.write_bytes(b"half a file")
+    train("again", model=trained.policy, data=trained.data)
+    assert load_file(table)["logps"].equal(whole)
 
 
 def test_the_reference_is_the_plain_log_prob_of_every_response(models: Path, dataset: Path, train: Train) -> None:

@@ -228,6 +228,10 @@ def processes(directory: Path, name: bytes = b"") -> list[Path]:
     return found
 
 
+def read_jsonl(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
