@@ -70,5 +70,12 @@ def is_done(run: Path, stage: tuple[str, str, str, str]) -> bool:
     return any((run / stage[0]).glob(stage[3]))
 
 
+def old_peft(directory: Path) -> Path:
+    """A directory that, in PYTHONPATH, makes peft another version than it is elsewhere."""
+    (directory / "peft-0.1.dist-info").mkdir(parents=True)
+    (directory / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
+    return directory
+
+
 def nothing_left(run: Path) -> bool:
     return not [p for p in tiny.processes(run) if b"pytest" not in p.read_bytes()]

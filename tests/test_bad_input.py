@@ -134,6 +134,14 @@ RECIPES: list[Case] = [
     ("nothing for a text", lambda w: w.recipe("model:"), 2, "is not a text"),
     ("a word for a number", lambda w: w.recipe("pairs: five"), 2, "a whole number"),
     ("true for a number", lambda w: w.recipe("pairs: true"), 2, "a whole number"),
+    ("half a number", lambda w: w.recipe("pairs: 2.5"), 2, "a whole number"),
+    ("too small a number", lambda w: w.recipe("pairs: 0"), 2, "at least 1"),
+    ("a share above 1", lambda w: w.recipe("top_p: 1.5"), 2, "between"),
+    ("no number", lambda w: w.recipe("beta: .nan"), 2, "at least"),
+    ("an unknown loss", lambda w: w.recipe("loss_type: spo"), 2, "did you mean sppo"),
+    ("a setting that is gone", lambda w: w.recipe("fused_attention: true"), 2, "this setting no longer exists; remove the line"),
+    ("a list for a mapping", lambda w: w.recipe("chat_template_kwargs: [1]"), 2, "a mapping"),
+    ("two colons", lambda w: w.recipe("a: b: c"), 2, "not YAML"),
     ("infinity for a whole number", lambda w: w.recipe("pairs: .inf"), 2, "a whole number"),
     ("infinity for a number", lambda w: w.recipe("temperature: .inf"), 2, "temperature"),
     ("a learning rate below 0", lambda w: w.recipe("learning_rate: -1"), 2, "at least 0"),
@@ -149,6 +157,7 @@ RECIPES: list[Case] = [
 
 FLAGS: list[Case] = [
     ("unknown", lambda w: w.generate(w.good(), "--pair=3"), 2, "did you mean --pairs"),
+    ("a word for a number", lambda w: w.generate(w.good(), "--temperature=x"), 2, "a number"),
     ("without its value", lambda w: w.generate(w.good(), "--seed"), 2, "--seed needs a value"),
     ("none at all", lambda w: ["scripts/generate.py"], 2, "--output_dir"),
     ("no model", lambda w: w.of_model(""), 1, "pass --model"),

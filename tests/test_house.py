@@ -97,16 +97,6 @@ def test_every_name_that_is_imported_exists() -> None:
                     assert found, f"{path}: {node.module} has no {alias.name}"
 
 
-def test_only_the_commands_and_the_contract_stand_at_the_top() -> None:
-    top = {path.stem for path in SPPO.glob("*.py")}
-    assert top == {"__init__", "run_sppo", "plan", "run", "recipe", "cli", "schema"}
-
-
-def test_no_file_is_too_long_to_read() -> None:
-    long = {str(p): n for p in MODULES.values() if (n := len(p.read_text().splitlines())) > 400}
-    assert not long
-
-
 def test_every_column_has_a_meaning() -> None:
     schemas = {
         "responses": schema.responses_schema(),

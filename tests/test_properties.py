@@ -58,7 +58,12 @@ def test_prompts_are_read_as_they_were_written(texts: list[str], with_ids: bool)
                 writer.writeheader()
                 writer.writerows(rows)
         datasets.disable_progress_bars()
-        datasets.Dataset.from_list(rows).save_to_disk(str(where[-1]))
+        table = datasets.Dataset.from_list(rows)
+        table.save_to_disk(str(where[-1]))
+        datasets.DatasetDict({"train": table}).save_to_disk(str(Path(scratch) / "splits"))
+        (Path(scratch) / "folder").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), Path(scratch) / "folder" / "train.parquet")
+        where += [Path(scratch) / "splits", Path(scratch) / "folder"]
         found = [load_prompts(str(path), Recipe()) for path in where]
     assert [p.messages for p in found[0]] == [[{"role": "user", "content": text}] for text in texts]
     if with_ids:

@@ -21,7 +21,7 @@ import cluster
 import cluster_runs
 import pytest
 import tiny
-from cluster_runs import ONE, SAME, assert_same, at_work, command, is_done, nothing_left
+from cluster_runs import ONE, SAME, assert_same, at_work, command, is_done, nothing_left, old_peft
 
 pytestmark = pytest.mark.slow
 
@@ -110,9 +110,8 @@ def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) ->
 
 
 def test_a_ray_node_with_other_packages_is_named_before_any_work(ray: Any, world: Path, tmp_path: Path) -> None:
-    (tmp_path / "old" / "peft-0.1.dist-info").mkdir(parents=True)
-    (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
-    odd = ray.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "old")})
+    old = old_peft(tmp_path / "old")
+    odd = ray.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(old)})
     words = command(world, tmp_path / "run", "--launcher=ray", f"--ray_address={ray.address}")
     refused = tiny.run(*words, **SAME)
     ray.remove_node(odd)

@@ -152,9 +152,13 @@ WEATHER = {"type": "function", "function": {"name": "weather"}}
     ("name", "value", "left_out"),
     [
         ("tools", [json.dumps(WEATHER)], True),
+        ("tools", [WEATHER], True),
         ("tools", WEATHER, True),
         ("tools", json.dumps(WEATHER), True),
         ("tools", "hammer", False),
+        ("tools", ["hammer"], False),
+        ("tools", [], False),
+        ("tools", "", False),
         ("tools", [{"type": None, "function": None}], False),
         ("images", ["a.png"], True),
         ("documents", [{"title": "a", "text": "b"}], True),
@@ -197,20 +201,6 @@ def test_a_column_system_is_the_system_turn(models: Path, tmp_path: Path) -> Non
     listed = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")], "system": "Be brief.", **RATES}
     assert ids(read(models, tmp_path / "t.parquet", [listed])) == expected
     assert ids(read(models, tmp_path / "t.parquet", [{**whole, "system": "Be kind."}])) == expected
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_prompt_with_tools_is_skipped(tmp_path: Path, suffix: str) -> None:
-    described = [{"type": "function", "function": {"name": "weather"}}]
-    for number, (tools, skip) in enumerate([(described, True), (json.dumps(described), True), (["hammer"], False)]):
-        rows = [{"prompt": "a", "tools": tools}, {"prompt": "b", "tools": type(tools)()}]
-        path = tmp_path / f"{number}.{suffix}"
-        if suffix == "jsonl":
-            tiny.write_jsonl(path, rows)
-        else:
-            pq.write_table(pa.Table.from_pylist(rows), path)
-        reasons = [p.skip for p in load_prompts(str(path), Recipe())]
-        assert reasons == ["the row has tools, which this pipeline does not hand on" if skip else "", ""]
 
 
 def test_a_turn_that_a_template_would_leave_out_is_counted(models: Path, tmp_path: Path) -> None:

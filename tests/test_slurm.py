@@ -22,11 +22,12 @@ import cluster_runs
 import preferences
 import pytest
 import tiny
-from cluster_runs import ONE, SAME, assert_same, at_work, command, is_done, nothing_left
+from cluster_runs import ONE, SAME, assert_same, at_work, command, is_done, nothing_left, old_peft
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 SMALL = "--cpus-per-task=1 --mem=1000"
+ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ class Job:
         slow = {"PYTHONPATH": f"{tiny.ROOT}/tests/slow_disk:{tiny.ROOT}/tests", "SPPO_TEST_SLOW": str(run)}
         slow |= {"SPPO_TEST_DELAY": str(delay), "SPPO_TEST_HELD": f"{run}.held"}
         shown = tiny.succeed(*command(world, run, *flags), **{**slurm.env, **SAME, **slow})
-        self.pending, self.asked, self.answer = time.monotonic(), 0.0, ""
+        self.pending_since, self.asked, self.answer = time.monotonic(), 0.0, ""
         self.number = re.search(r"submitted: job (\d+)", shown)[1]
 
     def shown(self) -> str:
@@ -71,31 +72,39 @@ class Job:
         return found[1] if found else ""
 
     def state(self) -> str:
-        """Its state. One that was requeued need not wait its two minutes, but until all is over that was asked of its
-        former start: a signal that a dead node did not take is sent again a minute later, and would end the new one."""
-        state = self.ask("JobState")
-        if state != "PENDING":
-            self.pending = time.monotonic()
-        if time.monotonic() > self.pending + 10 and self.ask("Reason") == "BeginTime":
-            to_send = self.slurm.ask("sdiag").partition("Pending RPC statistics")[2]
-            if not re.search("REQUEST_(SIGNAL|TERMINATE|ABORT|KILL)", to_send):
-                self.slurm.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-                self.asked = 0.0
-        return state
+        return self.ask("JobState")
+
+    def start_again(self) -> None:
+        """Spare a job that was requeued the two minutes that Slurm lets it wait.
+
+        Not its first 10 seconds, and not while Slurm has a signal of the job's former start to send: one that a dead
+        node did not take is sent again a minute later, and would end the new start.
+        """
+        if self.state() != "PENDING":
+            self.pending_since = time.monotonic()
+        if time.monotonic() < self.pending_since + 10 or self.ask("Reason") != "BeginTime":
+            return
+        to_send = self.slurm.ask("sdiag").partition("Pending RPC statistics")[2]
+        if not re.search("REQUEST_(SIGNAL|TERMINATE|ABORT|KILL)", to_send):
+            self.slurm.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+            self.asked = 0.0
 
     def wait(self, moment: Callable[[], bool], seconds: float = 240) -> None:
         """Until a moment comes; the job must not have ended before it."""
         deadline = time.monotonic() + seconds
         while not moment():
-            state = self.state()
-            assert state not in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED") or moment(), f"{state}\n{self.told()}"
+            self.start_again()
+            assert self.state() not in ENDS or moment(), f"{self.state()}\n{self.told()}"
             assert time.monotonic() < deadline, f"that moment did not come\n{self.told()}"
             time.sleep(0.05)
 
     def end(self) -> str:
         """Wait for its end; the state in which it ended."""
-        ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
-        cluster.wait_until(lambda: self.state() in ends, 900)
+        deadline = time.monotonic() + 900
+        while self.state() not in (*ENDS, "NODE_FAIL"):
+            self.start_again()
+            assert time.monotonic() < deadline, f"it does not end\n{self.told()}"
+            time.sleep(0.05)
         cluster.wait_until(lambda: nothing_left(self.run), 60)
         return self.state()
 
@@ -237,9 +246,8 @@ class TestJobs:
         assert refused.returncode == 1
         assert re.search(r"no +n3: cannot be used: ", refused.stdout), refused.stdout
         assert "ready: no: 1 problem" in refused.stdout
-        (tmp_path / "old" / "peft-0.1.dist-info").mkdir(parents=True)
-        (tmp_path / "old" / "peft-0.1.dist-info" / "METADATA").write_text("Name: peft\nVersion: 0.1\n")
-        (slurm.root / "n3.env").write_text(f"export PYTHONPATH={tmp_path / 'old'}:{tiny.ROOT}\n")
+        old = old_peft(tmp_path / "old")
+        (slurm.root / "n3.env").write_text(f"export PYTHONPATH={old}:{tiny.ROOT}\n")
         refused = in_allocation(slurm, *words)
         (slurm.root / "n3.env").unlink()
         assert refused.returncode == 1
