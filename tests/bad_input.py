@@ -217,11 +217,7 @@ def truncate(path: Path) -> None:
 def edit(**changes: Any) -> Callable[[Path], Any]:
     """Change keys of a JSON file; None takes one away."""
 
-    def change(path: Path) -> None:
-        found = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
-
-    return change
+    return lambda path: tiny.edit_json(path, **changes)
 
 
 def weights(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:

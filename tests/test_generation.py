@@ -8,9 +8,8 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +120,13 @@ def test_local_paths_never_ask_the_hub(recipe: Recipe, tmp_path: Path) -> None:
 
         do_HEAD = do_POST = do_GET  # noqa: N815
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     command = ["scripts/generate.py", *flags(model=recipe.model, prompts=recipe.prompts, pairs=2, maxlen=4)]
     command += flags(output_dir=tmp_path / "out", engine="transformers")
-    tiny.succeed(*command, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
-    assert asked == []
-    done = tiny.run(
-        *command, "--model", "some/where", "--output_dir", tmp_path / "x", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0"
-    )
-    server.shutdown()
+    with tiny.serving(Listener) as endpoint:
+        network = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+        tiny.succeed(*command, **network)
+        assert asked == []
+        done = tiny.run(*command, "--model", "some/where", "--output_dir", tmp_path / "x", **network)
     assert done.returncode == 1
     assert asked  # so the server would have heard
 

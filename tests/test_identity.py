@@ -8,10 +8,9 @@ import json
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,10 +149,8 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[tuple[type[Server], str]]:
     made = type("Made", (Server,), {"asked": [], "credit": 3})
-    running = ThreadingHTTPServer(("127.0.0.1", 0), made)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield made, f"http://127.0.0.1:{running.server_address[1]}/v1"
-    running.shutdown()
+    with tiny.serving(made) as address:
+        yield made, f"{address}/v1"
 
 
 def test_another_judge_does_not_drop_what_is_paid_for(tmp_path: Path, server: tuple[type[Server], str]) -> None:

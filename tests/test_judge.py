@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -191,11 +191,8 @@ class Stub(BaseHTTPRequestHandler):
 def stub() -> Iterator[tuple[type[Stub], str]]:
     pytest.importorskip("openai")
     Stub.asked, Stub.now, Stub.peak, Stub.left = [], 0, 0, 0
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Stub, f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
+    with tiny.serving(Stub) as address:
+        yield Stub, f"{address}/v1"
 
 
 def says(text: str, *tops: dict[str, float]) -> dict[str, Any]:

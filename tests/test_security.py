@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ast
 import io
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import unicodedata
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +59,8 @@ def own_code(models: Path, tmp_path: Path) -> Path:
     """A Llama whose directory brings its own Python file, which leaves a mark when it runs."""
     directory = shutil.copytree(models / "llama3", tmp_path / "own")
     (directory / "modeling_own.py").write_text(CODE)
-    config = json.loads((directory / "config.json").read_text())
-    config |= {"model_type": "own_llama", "architectures": ["OwnModel"]}
-    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
-    (directory / "config.json").write_text(json.dumps(config))
+    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    tiny.edit_json(directory / "config.json", model_type="own_llama", architectures=["OwnModel"], auto_map=own)
     return directory
 
 
@@ -99,8 +95,7 @@ def plant(directory: Path, part: str) -> Path:
     change = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
     if part == "tokenizer":
         change = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer"] * 2}}
-    path = directory / ("config.json" if part == "config" else "tokenizer_config.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    tiny.edit_json(directory / ("config.json" if part == "config" else "tokenizer_config.json"), **change)
     return directory
 
 
@@ -275,23 +270,18 @@ def test_a_judges_redirect_sends_no_prompt_to_another_host(status: int, monkeypa
         def do_GET(self) -> None:  # noqa: N802
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(status)
-            self.send_header("Location", f"http://me:secret@127.0.0.1:{other.server_port}{self.path}?key=secret")
+            self.send_header("Location", f"{other.replace('://', '://me:secret@')}{self.path}?key=secret")
             self.send_header("Content-Length", "0")
             self.end_headers()
 
         do_POST = do_GET  # noqa: N815
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as other, ThreadingHTTPServer(("", 0), Redirects) as first:
-        for server in (other, first):
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-        judge = JudgeRanker(Recipe(ranker="j", ranker_url=f"http://127.0.0.1:{first.server_port}/v1"))
-        there = f"http://127.0.0.1:{other.server_port}/v1/"
+    with tiny.serving(Elsewhere) as other, tiny.serving(Redirects) as first:
+        judge = JudgeRanker(Recipe(ranker="j", ranker_url=f"{first}/v1"))
         for ask in (judge.server.models, lambda: list(judge.logits([TRIAL]))):
-            with pytest.raises(SPPOError, match=f"HTTP {status} and points to {there}") as refusal:
+            with pytest.raises(SPPOError, match=f"HTTP {status} and points to {other}/v1/") as refusal:
                 ask()
             assert "secret" not in str(refusal.value)
-        for server in (other, first):
-            server.shutdown()
     assert not seen
 
 

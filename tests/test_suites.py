@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -288,10 +288,8 @@ def says(text: str) -> tuple[int, Any]:
 @pytest.fixture
 def stub() -> Iterator[tuple[type[Stub], str]]:
     made = type("Made", (Stub,), {"asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), made)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield made, f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
+    with tiny.serving(made) as address:
+        yield made, f"{address}/v1"
 
 
 @pytest.mark.slow

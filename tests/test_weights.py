@@ -79,8 +79,7 @@ def test_a_model_and_an_adapter_in_one_directory_are_refused_wherever_it_is_name
     assert not list(tmp_path.glob("out*"))
     on_it = tmp_path / "on_it"  # as an adapter's base
     shutil.copytree(tmp_path / "adapter", on_it)
-    config = json.loads((on_it / "adapter_config.json").read_text())
-    (on_it / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(both)}))
+    tiny.edit_json(on_it / "adapter_config.json", base_model_name_or_path=str(both))
     with pytest.raises(SPPOError, match=f"base model {both} {said}"):
         open_policy(str(on_it), weights=False)
     with pytest.raises(SPPOError, match=f"ranker {both} {said}"):
@@ -126,8 +125,7 @@ def lose(name: str) -> Callable[[Path], Any]:
 
 
 def other_kind(directory: Path) -> None:
-    config = json.loads((directory / "adapter_config.json").read_text())
-    (directory / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    tiny.edit_json(directory / "adapter_config.json", peft_type="IA3")
 
 
 @pytest.mark.parametrize(
@@ -169,10 +167,7 @@ def test_what_would_be_read_otherwise_than_it_is_known_is_refused(
 def test_an_adapter_on_an_adapter_is_refused(models: Path, tmp_path: Path) -> None:
     tiny.lora(models / "llama3", tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
-    (tmp_path / "two" / "adapter_config.json").write_text(
-        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "one")})
-    )
+    tiny.edit_json(tmp_path / "two" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "one"))
     with pytest.raises(SPPOError, match="its base model .*one is an adapter too; merge it"):
         open_policy(str(tmp_path / "two"))
 
@@ -268,10 +263,6 @@ def problems(model: Path, tmp_path: Path, *more: str) -> list[str]:
     return [f.text for findings in found.values() for f in findings if f.level == "no"]
 
 
-def changed(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 @pytest.mark.slow
 def test_an_adapter_that_vllm_does_not_take(models: Path, tmp_path: Path) -> None:
     """vLLM itself is asked, by its engine before it loads anything, and by the preflight."""
@@ -289,7 +280,7 @@ def test_an_adapter_that_vllm_does_not_take(models: Path, tmp_path: Path) -> Non
     ]
     for values, said in refused:
         (adapter / "adapter_config.json").write_text(whole)
-        changed(adapter / "adapter_config.json", **values)
+        tiny.edit_json(adapter / "adapter_config.json", **values)
         with pytest.raises(SPPOError, match=rf"{said}.*; pass --engine transformers, or merge it"):
             vllm.start(open_policy(str(adapter)), Recipe(), 64, 1)
     (text,) = problems(adapter, tmp_path, "--engine=vllm", "--use_peft")
@@ -332,7 +323,7 @@ def test_a_model_in_four_bits_without_bitsandbytes(models: Path, dataset: Path, 
         pytest.importorskip("vllm")
     shutil.copytree(models / "llama3", tmp_path / "model")
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    changed(tmp_path / "model" / "config.json", quantization_config=settings)
+    tiny.edit_json(tmp_path / "model" / "config.json", quantization_config=settings)
     (text,) = problems(tmp_path / "model", tmp_path, f"--engine={engine}", "--use_peft")
     assert "bitsandbytes" in text
     with pytest.raises(SPPOError, match="requires bitsandbytes"):
@@ -357,7 +348,7 @@ def test_a_network_that_cannot_be_trained_so(models: Path, tmp_path: Path, flags
 def test_end_and_padding_that_stand_in_generation_config_alone(models: Path, dataset: Path, tmp_path: Path) -> None:
     """It trains, to the same losses: padding lies where no attention looks."""
     shutil.copytree(models / "llama3", tmp_path / "model")
-    changed(tmp_path / "model" / "tokenizer_config.json", eos_token=None, pad_token=None)
+    tiny.edit_json(tmp_path / "model" / "tokenizer_config.json", eos_token=None, pad_token=None)
     assert not problems(tmp_path / "model", tmp_path, "--engine=transformers")
     lines = [
         preferences.metrics(run_training(model, dataset, tmp_path / f"out-{model.name}"))
