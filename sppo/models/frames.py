@@ -34,7 +34,8 @@ def reads_as(
             return True
     except ValueError:
         pass  # perhaps these arguments are what it refuses
-    text, roles = tokenizer.decode(ids, clean_up_tokenization_spaces=False), tuple(m["role"] for m in messages)
+    text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    roles = tuple(m["role"] for m in messages)
     contents = [m["content"].strip() for m in messages]
     frames = [frame_of(tokenizer, roles, kwargs) for kwargs in ([template_kwargs, {}] if template_kwargs else [{}])]
     return any(_is_framed(tokenizer, text, contents, frame) for frame in frames if frame)
@@ -45,7 +46,7 @@ def in_own_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message])
 
     schema.written_out knows the usual templates.
     """
-    text, bos = only_text(messages), tokenizer.bos_token or ""
+    text, bos = only_text(messages), str(tokenizer.bos_token or "")
     for roles in (("user",), ("system", "user")):
         frame = frame_of(tokenizer, roles, {}) or ["", ""]
         before, behind = frame[0].strip().removeprefix(bos).strip(), frame[-1].strip()

@@ -58,7 +58,7 @@ def check_quantization(config: Any, policy: Policy) -> None:
     """Raise SPPOError for quantised weights that transformers cannot read here: it is asked itself."""
     settings = getattr(config, "quantization_config", None)
     if settings is not None:
-        from transformers.quantizers import AutoHfQuantizer
+        from transformers.quantizers.auto import AutoHfQuantizer
 
         with loading(f"model {policy.weights}: its weights are quantised, so it"):
             AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
@@ -96,7 +96,7 @@ def load_causal_lm(
     if quantization is not None:
         options["quantization_config"] = quantization
     with loading(f"model {policy.weights}"):
-        network, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             policy.weights,
             dtype=dtype,
             use_safetensors=True,
@@ -105,6 +105,7 @@ def load_causal_lm(
             ignore_mismatched_sizes=True,  # the report names them
             **options,
         )
+        network, report = loaded
         absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if absent:  # they would be random
             raise SPPOError(f"model {policy.weights}: weights missing or of another shape: {', '.join(absent[:4])}")
@@ -151,7 +152,8 @@ def _untie(network: Any) -> None:
     ends = [network.get_input_embeddings(), network.get_output_embeddings()]
     if not any(isinstance(end, LoraLayer) for end in ends):
         return
-    embedding, head = (end.get_base_layer() if isinstance(end, LoraLayer) else end for end in ends)
+    layers: list[Any] = [end.get_base_layer() if isinstance(end, LoraLayer) else end for end in ends]
+    embedding, head = layers
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
         for config in (network.config, network.config.get_text_config()):
