@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with everything the tests need (vLLM's CPU build too), then run ruff, shellcheck and pytest.
+# Make .venv with everything the tests need (vLLM's CPU build too), then run ruff, pyright, shellcheck and pytest.
 #   bash run_tests.sh                    what a newcomer runs: every stage, one loop, vLLM once; some minutes
 #   bash run_tests.sh --all              everything else too, as .ci/run does; 20 to 40 minutes on two cores
 #   bash run_tests.sh --gpu              what only a GPU shows; a few minutes, with every GPU that is visible
@@ -43,6 +43,7 @@ if [ "${1:-}" = --gpu ]; then
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright # else it asks PyPI whether there is a newer one
 .venv/bin/shellcheck --external-sources ./*.sh scripts/*.sh recipes/*.slurm .ci/run
 # tests share the cores, each with several processes: a thread that waits must not spin on a core that another needs
 export OMP_WAIT_POLICY=passive KMP_BLOCKTIME=0
