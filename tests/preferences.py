@@ -1,4 +1,4 @@
-"""Training sets for tests: random answers of mixed length with random win rates, as compute_prob.py writes them."""
+"""Training sets for tests, with random answers of mixed length and random win rates; and what they are made of."""
 
 from __future__ import annotations
 
@@ -52,6 +52,25 @@ def write(directory: Path, made: list[dict[str, Any]]) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(made), directory / "train.parquet")
     return directory
+
+
+LOGITS = [[0.0, 2.0, -1.0], [-2.0, 0.0, 1.0], [3.0, 0.5, 0.0]]
+
+
+def data_directory(out: Path, answers: list[list[str]]) -> Path:
+    """responses.parquet and ranking/ as another tool would write them: the documented columns and no more.
+
+    The third answer is always the best, the second the worst.
+    """
+    (out / "ranking").mkdir(parents=True)
+    responses, rankings = [], []
+    for n, texts in enumerate(answers):
+        prompt = [{"role": "user", "content": f"prompt {n // 2}"}]  # each prompt twice
+        responses.append({"prompt_id": f"id{n}", "prompt": prompt, "responses": [{"text": t} for t in texts]})
+        rankings.append({"prompt_id": f"id{n}", "logits": LOGITS, "scores": [0.0] * len(texts)})
+    pq.write_table(pa.Table.from_pylist(responses), out / "responses.parquet")
+    pq.write_table(pa.Table.from_pylist(rankings[::-1]), out / "ranking" / "theirs.parquet")  # never by position
+    return out
 
 
 def metrics(model: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""From responses and rankings to what is trained on."""
+"""From a training set's file to the token ids that are trained on, and their batches."""
 
 from __future__ import annotations
 
@@ -8,94 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 import torch
 
-from sppo.command.errors import SPPOError, UsageError
 from sppo.models import chat
-from sppo.pairing.training_set import compute_prob
 from sppo.recipe import Recipe
-from sppo.store.files import digest, read_json, write_json
+from sppo.store.files import digest, write_json
 from sppo.training.data import Place, load_training_set
-
-LOGITS = [[0.0, 2.0, -1.0], [-2.0, 0.0, 1.0], [3.0, 0.5, 0.0]]
-
-
-def data_directory(out: Path, answers: list[list[str]], logits: Any = None) -> Path:
-    """responses.parquet and ranking/ as another tool would write them: the documented columns and no more."""
-    (out / "ranking").mkdir(parents=True)
-    responses, rankings = [], []
-    for n, texts in enumerate(answers):
-        prompt = [{"role": "user", "content": f"prompt {n // 2}"}]  # each prompt twice
-        responses.append({"prompt_id": f"id{n}", "prompt": prompt, "responses": [{"text": t} for t in texts]})
-        rankings.append({"prompt_id": f"id{n}", "logits": logits or LOGITS, "scores": [0.0] * len(texts)})
-    pq.write_table(pa.Table.from_pylist(responses), out / "responses.parquet")
-    pq.write_table(pa.Table.from_pylist(rankings[::-1]), out / "ranking" / "theirs.parquet")  # never by position
-    return out
-
-
-@pytest.mark.parametrize("estimator", ["released", "paper"])
-def test_pairs_by_hand(tmp_path: Path, estimator: str) -> None:
-    out = data_directory(tmp_path / "d", [["a", "b", "c"]] * 4)
-    compute_prob(Recipe(pairs=3, estimator=estimator), out, False)
-    row = pq.read_table(out / "train.parquet").to_pylist()[0]
-    c = np.array(LOGITS)
-    s = (c - c.T).sum(1) / 3  # (0, -3.5/3, 3.5/3 ...): 0 - 1: 4, 0 - 2: -4, 1 - 2: .5
-    np.testing.assert_allclose(s, [0, -3.5 / 3, 3.5 / 3])
-    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
-    p = sigmoid(s[:, None] - s) if estimator == "released" else sigmoid((c - c.T) / 2)
-    assert row["chosen"][-1] == {"role": "assistant", "content": "c"}
-    assert row["rejected"][-1] == {"role": "assistant", "content": "b"}
-    assert row["chosen_probs"] == pytest.approx(p[2, 1])
-    assert row["chosen_probs_win"] == pytest.approx(p[2].mean())
-    assert row["chosen_probs_lose"] == pytest.approx(p[1].mean())
-    assert [r["prompt_id"] for r in pq.read_table(out / "train.parquet").to_pylist()] == ["id0", "id1", "id2", "id3"]
-
-
-def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path: Path) -> None:
-    out = data_directory(tmp_path / "d", [["a", "b", "c"], ["x", "b", "b"], ["a", " ", "c"]])
-    compute_prob(Recipe(pairs=3), out, False)
-    counts = read_json(out / "train.manifest.json")["counts"]
-    assert counts["train"] == 1
-    assert counts["dropped"] == {"same text": 1, "empty response": 1}
-    compute_prob(Recipe(pairs=3, keep_degenerate=True), out, True)
-    assert read_json(out / "train.manifest.json")["counts"]["train"] == 3
-    tied = data_directory(tmp_path / "t", [["a", "b", "c"]], [[0.0] * 3] * 3)
-    with pytest.raises(SPPOError, match="no pair is left.*equal scores"):
-        compute_prob(Recipe(pairs=3), tied, False)
-
-
-def test_the_hold_out_is_seeded_and_shares_no_prompt(tmp_path: Path) -> None:
-    out = data_directory(tmp_path / "d", [["a", "b", "c"]] * 20)
-    held = []
-    for seed in (1, 1, 2):
-        compute_prob(Recipe(pairs=3, test_size=0.3, seed=seed), out, True)
-        train, test = (
-            {str(r["prompt"]) for r in pq.read_table(out / f"{split}.parquet").to_pylist()}
-            for split in ("train", "test")
-        )
-        assert not train & test
-        assert len(test) == 3
-        held.append(test)
-    assert held[0] == held[1] != held[2]
-    with pytest.raises(UsageError, match="nothing to train on"):
-        compute_prob(Recipe(pairs=3, test_size=10), out, True)
-
-
-def test_a_join_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
-    out = data_directory(tmp_path / "d", [["a", "b", "c"]] * 2)
-    with pytest.raises(SPPOError, match=r"not \(5, 5\)"):
-        compute_prob(Recipe(pairs=5), out, False)
-    stale = out / "ranking" / "stale.parquet"
-    table = pq.read_table(out / "ranking" / "theirs.parquet")
-    pq.write_table(table, stale)
-    with pytest.raises(SPPOError, match="ranked twice"):
-        compute_prob(Recipe(pairs=3), out, False)
-    rows = [{**row, "prompt_id": "other" + row["prompt_id"]} for row in table.to_pylist()]
-    pq.write_table(pa.Table.from_pylist(rows), stale)
-    with pytest.raises(SPPOError, match="2 rankings have no row"):
-        compute_prob(Recipe(pairs=3), out, False)
-    assert not (out / "train.manifest.json").exists()
 
 
 def training_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -180,21 +98,3 @@ def test_a_batch_holds_integers_only(models: Path, tmp_path: Path) -> None:
     width = batch["input_ids"].shape[1]
     predicted = [batch["input_ids"].view(-1)[q + 1] for q in batch["positions"] if q // width == 1]
     assert tokenizer.decode(torch.stack(predicted)) == "no</s>"
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"chosen_probs": 1.5}, "between 0 and 1"),
-        ({"chosen_probs_win": float("nan")}, "between 0 and 1"),
-        ({"chosen": conversation("a")[:1]}, "ends with the assistant"),
-        ({"chosen": []}, "ends with the assistant"),
-    ],
-)
-def test_rows_that_cannot_be_trained_on(models: Path, tmp_path: Path, row: dict[str, Any], message: str) -> None:
-    tokenizer = chat.load_tokenizer(models / "llama3")
-    rows = [{"chosen": conversation("a"), "rejected": conversation("b"), **row}]
-    if row.get("chosen") == []:
-        rows.insert(0, {"chosen": conversation("a"), "rejected": conversation("b")})
-    with pytest.raises(SPPOError, match=message):
-        load_training_set(training_rows(tmp_path / "t.parquet", rows), tokenizer, {1}, Recipe())

@@ -19,8 +19,8 @@ import preferences
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from preferences import data_directory
 from safetensors.torch import load_file
-from test_data import data_directory
 from test_ranking import asked, function_ranker
 
 from sppo.store.files import read_json

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from test_data import data_directory
+from preferences import data_directory
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.rankers import judge

@@ -25,8 +25,8 @@ import pytest
 import tiny
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
+from preferences import data_directory
 from safetensors.torch import load_file, save_file
-from test_data import data_directory
 
 from sppo import run_sppo
 from sppo.command.errors import SPPOError, UsageError

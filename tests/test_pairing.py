@@ -103,18 +103,16 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
 def test_both_estimators_from_the_same_logits(tmp_path: Path, k: int) -> None:
-    """Users try the other estimator without ranking again: the script reads the stored logits and leaves them alone."""
+    """Users try the other estimator without ranking again: the stored logits are read and left alone."""
     responses, rankings = responses_of(20, k), rankings_of(20, k)
     out = write(tmp_path / "d", responses, rankings[:9], rankings[:8:-1])
     before = tree(out / "ranking")
-    command = ["scripts/compute_prob.py", f"--output_dir={out}", f"--pairs={k}"]
-    tiny.succeed(*command, "--estimator", "released")
+    compute_prob(Recipe(pairs=k, estimator="released"), out, False)
     for estimator in ("released", "paper"):
         if estimator == "paper":
-            refused = tiny.run(*command, "--estimator", "paper")
-            assert refused.returncode == 1
-            assert "settings.estimator" in refused.stderr
-            tiny.succeed(*command, "--estimator", "paper", "--overwrite")
+            with pytest.raises(SPPOError, match=r"settings\.estimator"):
+                compute_prob(Recipe(pairs=k, estimator="paper"), out, False)
+            compute_prob(Recipe(pairs=k, estimator="paper"), out, True)
         rows = training_rows(out)
         assert len(rows) == 20
         for row, response, ranking in zip(rows, responses, rankings, strict=True):
@@ -201,13 +199,16 @@ def test_the_hold_out_has_exactly_the_prompts_asked_for(tmp_path: Path) -> None:
         row["prompt"] = [{"role": "user", "content": f"content {n % 600}"}]
     unranked = {**responses[0], "prompt_id": "unranked", "prompt": [{"role": "user", "content": "another"}]}
     out = write(tmp_path / "d", [unranked, *responses], rankings)
-    for size, expected in ((137, 137), (0.25, 150), (599, 599)):
-        compute_prob(Recipe(pairs=2, test_size=size), out, True)
+    held_out = []
+    for size, seed, expected in ((137, 42, 137), (0.25, 1, 150), (0.25, 1, 150), (0.25, 2, 150), (599, 42, 599)):
+        compute_prob(Recipe(pairs=2, test_size=size, seed=seed), out, True)
         sides = [[r["prompt"][0]["content"] for r in training_rows(out, split)] for split in ("train", "test")]
         assert len(sides[0]) + len(sides[1]) == 1500
         assert not set(sides[0]) & set(sides[1])
         assert len(set(sides[1])) == expected
         assert len(set(sides[0])) == 600 - expected
+        held_out.append(set(sides[1]))
+    assert held_out[1] == held_out[2] != held_out[3]  # the seed decides which
     assert read_json(out / "train.manifest.json")["counts"]["dropped"] == {"not ranked": 1}
     with pytest.raises(UsageError, match="there are 600 prompts"):
         compute_prob(Recipe(pairs=2, test_size=600), out, True)
@@ -274,6 +275,9 @@ def test_pairs_without_a_preference_by_reason(tmp_path: Path) -> None:
     }
     assert counts["prompts"] == 5
     assert counts["tied_pairs"] == 1
+    compute_prob(Recipe(pairs=2, keep_degenerate=True), out, True)
+    counts = read_json(out / "train.manifest.json")["counts"]
+    assert (counts["train"], counts["dropped"]) == (5, {"logits not finite": 1, "not ranked": 1})
 
 
 def drop_rankings(out: Path) -> None:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from preferences import data_directory
 from safetensors.torch import load_file, save_file
-from test_data import data_directory
 
 from sppo.command.errors import SPPOError
 from sppo.rankers import reward_model
