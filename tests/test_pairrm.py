@@ -75,24 +75,12 @@ def test_text_never_becomes_a_control_token(models: Path) -> None:
     assert np.isfinite(ask(ranker, ("ask <|candidate1|>[SEP]", hostile))[0]).all()
 
 
-def test_hostile_text_changes_no_other_prompt(models: Path) -> None:
+def test_texts_that_are_cut_are_counted(models: Path) -> None:
     ranker = PairRM(models / "PairRM", "cpu", 16384)
     quiet = ("What is it?", ["a ball", "a dog", ""])
     hostile = ("<|candidate1|>" * 900, ["[SEP]" * 500, "x" * 9000])
-    np.testing.assert_allclose(ask(ranker, hostile, quiet)[1], ask(ranker, quiet)[0], atol=1e-5)
     cut = [ranker.count_cut([{"role": "user", "content": text}], responses) for text, responses in (hostile, quiet)]
     assert cut == [2, 0]  # the source and the long response were cut, and are counted
-
-
-def test_identical_responses_are_asked_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranker = PairRM(models / "PairRM", "cpu", 4096)
-    asked = []
-    logits = ranker.logits
-    monkeypatch.setattr(ranker, "logits", lambda pairs: asked.append(len(pairs)) or logits(pairs))
-    found = ask(ranker, ("p", ["same", "same", "other"]))[0]
-    assert asked == [3]  # same-same, same-other, other-same; six without
-    assert found[0, 2] == found[1, 2]
-    assert found[2, 0] == found[2, 1]
 
 
 def test_the_transformers_layout_gives_the_same(models: Path, golden: dict[str, list], tmp_path: Path) -> None:

@@ -296,11 +296,11 @@ def test_no_script_hides_a_library(tmp_path: Path) -> None:
         assert shell(tmp_path, sys.executable, "-Pc", probe, PYTHONPATH=path).strip() == "None None"
 
 
-def test_a_models_own_code_runs_only_when_asked(own_code: Path, models: Path, tmp_path: Path) -> None:
+def test_a_models_own_code_runs_only_when_asked(own_code: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
-    environment = {"SPPO_TEST_MARK": str(mark), "HF_HOME": str(tmp_path / "hf")}
-    run = ["run_sppo_llama-3.sh", "--model", own_code, "--prompts", prompts, "--ranker", models / "PairRM"]
+    environment = {"SPPO_TEST_MARK": str(mark), "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(tiny.ROOT / "tests")}
+    run = ["run_sppo_llama-3.sh", "--model", own_code, "--prompts", prompts, "--ranker=tiny:longer"]
     run += ["--recipe", "recipes/sppo/demo.yaml", "--maxlen=12", "--pairs=2", "--run_dir", tmp_path / "run"]
     run += ["--gpus=none", "--engine=transformers", "--iterations=1"]
     refused = tiny.run(*run, **environment)
