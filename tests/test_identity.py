@@ -241,7 +241,10 @@ def test_an_overwrite_that_was_killed_goes_on_and_keeps_what_it_had_made(
     data = write_responses(tmp_path / "data", 9, 3)
     ranked(data, "longest", 3)
     monkeypatch.setenv(OVERWRITE, "")
-    stamps = lambda: {p.name: p.stat().st_mtime_ns for p in sorted((data / "ranking").glob("*.parquet"))}  # noqa: E731
+
+    def stamps() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in sorted((data / "ranking").glob("*.parquet"))}
+
     first = stamps()
 
     def start(by: str, until: int, slots: int = 3) -> list[bool]:

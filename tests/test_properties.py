@@ -248,9 +248,12 @@ def slowly(logits: list[list[float]], estimator: str) -> list[list[float]]:
     """P as the method writes it, one number after the other."""
     k = len(logits)
     score = [sum(logits[i][j] - logits[j][i] for j in range(k)) / k for i in range(k)]
-    gap = lambda i, j: score[i] - score[j] if estimator == "released" else (logits[i][j] - logits[j][i]) / 2  # noqa: E731
-    sigmoid = lambda x: 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))  # noqa: E731
-    return [[sigmoid(gap(i, j)) for j in range(k)] for i in range(k)]
+
+    def p(i: int, j: int) -> float:
+        gap = score[i] - score[j] if estimator == "released" else (logits[i][j] - logits[j][i]) / 2
+        return 1 / (1 + math.exp(-gap)) if gap >= 0 else math.exp(gap) / (1 + math.exp(gap))
+
+    return [[p(i, j) for j in range(k)] for i in range(k)]
 
 
 @pytest.mark.parametrize("estimator", ["released", "paper"])

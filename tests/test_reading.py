@@ -386,7 +386,10 @@ def test_what_the_policy_read_is_kept_with_what_it_said(
     prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Why {n}?", "prompt_id": str(n)} for n in range(6)])
     recipe = Recipe(model=str(model), prompts=str(prompts), pairs=2, maxlen=4, engine="transformers")
     out = tmp_path / "data"
-    run = lambda: generate_shards(recipe, out, [Slice(0, 0)], (0, 1), 1, False)  # noqa: E731 - short
+
+    def run() -> None:
+        generate_shards(recipe, out, [Slice(0, 0)], (0, 1), 1, False)
+
     day(1)
     with monkeypatch.context() as patch:
         killed_after(3, patch)

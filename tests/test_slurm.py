@@ -125,7 +125,9 @@ def pids(run: Path, name: bytes) -> list[int]:
 
 def in_allocation(slurm: cluster.Slurm, *words: str | Path, gpus: bool = False) -> subprocess.CompletedProcess[str]:
     salloc = ["salloc", "--quiet", "--nodes=2", "--nodelist=n2,n3", "--ntasks-per-node=1", *SMALL.split()]
-    return tiny.run(*salloc, *["--gpus-per-node=2", "--cpus-per-task=2"] * gpus, *words, **{**slurm.env, **SAME})
+    if gpus:
+        salloc += ["--gpus-per-node=2", "--cpus-per-task=2"]
+    return tiny.run(*salloc, *words, **{**slurm.env, **SAME})
 
 
 class TestNodes:
