@@ -989,21 +989,10 @@ def test_a_line_of_questions_ends_at_its_newline_only(tmp_path: Path) -> None:
 
 def test_a_pair_of_two_prompts_is_refused_and_senseless_pairs_are_counted(models: Path, tmp_path: Path) -> None:
     """Another tool's file may hold them; what is trained on is said."""
-    tokenizer = open_policy(str(models / "llama3")).tokenizer()
-
-    def loaded(*pairs: tuple[str, str, str, str]) -> dict[str, int]:
-        rows = [
-            {
-                side: [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-                for side, asked, said in (("chosen", first, good), ("rejected", second, bad))
-            }
-            for first, good, second, bad in pairs
-        ]
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
-        stops = open_policy(str(models / "llama3")).stop_ids(tokenizer)
-        return load_training_set(tmp_path / "pairs.parquet", tokenizer, stops, Recipe(loss_type="sigmoid")).counts
-
-    counts = loaded(("a", "yes", "a", "no"), ("a", "yes", "a", "yes"), ("a", "", "a", "no"))
+    path, other = tmp_path / "t.parquet", {"role": "user", "content": "Why?"}
+    pairs = [("yes", "no"), ("yes", "yes"), ("", "no")]
+    rows = [{"chosen": [USER, answer(good)], "rejected": [USER, answer(bad)]} for good, bad in pairs]
+    counts = read(models, path, rows, loss_type="sigmoid").counts
     assert (counts["pairs_of_equal_answers"], counts["empty_answers"]) == (1, 1)
     with pytest.raises(SPPOError, match="row 0: chosen and rejected answer different prompts"):
-        loaded(("a", "yes", "b", "no"))
+        read(models, path, [{"chosen": [USER, answer("yes")], "rejected": [other, answer("no")]}], loss_type="sigmoid")
