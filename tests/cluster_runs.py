@@ -11,9 +11,9 @@ import pytest
 import tiny
 from filelock import FileLock
 from safetensors.torch import load_file
-from test_faults import STAGES, furnish, lines
+from test_faults import STAGES, furnish
 
-ONE = [stage for stage in STAGES if stage[0] == "iter1" and stage[1] != "report"]
+ONE = [stage for stage in STAGES if stage.iteration == "iter1" and stage.name != "report"]
 # the same on every machine: how many threads there are, and where the ranker is
 SAME = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tiny.ROOT / "tests")}
 
@@ -58,16 +58,6 @@ def assert_same(world: Path, run: Path) -> None:
     assert steps[0] == steps[1]
     assert not list(other.rglob("*.journal"))
     assert not (other / "model.partial").exists()
-
-
-def at_work(run: Path, stage: tuple[str, str, str, str]) -> bool:
-    """A journal has to have an item in it."""
-    found = (run / stage[0]).glob(stage[2])
-    return any(p.suffix != ".journal" or len(lines(p)) > 1 for p in found)
-
-
-def is_done(run: Path, stage: tuple[str, str, str, str]) -> bool:
-    return any((run / stage[0]).glob(stage[3]))
 
 
 def old_peft(directory: Path) -> Path:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import preferences
 import pyarrow.parquet as pq
@@ -28,21 +29,31 @@ from sppo.store.files import read_json
 pytestmark = pytest.mark.slow
 
 PROMPTS = [{"prompt": f"Name {i} rivers" + " of Europe" * (i % 5)} for i in range(14)]
-# (iteration's directory, stage, what is there once the stage is at work, what is there once it is done)
+
+
+class Moment(NamedTuple):
+    """A stage of a run to be killed in, and the files by which one sees how far it is."""
+
+    iteration: str
+    name: str
+    working: str  # there once it is at work
+    done: str  # there once it is done
+
+
 STAGES = [
-    ("iter1", "generate", "data/responses/*.journal", "data/responses.parquet"),
-    ("iter1", "combine", "data/responses.manifest.json.started", "data/responses.manifest.json"),
-    ("iter1", "rank", "data/ranking/*.journal", "data/ranking/*.manifest.json"),
-    ("iter1", "compute_prob", "data/train.manifest.json.started", "data/train.manifest.json"),
-    ("iter1", "reference", "model.partial", "data/reference/*.safetensors"),
-    ("iter1", "train", "model.partial/checkpoint-[2-9]/complete.json", "model"),
-    ("iter1", "save", "model.partial/final", "model"),
-    ("iter0", "report", "eval/responses/*.journal", "eval/responses.parquet"),
-    ("iter2", "generate", "data/responses/*.journal", "data/responses.parquet"),
-    ("iter2", "rank", "data/ranking/*.journal", "data/ranking/*.manifest.json"),
-    ("iter2", "train", "model.partial/metrics.jsonl", "model"),
-    ("iter2", "report", "eval/responses/*.journal", "eval/report.json"),
-    ("iter2", "matrix", "eval/against-iter1-*.journal", "eval/against-iter1-*.manifest.json"),
+    Moment("iter1", "generate", "data/responses/*.journal", "data/responses.parquet"),
+    Moment("iter1", "combine", "data/responses.manifest.json.started", "data/responses.manifest.json"),
+    Moment("iter1", "rank", "data/ranking/*.journal", "data/ranking/*.manifest.json"),
+    Moment("iter1", "compute_prob", "data/train.manifest.json.started", "data/train.manifest.json"),
+    Moment("iter1", "reference", "model.partial", "data/reference/*.safetensors"),
+    Moment("iter1", "train", "model.partial/checkpoint-[2-9]/complete.json", "model"),
+    Moment("iter1", "save", "model.partial/final", "model"),
+    Moment("iter0", "report", "eval/responses/*.journal", "eval/responses.parquet"),
+    Moment("iter2", "generate", "data/responses/*.journal", "data/responses.parquet"),
+    Moment("iter2", "rank", "data/ranking/*.journal", "data/ranking/*.manifest.json"),
+    Moment("iter2", "train", "model.partial/metrics.jsonl", "model"),
+    Moment("iter2", "report", "eval/responses/*.journal", "eval/report.json"),
+    Moment("iter2", "matrix", "eval/against-iter1-*.journal", "eval/against-iter1-*.manifest.json"),
 ]
 
 
@@ -75,22 +86,26 @@ def command(world: Path, run: Path, report: bool = True) -> list[str]:
     return [str(w) for w in words]
 
 
-def kill_in(stage: tuple[str, str, str, str], words: list[str], run: Path, delay: float) -> bool:
+def at_work(run: Path, stage: Moment) -> bool:
+    """A journal has to have an item in it."""
+    found = (run / stage.iteration).glob(stage.working)
+    return any(path.suffix != ".journal" or len(lines(path)) > 1 for path in found)
+
+
+def is_done(run: Path, stage: Moment) -> bool:
+    return any((run / stage.iteration).glob(stage.done))
+
+
+def kill_in(stage: Moment, words: list[str], run: Path, delay: float) -> bool:
     """SIGKILL the driver `delay` seconds into a stage, or as soon as the stage is over; whether it was in it."""
-    here, working, done = run / stage[0], stage[2], stage[3]
-
-    def at_work() -> bool:
-        """A journal has to have an item in it."""
-        return any(p.suffix != ".journal" or len(lines(p)) > 1 for p in here.glob(working))
-
     process = tiny.start(*words, slow=run, log=Path(f"{run}.log"))
-    tiny.wait_for(process, lambda: at_work() or any(here.glob(done)))
+    tiny.wait_for(process, lambda: at_work(run, stage) or is_done(run, stage))
     until = time.monotonic() + delay
-    tiny.wait_for(process, lambda: any(here.glob(done)) or time.monotonic() > until)
+    tiny.wait_for(process, lambda: is_done(run, stage) or time.monotonic() > until)
     process.send_signal(signal.SIGKILL)
     process.wait()
     tiny.wait_until(lambda: not tiny.processes(run), 60)  # all that it started dies with it
-    return not any(here.glob(done))
+    return not is_done(run, stage)
 
 
 def files(run: Path) -> dict[str, Path]:
@@ -142,38 +157,31 @@ def lines(path: Path) -> list[bytes]:
         return []
 
 
-def flip(path: Path, at: float) -> None:
-    """One bit of a file, at a share of its length."""
-    content = bytearray(path.read_bytes())
-    content[int(at * (len(content) - 1))] ^= 1
-    path.write_bytes(content)
-
-
 def test_killed_in_every_stage_and_damaged_in_between(world: Path, tmp_path: Path) -> None:
     rng = random.Random(6)
     run = tmp_path / "killed"
     words = command(world, run)
     hit = []
     for stage in STAGES:
-        short = stage[1] in ("combine", "compute_prob", "save")
+        short = stage.name in ("combine", "compute_prob", "save")
         if kill_in(stage, words, run, 0 if short else rng.random() * 0.2):
-            hit.append(stage[:2])
+            hit.append((stage.iteration, stage.name))
         for journal in run.glob("iter*/data/r*/*.journal"):
             first, *items = lines(journal)
-            flip(journal, rng.random() * len(first) / journal.stat().st_size)
+            tiny.flip(journal, rng.random() * len(first) / journal.stat().st_size)
             if items:
-                flip(journal, (len(first) + rng.random() * len(items[0])) / journal.stat().st_size)
-        if stage[:2] == ("iter1", "rank"):
+                tiny.flip(journal, (len(first) + rng.random() * len(items[0])) / journal.stat().st_size)
+        if (stage.iteration, stage.name) == ("iter1", "rank"):
             refused([*words, "--temperature=0.9"], run, "settings.temperature: ")
             tiny.write_jsonl(world / "prompts.jsonl", PROMPTS[1:])
             refused(words, run, "inputs.prompts: ")
             tiny.write_jsonl(world / "prompts.jsonl", PROMPTS)
             weights = world / "policy" / "model.safetensors"
             content = weights.read_bytes()
-            flip(weights, 1)  # a newer model under the same path
+            tiny.flip(weights, 1)  # a newer model under the same path
             refused(words, run, "inputs.model: ")
             weights.write_bytes(content)
-        if stage[:2] == ("iter1", "train"):
+        if (stage.iteration, stage.name) == ("iter1", "train"):
             refused([*words, "--beta=0.2"], run, "settings.beta: ")
             work = run / "iter1" / "model.partial"
             whole = next(c.parent for c in work.glob("checkpoint-*/complete.json"))
@@ -191,12 +199,12 @@ def test_killed_in_every_stage_and_damaged_in_between(world: Path, tmp_path: Pat
 def test_outputs_damaged_or_deleted_are_made_again(world: Path, tmp_path: Path) -> None:
     run = shutil.copytree(world / "whole", tmp_path / "run")
     one, two = run / "iter1", run / "iter2"
-    flip(one / "data" / "responses" / "shard-00000.parquet", 0.5)
+    tiny.flip(one / "data" / "responses" / "shard-00000.parquet", 0.5)
     shutil.rmtree(one / "data" / "ranking")
     shutil.rmtree(one / "model")
     os.truncate(two / "data" / "responses.parquet", 1000)
     (two / "data" / "train.parquet").unlink()
-    flip(two / "model" / "model.safetensors", 0.9)
+    tiny.flip(two / "model" / "model.safetensors", 0.9)
     (two / "eval" / "report.json").unlink()
     shutil.rmtree(run / "iter0")
     shown = tiny.succeed(*command(world, run))

@@ -688,18 +688,11 @@ def test_what_decides_the_tokens_is_in_the_identity_and_older_identities_stay(mo
             seen.add(model_identity(plain))
 
 
-def flip(path: Path, at: float) -> None:
-    """One bit of a file, at a share of its length."""
-    content = bytearray(path.read_bytes())
-    content[int(at * (len(content) - 1))] ^= 1
-    path.write_bytes(content)
-
-
 def test_a_flipped_bit_in_any_file_of_a_model_is_noticed(trained: Path, tmp_path: Path) -> None:
     for name in read_json(trained / "sppo_manifest.json")["outputs"]:
         model = shutil.copytree(trained, tmp_path / name)
         assert open_policy(str(model)).identity() == open_policy(str(trained)).identity()
-        flip(model / name, 0.5)
+        tiny.flip(model / name, 0.5)
         with pytest.raises(SPPOError, match=rf"model .*: {re.escape(name)} changed since it was written"):
             Policy(model, None, model).identity()
         with pytest.raises(SPPOError, match=rf"{re.escape(name)} changed since .*, so nothing was pushed"):
@@ -758,7 +751,7 @@ def test_changed_responses_rankings_and_pins_are_refused(tmp_path: Path) -> None
     Stage("rank", ranking.with_suffix(".manifest.json"), [ranking], inputs, {}).finish({})
     compute_prob(Recipe(pairs=3, test_size=0), out, overwrite=False)
     for path, said in ((ranking, "Run rank.py again"), (out / "responses.parquet", "Run combine_generate.py again")):
-        flip(path, 0.5)
+        tiny.flip(path, 0.5)
         with pytest.raises(SPPOError, match=f"{path.name} is not what was written.* {said}"):
             compute_prob(Recipe(pairs=3, test_size=0), out, overwrite=True)
     pin = {"ranker": "org/ranker", "asked": "", "revision": "ab" * 20}

@@ -21,7 +21,8 @@ import cluster
 import cluster_runs
 import pytest
 import tiny
-from cluster_runs import ONE, SAME, assert_same, at_work, command, is_done, nothing_left, old_peft
+from cluster_runs import ONE, SAME, assert_same, command, nothing_left, old_peft
+from test_faults import at_work, is_done
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +81,8 @@ def test_a_ray_node_dies_in_every_stage_and_another_comes(ray: Any, world: Path,
         tiny.wait_for(process, lambda stage=stage: at_work(run, stage) or is_done(run, stage))
         time.sleep(rng.random() * 0.2)
         victim = rng.choice(busy_nodes(ray, run) or list(ray.worker_nodes))
-        hit.append(stage[1]) if not is_done(run, stage) else None
+        if not is_done(run, stage):
+            hit.append(stage.name)
         ray.remove_node(victim, allow_graceful=False)
         ray.add_node(num_cpus=1)
     print("killed in", hit)

@@ -22,8 +22,9 @@ import cluster_runs
 import preferences
 import pytest
 import tiny
-from cluster_runs import ONE, SAME, assert_same, at_work, command, is_done, nothing_left, old_peft
+from cluster_runs import ONE, SAME, assert_same, command, nothing_left, old_peft
 from safetensors.torch import load_file
+from test_faults import at_work, is_done
 
 pytestmark = pytest.mark.slow
 SMALL = "--cpus-per-task=1 --mem=1000"
@@ -141,7 +142,8 @@ class TestNodes:
             job.wait(lambda stage=stage: at_work(run, stage) or is_done(run, stage))
             time.sleep(rng.random() * 0.2)
             victim = job.nodes()[number % 2]  # the first is the one that the driver runs on
-            hit.append((stage[1], victim)) if not is_done(run, stage) else None
+            if not is_done(run, stage):
+                hit.append((stage.name, victim))
             before = job.ask("Restarts")
             slurm.kill(victim)
             job.wait(
