@@ -280,7 +280,7 @@ def test_a_judges_redirect_sends_no_prompt_to_another_host(status: int, monkeypa
 
     with tiny.serving(Elsewhere) as other, tiny.serving(Redirects) as first:
         judge = JudgeRanker(Recipe(ranker="j", ranker_url=f"{first}/v1"))
-        for ask in (judge.server.models, lambda: list(judge.logits([TRIAL]))):
+        for ask in (lambda: judge.server.check_serves("j"), lambda: list(judge.logits([TRIAL]))):
             with pytest.raises(SPPOError, match=f"HTTP {status} and points to {other}/v1/") as refusal:
                 ask()
             assert "secret" not in str(refusal.value)
