@@ -35,7 +35,7 @@ from sppo.launch import script as launch
 from sppo.models.files import model_identity, tokenizer_files
 from sppo.models.policy import Policy, open_policy
 from sppo.pairing.training_set import compute_prob
-from sppo.preflight.findings import Iteration, Run
+from sppo.preflight.facts import Iteration, Run
 from sppo.preflight.machine import check_outputs
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe

@@ -31,8 +31,9 @@ from sppo.command.errors import SPPOError, UsageError
 from sppo.evaluation.suites import alpaca_eval, mt_bench
 from sppo.generation import shards
 from sppo.generation.prompts import load_prompts
-from sppo.generation.shards import generate_shards, prepare
+from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
+from sppo.generation.templating import to_requests
 from sppo.models import chat, frames
 from sppo.models.policy import open_policy
 from sppo.pairing.training_set import compute_prob
@@ -230,7 +231,8 @@ def test_a_turn_that_a_template_would_leave_out_is_counted(models: Path, tmp_pat
         template.write_text(text)
         source = Source.of(recipe, (0, 1), tmp_path)
         tokenizer = source.policy.tokenizer()
-        requests, _, skipped = prepare(recipe, source.policy, tokenizer, source.rows(0, 2))
+        made = to_requests(recipe, source.policy, tokenizer, source.rows(0, 2))
+        requests, skipped = made.requests, made.skipped
         assert [s["reason"] for s in skipped] == expected
         assert len(requests) == 2 - len(expected)
         if not expected:
@@ -272,7 +274,8 @@ def test_a_prompt_in_the_models_own_template_is_not_templated_again(models: Path
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in [*texts, *fine]])
     recipe = Recipe(model=str(model), prompts=str(path))
     source = Source.of(recipe, (0, 1), tmp_path)
-    requests, _, skipped = prepare(recipe, source.policy, tokenizer, source.rows(0, 5))
+    made = to_requests(recipe, source.policy, tokenizer, source.rows(0, 5))
+    requests, skipped = made.requests, made.skipped
     assert [s["reason"] for s in skipped] == ["in a chat template already"] * 2
     assert len(requests) == 3
 
@@ -445,8 +448,13 @@ def test_the_preflight_says_where_a_template_writes_the_day(
 ) -> None:
     model = shutil.copytree(models / "llama3", tmp_path / "dated")
     (model / "chat_template.jinja").write_text(template)
-    run = SimpleNamespace(policy=open_policy(str(model)), recipe=Recipe(chat_template_kwargs=kwargs))
-    assert any("writes the day into each prompt" in finding.text for finding in check_template(run)) == says
+    policy = open_policy(str(model))
+    facts = SimpleNamespace(
+        model=SimpleNamespace(policy=policy),
+        tokenizer=policy.tokenizer(),
+        recipe=Recipe(chat_template_kwargs=kwargs),
+    )
+    assert any("writes the day into each prompt" in finding.text for finding in check_template(facts)) == says
 
 
 # the training set: other tools' rows

@@ -124,7 +124,7 @@ def _check_alike(manifests: list[dict[str, Any]], directory: Path, pairs: int) -
         )
 
 
-def check_prompts(output_dir: Path, prompts: str | None) -> None:
+def refuse_other_prompts(output_dir: Path, prompts: str | None) -> None:
     """Raise SPPOError unless responses.parquet was made from `prompts` as they are now. None checks nothing."""
     if prompts is None:
         return
