@@ -20,7 +20,7 @@ from sppo.store.files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 60  # seconds of computing that a chat template may take for one conversation
+TEMPLATE_SECONDS = 60  # of computing that a chat template may take for one conversation
 
 
 def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -185,7 +185,7 @@ def _applied(
     **how: bool,
 ) -> Any:
     try:
-        with _ends(tokenizer):
+        with _time_limit(tokenizer):
             return tokenizer.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, **how, **(template_kwargs or {})
             )
@@ -196,11 +196,11 @@ def _applied(
 
 
 @contextmanager
-def _ends(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Raise SPPOError where a template takes too long: jinja bounds a range, not the loops inside of each other.
+def _time_limit(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Raise SPPOError where a template computes for too long: jinja bounds a range, but no loops inside of each other.
 
-    By a timer of this process's own computing time, so that a machine that is busy or asleep does not matter. Python
-    gives signals to the main thread, in which our commands do all rendering; in another nothing is bounded.
+    The time is this process's own computing, so a machine that is busy or asleep does not matter. Python gives signals
+    to the main thread only, where our commands do all rendering; in another thread there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -208,12 +208,12 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
     def give_up(*_: object) -> None:
         raise SPPOError(
-            f"the chat template of {tokenizer.name_or_path} has not rendered a conversation within {LONGEST} s: it may "
-            "loop for ever. Take the model's own template, or mend this one"
+            f"the chat template of {tokenizer.name_or_path} has not rendered a conversation within "
+            f"{TEMPLATE_SECONDS} s: it may loop for ever. Take the model's own template, or mend this one"
         )
 
     before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
         yield
     finally:

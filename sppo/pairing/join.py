@@ -55,10 +55,10 @@ class Rankings:
         row = 0
         for shard in shards:
             for ids, logits in _read(shard, pairs):
-                part = slice(row, row := row + len(ids))
-                hashes[part] = hash64(ids)
+                first, row = row, row + len(ids)
+                hashes[first:row] = hash64(ids)
                 encoded = [i.encode() for i in ids]
-                self._ends[part.start + 1 : row + 1] = self._ends[part.start] + np.cumsum([len(e) for e in encoded])
+                self._ends[first + 1 : row + 1] = self._ends[first] + np.cumsum([len(e) for e in encoded])
                 self._ids.write(b"".join(encoded))
                 self._logits.write(logits.tobytes())
         self._ids.flush()

@@ -12,8 +12,8 @@ from sppo.generation.engines.transformers import BATCH, DOUBLE
 from sppo.generation.prompts import load_prompts
 from sppo.generation.templating import to_requests
 from sppo.models import chat
-from sppo.models.files import files_to_fetch, parameters, weight_names, weight_shapes
-from sppo.models.loading import load_config, skeleton
+from sppo.models.files import files_on_hub, parameters, weight_names, weight_shapes
+from sppo.models.loading import empty_network, load_config
 from sppo.models.policy import Policy, adapter_base, open_policy
 from sppo.models.shape import Shape, stored_bytes
 from sppo.models.vllm import check_vllm
@@ -54,10 +54,10 @@ def look_at_model(run: Run) -> Model:
 
     # an adapter's weights are few: those of its base count
     source, revision = adapter_base(policy.adapter) if policy.adapter else (name, revision)
-    on_hub = {} if offline else files_to_fetch(source, revision)
-    to_download = sum(length for length, is_missing in on_hub.values() if is_missing)
-    if any(is_missing for _, is_missing in on_hub.values()):
-        stored = sum(on_hub[file][0] for file in weight_names(policy.weights) & on_hub.keys())
+    on_hub = {} if offline else files_on_hub(source, revision)
+    to_download = sum(file.size for file in on_hub.values() if file.is_missing)
+    if any(file.is_missing for file in on_hub.values()):
+        stored = sum(on_hub[file].size for file in weight_names(policy.weights) & on_hub.keys())
         if not stored:
             raise SPPOError(f"model {source} has no .safetensors on the Hub; pickled weights are not read")
         count = stored // stored_bytes(raw)
@@ -77,7 +77,7 @@ def _refusal(run: Run, name: str, kind: str, policy: Policy) -> str:
         if run.generates and pick_engine(run.recipe.engine) == "vllm":
             check_vllm(policy)
         elif run.generates:
-            skeleton(policy)
+            empty_network(policy)
     except SPPOError as error:
         return str(error)
     return ""

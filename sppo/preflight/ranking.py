@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo import rankers
-from sppo.models.files import files_to_fetch, parameters, weight_files, weight_shapes
+from sppo.models.files import files_on_hub, parameters, weight_files, weight_shapes
 from sppo.preflight.facts import Facts, Ranker, Run, Work
 from sppo.preflight.findings import Findings, no, note, ok, parameters_text, size
 from sppo.rankers import TRIAL, ask_trial
@@ -28,10 +28,10 @@ def ranker_to_download(run: Run) -> int:
         return 0
     recipe = pinned(run.recipe, run.run_dir / "iter1" / "data")
     try:
-        found = files_to_fetch(recipe.ranker, recipe.ranker_revision)
+        found = files_on_hub(recipe.ranker, recipe.ranker_revision)
     except Exception:  # noqa: BLE001 - look_at_ranker meets the same
         return 0
-    return sum(length for length, is_missing in found.values() if is_missing)
+    return sum(file.size for file in found.values() if file.is_missing)
 
 
 def look_at_ranker(run: Run) -> Ranker:

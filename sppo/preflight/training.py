@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from sppo.command.errors import SPPOError
-from sppo.models.loading import skeleton
+from sppo.models.loading import empty_network
 from sppo.models.policy import open_policy
 from sppo.models.shape import Shape
 from sppo.preflight.facts import RUNTIME, Facts, Run, Training
@@ -36,7 +36,7 @@ def check_settings(facts: Facts) -> Findings:
         check_machine(recipe, gpu=not facts.run.cpu)
         if recipe.anchor_model:
             anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code, weights=False)
-            skeleton(anchor, recipe.attn_implementation)
+            empty_network(anchor, recipe.attn_implementation)
         if model is not None and not model.refused:
             check_network(recipe, model.policy)
     yield from ()
