@@ -131,17 +131,6 @@ class PromptSet:
 
 
 @dataclass
-class Disk:
-    """Where the run writes, and where what is downloaded goes."""
-
-    here: Path
-    free: int  # bytes
-    cache: Path
-    cache_free: int
-    is_one: bool  # whether both are on the same disk
-
-
-@dataclass
 class Ranker:
     """The ranker, fetched. `backend`: its module in sppo/rankers. `parameters`: 0 where it is no network here."""
 
@@ -190,9 +179,7 @@ class Facts:
     prompts: list[PromptSet] = field(default_factory=list)  # of the iterations whose data is to be made
     held_out: PromptSet | None = None  # where a report is asked for
     work: list[Work] = field(default_factory=list)
-    disk: Disk | None = None
     ranker: Ranker | None = None
-    ranker_to_download: int = 0  # bytes
     troubles: dict[str, list[str]] = field(default_factory=dict)  # by the group of findings that they belong to
 
     @property

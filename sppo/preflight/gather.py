@@ -37,10 +37,7 @@ def gather(run: Run) -> Facts:
     if run.reports:
         facts.held_out = learn("report", generation.read_held_out, run, model, facts.tokenizer)
     facts.work = learn("plan", plan.count_work, run, facts.prompts, facts.training) or []
-
-    facts.disk = learn("disk", machine.look_at_disk, run)  # before the ranker is fetched, which takes some of it
     if run.generates:
-        facts.ranker_to_download = learn("ranker", ranking.ranker_to_download, run) or 0
         facts.ranker = learn("ranker", ranking.look_at_ranker, run)
     return facts
 

@@ -18,7 +18,7 @@ from sppo.launch.cores import main_memory
 from sppo.launch.devices import GPU, list_gpus
 from sppo.launch.nodes import look
 from sppo.launch.processes import environment
-from sppo.preflight.facts import Disk, Facts, Machines, Run
+from sppo.preflight.facts import Facts, Machines, Run
 from sppo.preflight.findings import Findings, many, no, note, ok, size
 from sppo.preflight.generation import data_bytes
 from sppo.preflight.memory import checkpoint_bytes, model_bytes
@@ -190,40 +190,34 @@ def check_outputs(run: Run) -> Findings:
         yield no(f"{', '.join(taken)}: a directory stands where a file is to be written; move it away")
 
 
-def look_at_disk(run: Run) -> Disk:
-    """What is free where the run writes and where what is downloaded goes."""
+def check_disk(facts: Facts) -> Findings:
+    """Whether there is room for what the run writes, and for the model that is still to be downloaded."""
     from huggingface_hub import constants
 
-    here, cache = existing(run.run_dir), existing(Path(constants.HF_HUB_CACHE))
-    is_one = here.stat().st_dev == cache.stat().st_dev
-    return Disk(here, shutil.disk_usage(here).free, cache, shutil.disk_usage(cache).free, is_one)
-
-
-def check_disk(facts: Facts) -> Findings:
-    disk, recipe = facts.disk, facts.recipe
-    if disk is None:
-        return
-    usual = sum(data_bytes(work, work.response_tokens(recipe)) for work in facts.work)
+    here, cache = existing(facts.run.run_dir), existing(Path(constants.HF_HUB_CACHE))
+    usual = sum(data_bytes(work, work.response_tokens(facts.recipe)) for work in facts.work)
     most = sum(data_bytes(work, work.most_tokens) for work in facts.work)
     models, checkpoints = _trained_bytes(facts)
-    fetched = facts.ranker_to_download + (facts.model.to_download if facts.model else 0)
-    fetched_here = fetched if disk.is_one else 0
+    fetched = facts.model.to_download if facts.model else 0
+    fetched_here = fetched if here.stat().st_dev == cache.stat().st_dev else 0
 
     needed = usual + models + checkpoints + fetched_here
-    text = f"{size(needed)} in {disk.here}: {size(usual)} of responses and pairs (at most {size(most)}), "
+    free = shutil.disk_usage(here).free
+    text = f"{size(needed)} in {here}: {size(usual)} of responses and pairs (at most {size(most)}), "
     text += f"{size(models)} of models, {size(checkpoints)} of checkpoints"
     text += f", {size(fetched)} to download" if fetched_here else ""
-    text += f"; {size(disk.free)} are free"
-    if needed > disk.free:
+    text += f"; {size(free)} are free"
+    if needed > free:
         yield no(f"{text}. Make room, or use another --run_dir" + (" and HF_HOME" if fetched_here else ""))
-    elif needed + most - usual > disk.free:
+    elif needed + most - usual > free:
         yield note(f"{text}: not enough if all responses are as long as they may be")
     else:
         yield ok(text)
 
-    if fetched and not disk.is_one:
-        text = f"{size(fetched)} to download into {disk.cache}; {size(disk.cache_free)} are free"
-        yield ok(text) if fetched <= disk.cache_free else no(f"{text}. Make room, or set HF_HOME")
+    if fetched and not fetched_here:
+        room = shutil.disk_usage(cache).free
+        text = f"{size(fetched)} to download into {cache}; {size(room)} are free"
+        yield ok(text) if fetched <= room else no(f"{text}. Make room, or set HF_HOME")
 
 
 def _trained_bytes(facts: Facts) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo import rankers
-from sppo.models.files import files_on_hub, parameters, weight_files, weight_shapes
+from sppo.models.files import parameters, weight_files, weight_shapes
 from sppo.preflight.facts import Facts, Ranker, Run, Work
 from sppo.preflight.findings import Findings, no, note, ok, parameters_text, size
 from sppo.rankers import TRIAL, ask_trial
@@ -17,21 +17,6 @@ from sppo.rankers.pinning import pinned
 # The share of the device's matrix rate that ranking reaches, measured: docs/benchmarks.md, docs/gpu.md.
 _SHARE = {"cpu": 0.7, "gpu": 0.28}
 _SMALL_RANKER = 4 << 30  # bytes on disk up to which a ranker is loaded to see that it can be
-
-
-def ranker_to_download(run: Run) -> int:
-    """Bytes. 0 where that is not known: what is wrong with the ranker, look_at_ranker says."""
-    from huggingface_hub import constants
-
-    local = Path(run.recipe.ranker).expanduser().is_dir() or ":" in run.recipe.ranker
-    if local or run.recipe.ranker_backend in ("judge", "function") or constants.HF_HUB_OFFLINE:
-        return 0
-    recipe = pinned(run.recipe, run.run_dir / "iter1" / "data")
-    try:
-        found = files_on_hub(recipe.ranker, recipe.ranker_revision)
-    except Exception:  # noqa: BLE001 - look_at_ranker meets the same
-        return 0
-    return sum(file.size for file in found.values() if file.is_missing)
 
 
 def look_at_ranker(run: Run) -> Ranker:
