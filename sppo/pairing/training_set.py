@@ -47,7 +47,7 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
 def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     """Write $DATA/train.parquet and test.parquet from $DATA/responses.parquet and $DATA/ranking.
 
-    Memory grows by about 170 bytes a prompt (benchmarks/pairing.py). Raises SPPOError for files that do not fit
+    Memory grows by about 350 bytes a prompt (benchmarks/pairing.py). Raises SPPOError for files that do not fit
     together and UsageError for a hold-out that leaves nothing, both before anything is written or overwritten.
     """
     responses, shards = require_responses(output_dir), ranking_files(output_dir)
@@ -58,16 +58,16 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     if not overwrite and stage.is_done():
         print(f"compute_prob: done: {train}")
         return
-    with Rankings(shards, recipe.pairs, output_dir) as rankings:
-        if not len(rankings):
-            raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
-        rows, held_out = _match(responses, rankings, recipe)
-        if overwrite:
-            stage.is_done(overwrite)  # the old ones may go now that new ones can be made
-        stage.begin()
-        statistics = winrates.Statistics()
-        pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
-        written = _write(train, test, pairs, held_out, statistics)
+    rankings = Rankings(shards, recipe.pairs)
+    if not len(rankings):
+        raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
+    rows, held_out = _match(responses, rankings, recipe)
+    if overwrite:
+        stage.is_done(overwrite)  # the old ones may go now that new ones can be made
+    stage.begin()
+    statistics = winrates.Statistics()
+    pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
+    written = _write(train, test, pairs, held_out, statistics)
     counts = {"train": written[0], "test": written[1], **statistics.summary()}
     stage.finish(counts)
     print(f"compute_prob: {train}")
@@ -157,7 +157,7 @@ def _pairs(
             numbers = np.arange(start, start + batch.num_rows)
             start += batch.num_rows
             ranked = rows[numbers] >= 0
-            logits = rankings.logits(rows[numbers[ranked]]).astype(np.float64)
+            logits = rankings.logits[rows[numbers[ranked]]].astype(np.float64)  # (N, K, K)
             finite = np.isfinite(logits).all((1, 2))
             statistics.dropped["logits not finite"] += int((~finite).sum())
             batch, numbers = _where(finite, _where(ranked, batch)), numbers[ranked][finite]
