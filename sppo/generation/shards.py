@@ -119,9 +119,11 @@ def _begin(source: Source, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> 
         request.logps = request.prompt_id in source.sampled
 
     stage.begin()
-    shard = _Shard(stage, prompts, Journal(stage.journal, stage.identity), 0)
-    if not chat.is_fixed(tokenizer):
-        _forget_undated(shard.journal)
+    journal = Journal(stage.journal, stage.identity)
+    first = next(iter(journal.done), None)
+    if first is not None and "prompt_token_ids" not in journal.read(first):
+        raise SPPOError(f"{journal.path} is of an older version; move it away, and its prompts are drawn again")
+    shard = _Shard(stage, prompts, journal, 0)
     shard.missing = len(shard.left)
     counts = f"{shard.missing} to do, {len(prompts.requests) - shard.missing} in the journal"
     print(
@@ -130,15 +132,6 @@ def _begin(source: Source, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> 
         flush=True,
     )
     return shard
-
-
-def _forget_undated(journal: Journal) -> None:
-    """Leave out what an older version kept without the prompt's token ids.
-
-    The template writes the date, so that the prompt would get other ids now.
-    """
-    for key in [key for key in journal.done if "prompt_token_ids" not in journal.read(key)]:
-        del journal.done[key]
 
 
 def _kept(request: Request, responses: list[Response], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -184,6 +177,6 @@ def _rows(shard: _Shard, identity: str, counts: dict[str, int]) -> Iterator[dict
             "prompt_id": request.prompt_id,
             "prompt": shard.prompts.conversations[request.prompt_id],
             "responses": responses,
-            "prompt_token_ids": kept.get("prompt_token_ids", list(request.token_ids)),  # older journals have none
+            "prompt_token_ids": kept["prompt_token_ids"],
             "tokenizer": identity,
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -144,11 +143,6 @@ def without_end(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: set[int
     while (stripped := left.rstrip()).endswith(ends):
         left = stripped[: -max(len(end) for end in ends if stripped.endswith(end))]
     return left
-
-
-def is_fixed(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template renders a conversation the same way each time: it reads no clock and draws nothing."""
-    return not re.search(r"strftime_now|\brandom\b|\blipsum\b", template_source(tokenizer))
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
