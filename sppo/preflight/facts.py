@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sppo.launch.devices import GPU
+from sppo.launch.devices import CPU, GPU
 from sppo.models.policy import Policy
 from sppo.models.shape import Shape
 from sppo.recipe import Recipe
@@ -39,18 +39,18 @@ class Run:
     """The run that is asked for."""
 
     recipe: Recipe
-    name: str
-    run_dir: Path
-    gpus: list[str]  # as sppo.launch.devices gives them: an empty name is the CPU
-    world_size: int
-    accelerate_config: str
+    gpus: list[str]  # of each machine, as sppo.launch.devices gives them
     left: list[Iteration]
-    machines: int = 1  # that train together, each with `gpus`
+    machines: int = 1  # that train together
     cluster: Any = None  # the launcher of a cluster; None: this machine
 
     @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.run_dir)
+
+    @property
     def cpu(self) -> bool:
-        return "" in self.gpus
+        return CPU in self.gpus
 
     @property
     def has_begun(self) -> bool:

@@ -296,7 +296,7 @@ def _longest(facts: Facts) -> int:
 
 
 def _fits_main_memory(facts: Facts, shape: Shape) -> Finding:
-    shards = len(facts.run.gpus) // facts.run.world_size
+    shards = len(facts.run.gpus) // facts.recipe.world_size
     vllm = pick_engine(facts.recipe.engine) == "vllm"
     number = 4 if vllm or shape.parameters * shape.bytes > DOUBLE else 8  # bytes
     certain = number * shape.parameters * shards
@@ -307,7 +307,7 @@ def _fits_main_memory(facts: Facts, shape: Shape) -> Finding:
 
 
 def _fits_gpus(facts: Facts, shape: Shape) -> Finding:
-    world_size, cards = facts.run.world_size, facts.machines.cards
+    world_size, cards = facts.recipe.world_size, facts.machines.cards
     if shape.heads % world_size:
         return no(f"--world_size {world_size} does not divide the model's {shape.heads} attention heads")
     certain = 2 * shape.parameters / world_size

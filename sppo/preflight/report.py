@@ -29,12 +29,11 @@ def open_run(recipe: Recipe) -> Run:
         report = bool(recipe.eval_prompts) and not (here / "eval" / "report.manifest.json").exists()
         if data or training or report:
             left.append(Iteration(i, data, training, report))
-    where = (recipe.world_size, recipe.accelerate_config, left)
     if recipe.launcher == "local":
-        return Run(recipe, recipe.name, run_dir, devices(recipe.gpus), *where)
+        return Run(recipe, devices(recipe.gpus), left)
     cluster = open_launcher(recipe, "look") if left else None
     machines, gpus = cluster.machines() if cluster else (1, [CPU])
-    return Run(recipe, recipe.name, run_dir, gpus, *where, machines, cluster)
+    return Run(recipe, gpus, left, machines, cluster)
 
 
 def examine(facts: Facts) -> dict[str, list[Finding]]:

@@ -21,7 +21,7 @@ from sppo.training.settings import accumulation, check_flags, check_machine
 
 def look_at_training(run: Run) -> Training:
     """The processes that would train. Raises UsageError for an accelerate config that does not fit."""
-    path, config, processes = training_config(run.gpus, run.accelerate_config, run.machines)
+    path, config, processes = training_config(run.gpus, run.recipe.accelerate_config, run.machines)
     try:
         return Training(path.stem, config, processes, accumulation(run.recipe, processes), "")
     except SPPOError as error:
