@@ -186,13 +186,14 @@ def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str,
 
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-            yield from loaded[recipe.prompt_split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            loaded: Any = datasets.load_from_disk(str(path))
+            yield from loaded[recipe.prompt_split] if (path / "dataset_dict.json").exists() else loaded
         elif path.exists():
             yield from _directory_rows(path, recipe)
         else:
             revision = recipe.prompts_revision or None
-            yield from datasets.load_dataset(source, split=recipe.prompt_split, revision=revision)
+            fetched: Any = datasets.load_dataset(source, split=recipe.prompt_split, revision=revision)
+            yield from fetched
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
         raise SPPOError(
             f"prompts {source}: no split {recipe.prompt_split!r} can be read from it, neither here nor from the Hub "
@@ -216,4 +217,5 @@ def _directory_rows(path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
             for file in files:
                 yield from _READERS[file.suffix](file, recipe.prompt_column)
         else:
-            yield from datasets.load_dataset(str(path), split=recipe.prompt_split, cache_dir=cache)
+            rows: Any = datasets.load_dataset(str(path), split=recipe.prompt_split, cache_dir=cache)
+            yield from rows

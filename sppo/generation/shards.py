@@ -119,6 +119,7 @@ def _begin(source: Source, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> 
         request.logps = request.prompt_id in source.sampled
 
     stage.begin()
+    assert stage.journal is not None
     journal = Journal(stage.journal, stage.identity)
     first = next(iter(journal.done), None)
     if first is not None and "prompt_token_ids" not in journal.read(first):
@@ -151,7 +152,7 @@ def _kept(request: Request, responses: list[Response], tokenizer: PreTrainedToke
 def _finish(source: Source, shard: _Shard, identity: str) -> None:
     """Write a shard that is whole, and its manifest."""
     recipe, stage, skipped = source.recipe, shard.stage, shard.prompts.skipped
-    counts = dict.fromkeys(("written", "responses", "response_tokens", "cut_at_maxlen"), 0)
+    counts: dict[str, int] = dict.fromkeys(("written", "responses", "response_tokens", "cut_at_maxlen"), 0)
     write_parquet(stage.outputs[0], responses_schema(), _rows(shard, identity, counts))
 
     start, stop = stage.settings["rows"]

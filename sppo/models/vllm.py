@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from sppo.command.errors import SPPOError, first_line
 from sppo.models.files import tensor_names, weight_files
@@ -75,7 +75,7 @@ def _check_vllm_quantization(policy: Policy) -> None:
         raise SPPOError(f"model {policy.weights}: its weights are in bitsandbytes' format; pip install bitsandbytes")
 
 
-def vllm_dtype(policy: Policy, cpu: bool) -> str:
+def vllm_dtype(policy: Policy, cpu: bool) -> Literal["auto", "float32", "bfloat16"]:
     """float32 checkpoints (trained without DeepSpeed) run in bfloat16 on a GPU: vLLM's own choice would be float16."""
     stored = str(getattr(load_config(policy), "dtype", None)).removeprefix("torch.")
     if stored == "float32":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,7 +158,7 @@ def _pairs(
             start += batch.num_rows
             ranked = rows[numbers] >= 0
             logits = rankings.logits[rows[numbers[ranked]]].astype(np.float64)  # (N, K, K)
-            finite = np.isfinite(logits).all((1, 2))
+            finite = np.asarray(np.isfinite(logits).all((1, 2)))
             statistics.dropped["logits not finite"] += int((~finite).sum())
             batch, numbers = _where(finite, _where(ranked, batch)), numbers[ranked][finite]
 
@@ -178,8 +178,9 @@ def _pair(
 ) -> tuple[pa.RecordBatch, NDArray[np.bool_]]:
     """Rows of the training set for N ranked prompts, logits (N, K, K), and which of them are kept, (N,)."""
     import pyarrow as pa
-    import pyarrow.compute as pc
+    from pyarrow import compute
 
+    pc: Any = compute  # its functions are made when it is imported, where no type checker sees them
     n, k, _ = logits.shape
     row = np.arange(n)
     texts = pc.fill_null(pc.struct_field(batch.column("responses").flatten(), "text"), "")  # (N * K,)
