@@ -144,30 +144,24 @@ def weight_shapes(directory: Path) -> dict[str, list[int]]:
 
     Raises SPPOError where there are none, or one is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = weight_files(directory)
     if not files:
         raise SPPOError(f"{directory}: no {_WEIGHTS} in it (pickled weights are not read); convert it first")
     shapes: dict[str, list[int]] = {}
     for file in files:
-        try:
-            with safe_open(file, "numpy") as weights:
-                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise SPPOError(f"{file} is missing or damaged ({error}); fetch the model again") from None
+        shapes |= tensor_shapes(file)
     return shapes
 
 
-def tensor_names(file: Path) -> list[str]:
-    """The names of the tensors in a safetensors file. Raises SPPOError where it is damaged."""
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Each tensor's shape, from the header of a safetensors file. Raises SPPOError where it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "numpy") as weights:
-            return list(weights.keys())
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise SPPOError(f"{file} is damaged ({error}); fetch the model again") from None
+        raise SPPOError(f"{file} is missing or damaged ({error}); fetch the model again") from None
 
 
 def parameters(shapes: dict[str, list[int]]) -> int:
