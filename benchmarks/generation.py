@@ -35,6 +35,7 @@ from sppo.generation import shards  # noqa: E402
 from sppo.generation.engines import Request, Response, vllm  # noqa: E402
 from sppo.generation.prompts import load_prompts  # noqa: E402
 from sppo.generation.shards import generate_shards  # noqa: E402
+from sppo.generation.templating import to_requests  # noqa: E402
 from sppo.models import chat  # noqa: E402
 from sppo.models.files import parameters, weight_shapes  # noqa: E402
 from sppo.models.policy import open_policy  # noqa: E402
@@ -94,7 +95,7 @@ def timings(model: Path, asked: Path, pairs: int, maxlen: int, ways: list[str], 
     policy = open_policy(str(model))
     tokenizer = policy.tokenizer()
     stops = policy.stop_ids(tokenizer)
-    requests, _, _ = shards.prepare(recipe, policy, tokenizer, load_prompts(recipe.prompts, recipe))
+    requests = to_requests(recipe, policy, tokenizer, load_prompts(recipe.prompts, recipe)).requests
     llm = vllm.start(policy, recipe, max(len(r.token_ids) + r.max_new_tokens for r in requests), 1)
     inputs = [TokensPrompt(prompt_token_ids=list(r.token_ids)) for r in requests]
 

@@ -195,16 +195,16 @@ def generate(name: str, out: Path, tiny: bool) -> Iterator[Row]:
 
 
 def by_transformers(model: Path, asked: Path, maxlen: int) -> Iterator[tuple[str, float]]:
-    from sppo.generation import shards
     from sppo.generation.engines import transformers
     from sppo.generation.prompts import load_prompts
+    from sppo.generation.templating import to_requests
     from sppo.models.policy import open_policy
     from sppo.recipe import Recipe
 
     recipe = Recipe(model=str(model), prompts=str(asked), pairs=5, maxlen=maxlen, temperature=1.0, top_p=1.0)
     policy = open_policy(str(model))
     tokenizer = policy.tokenizer()
-    requests, _, _ = shards.prepare(recipe, policy, tokenizer, load_prompts(recipe.prompts, recipe))
+    requests = to_requests(recipe, policy, tokenizer, load_prompts(recipe.prompts, recipe)).requests
     began, tokens = time.perf_counter(), 0
     for _, answers in transformers.draw(policy, recipe, policy.stop_ids(tokenizer), requests):
         tokens += sum(len(answer.token_ids) for answer in answers)

@@ -25,14 +25,14 @@ def main() -> None:
     )
     args, recipe = cli.parse(parser)
     data_dir = cli.data_dir_of(recipe)
-    from sppo.generation.combine import check_prompts, combine
+    from sppo.generation.combine import combine, refuse_other_prompts
     from sppo.store.shards import known_count
 
     shards = len(args.gpu_ids.split(",")) if args.gpu_ids else args.numgpu
     if shards is None:
         shards = known_count(data_dir / "responses") or 1
     combine(data_dir, shards, recipe.pairs, args.overwrite, args.frac_len)
-    check_prompts(data_dir, cli.prompts_by_hand(parser, args))
+    refuse_other_prompts(data_dir, cli.prompts_by_hand(parser, args))
 
 
 if __name__ == "__main__":

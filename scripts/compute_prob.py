@@ -27,10 +27,10 @@ def main() -> None:
     pushes = "org" in cli.given(parser, args) and CHILD not in os.environ
     if pushes and not recipe.name:
         raise UsageError("--org needs --name, the data sets' name on the Hub")
-    from sppo.generation.combine import check_prompts
+    from sppo.generation.combine import refuse_other_prompts
     from sppo.pairing.training_set import compute_prob
 
-    check_prompts(data_dir, cli.prompts_by_hand(parser, args))
+    refuse_other_prompts(data_dir, cli.prompts_by_hand(parser, args))
     compute_prob(recipe, data_dir, args.overwrite)
     if pushes:
         from sppo.hub.push import push_data

@@ -33,11 +33,11 @@ def main() -> None:
     require_pairs(recipe)
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
-    from sppo.generation.combine import check_prompts
+    from sppo.generation.combine import refuse_other_prompts
     from sppo.ranking.shards import rank_shards
     from sppo.store.shards import Slice, parse_shards
 
-    check_prompts(data_dir, cli.prompts_by_hand(parser, args))
+    refuse_other_prompts(data_dir, cli.prompts_by_hand(parser, args))
     parts = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]
     rank_shards(recipe, data_dir, parts, args.overwrite)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 # Nats a token by which the log-probs of engine and trainer may differ for the same tokens: some three times what
 # bfloat16 and float32 differ by (docs/benchmarks.md).
@@ -246,16 +246,19 @@ def _message(turn: Any) -> Message:
     if isinstance(content, list):
         if any(isinstance(part, dict) and (part.get("type") or "text") != "text" for part in content):
             raise BeyondTextError("a message has parts that are not text")
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(map(is_text, texts)):
-            raise ValueError("a message has parts that are not text")
+        texts: list[str] = []
+        for part in content:
+            text = part.get("text") if isinstance(part, dict) else None
+            if not is_text(text):
+                raise ValueError("a message has parts that are not text")
+            texts.append(text)
         content = "".join(texts)
     if not (role and is_text(role) and is_text(content)):
         raise ValueError("not text")
     return {"role": role, "content": content}
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether `value` is a str that UTF-8 can hold. JSON can hold half a surrogate pair, which no file format takes."""
     try:
         return isinstance(value, str) and value.encode() is not None

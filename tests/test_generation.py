@@ -21,7 +21,7 @@ import torch
 
 from sppo.cli import flags
 from sppo.command.errors import SPPOError, UsageError
-from sppo.generation.combine import check_prompts, combine
+from sppo.generation.combine import combine, refuse_other_prompts
 from sppo.generation.engines import Request, prompt_seed, vllm
 from sppo.generation.engines.transformers import _Sampler
 from sppo.generation.prompts import load_prompts
@@ -134,14 +134,14 @@ def test_local_paths_never_ask_the_hub(recipe: Recipe, tmp_path: Path) -> None:
 def test_responses_of_other_prompts_are_noticed(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     generate(recipe, out, 2)
-    check_prompts(out, recipe.prompts)
+    refuse_other_prompts(out, recipe.prompts)
     tiny.succeed(
         "scripts/combine_generate.py", "--output_dir", out, "--pairs=3", "--gpu_ids=0,1", "--prompts", recipe.prompts
     )
     with open(recipe.prompts, "a") as handle:
         handle.write('{"prompt": "one more"}\n')
     with pytest.raises(SPPOError, match="not made from"):
-        check_prompts(out, recipe.prompts)
+        refuse_other_prompts(out, recipe.prompts)
 
 
 @pytest.mark.slow

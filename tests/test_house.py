@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from packaging.requirements import Requirement
 
 from sppo import recipe, schema
 from sppo.preflight import machine
@@ -124,11 +123,10 @@ def test_the_names_that_are_taken_for_known_are_known_to_transformers() -> None:
 
 def test_the_lock_lies_within_the_ranges() -> None:
     pins = machine.tested()
-    for text in machine.requirements():
-        wanted = Requirement(text)
+    for wanted in machine.requirements():
         if wanted.name != "vllm":
             found = pins[wanted.name.replace("_", "-").lower()]
-            assert wanted.specifier.contains(found), f"{text}, and requirements.lock has {found}"
+            assert wanted.specifier.contains(found), f"{wanted}, and requirements.lock has {found}"
     assert "://" not in (tiny.ROOT / "requirements.lock").read_text()
 
 
@@ -147,6 +145,20 @@ def test_a_python_without_the_packages_gives_way_to_the_venv(tmp_path: Path) -> 
     assert f"going on with {tiny.ROOT / '.venv/bin/python'}" in done.stderr
     assert "draw the responses first" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_python_that_has_torch_keeps_its_versions(tmp_path: Path) -> None:
+    """A conda user's, say: it lacks one package, and .venv's versions of all the others are not meant."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    done = tiny.run(
+        bare_python(tmp_path), "scripts/compute_prob.py", "--output_dir", tmp_path, PYTHONPATH=str(tmp_path)
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: .*/bare/bin/python lacks the package \w+. `.*/bare/bin/python -m pip install -e .*` installs .*\n",
+        done.stderr,
+    )
 
 
 @pytest.mark.parametrize("script", ["compute_prob.py", "plan.py", "rank.py"])

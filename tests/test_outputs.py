@@ -32,10 +32,11 @@ from sppo import run_sppo
 from sppo.command.errors import SPPOError, UsageError
 from sppo.hub.push import _model_files, push_model
 from sppo.launch import script as launch
+from sppo.launch.devices import CPU
 from sppo.models.files import model_identity, tokenizer_files
 from sppo.models.policy import Policy, open_policy
 from sppo.pairing.training_set import compute_prob
-from sppo.preflight.findings import Iteration, Run
+from sppo.preflight.facts import Iteration, Run
 from sppo.preflight.machine import check_outputs
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
@@ -283,7 +284,7 @@ def test_a_mount_point_is_known(tmp_path: Path) -> None:
 def test_the_preflight_says_what_could_not_be_written(tmp_path: Path, trained: Path) -> None:
     run = tmp_path / "run"
     (run / "iter1").mkdir(parents=True)
-    asked = Run(Recipe(), "x", run, [""], 1, "", [Iteration(1, True, True, True)])
+    asked = Run(Recipe(run_dir=str(run)), [CPU], [Iteration(1, True, True, True)])
     assert list(check_outputs(asked)) == []
     (run / "iter1" / "model").symlink_to(shutil.copytree(trained, tmp_path / "elsewhere"))
     (run / "report.html").mkdir()

@@ -175,21 +175,17 @@ def test_the_order_and_the_row_groups_of_the_rankings_decide_nothing(tmp_path: P
     assert [t.num_rows for t in tables[0]] == [40, 10]
 
 
-@pytest.mark.parametrize("bits", [0, 2])
-def test_equal_hashes_join_nothing_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    """With four hashes, or one, for 40 ids every look-up collides."""
-    whole = join.hash64
-    monkeypatch.setattr(join, "hash64", lambda texts: whole(texts) & np.uint64(2**bits - 1))
+def test_a_ranking_is_found_by_its_prompts_id_and_once(tmp_path: Path) -> None:
     rankings = rankings_of(40, 2)
     write(tmp_path, responses_of(1, 2), rankings[:20], rankings[20:])
     shards = sorted((tmp_path / "ranking").iterdir())
-    with join.Rankings(shards, 2, tmp_path) as index:
-        rows = index.find(["id39", "stranger", "id0", "id20", ""])
-        assert rows.tolist() == [39, -1, 0, 20, -1]
-        np.testing.assert_array_equal(index.logits(rows[[0, 2]])[0], np.float32(rankings[39]["logits"]))
+    found = join.Rankings(shards, 2)
+    rows = found.find(["id39", "stranger", "id0", "id20", ""])
+    assert rows.tolist() == [39, -1, 0, 20, -1]
+    np.testing.assert_array_equal(found.logits[rows[0]], np.float32(rankings[39]["logits"]))
     write(tmp_path, responses_of(1, 2), rankings[:20], rankings[19:])
     with pytest.raises(SPPOError, match="shard-00001.*id19 is ranked twice"):
-        join.Rankings(shards, 2, tmp_path)
+        join.Rankings(shards, 2)
 
 
 def test_the_hold_out_has_exactly_the_prompts_asked_for(tmp_path: Path) -> None:

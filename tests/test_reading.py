@@ -31,8 +31,9 @@ from sppo.command.errors import SPPOError, UsageError
 from sppo.evaluation.suites import alpaca_eval, mt_bench
 from sppo.generation import shards
 from sppo.generation.prompts import load_prompts
-from sppo.generation.shards import generate_shards, prepare
+from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
+from sppo.generation.templating import to_requests
 from sppo.models import chat, frames
 from sppo.models.policy import open_policy
 from sppo.pairing.training_set import compute_prob
@@ -220,7 +221,8 @@ def test_a_turn_that_a_template_would_leave_out_is_counted(models: Path, tmp_pat
         template.write_text(text)
         source = Source.of(recipe, (0, 1), tmp_path)
         tokenizer = source.policy.tokenizer()
-        requests, _, skipped = prepare(recipe, source.policy, tokenizer, source.rows(0, 2))
+        made = to_requests(recipe, source.policy, tokenizer, source.rows(0, 2))
+        requests, skipped = made.requests, made.skipped
         assert [s["reason"] for s in skipped] == expected
         assert len(requests) == 2 - len(expected)
         if not expected:
@@ -262,7 +264,8 @@ def test_a_prompt_in_the_models_own_template_is_not_templated_again(models: Path
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in [*texts, *fine]])
     recipe = Recipe(model=str(model), prompts=str(path))
     source = Source.of(recipe, (0, 1), tmp_path)
-    requests, _, skipped = prepare(recipe, source.policy, tokenizer, source.rows(0, 5))
+    made = to_requests(recipe, source.policy, tokenizer, source.rows(0, 5))
+    requests, skipped = made.requests, made.skipped
     assert [s["reason"] for s in skipped] == ["in a chat template already"] * 2
     assert len(requests) == 3
 
@@ -398,31 +401,26 @@ def test_what_the_policy_read_is_kept_with_what_it_said(
     stage = Source.of(recipe, (0, 1), out).stage(out, Slice(0, 0))
     journal = Journal(stage.journal, stage.identity)
     drawn = dict.fromkeys(journal.done)
-    older = next(iter(drawn))  # an answer that an older version kept, without what the policy read
-    journal.add(older, {"responses": journal.read(older)["responses"]})
     journal.close()
     day(2)
     run()
     rows = {row["prompt_id"]: row for row in pq.read_table(out / "responses.parquet").to_pylist()}
     days = {key: tokenizer.decode(row["prompt_token_ids"]).partition("Today: ")[2][:2] for key, row in rows.items()}
-    assert days == {key: "01" if key in drawn and key != older else "02" for key in rows}
-    assert Counter(days.values()) == {"01": 2, "02": 4}
+    assert days == {key: "01" if key in drawn else "02" for key in rows}
+    assert Counter(days.values()) == {"01": 3, "02": 3}
     assert worst_difference(out / "responses.parquet", model) < 2e-5
 
 
-def test_an_older_journal_is_kept_where_the_template_has_no_date(models: Path, tmp_path: Path) -> None:
+def test_a_journal_without_what_the_policy_read_is_refused(models: Path, tmp_path: Path) -> None:
+    """An older version's: the template may make other token ids of the prompt today."""
     prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Why?", "prompt_id": "p"}])
     recipe = Recipe(model=str(models / "llama3"), prompts=str(prompts), pairs=2, maxlen=4, engine="transformers")
-    source = Source.of(recipe, (0, 1), tmp_path)
-    stage = source.stage(tmp_path, Slice(0, 0))
+    stage = Source.of(recipe, (0, 1), tmp_path).stage(tmp_path, Slice(0, 0))
     journal = Journal(stage.journal, stage.identity)
-    kept = [{"text": "kept", "token_ids": [50, 51], "finish_reason": "length"}] * 2
-    journal.add("p", {"responses": kept})
+    journal.add("p", {"responses": [{"text": "kept", "token_ids": [50, 51], "finish_reason": "length"}] * 2})
     journal.close()
-    generate_shards(recipe, tmp_path, [Slice(0, 0)], (0, 1), 1, False)
-    (row,) = pq.read_table(tmp_path / "responses.parquet").to_pylist()
-    assert [r["text"] for r in row["responses"]] == ["kept", "kept"]
-    assert row["prompt_token_ids"] == chat.prompt_ids(source.policy.tokenizer(), [{"role": "user", "content": "Why?"}])
+    with pytest.raises(SPPOError, match="shard-00000.journal is of an older version; move it away"):
+        generate_shards(recipe, tmp_path, [Slice(0, 0)], (0, 1), 1, False)
 
 
 @pytest.mark.parametrize(
@@ -438,8 +436,13 @@ def test_the_preflight_says_where_a_template_writes_the_day(
 ) -> None:
     model = shutil.copytree(models / "llama3", tmp_path / "dated")
     (model / "chat_template.jinja").write_text(template)
-    run = SimpleNamespace(policy=open_policy(str(model)), recipe=Recipe(chat_template_kwargs=kwargs))
-    assert any("writes the day into each prompt" in finding.text for finding in check_template(run)) == says
+    policy = open_policy(str(model))
+    facts = SimpleNamespace(
+        model=SimpleNamespace(policy=policy),
+        tokenizer=policy.tokenizer(),
+        recipe=Recipe(chat_template_kwargs=kwargs),
+    )
+    assert any("writes the day into each prompt" in finding.text for finding in check_template(facts)) == says
 
 
 # the training set: other tools' rows
@@ -611,21 +614,6 @@ def test_an_end_that_the_tokenizer_does_not_know_spells_nothing(models: Path) ->
     stops = {*chat.stop_token_ids(models / "llama3", tokenizer), len(tokenizer) + 5}
     assert chat.without_end(tokenizer, "yes \n", stops) == "yes \n"
     assert chat.without_end(tokenizer, "yes \n<|eot_id|>\n", stops) == "yes \n"
-
-
-@pytest.mark.parametrize(
-    ("template", "is_fixed"),
-    [
-        (tiny.LLAMA3_TEMPLATE, True),
-        ({"default": tiny.LLAMA3_TEMPLATE, "tool_use": "operandom"}, True),
-        ("{{ [1, 2] |\n random }}", False),
-        ("{{ messages | map('random') }}", False),
-        ("{{ lipsum() }}", False),
-        ({"default": "a", "tool_use": "{{ strftime_now('%d') }}"}, False),
-    ],
-)
-def test_a_template_that_draws_or_reads_the_clock_is_known(template: Any, is_fixed: bool) -> None:
-    assert chat.is_fixed(SimpleNamespace(chat_template=template)) == is_fixed
 
 
 @pytest.mark.parametrize("spelled", ["yes<|eot_id|>", "yes<|eot_id|>\n", "yes<|eot_id|><|end_of_text|>", "yes"])

@@ -238,7 +238,7 @@ def test_a_progress_bar_moves() -> None:
 def test_a_template_that_loops_for_ever_ends(
     template: str, said: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sppo.models.chat.LONGEST", 0.2)
+    monkeypatch.setattr("sppo.models.chat.TEMPLATE_SECONDS", 0.2)
     monkeypatch.chdir(tiny.ROOT)
     w = World(tmp_path, models, monkeypatch)
     model = w.model(chat_template__jinja=write(template))

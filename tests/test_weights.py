@@ -259,7 +259,7 @@ def problems(model: Path, tmp_path: Path, *more: str) -> list[str]:
     ]
     flags += [f"--recipe={tiny.ROOT / 'recipes/sppo/demo.yaml'}", "--gpus=none", f"--run_dir={tmp_path / 'run'}"]
     _, recipe = cli.parse(driver_parser(""), [*flags, *more])
-    found = report.examine(report.open_run(run.opened(recipe)))
+    found = report.examine(report.gather(report.open_run(run.opened(recipe))))
     return [f.text for findings in found.values() for f in findings if f.level == "no"]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sppo.command.console import use_console
+from sppo.command.importing import is_installed
 from sppo.command.search_path import ROOT, search_path
 
 _ADVICE = {
@@ -108,7 +109,7 @@ def _terminated(signum: int, frame: object) -> None:
 
 
 def _use_venv(trouble: str) -> int:
-    """Start this command again with .venv's Python, where there is one; else say what to install."""
+    """Start this command again with .venv's Python where there is one; else say what to install."""
     venv = ROOT / ".venv"
     python = venv / "bin" / "python"
     if python.exists() and Path(sys.prefix).resolve() != venv.resolve():
@@ -121,12 +122,25 @@ def _use_venv(trouble: str) -> int:
     return FAILED
 
 
+def _lacks(package: str) -> int:
+    """A Python without torch and transformers gives way to .venv's. Any other is told what to install into it."""
+    if not (is_installed("torch") or is_installed("transformers")):
+        return _use_venv(f"lacks the package {package}")
+    # the user has chosen this Python and its versions: another would have others
+    print(
+        f"error: {sys.executable} lacks the package {package}. `{sys.executable} -m pip install -e {ROOT}` installs "
+        "what is missing there",
+        file=sys.stderr,
+    )
+    return FAILED
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's main and leave with 0 (done), 1 (failed), 2 (wrong use) or 130 (interrupted).
 
-    A Python that is too old, or lacks a package, gives way to .venv's. SIGTERM is taken as an interruption, so
-    `finally` blocks run. Anything that is not an SPPOError is a bug or the machine's trouble: its traceback is shown.
-    What a script of ours started dies with it; what a user started outlives the shell.
+    A Python that is too old, or has neither torch nor transformers, gives way to .venv's. SIGTERM is taken as an
+    interruption, so `finally` blocks run. Anything that is not an SPPOError is a bug or the machine's trouble: its
+    traceback is shown. What a script of ours started dies with it; what a user started outlives the shell.
     """
     use_console()
     os.environ.update(search_path())  # for all that this command starts
@@ -141,7 +155,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         package = (error.name or "sppo").partition(".")[0]
         if package == "sppo":
             raise
-        code = _use_venv(f"lacks the package {package}")
+        code = _lacks(package)
     except SPPOError as error:
         told = " (This command has no --overwrite: move away what is named here, or use another --run_dir.)"
         has_none = NO_OVERWRITE in os.environ and re.search("(pass|rank.py) --overwrite", str(error))

@@ -1,6 +1,5 @@
-"""Stage 1, generation: draw K responses for every prompt from the policy.
+"""Stage 1, generation: K responses from the policy to every prompt.
 
-Reads a policy and prompts.
-Does what the engine of the recipe draws, one shard a process; the shards are then put together.
-Writes $DATA/responses/shard-*.parquet and $DATA/responses.parquet.
+The prompts are cut into shards, one for each process (shards.py). An engine draws the responses (engines/). The shards
+are then put together into $DATA/responses.parquet (combine.py).
 """

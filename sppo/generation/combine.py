@@ -36,52 +36,57 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
 
     Raises SPPOError unless the shards were made alike, cover every prompt exactly once, and hold K responses each.
     """
-    manifests = _finished_shards(output_dir / "responses", numgpu)
-    _check_alike(manifests, output_dir / "responses", pairs)
-    first, last = manifests[0]["settings"]["rows"]
+    directory = output_dir / "responses"
+    manifests = _finished_shards(directory, numgpu)
+    _refuse_unlike(manifests, directory, pairs)
     total = manifests[0]["inputs"]["prompts_total"]
-    if frac_len and last - first != min(frac_len, total):
-        raise SPPOError(f"{output_dir / 'responses'}: the shards have {last - first} rows, not --frac_len {frac_len}")
+    _refuse_gaps(manifests, directory, total, frac_len)
     stage = combine_stage(output_dir, numgpu, pairs)
     for name, manifest in zip(stage.inputs, manifests, strict=True):
         if manifest["outputs"].get(name) != stage.inputs[name]:
-            changed = output_dir / "responses" / name
-            raise SPPOError(f"{changed} changed after it was written; delete it and run generate.py again")
+            raise SPPOError(f"{directory / name} changed after it was written; delete it and run generate.py again")
+
     path = stage.outputs[0]
     if stage.is_done(overwrite):
         print(f"combine: done: {path}")
         return
     stage.begin()
-    written = write_parquet(path, responses_schema(), _rows(output_dir / "responses", list(stage.inputs), pairs))
-    skipped = [s for m in manifests for s in m["skipped"]]
-    reasons = dict(Counter(s["reason"] for s in skipped))
-    if written + len(skipped) != total or not written:
+    written = write_parquet(path, responses_schema(), _rows(directory, list(stage.inputs), pairs))
+    skipped = [one for manifest in manifests for one in manifest["skipped"]]
+    reasons = dict(Counter(one["reason"] for one in skipped))
+    if written + len(skipped) != total:
         path.unlink()
-        if written + len(skipped) != total:
-            raise SPPOError(f"{written} prompts answered and {len(skipped)} skipped are not the {total} that there are")
+        raise SPPOError(f"{written} prompts answered and {len(skipped)} skipped are not the {total} that there are")
+    if not written:
+        path.unlink()
         raise SPPOError(f"no prompt was answered; skipped: {reasons}")
+
     counts: dict[str, Any] = {"prompts": total, "skipped": reasons}
     for key in ("written", "responses", "response_tokens", "cut_at_maxlen"):
-        counts[key] = sum(m["counts"][key] for m in manifests)
-    generated = {**manifests[0]["settings"], **manifests[0]["inputs"], "model_name": manifests[0]["model"]}
-    generated["source"] = manifests[0]["source"]
-    generated["names"] = manifests[0].get("names", {})
-    generated.pop("rows")
-    stage.finish(counts, skipped=skipped, generated=generated)
+        counts[key] = sum(manifest["counts"][key] for manifest in manifests)
+    stage.finish(counts, skipped=skipped, generated=_generated(manifests[0]))
     print(f"combine: {path}: {json.dumps(counts)}")
+
+
+def _generated(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What all responses were made from, by the manifest of a shard."""
+    made = {**manifest["settings"], **manifest["inputs"], "model_name": manifest["model"]}
+    made.pop("rows")
+    return {**made, "source": manifest["source"], "names": manifest.get("names", {})}
 
 
 def _finished_shards(directory: Path, numgpu: int) -> list[dict[str, Any]]:
     """The manifests of the shards. Raises SPPOError where one is not finished, or more were laid out."""
     if numgpu < 1:
         raise UsageError(f"--numgpu {numgpu}: 1 or more")
-    shards = [shard_paths(directory, i)[:2] for i in range(numgpu)]
-    if numgpu < (known := known_count(directory)):
+    known = known_count(directory)
+    if numgpu < known:
         raise SPPOError(f"{directory} is made in {known} shards, so there are some beyond --numgpu {numgpu}")
-    absent = [str(m) for _, m in shards if not m.exists()]
+    paths = [shard_paths(directory, i)[1] for i in range(numgpu)]
+    absent = [str(path) for path in paths if not path.exists()]
     if absent:
         raise SPPOError(f"shards that are not finished: {', '.join(absent)}; run generate.py for them")
-    return [read_manifest(m) for _, m in shards]
+    return [read_manifest(path) for path in paths]
 
 
 def _rows(directory: Path, names: list[str], pairs: int) -> Iterator[dict[str, Any]]:
@@ -97,19 +102,26 @@ def _rows(directory: Path, names: list[str], pairs: int) -> Iterator[dict[str, A
             yield row
 
 
-def _check_alike(manifests: list[dict[str, Any]], directory: Path, pairs: int) -> None:
-    def common(manifest: dict[str, Any]) -> dict[str, Any]:
-        return {**manifest["inputs"], **{k: v for k, v in manifest["settings"].items() if k != "rows"}}
-
-    first = common(manifests[0])
+def _refuse_unlike(manifests: list[dict[str, Any]], directory: Path, pairs: int) -> None:
+    """Raise SPPOError unless all shards were made with the same inputs and settings, and K is `pairs`."""
+    first = _shared(manifests[0])
     for number, manifest in enumerate(manifests):
-        differing = [k for k, v in common(manifest).items() if first.get(k) != v]
+        differing = [key for key, value in _shared(manifest).items() if first.get(key) != value]
         if differing:
             raise SPPOError(
                 f"{directory}: shards 0 and {number} differ in {', '.join(differing)}; make all with one setting"
             )
     if first["pairs"] != pairs:
         raise SPPOError(f"{directory}: the shards hold {first['pairs']} responses a prompt, not --pairs {pairs}")
+
+
+def _shared(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What all shards of one generation have in common."""
+    return {**manifest["inputs"], **{key: v for key, v in manifest["settings"].items() if key != "rows"}}
+
+
+def _refuse_gaps(manifests: list[dict[str, Any]], directory: Path, total: int, frac_len: int) -> None:
+    """Raise SPPOError unless the shards' rows follow each other from the first prompt to the last."""
     expected = 0
     for number, manifest in enumerate(manifests):
         start, stop = manifest["settings"]["rows"]
@@ -118,13 +130,14 @@ def _check_alike(manifests: list[dict[str, Any]], directory: Path, pairs: int) -
                 f"{directory}: shard {number} starts at row {start}, not {expected}; check --frac_len and --data_frac"
             )
         expected = stop
-    if expected != first["prompts_total"]:
-        raise SPPOError(
-            f"{directory}: the shards end at row {expected} of {first['prompts_total']}; some were not generated"
-        )
+    if expected != total:
+        raise SPPOError(f"{directory}: the shards end at row {expected} of {total}; some were not generated")
+    first, last = manifests[0]["settings"]["rows"]
+    if frac_len and last - first != min(frac_len, total):
+        raise SPPOError(f"{directory}: the shards have {last - first} rows, not --frac_len {frac_len}")
 
 
-def check_prompts(output_dir: Path, prompts: str | None) -> None:
+def refuse_other_prompts(output_dir: Path, prompts: str | None) -> None:
     """Raise SPPOError unless responses.parquet was made from `prompts` as they are now. None checks nothing."""
     if prompts is None:
         return

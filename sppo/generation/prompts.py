@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,41 +35,53 @@ def load_prompts(source: str, recipe: Recipe, part: tuple[int, int] = (0, 1)) ->
     not what it says, lacks the column, has no usable prompt, or uses one prompt_id for two different prompts.
     """
     prompts: list[Prompt] = []
-    seen: dict[str, tuple[str, int]] = {}
+    contents: dict[str, str] = {}  # by prompt_id
+    times: Counter[str] = Counter()
     for row in _rows(source, recipe):
         if recipe.prompt_column not in row:
             raise SPPOError(
                 f"prompts {source}: no column {recipe.prompt_column!r}; it has {', '.join(map(str, row))}. "
                 "Pass --prompt_column."
             )
-        value = row[recipe.prompt_column]
-        system = row.get("system")
+        value, system = row[recipe.prompt_column], row.get("system")
         content = content_id([system, value] if system else value)
         given = row.get("prompt_id")
-        prompt_id = str(given) if given not in (None, "") else content
+        prompt_id = content if given in (None, "") else str(given)
         if not is_text(prompt_id):
             raise SPPOError(f"prompts {source}: prompt_id {ascii(prompt_id)} is half a character; give it another")
-        first, count = seen.get(prompt_id, (content, 0))
-        if first != content:
+        if contents.setdefault(prompt_id, content) != content:
             raise SPPOError(f"prompts {source}: prompt_id {prompt_id!r} stands for two different prompts")
-        seen[prompt_id] = (first, count + 1)
-        more = beyond_text(row)
-        messages, skip = ([], more) if more else _messages(value)
-        messages = with_own_system(messages, row) if messages else messages
-        prompts.append(Prompt(prompt_id if count == 0 else f"{prompt_id}-{count + 1}", messages, skip))
+        times[prompt_id] += 1
+        own_id = prompt_id if times[prompt_id] == 1 else f"{prompt_id}-{times[prompt_id]}"
+        prompts.append(_prompt(own_id, row, value))
+    _refuse_unusable(source, prompts)
+
+    first, step = part
+    mine = prompts[first::step]
+    if not mine:
+        raise SPPOError(f"prompts {source}: {len(prompts)} are too few for {step} parts; --prompts_part is empty")
+    return mine
+
+
+def _prompt(prompt_id: str, row: dict[str, Any], value: Any) -> Prompt:
+    """A row's prompt, marked where it is not usable."""
+    skip = beyond_text(row)
+    if skip:
+        return Prompt(prompt_id, [], skip)
+    messages, skip = _messages(value)
+    return Prompt(prompt_id, with_own_system(messages, row) if messages else [], skip)
+
+
+def _refuse_unusable(source: str, prompts: list[Prompt]) -> None:
+    """Raise SPPOError for a source without a usable prompt, and for ids that are given twice in the end."""
     if not prompts:
         raise SPPOError(f"prompts {source}: there are none in it")
     if all(p.skip for p in prompts):
         reasons = dict(Counter(p.skip for p in prompts))
         hint = "; is it another --prompt_column?" if {"empty", "not text"} & set(reasons) else ""
         raise SPPOError(f"prompts {source}: none can be answered ({reasons}){hint}")
-    ids = {p.prompt_id for p in prompts}
-    if len(ids) < len(prompts):
+    if len({p.prompt_id for p in prompts}) < len(prompts):
         raise SPPOError(f"prompts {source}: prompt_ids that end in -2, -3, ... clash with those of repeated prompts")
-    mine = prompts[part[0] :: part[1]]
-    if not mine:
-        raise SPPOError(f"prompts {source}: {len(prompts)} are too few for {part[1]} parts; --prompts_part is empty")
-    return mine
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
@@ -105,13 +117,9 @@ def _rows(source: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     path = Path(source).expanduser()
     if path.is_dir() or not path.exists():
         return _dataset_rows(source, path, recipe)
-    if path.suffix not in _readers():
+    if path.suffix not in _READERS:
         raise SPPOError(f"prompts {source}: the name should end in .parquet, .jsonl or .csv")
-    return _readers()[path.suffix](path, recipe.prompt_column)
-
-
-def _readers() -> dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]]:
-    return {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    return _READERS[path.suffix](path, recipe.prompt_column)
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
@@ -165,9 +173,12 @@ def _csv_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
             ) from None
 
 
+_READERS = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+
+
 def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """A directory or a Hub data set, through `datasets`."""
-    if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in (".parquet", ".jsonl", ".csv")):
+    """The rows of a directory or of a data set on the Hub, through `datasets`."""
+    if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in _READERS):
         raise SPPOError(f"prompts {source}: no such file or directory")
     import datasets
     from datasets.exceptions import DatasetsError
@@ -175,13 +186,14 @@ def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str,
 
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-            yield from loaded[recipe.prompt_split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            loaded: Any = datasets.load_from_disk(str(path))
+            yield from loaded[recipe.prompt_split] if (path / "dataset_dict.json").exists() else loaded
         elif path.exists():
             yield from _directory_rows(path, recipe)
         else:
             revision = recipe.prompts_revision or None
-            yield from datasets.load_dataset(source, split=recipe.prompt_split, revision=revision)
+            fetched: Any = datasets.load_dataset(source, split=recipe.prompt_split, revision=revision)
+            yield from fetched
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
         raise SPPOError(
             f"prompts {source}: no split {recipe.prompt_split!r} can be read from it, neither here nor from the Hub "
@@ -190,10 +202,10 @@ def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str,
 
 
 def _directory_rows(path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """The rows of a directory's files of one kind; which of them are a split's is for `datasets` to say.
+    """The rows of a directory's files that belong to the split; `datasets` says which these are.
 
-    The files that are read by themselves are read here in the same way. Others go through `datasets`, with a cache that
-    ends with the reading: its usual one tells files apart by name, size and time, not by what is in them.
+    Parquet, JSON lines and CSV are read as single files are. Other kinds go through `datasets`, with a cache of their
+    own for this once: its usual cache tells files apart by name, size and time, not by their content.
     """
     import datasets
 
@@ -201,8 +213,9 @@ def _directory_rows(path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
         builder = datasets.load_dataset_builder(str(path), cache_dir=cache)
         files = [Path(name) for name in (builder.config.data_files or {}).get(recipe.prompt_split, ())]
         is_described = (path / "README.md").exists()  # a card may say how its files are to be read
-        if files and not is_described and all(file.suffix in _readers() for file in files):
+        if files and not is_described and all(file.suffix in _READERS for file in files):
             for file in files:
-                yield from _readers()[file.suffix](file, recipe.prompt_column)
+                yield from _READERS[file.suffix](file, recipe.prompt_column)
         else:
-            yield from datasets.load_dataset(str(path), split=recipe.prompt_split, cache_dir=cache)
+            rows: Any = datasets.load_dataset(str(path), split=recipe.prompt_split, cache_dir=cache)
+            yield from rows

@@ -1,7 +1,7 @@
 """What the shards of one generation share: the policy, the prompts, and the fingerprints of both.
 
-A large prompt set is read once: $DATA/prompts.parquet keeps it in order, so that each of many shards reads its own rows
-and no others. A small one is read by each process as it is.
+A large file of prompts is read once: $DATA/prompts.parquet keeps them, and each shard reads its own rows of that. A
+small one is read again by each process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.generation.engines import pick_engine, prompt_seed
@@ -21,10 +21,19 @@ from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import read_rows, write_parquet
 from sppo.store.shards import Slice, as_begun, known_count, shard_paths
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 # Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
 SAMPLED = 32
-_RULES = 3  # of what is skipped and how texts are read: 1 left tool calls out, 2 the column `system`
+# Of what is skipped and how texts are read: 1 left tool calls out, 2 the column `system`.
+_RULES = 3
 LARGE = 20_000  # prompts from which on they are kept in $DATA/prompts.parquet
+# The settings, beside the engine and the rows, that decide a shard's responses.
+_SETTINGS = (
+    *("pairs", "temperature", "top_p", "maxlen", "seed"),
+    *("prompt_seeds", "system_prompt", "chat_template_kwargs"),
+)
 
 
 @dataclass
@@ -46,22 +55,22 @@ class Source:
     def of(cls, recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Source:
         """The recipe's policy and prompts; of the prompts every n-th from the i-th on, part = (i, n). Only reads."""
         policy = policy_of(recipe)
-        kept = _kept(recipe, part, output_dir)
+        kept = _kept_prompts(recipe, part, output_dir)
         if kept and kept.manifest.exists() and kept.stands():
             written = read_manifest(kept.manifest, "fingerprint", "sampled")
-            total, mark = written["counts"]["prompts"], written["fingerprint"]
-            sampled, prompts = set(written["sampled"]), kept.outputs[0]
+            prompts, total = kept.outputs[0], written["counts"]["prompts"]
+            identity, sampled = written["fingerprint"], set(written["sampled"])
         else:
             prompts = load_prompts(recipe.prompts, recipe, part)
-            total, mark = len(prompts), fingerprint(prompts)
+            total, identity = len(prompts), fingerprint(prompts)
             ids = sorted((p.prompt_id for p in prompts), key=lambda i: prompt_seed(recipe.seed, i))
             sampled = set(ids[:SAMPLED])
-        inputs = {"model": policy.identity(), "prompts": mark, "prompts_total": total}
+        inputs = {"model": policy.identity(), "prompts": identity, "prompts_total": total}
         return cls(recipe, part, policy, total, inputs, sampled, prompts)
 
     def keep(self, output_dir: Path) -> None:
         """Keep a large file's prompts in $DATA/prompts.parquet, so that the next process need not read the file."""
-        kept = _kept(self.recipe, self.part, output_dir)
+        kept = _kept_prompts(self.recipe, self.part, output_dir)
         if kept and isinstance(self.prompts, list) and self.total >= LARGE:
             write_parquet(kept.outputs[0], _schema(), map(_row, self.prompts), batch=4096)
             kept.finish({"prompts": self.total}, fingerprint=self.inputs["prompts"], sampled=sorted(self.sampled))
@@ -71,28 +80,32 @@ class Source:
         """The prompts of these rows."""
         if isinstance(self.prompts, list):
             return self.prompts[start:stop]
-        columns = ["prompt_id", "messages", "skip"]
-        found = read_rows(self.prompts, columns, start, stop)
+        found = read_rows(self.prompts, ["prompt_id", "messages", "skip"], start, stop)
         return [Prompt(row["prompt_id"], json.loads(row["messages"]), row["skip"]) for row in found]
+
+    def stage(self, output_dir: Path, shard: Slice) -> Stage:
+        """The stage that makes a shard."""
+        path, manifest, journal = shard_paths(output_dir / "responses", shard.data_frac)
+        settings = {
+            "rows": list(shard.bounds(self.total)),
+            "engine": pick_engine(self.recipe.engine),
+            **{key: getattr(self.recipe, key) for key in _SETTINGS},
+        }
+        return Stage("generate", manifest, [path], self.inputs, settings, journal)
 
     def refuse_others(self, output_dir: Path, frac_len: int = 0) -> None:
         """Raise SPPOError where a shard here was made otherwise, before any process begins. Changes nothing."""
         count = known_count(output_dir / "responses")
-        for shard in as_begun([Slice(frac_len, i, count) for i in range(count)], output_dir / "responses"):
+        shards = [Slice(frac_len, number, count) for number in range(count)]
+        for shard in as_begun(shards, output_dir / "responses"):
             self.stage(output_dir, shard).refuse_others()
 
-    def stage(self, output_dir: Path, shard: Slice) -> Stage:
-        """The stage that makes a shard."""
-        keys = "pairs temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs".split()
-        path, manifest, journal = shard_paths(output_dir / "responses", shard.data_frac)
-        rows, engine = list(shard.bounds(self.total)), pick_engine(self.recipe.engine)
-        settings = {"rows": rows, "engine": engine, **{k: getattr(self.recipe, k) for k in keys}}
-        return Stage("generate", manifest, [path], self.inputs, settings, journal)
 
+def _kept_prompts(recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Stage | None:
+    """The stage that makes $DATA/prompts.parquet.
 
-def _kept(recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Stage | None:
-    """The stage that keeps the prompts; None for a set that is no file, of which nothing tells quickly whether it is
-    still the same."""
+    None unless the prompts are one file: of anything else it cannot be told quickly whether it has changed.
+    """
     path = Path(recipe.prompts).expanduser()
     if not path.is_file():
         return None
@@ -101,13 +114,18 @@ def _kept(recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Stage | No
             content = hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
         raise SPPOError(f"prompts {path}: {error.strerror}") from None
-    settings = {"column": recipe.prompt_column, "part": list(part), "seed": recipe.seed, "suffix": path.suffix}
-    settings["rules"] = _RULES
+    settings = {
+        "column": recipe.prompt_column,
+        "part": list(part),
+        "seed": recipe.seed,
+        "suffix": path.suffix,
+        "rules": _RULES,
+    }
     outputs = [output_dir / "prompts.parquet"]
     return Stage("prompts", output_dir / "prompts.manifest.json", outputs, {"content": content}, settings)
 
 
-def _schema() -> Any:
+def _schema() -> pa.Schema:
     import pyarrow as pa
 
     return pa.schema([(name, pa.string()) for name in ("prompt_id", "messages", "skip")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from sppo.store.files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 60  # seconds of computing that a chat template may take for one conversation
+TEMPLATE_SECONDS = 60  # of computing that a chat template may take for one conversation
 
 
 def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -147,11 +146,6 @@ def without_end(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: set[int
     return left
 
 
-def is_fixed(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template renders a conversation the same way each time: it reads no clock and draws nothing."""
-    return not re.search(r"strftime_now|\brandom\b|\blipsum\b", template_source(tokenizer))
-
-
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of the template; of all of them where a model has several, each with a name."""
     named = tokenizer.chat_template
@@ -186,7 +180,7 @@ def _applied(
     **how: bool,
 ) -> Any:
     try:
-        with _ends(tokenizer):
+        with _time_limit(tokenizer):
             return tokenizer.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, **how, **(template_kwargs or {})
             )
@@ -197,11 +191,11 @@ def _applied(
 
 
 @contextmanager
-def _ends(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Raise SPPOError where a template takes too long: jinja bounds a range, not the loops inside of each other.
+def _time_limit(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Raise SPPOError where a template computes for too long: jinja bounds a range, but no loops inside of each other.
 
-    By a timer of this process's own computing time, so that a machine that is busy or asleep does not matter. Python
-    gives signals to the main thread, in which our commands do all rendering; in another nothing is bounded.
+    The time is this process's own computing, so a machine that is busy or asleep does not matter. Python gives signals
+    to the main thread only, where our commands do all rendering; in another thread there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -209,12 +203,12 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
     def give_up(*_: object) -> None:
         raise SPPOError(
-            f"the chat template of {tokenizer.name_or_path} has not rendered a conversation within {LONGEST} s: it may "
-            "loop for ever. Take the model's own template, or mend this one"
+            f"the chat template of {tokenizer.name_or_path} has not rendered a conversation within "
+            f"{TEMPLATE_SECONDS} s: it may loop for ever. Take the model's own template, or mend this one"
         )
 
     before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sppo.command.errors import SPPOError, first_line
 from sppo.store.files import digest
@@ -118,8 +118,15 @@ def _indexed(directory: Path) -> set[str]:
     return set(named.values())
 
 
-def files_to_fetch(name: str, revision: str = "") -> dict[str, tuple[int, bool]]:
-    """(bytes, whether it is still to be downloaded) of each file of a model on the Hub; none for a directory here."""
+class HubFile(NamedTuple):
+    """A file of a model on the Hub."""
+
+    size: int  # bytes
+    is_missing: bool  # whether it is still to be downloaded
+
+
+def files_on_hub(name: str, revision: str = "") -> dict[str, HubFile]:
+    """The files of a model on the Hub, by their names; none for a directory here, or where the Hub is out of reach."""
     if Path(name).expanduser().is_dir():
         return {}
     from huggingface_hub import snapshot_download
@@ -129,7 +136,7 @@ def files_to_fetch(name: str, revision: str = "") -> dict[str, tuple[int, bool]]
         files = snapshot_download(name, revision=revision or None, allow_patterns=list(_MODEL_FILES), dry_run=True)
     except DryRunError:  # the Hub is out of reach; what is in the cache is used
         return {}
-    return {f.filename: (f.file_size or 0, f.will_download) for f in files}
+    return {f.filename: HubFile(f.file_size or 0, f.will_download) for f in files}
 
 
 def weight_shapes(directory: Path) -> dict[str, list[int]]:
@@ -137,30 +144,24 @@ def weight_shapes(directory: Path) -> dict[str, list[int]]:
 
     Raises SPPOError where there are none, or one is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = weight_files(directory)
     if not files:
         raise SPPOError(f"{directory}: no {_WEIGHTS} in it (pickled weights are not read); convert it first")
     shapes: dict[str, list[int]] = {}
     for file in files:
-        try:
-            with safe_open(file, "numpy") as weights:
-                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise SPPOError(f"{file} is missing or damaged ({error}); fetch the model again") from None
+        shapes |= tensor_shapes(file)
     return shapes
 
 
-def tensor_names(file: Path) -> list[str]:
-    """The names of the tensors in a safetensors file. Raises SPPOError where it is damaged."""
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Each tensor's shape, from the header of a safetensors file. Raises SPPOError where it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "numpy") as weights:
-            return list(weights.keys())
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise SPPOError(f"{file} is damaged ({error}); fetch the model again") from None
+        raise SPPOError(f"{file} is missing or damaged ({error}); fetch the model again") from None
 
 
 def parameters(shapes: dict[str, list[int]]) -> int:

@@ -1,6 +1,8 @@
 """What a chat template writes around the contents of a conversation: its frame.
 
-By it a prompt that was read on another day, or with other arguments of the template, is told from an edited one.
+A prompt's token ids may differ from what the template makes of its messages now, for two reasons. The template wrote
+another day, or had other arguments: then the ids are still right. Or somebody has edited the messages: then they are
+not. The frame tells the two apart, also for files of other tools and of older versions.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ def reads_as(
 ) -> bool:
     """Whether `ids` are a prompt of just these messages, whatever the day was and whatever arguments the template had.
 
-    They are where the template makes them of the messages. Else their text is compared: it must have the contents in
-    order, each between the template's marks, and beside them nothing but what the template writes. White space around
-    a content does not count.
+    Yes where the template makes these ids of the messages. Otherwise the text of the ids is compared: it must have the
+    contents in order, each between the template's marks, and beside them only what the template itself writes. White
+    space around a content does not count.
     """
     try:
         if chat.prompt_ids(tokenizer, messages, template_kwargs) == ids:
@@ -42,9 +44,9 @@ def reads_as(
 
 
 def in_own_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """Why a conversation's only turn is no user's text: it is in this model's own chat template. "" where it is not.
+    """Why a conversation's only turn cannot be taken as a user's text: it is in this model's own chat template already.
 
-    schema.written_out knows the usual templates.
+    "" where it is not. schema.written_out knows the usual templates.
     """
     text, bos = only_text(messages), str(tokenizer.bos_token or "")
     for roles in (("user",), ("system", "user")):

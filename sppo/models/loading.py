@@ -31,8 +31,8 @@ def loading(what: str) -> Iterator[None]:
         raise SPPOError(f"{what} cannot be loaded: {said}") from None
 
 
-def flash_attention() -> None:
-    """Keep torch's fused attention from cuDNN, which plans anew for each shape: here every batch has one of its own."""
+def disable_cudnn_attention() -> None:
+    """Leave cuDNN's attention out: it makes a new plan for each shape, and here almost every batch has a new shape."""
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -64,10 +64,10 @@ def check_quantization(config: Any, policy: Policy) -> None:
             AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
 
 
-def skeleton(policy: Policy, attn_implementation: str = "") -> Any:
-    """The policy's network without its weights and its adapter, made as load_causal_lm makes it.
+def empty_network(policy: Policy, attn_implementation: str = "") -> Any:
+    """The policy's network on torch's meta device: without weights, and without its adapter.
 
-    Raises SPPOError for what that would refuse before it reads the weights.
+    Raises SPPOError for what load_causal_lm would refuse before it reads the weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -89,7 +89,7 @@ def load_causal_lm(
     import torch
     from transformers import AutoModelForCausalLM
 
-    flash_attention()
+    disable_cudnn_attention()
     config = load_config(policy)
     check_quantization(config, policy)
     options = _attention(config, attn_implementation)
@@ -126,7 +126,7 @@ def _adapted(network: Any, adapter: Path, is_trainable: bool = False) -> Any:
 
 
 def _merged(adapted: Any, adapter: Path) -> Any:
-    """The network with its adapter merged in. Raises SPPOError where it would not be the adapter's network any more."""
+    """The network with its adapter merged in. Raises SPPOError where its log-probs would then be others."""
     wanted = _some_logps(adapted)
     _untie(adapted.get_base_model())
     merged = adapted.merge_and_unload()
@@ -142,9 +142,9 @@ def _merged(adapted: Any, adapter: Path) -> Any:
 
 
 def _untie(network: Any) -> None:
-    """Give the head weights of its own where they are the embedding's and an adapter is on one of the two.
+    """Give the head weights of its own where it shares the embedding's and one of the two has an adapter.
 
-    Each is merged for itself: in shared weights both would get the changes of both.
+    A merge adds each adapter to the weights of its layer: in shared weights both layers would get both changes.
     """
     from peft.tuners.lora import LoraLayer
     from torch import nn
@@ -161,7 +161,7 @@ def _untie(network: Any) -> None:
 
 
 def _some_logps(network: Any) -> Any:
-    """Log-probs of a few tokens of a text that means nothing, (2, 15): to compare two networks by."""
+    """Log-probs of the tokens of two arbitrary sequences, (2, 15): to compare two networks by."""
     import torch
 
     rows = network.get_input_embeddings().weight.shape[0]

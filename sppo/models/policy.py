@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sppo.command.errors import SPPOError
 from sppo.models import chat
 from sppo.models.files import (
-    files_to_fetch,
+    files_on_hub,
     is_adapter,
     is_fetched,
     json_object,
@@ -99,7 +99,7 @@ def open_policy(name: str, revision: str = "", remote_code: bool = False, weight
 def _open(name: str, revision: str, what: str, remote_code: bool, weights: bool) -> tuple[Path, bool]:
     """(the directory of that name, whether it holds an adapter)."""
     directory = resolve(name, revision, what, remote_code, weights)
-    found = is_adapter(directory, what, () if weights else files_to_fetch(name, revision))
+    found = is_adapter(directory, what, () if weights else files_on_hub(name, revision))
     if missing := [file.name for file in weight_files(directory) if weights and not file.exists()]:
         raise SPPOError(f"{what} {directory}: {missing[0]}, which its index names, is missing; fetch the model again")
     return directory, found

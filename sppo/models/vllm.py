@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from sppo.command.errors import SPPOError, first_line
-from sppo.models.files import tensor_names, weight_files
+from sppo.models.files import tensor_shapes, weight_files
 from sppo.models.loading import load_config
 from sppo.models.policy import Policy
 from sppo.store.manifest import version_of
@@ -55,7 +55,7 @@ def check_vllm(policy: Policy) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise SPPOError(f"adapter {policy.adapter}: vLLM does not take it: {first_line(error)}; {advice}") from None
     path = policy.adapter / "adapter_model.safetensors"
-    names = tensor_names(path) if path.exists() else []  # the preflight may leave them on the Hub
+    names = list(tensor_shapes(path)) if path.exists() else []  # the preflight may leave them on the Hub
     odd = [name for name in names if not re.search(r"\.lora_(embedding_)?[AB]\b|\.base_layer\.weight$", name)]
     if odd:
         raise SPPOError(f"adapter {policy.adapter}: vLLM does not take {odd[0]}; {advice}")
@@ -75,7 +75,7 @@ def _check_vllm_quantization(policy: Policy) -> None:
         raise SPPOError(f"model {policy.weights}: its weights are in bitsandbytes' format; pip install bitsandbytes")
 
 
-def vllm_dtype(policy: Policy, cpu: bool) -> str:
+def vllm_dtype(policy: Policy, cpu: bool) -> Literal["auto", "float32", "bfloat16"]:
     """float32 checkpoints (trained without DeepSpeed) run in bfloat16 on a GPU: vLLM's own choice would be float16."""
     stored = str(getattr(load_config(policy), "dtype", None)).removeprefix("torch.")
     if stored == "float32":

@@ -1,6 +1,5 @@
-"""Stage 3, pairing: from logits to win rates, and from win rates to the training set.
+"""Stage 3, pairing: from the ranker's logits to win rates, and from win rates to the training set.
 
-Reads $DATA/responses.parquet and $DATA/ranking/*.parquet, joined by prompt_id.
-Does one of two estimators of the win rates, and picks the best and the worst response.
-Writes $DATA/train.parquet and $DATA/test.parquet.
+$DATA/responses.parquet and $DATA/ranking/*.parquet are joined by prompt_id (join.py). Of each prompt's K responses the
+best and the worst become a pair of $DATA/train.parquet or test.parquet (training_set.py).
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,22 +32,22 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
     """The stage that makes the training set of the responses and rankings in $DATA. Raises SPPOError without them."""
     responses = require_responses(output_dir)
     shards = ranking_files(output_dir)
+    settings = {k: getattr(recipe, k) for k in ("pairs", "estimator", "test_size", "seed", "keep_degenerate")}
+    if recipe.length_penalty:  # manifests from before there was one do not name it
+        settings["length_penalty"] = recipe.length_penalty
     return Stage(
         "compute_prob",
         output_dir / "train.manifest.json",
         [output_dir / "train.parquet", output_dir / "test.parquet"],
         inputs={"responses": digest(responses), "ranking": {p.name: digest(p) for p in shards}},
-        settings={
-            **{k: getattr(recipe, k) for k in ("pairs", "estimator", "test_size", "seed", "keep_degenerate")},
-            **({"length_penalty": recipe.length_penalty} if recipe.length_penalty else {}),  # older runs have none
-        },
+        settings=settings,
     )
 
 
 def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     """Write $DATA/train.parquet and test.parquet from $DATA/responses.parquet and $DATA/ranking.
 
-    Memory grows by about 170 bytes a prompt (benchmarks/pairing.py). Raises SPPOError for files that do not fit
+    Memory grows by about 350 bytes a prompt (benchmarks/pairing.py). Raises SPPOError for files that do not fit
     together and UsageError for a hold-out that leaves nothing, both before anything is written or overwritten.
     """
     responses, shards = require_responses(output_dir), ranking_files(output_dir)
@@ -58,16 +58,16 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     if not overwrite and stage.is_done():
         print(f"compute_prob: done: {train}")
         return
-    with Rankings(shards, recipe.pairs, output_dir) as rankings:
-        if not len(rankings):
-            raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
-        rows, held_out = _match(responses, rankings, recipe)
-        if overwrite:
-            stage.is_done(overwrite)  # the old ones may go now that new ones can be made
-        stage.begin()
-        statistics = winrates.Statistics()
-        pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
-        written = _write(train, test, pairs, held_out, statistics)
+    rankings = Rankings(shards, recipe.pairs)
+    if not len(rankings):
+        raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
+    rows, held_out = _match(responses, rankings, recipe)
+    if overwrite:
+        stage.is_done(overwrite)  # the old ones may go now that new ones can be made
+    stage.begin()
+    statistics = winrates.Statistics()
+    pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
+    written = _write(train, test, pairs, held_out, statistics)
     counts = {"train": written[0], "test": written[1], **statistics.summary()}
     stage.finish(counts)
     print(f"compute_prob: {train}")
@@ -91,8 +91,10 @@ def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray
     start = 0
     for batch in read_batches(responses, pa.schema(fields), 8 * _BATCH):
         ids = prompt_ids(batch, responses)
-        part = slice(start, start := start + len(ids))
-        rows[part] = found = rankings.find(ids)
+        here = slice(start, start + len(ids))
+        start = here.stop
+        found = rankings.find(ids)
+        rows[here] = found
         ranked = np.flatnonzero(found >= 0)
         np.add.at(times, found[ranked], 1)
         again = ranked[times[found[ranked]] > 1]
@@ -100,7 +102,7 @@ def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray
             raise SPPOError(f"{responses}: prompt_id {ids[again[0]]} is there twice; each row needs its own")
         if size:
             prompts = batch.column("prompt").to_pylist()
-            contents[part] = hash64(f"{recipe.seed} {content_id(p)}" for p in prompts)
+            contents[here] = hash64(f"{recipe.seed} {content_id(p)}" for p in prompts)
     unmatched = int((times == 0).sum())
     if unmatched:
         raise SPPOError(f"{unmatched} rankings have no row in {responses}; they are another run's")
@@ -152,17 +154,20 @@ def _pairs(
     start = 0
     with progress(len(rows), "compute_prob", "prompt") as bar:
         for batch in read_batches(responses, schema, _BATCH):
-            numbers = np.arange(start, start := start + batch.num_rows)
+            numbers = np.arange(start, start + batch.num_rows)
+            start += batch.num_rows
             ranked = rows[numbers] >= 0
-            logits = rankings.logits(rows[numbers[ranked]]).astype(np.float64)
-            finite = np.isfinite(logits).all((1, 2))
+            logits = rankings.logits[rows[numbers[ranked]]].astype(np.float64)  # (N, K, K)
+            finite = np.asarray(np.isfinite(logits).all((1, 2)))
             statistics.dropped["logits not finite"] += int((~finite).sum())
             batch, numbers = _where(finite, _where(ranked, batch)), numbers[ranked][finite]
+
             counts = batch.column("responses").value_lengths().fill_null(0).to_numpy()
             wrong = np.flatnonzero(counts != recipe.pairs)
             if len(wrong):
                 name, count = batch.column("prompt_id")[wrong[0]], counts[wrong[0]]
                 raise SPPOError(f"{responses}: prompt {name} has {count} responses, not --pairs {recipe.pairs}")
+
             pairs, kept = _pair(batch, logits[finite], recipe, statistics)
             yield _where(kept, pairs), numbers[kept]
             bar.update(len(ranked))
@@ -173,31 +178,38 @@ def _pair(
 ) -> tuple[pa.RecordBatch, NDArray[np.bool_]]:
     """Rows of the training set for N ranked prompts, logits (N, K, K), and which of them are kept, (N,)."""
     import pyarrow as pa
-    import pyarrow.compute as pc
+    from pyarrow import compute
 
+    pc: Any = compute  # its functions are made when it is imported, where no type checker sees them
     n, k, _ = logits.shape
     row = np.arange(n)
-    scores = preference.mean_scores(logits)  # (N, K)
     texts = pc.fill_null(pc.struct_field(batch.column("responses").flatten(), "text"), "")  # (N * K,)
     lengths = pc.utf8_length(texts).to_numpy().reshape(n, k).astype(np.float64)
+
+    # the win rates, and by them the best and the worst response
+    scores = preference.mean_scores(logits)  # (N, K)
     judged = winrates.penalised(logits, lengths, recipe.length_penalty) if recipe.length_penalty else logits
-    probability = preference.probability(judged, recipe.estimator)
+    probability = preference.probability(judged, recipe.estimator)  # (N, K, K)
     win_rates = probability.mean(-1)  # (N, K)
     w, l = winrates.best_and_worst(preference.strength(judged, recipe.estimator))  # noqa: E741 - the paper's
-    rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])
-    blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False).reshape(n, k)
+    rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])  # (3, N)
     chosen, rejected = texts.take(pa.array(row * k + w)), texts.take(pa.array(row * k + l))
+
+    # pairs that teach nothing
     kept = np.ones(n, dtype=bool)
     if not recipe.keep_degenerate:
-        for reason, found in (
-            ("equal scores", w == l),
-            ("same text", pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)),
-            ("empty response", blank[row, w] | blank[row, l]),
-        ):
+        blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False).reshape(n, k)
+        degenerate = {
+            "equal scores": w == l,
+            "same text": pc.equal(chosen, rejected).to_numpy(zero_copy_only=False),
+            "empty response": blank[row, w] | blank[row, l],
+        }
+        for reason, found in degenerate.items():
             statistics.dropped[reason] += int((kept & found).sum())
             kept &= ~found
     statistics.add_ranked(logits, probability, scores, win_rates, lengths)
     statistics.add_pairs(rates[:, kept])
+
     made = {
         "chosen": _conversations(batch.column("prompt"), chosen),
         "rejected": _conversations(batch.column("prompt"), rejected),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sppo.evaluation.match import judges
 from sppo.evaluation.measures import ask, refuse_taken
-from sppo.preflight.findings import Findings, Run, ok
+from sppo.preflight.facts import Run
+from sppo.preflight.findings import Findings, ok
 from sppo.rankers import TRIAL, ask_trial
 from sppo.rankers.function import FunctionRanker, load_function
 from sppo.schema import prompt_text

@@ -10,28 +10,15 @@ from sppo.command.errors import SPPOError
 from sppo.generation.engines import pick_engine
 from sppo.generation.engines.transformers import BATCH, DOUBLE
 from sppo.generation.prompts import load_prompts
-from sppo.generation.shards import prepare
+from sppo.generation.templating import to_requests
 from sppo.models import chat
-from sppo.models.files import files_to_fetch, parameters, weight_names, weight_shapes
-from sppo.models.loading import load_config, skeleton
-from sppo.models.policy import adapter_base, open_policy
+from sppo.models.files import files_on_hub, parameters, weight_names, weight_shapes
+from sppo.models.loading import empty_network, load_config
+from sppo.models.policy import Policy, adapter_base, open_policy
 from sppo.models.shape import Shape, stored_bytes
 from sppo.models.vllm import check_vllm
-from sppo.preflight.findings import (
-    RUNTIME,
-    Finding,
-    Findings,
-    Load,
-    PromptSet,
-    Run,
-    fits,
-    many,
-    no,
-    note,
-    ok,
-    parameters_text,
-    size,
-)
+from sppo.preflight.facts import RUNTIME, Facts, Model, PromptSet, Run, Work
+from sppo.preflight.findings import Finding, Findings, fits, many, no, note, ok, parameters_text, size
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
 
@@ -52,55 +39,77 @@ def model_now(run: Run) -> tuple[str, str]:
     return str(run.run_dir / f"iter{first - 1}" / "model"), ""
 
 
-def check_model(run: Run) -> Findings:
+def look_at_model(run: Run) -> Model:
+    """The model that the first iteration with work left starts from. Raises SPPOError where it cannot be read."""
     from huggingface_hub import constants
-    from transformers import AutoModelForCausalLM
 
     name, revision = model_now(run)
     code = run.recipe.trust_remote_code
-    if any(i.report for i in run.left) and name != run.recipe.model:
-        open_policy(run.recipe.model, run.recipe.model_revision, code, constants.HF_HUB_OFFLINE)
-    # offline, weights that are not in the cache would never come
-    run.policy = policy = open_policy(name, revision, code, constants.HF_HUB_OFFLINE)
+    offline = constants.HF_HUB_OFFLINE  # then weights that are not in the cache would never come
+    if run.reports and name != run.recipe.model:
+        open_policy(run.recipe.model, run.recipe.model_revision, code, offline)
+    policy = open_policy(name, revision, code, offline)
     raw = read_json(policy.weights / "config.json")
-    wanted = [(name, revision), *([adapter_base(policy.adapter)] if policy.adapter else [])]
-    found = {} if constants.HF_HUB_OFFLINE else files_to_fetch(*wanted[-1])
-    shown = f"{name}: {raw.get('model_type', 'a model of no known type')}"
-    if any(missing for _, missing in found.values()):
-        stored = sum(found[name][0] for name in weight_names(policy.weights) & found.keys())
+    kind = raw.get("model_type", "a model of no known type")
+
+    # an adapter's weights are few: those of its base count
+    source, revision = adapter_base(policy.adapter) if policy.adapter else (name, revision)
+    on_hub = {} if offline else files_on_hub(source, revision)
+    to_download = sum(file.size for file in on_hub.values() if file.is_missing)
+    if any(file.is_missing for file in on_hub.values()):
+        stored = sum(on_hub[file].size for file in weight_names(policy.weights) & on_hub.keys())
         if not stored:
-            raise SPPOError(f"model {wanted[-1][0]} has no .safetensors on the Hub; pickled weights are not read")
+            raise SPPOError(f"model {source} has no .safetensors on the Hub; pickled weights are not read")
         count = stored // stored_bytes(raw)
-        run.downloads["model"] = sum(length for length, missing in found.values() if missing)
     else:
         count = parameters(weight_shapes(policy.weights))
-    run.shape = Shape.of(raw, count)
-    context = policy.context()
-    shown += f", {parameters_text(count)}, context {context or 'unknown'}"
-    shown += f", with the adapter {policy.adapter}" if policy.adapter else ""
-    shown += f", {size(run.downloads['model'])} to download" if run.downloads else ""
+    return Model(name, kind, policy, Shape.of(raw, count), to_download, _refusal(run, name, kind, policy))
+
+
+def _refusal(run: Run, name: str, kind: str, policy: Policy) -> str:
+    """Why generation could not load the model; empty where it can."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = load_config(policy)
+        if type(config) not in AutoModelForCausalLM._model_mapping and not policy.remote_code:
+            return f"{name} is a {kind}, which transformers does not load as a causal model"
+        if run.generates and pick_engine(run.recipe.engine) == "vllm":
+            check_vllm(policy)
+        elif run.generates:
+            empty_network(policy)
+    except SPPOError as error:
+        return str(error)
+    return ""
+
+
+def check_model(facts: Facts) -> Findings:
+    model, recipe = facts.model, facts.recipe
+    if model is None:
+        return
+    context = model.policy.context()
+    shown = f"{model.name}: {model.kind}, {parameters_text(model.shape.parameters)}, context {context or 'unknown'}"
+    shown += f", with the adapter {model.policy.adapter}" if model.policy.adapter else ""
+    shown += f", {size(model.to_download)} to download" if model.to_download else ""
     yield ok(shown)
-    config = load_config(policy)
-    if type(config) not in AutoModelForCausalLM._model_mapping and not policy.remote_code:
-        yield no(f"{name} is a {raw.get('model_type')}, which transformers does not load as a causal model")
-    elif run.generates:
-        check = check_vllm if pick_engine(run.recipe.engine) == "vllm" else skeleton
-        check(policy)
-    run.loads_model = True
-    if run.trains and context and run.recipe.max_length > context:
-        yield note(f"--max_length {run.recipe.max_length} is beyond the model's context of {context} tokens")
+    if model.refused:
+        yield no(model.refused)
+    if facts.run.trains and context and recipe.max_length > context:
+        yield note(f"--max_length {recipe.max_length} is beyond the model's context of {context} tokens")
 
 
-def check_template(run: Run) -> Findings:
-    if run.policy is None:
+def check_template(facts: Facts) -> Findings:
+    if facts.model is None:
         yield note("not checked: the model cannot be read")
         return
-    run.tokenizer = tokenizer = run.policy.tokenizer()
-    kwargs = run.recipe.chat_template_kwargs
+    tokenizer, kwargs = facts.tokenizer, facts.recipe.chat_template_kwargs
+    if tokenizer is None:
+        return
     user = [{"role": "user", "content": "What is two plus two?"}]
     try:
         ids = chat.prompt_ids(tokenizer, user, kwargs)
-        prompt, bare = (chat.render(tokenizer, user, header, kwargs) for header in (True, False))
+        prompt = chat.render(tokenizer, user, True, kwargs)
+        bare = chat.render(tokenizer, user, False, kwargs)
         whole = chat.render(tokenizer, [*user, {"role": "assistant", "content": _ANSWER}], False, kwargs)
     except ValueError as error:
         yield no(f"a plain user's question: {error}. Take the model's own template, or see --chat_template_kwargs")
@@ -111,7 +120,7 @@ def check_template(run: Run) -> Findings:
         yield note("the template does not render an assistant's answer as it is; data of other tools may not train")
         return
     yield _header(prompt, bare, before)
-    yield from _end(run, tokenizer, behind)
+    yield from _end(facts.model.policy, tokenizer, behind)
     days = datetime(2024, 7, 26), datetime(2025, 8, 27)
     if len({chat.render(tokenizer, user, True, {**kwargs, "strftime_now": day.strftime}) for day in days}) > 1:
         yield note(
@@ -154,9 +163,9 @@ def _header(prompt: str, bare: str, before: str) -> Finding:
     return note("the template renders a prompt differently once it is answered; data of other tools may not train")
 
 
-def _end(run: Run, tokenizer: Any, behind: str) -> Findings:
+def _end(policy: Policy, tokenizer: Any, behind: str) -> Findings:
     """Whether what the template puts behind an answer is what stops generation."""
-    stops = run.policy.stop_ids(tokenizer)
+    stops = policy.stop_ids(tokenizer)
     names = tokenizer.convert_ids_to_tokens(sorted(stops))
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
     if any(i in stops for i in ids):
@@ -170,50 +179,72 @@ def _end(run: Run, tokenizer: Any, behind: str) -> Findings:
         )
 
 
-def check_prompts(run: Run) -> Findings:
-    seen: dict[tuple[str, tuple[int, int]], list[int]] = {}
+def read_prompts(run: Run, model: Model | None, tokenizer: Any) -> list[PromptSet]:
+    """The prompts of the iterations whose data is to be made; a set that several draw from is read once."""
+    shared: dict[tuple[str, tuple[int, int]], list[int]] = {}
     for i in run.left:
         if i.data:
             part = (i.number - 1, run.recipe.iterations) if run.recipe.split_prompts else (0, 1)
-            seen.setdefault((run.recipe.prompts.replace("{iter}", str(i.number)), part), []).append(i.number)
-    for (source, part), numbers in seen.items():
-        which = f"iteration {', '.join(map(str, numbers))}"
+            source = run.recipe.prompts.replace("{iter}", str(i.number))
+            shared.setdefault((source, part), []).append(i.number)
+    sets = []
+    for (source, part), numbers in shared.items():
         try:
-            made, skipped = _prepared(run, source, run.recipe, part)
+            sets.append(_read(run.recipe, source, part, numbers, model, tokenizer))
         except SPPOError as error:
-            yield no(f"{which}: {error}")
+            sets.append(PromptSet(source, numbers, unreadable=str(error)))
+    return sets
+
+
+def read_held_out(run: Run, model: Model | None, tokenizer: Any) -> PromptSet:
+    """The prompts of the report. Raises SPPOError for what cannot be read."""
+    return _read(run.recipe, run.recipe.eval_prompts, (0, 1), [], model, tokenizer)
+
+
+def _read(
+    recipe: Recipe, source: str, part: tuple[int, int], numbers: list[int], model: Model | None, tokenizer: Any
+) -> PromptSet:
+    """The prompts as generation will see them. Raises SPPOError for what cannot be read."""
+    prompts = load_prompts(source, recipe, part)
+    made = PromptSet(source, numbers, len(prompts))
+    if model is None or tokenizer is None:  # at least whether they can be read
+        made.skipped = [p.skip for p in prompts if p.skip]
+        made.usable = len(prompts) - len(made.skipped)
+        return made
+    made.every = every = -(-len(prompts) // _LOOKED_AT)
+    templated = to_requests(recipe, model.policy, tokenizer, prompts[::every])
+    made.lengths = [len(r.token_ids) for r in templated.requests]
+    made.rooms = [r.max_new_tokens for r in templated.requests]
+    made.usable = min(every * len(templated.requests), len(prompts) - len(templated.skipped))
+    made.conversations = list(templated.conversations.values())
+    for one in templated.skipped:
+        made.skipped += [one["reason"]] * every
+    return made
+
+
+def check_prompts(facts: Facts) -> Findings:
+    for made in facts.prompts:
+        which = f"iteration {', '.join(map(str, made.iterations))}"
+        if made.unreadable:
+            yield no(f"{which}: {made.unreadable}")
             continue
-        run.sets.update(dict.fromkeys(numbers, made))
-        reasons = f"; {len(skipped)} skipped: {_reasons(skipped)}" if skipped else ""
-        text = f"{which}: {made.total} prompts in {source}{reasons}"
+        text = f"{which}: {made.total} prompts in {made.source}"
+        if made.skipped:
+            text += f"; {len(made.skipped)} skipped: {_reasons(made)}"
         if not made.usable:
             yield no(f"{text}. None is left to answer")
             continue
-        yield note(text) if skipped else ok(text)
-        yield from _cuts(run, which, made)
+        yield note(text) if made.skipped else ok(text)
+        yield from _cuts(facts.recipe, which, made)
 
 
-def _prepared(run: Run, source: str, recipe: Recipe, part: tuple[int, int]) -> tuple[PromptSet, list[str]]:
-    """(prompts as generation will see them, why others are skipped). Raises SPPOError for what cannot be read."""
-    prompts = load_prompts(source, recipe, part)
-    if run.tokenizer is None:  # at least whether they can be read
-        skipped = [p.skip for p in prompts if p.skip]
-        return PromptSet(len(prompts), len(prompts) - len(skipped), [], [], []), skipped
-    every = -(-len(prompts) // _LOOKED_AT)
-    requests, conversations, left_out = prepare(recipe, run.policy, run.tokenizer, prompts[::every])
-    lengths, rooms = [len(r.token_ids) for r in requests], [r.max_new_tokens for r in requests]
-    usable = min(every * len(requests), len(prompts) - len(left_out))
-    made = PromptSet(len(prompts), usable, lengths, rooms, list(conversations.values()), every)
-    return made, [s["reason"] for s in left_out for _ in range(every)]
+def _reasons(made: PromptSet) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(made.skipped).most_common(5))
 
 
-def _reasons(skipped: list[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(skipped).most_common(5))
-
-
-def _cuts(run: Run, which: str, made: PromptSet) -> Findings:
+def _cuts(recipe: Recipe, which: str, made: PromptSet) -> Findings:
     """What the stages' limits cut of the prompts and of the responses that may come."""
-    recipe, limit = run.recipe, run.recipe.max_prompt_length
+    limit = recipe.max_prompt_length
     if not made.lengths:
         return
     if made.every > 1:
@@ -233,70 +264,79 @@ def _cuts(run: Run, which: str, made: PromptSet) -> Findings:
         yield note(f"{which}: {short} prompts leave less than --maxlen {recipe.maxlen} tokens of the model's context")
 
 
-def check_held_out(run: Run) -> Findings:
+def check_held_out(facts: Facts) -> Findings:
     """The held-out prompts, where a report is asked for."""
-    recipe = run.recipe
-    if not any(i.report for i in run.left):
+    made = facts.held_out
+    if made is None:
         return
-    made, skipped = _prepared(run, recipe.eval_prompts, recipe, (0, 1))
     if not made.usable:
-        yield no(f"--eval_prompts {recipe.eval_prompts}: none of {made.total} can be answered: {_reasons(skipped)}")
+        yield no(f"--eval_prompts {made.source}: none of {made.total} can be answered: {_reasons(made)}")
         return
-    text = f"{made.total} held-out prompts" + (f", {len(skipped)} skipped: {_reasons(skipped)}" if skipped else "")
-    k = recipe.eval_pairs
+    text = f"{made.total} held-out prompts"
+    text += f", {len(made.skipped)} skipped: {_reasons(made)}" if made.skipped else ""
+    k = facts.recipe.eval_pairs
     text += f"; {made.usable * k} responses a model, {2 * made.usable * k * k} comparisons a report"
-    yield note(text) if skipped else ok(text)
+    yield note(text) if made.skipped else ok(text)
 
 
-def check_memory(run: Run) -> Findings:
-    if run.shape is None:
+def check_memory(facts: Facts) -> Findings:
+    if facts.shape is None:
         yield note("not compared with the model, which cannot be read")
-    elif not run.cpu and not run.cards:
+    elif not facts.run.cpu and not facts.machines.cards:
         yield note("not compared with the model: that of the GPUs is not known")
-    elif run.generates:
-        yield _generation_fits(run, run.shape)
+    elif facts.run.generates:
+        fit = _fits_main_memory if facts.run.cpu else _fits_gpus
+        yield fit(facts, facts.shape)
 
 
-def _longest(run: Run) -> int:
+def _longest(facts: Facts) -> int:
     """Tokens of the longest sequence, as far as the prompts are known."""
-    return max((s.longest for s in run.sets.values()), default=run.recipe.max_prompt_length) + run.recipe.maxlen
+    longest = max((made.longest for made in facts.readable), default=facts.recipe.max_prompt_length)
+    return longest + facts.recipe.maxlen
 
 
-def _generation_fits(run: Run, shape: Shape) -> Finding:
-    longest, shards = _longest(run), len(run.gpus) // run.world_size
-    vllm = pick_engine(run.recipe.engine) == "vllm"
-    if run.cpu:
-        number = 4 if vllm or shape.parameters * shape.bytes > DOUBLE else 8
-        certain = number * shape.parameters * shards
-        more = (1 << 30) * shards if vllm else shape.cache(BATCH * longest, number) * shards
-        parts = f"weights in {many(shards, 'process')} and up to {{}} of keys and values"
-        return fits("generation", certain, more, run.main_memory, parts, "Take a smaller model, --maxlen or machine")
-    if shape.heads % run.world_size:
-        return no(f"--world_size {run.world_size} does not divide the model's {shape.heads} attention heads")
-    certain = 2 * shape.parameters / run.world_size
+def _fits_main_memory(facts: Facts, shape: Shape) -> Finding:
+    shards = len(facts.run.gpus) // facts.recipe.world_size
+    vllm = pick_engine(facts.recipe.engine) == "vllm"
+    number = 4 if vllm or shape.parameters * shape.bytes > DOUBLE else 8  # bytes
+    certain = number * shape.parameters * shards
+    more = (1 << 30) * shards if vllm else shape.cache(BATCH * _longest(facts), number) * shards
+    parts = f"weights in {many(shards, 'process')} and up to {{}} of keys and values"
+    advice = "Take a smaller model, --maxlen or machine"
+    return fits("generation", certain, more, facts.machines.memory, parts, advice)
+
+
+def _fits_gpus(facts: Facts, shape: Shape) -> Finding:
+    world_size, cards = facts.recipe.world_size, facts.machines.cards
+    if shape.heads % world_size:
+        return no(f"--world_size {world_size} does not divide the model's {shape.heads} attention heads")
+    certain = 2 * shape.parameters / world_size
     parts = "weights on each GPU and {} for keys and values and the runtime"
-    if not vllm:
-        free = min(free for _, free in run.cards.values())
-        more = shape.cache(BATCH * longest) + RUNTIME
+    if pick_engine(facts.recipe.engine) != "vllm":
+        free = min(free for _, free in cards.values())
+        more = shape.cache(BATCH * _longest(facts)) + RUNTIME
         return fits("generation", certain, more, free, parts, "Lower --maxlen, or take vLLM with a --world_size")
-    share = run.recipe.gpu_memory_utilization
-    for name, (total, free) in run.cards.items():
+
+    share = facts.recipe.gpu_memory_utilization
+    for name, (total, free) in cards.items():
         if free < share * total:
             return no(
                 f"generation: vLLM takes {share:g} of GPU {name}'s {size(total)}, of which {size(free)} is free; stop "
                 f"what uses it, or --gpu_memory_utilization {int(100 * free / total) / 100:g}"
             )
-    room = min(share * total for total, _ in run.cards.values())
-    more = shape.cache(longest) / run.world_size + RUNTIME  # one sequence at a time, at the least
-    return fits("generation", certain, more, room, parts, f"Try --world_size {2 * run.world_size}, or lower --maxlen")
+    room = min(share * total for total, _ in cards.values())
+    more = shape.cache(_longest(facts)) / world_size + RUNTIME  # one sequence at a time, at the least
+    return fits("generation", certain, more, room, parts, f"Try --world_size {2 * world_size}, or lower --maxlen")
 
 
-def data_bytes(load: Load, tokens: int) -> int:
+def data_bytes(work: Work, tokens: int) -> int:
     """Bytes of an iteration's data on disk, with so many tokens in its responses."""
-    return _TOKEN_BYTES * tokens + _ROW_BYTES * load.prompts if load.generate else 0
+    return _TOKEN_BYTES * tokens + _ROW_BYTES * work.prompts if work.generate else 0
 
 
-def seconds(load: Load, run: Run, parameters: int) -> float:
-    """Rough seconds of drawing the iteration's responses, at run.rate FLOPs a second."""
-    flops = 2 * parameters * (load.prompt_tokens + load.response_tokens(run.recipe)) if load.generate else 0
-    return flops / (run.rate * _SHARE[pick_engine(run.recipe.engine), "cpu" if run.cpu else "gpu"])
+def drawing_seconds(work: Work, run: Run, parameters: int, rate: float) -> float:
+    """Rough seconds of drawing the iteration's responses, at so many FLOPs a second."""
+    if not work.generate:
+        return 0.0
+    flops = 2 * parameters * (work.prompt_tokens + work.response_tokens(run.recipe))
+    return flops / (rate * _SHARE[pick_engine(run.recipe.engine), "cpu" if run.cpu else "gpu"])

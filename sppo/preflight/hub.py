@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sppo.command.errors import SPPOError
-from sppo.preflight.findings import Findings, Run, no, note, ok
+from sppo.preflight.facts import Run
+from sppo.preflight.findings import Findings, no, note, ok
 
 _LATER = "the run goes on, and names at its end what is not pushed"
 

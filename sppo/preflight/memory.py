@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from sppo.models.shape import Shape
-from sppo.preflight.findings import Load, Run
+from sppo.preflight.facts import Run, Work
 from sppo.recipe import Recipe
 
 # The share of the device's matrix rate that training reaches, measured: docs/benchmarks.md, docs/gpu.md.
@@ -76,14 +76,14 @@ def model_bytes(recipe: Recipe, shape: Shape, config: dict[str, Any]) -> int:
     return shape.parameters * ((2 if config.get("mixed_precision") == "bf16" else 4) if zero else shape.bytes)
 
 
-def seconds(load: Load, run: Run, parameters: int) -> float:
-    """Rough seconds of training on the iteration's pairs, at run.rate FLOPs a second."""
-    if not load.train:
+def training_seconds(work: Work, run: Run, parameters: int, rate: float) -> float:
+    """Rough seconds of training on the iteration's pairs, at so many FLOPs a second."""
+    if not work.train:
         return 0.0
-    recipe, prompts = run.recipe, max(1, load.prompts)
-    mean = load.response_tokens(recipe) / (prompts * recipe.pairs)
-    sequences = load.rows * (recipe.pairs if recipe.loss_type == "sppo_all" else 2)
-    length = min(load.prompt_tokens / prompts + mean, recipe.max_length)
+    recipe, prompts = run.recipe, max(1, work.prompts)
+    mean = work.response_tokens(recipe) / (prompts * recipe.pairs)
+    sequences = work.rows * (recipe.pairs if recipe.loss_type == "sppo_all" else 2)
+    length = min(work.prompt_tokens / prompts + mean, recipe.max_length)
     passes = 3 + recipe.gradient_checkpointing  # forward, twice that backward, and what is recomputed
     flops = 2 * (passes * recipe.num_train_epochs + 1) * parameters * sequences * length  # + the reference's pass
-    return flops / (run.rate * _SHARE["cpu" if run.cpu else "gpu"])
+    return flops / (rate * _SHARE["cpu" if run.cpu else "gpu"])

@@ -10,62 +10,76 @@ import time
 
 from sppo.command.errors import SPPOError
 from sppo.command.progress import columns
-from sppo.preflight import generation, ranking
-from sppo.preflight import memory as training
-from sppo.preflight.findings import TYPICAL_RESPONSE, Findings, Iteration, Load, Run
+from sppo.preflight import generation, memory, ranking
+from sppo.preflight.facts import TYPICAL_RESPONSE, Facts, Iteration, PromptSet, Run, Training, Work
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
 
 _TRIES = 5  # of measuring the matrix rate
 
 
-def count_work(run: Run) -> Findings:
-    """Count what each iteration has to do; there is nothing to find wrong."""
-    run.loads = [_load(run, i) for i in run.left if i.number in run.sets or (i.training and not i.data)]
-    yield from ()
+def count_work(run: Run, prompts: list[PromptSet], training: Training | None) -> list[Work]:
+    """What each iteration has to do, as far as its prompts are known. Raises SPPOError where nothing is left to train.
+
+    From its prompts, or, where its data is made, from what that holds.
+    """
+    readable = [made for made in prompts if not made.unreadable]
+    sets = {number: made for made in readable for number in made.iterations}
+    work = []
+    for i in run.left:
+        if i.data and i.number in sets:
+            one = _from_prompts(run.recipe, i, sets[i.number])
+        elif i.training and not i.data:
+            one = _from_data(run, i)
+        else:
+            continue
+        if training and training.accumulation and i.training:
+            one.steps = memory.steps(one.rows, run.recipe, training.processes, training.accumulation)
+        work.append(one)
+    return work
 
 
-def _load(run: Run, i: Iteration) -> Load:
-    """The iteration's work: from its prompts, or, where its data is made, from what that holds."""
-    recipe = run.recipe
-    if i.data:
-        made = run.sets[i.number]
-        prompts, tokens, longest = made.usable, made.every * sum(made.lengths), made.longest
-        rows, most = training.training_rows(prompts, recipe.test_size), recipe.pairs * made.every * sum(made.rooms)
-        if prompts and not rows:
-            raise SPPOError(f"--test_size {recipe.test_size:g} holds all {prompts} prompts out; nothing is trained on")
-    else:
-        data = run.run_dir / f"iter{i.number}" / "data"
-        rows = prompts = read_json(data / "train.manifest.json")["counts"]["train"]
-        manifest = data / "responses.manifest.json"  # not there where another tool made the responses
-        counts = read_json(manifest)["counts"] if manifest.exists() else {}
-        usual = rows * recipe.pairs * TYPICAL_RESPONSE
-        tokens, longest, most = 0, 0, counts.get("response_tokens", usual)
-    steps = 0
-    if run.training and run.training[2] and i.training:
-        _, processes, accumulate = run.training
-        steps = training.steps(rows, recipe, processes, accumulate)
-    return Load(i.number, i.data, i.training, prompts, tokens, longest, most, rows, steps)
+def _from_prompts(recipe: Recipe, i: Iteration, made: PromptSet) -> Work:
+    rows = memory.training_rows(made.usable, recipe.test_size)
+    if made.usable and not rows:
+        raise SPPOError(f"--test_size {recipe.test_size:g} holds all {made.usable} prompts out; nothing is trained on")
+    return Work(
+        iteration=i.number,
+        generate=True,
+        train=i.training,
+        prompts=made.usable,
+        prompt_tokens=made.every * sum(made.lengths),
+        most_tokens=recipe.pairs * made.every * sum(made.rooms),
+        rows=rows,
+    )
 
 
-def hours(run: Run) -> dict[int, list[float]]:
+def _from_data(run: Run, i: Iteration) -> Work:
+    data = run.run_dir / f"iter{i.number}" / "data"
+    rows = read_json(data / "train.manifest.json")["counts"]["train"]
+    manifest = data / "responses.manifest.json"  # not there where another tool made the responses
+    counts = read_json(manifest)["counts"] if manifest.exists() else {}
+    tokens = counts.get("response_tokens", rows * run.recipe.pairs * TYPICAL_RESPONSE)
+    return Work(i.number, generate=False, train=True, prompts=rows, most_tokens=tokens, rows=rows)
+
+
+def hours(facts: Facts) -> dict[int, list[float]]:
     """Rough hours of generating, ranking and training of each iteration; none where model or devices are not known."""
-    if run.shape is None or not any(load.prompts for load in run.loads):
+    if facts.shape is None or not any(work.prompts for work in facts.work):
         return {}
-    if run.cpu and not run.rate:
-        run.rate = matrix_rate()
-    if not run.rate:
+    rate = facts.machines.rate or (matrix_rate() if facts.run.cpu else 0)
+    if not rate:
         return {}
-    size = run.shape.parameters
-    spent = {
-        load.iteration: (
-            generation.seconds(load, run, size),
-            ranking.seconds(load, run),
-            training.seconds(load, run, size),
-        )
-        for load in run.loads
-    }
-    return {iteration: [s / 3600 for s in seconds] for iteration, seconds in spent.items()}
+    size = facts.shape.parameters
+    spent = {}
+    for work in facts.work:
+        seconds = [
+            generation.drawing_seconds(work, facts.run, size, rate),
+            ranking.ranking_seconds(work, facts.run, facts.ranker, rate),
+            memory.training_seconds(work, facts.run, size, rate),
+        ]
+        spent[work.iteration] = [s / 3600 for s in seconds]
+    return spent
 
 
 def matrix_rate() -> float:
@@ -80,7 +94,7 @@ def matrix_rate() -> float:
     def run(times: int) -> float:
         started = time.perf_counter()
         for _ in range(times):
-            a @ a
+            _ = a @ a
         if gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -91,23 +105,38 @@ def matrix_rate() -> float:
     return 2 * n**3 * times / min(run(times) for _ in range(_TRIES))
 
 
-def table(loads: list[Load], recipe: Recipe, spent: dict[int, list[float]]) -> list[str]:
+def table(works: list[Work], recipe: Recipe, spent: dict[int, list[float]]) -> list[str]:
     """The plan, a line an iteration; `spent`: rough hours of generating, ranking and training, where known."""
     header = ["", "prompts", "responses", "comparisons", "response tokens at most", "pairs", "steps"]
-    header += ["rough hours", "(generate + rank + train)"] if spent else []
-    numbers = []
-    for load in loads:
-        most = load.most_tokens if load.generate else 0
-        made = [load.prompts if load.generate else 0, load.responses(recipe.pairs), load.comparisons(recipe.pairs)]
-        numbers.append([*made, most, *((load.rows, load.steps) if load.train else (0, 0))])
+    if spent:
+        header += ["rough hours", "(generate + rank + train)"]
+    numbers = [_counts(work, recipe) for work in works]
     lines = [header]
-    total = [sum(column) for column in zip(*numbers, strict=True)], [sum(h) for h in zip(*spent.values(), strict=True)]
-    rows = [(f"iteration {x.iteration}", n, spent.get(x.iteration)) for x, n in zip(loads, numbers, strict=True)]
-    for name, counts, parts in [*rows, *([("all", *total)] if len(loads) > 1 else [])]:
-        time_spent = [_hours(sum(parts)), f"({' + '.join(map(_hours, parts))})"] if parts else []
-        unknown = counts[-2] and not counts[-1]  # the batches do not come out even
-        lines.append([name, *(f"{n:,}" for n in counts[:-1]), "?" if unknown else f"{counts[-1]:,}", *time_spent])
+    for work, counts in zip(works, numbers, strict=True):
+        lines.append(_line(f"iteration {work.iteration}", counts, spent.get(work.iteration)))
+    if len(works) > 1:
+        total = [sum(column) for column in zip(*numbers, strict=True)]
+        lines.append(_line("all", total, [sum(part) for part in zip(*spent.values(), strict=True)]))
     return columns(lines)
+
+
+def _counts(work: Work, recipe: Recipe) -> list[int]:
+    """The numbers of an iteration's line: 0 where that part is done."""
+    drawn, trained = [0, 0, 0, 0], [0, 0]
+    if work.generate:
+        drawn = [work.prompts, work.responses(recipe.pairs), work.comparisons(recipe.pairs), work.most_tokens]
+    if work.train:
+        trained = [work.rows, work.steps]
+    return [*drawn, *trained]
+
+
+def _line(name: str, counts: list[int], parts: list[float] | None) -> list[str]:
+    *others, rows, steps = counts
+    is_uneven = rows and not steps  # the global batch does not come out even
+    line = [name, *(f"{n:,}" for n in (*others, rows)), "?" if is_uneven else f"{steps:,}"]
+    if parts:
+        line += [_hours(sum(parts)), f"({' + '.join(map(_hours, parts))})"]
+    return line
 
 
 def _hours(value: float) -> str:

@@ -1,8 +1,8 @@
 """The preflight: everything that can be known before GPU time is spent.
 
-Reads the run's flags, and what the checks of each stage's folder (checks.py) read.
-Does all checks, also when one of them fails; only the work that is left is checked.
-Writes nothing; prints the findings, a plan in numbers, and a yes or a no.
+gather.py looks at the run, the checks of each stage (generation.py, training.py, ...) say what they find in that, and
+plan.py puts the work into numbers. All checks are done, also where one of them fails, and only the work that is left is
+checked. Nothing is written: the findings, the plan, and a yes or a no are printed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sppo.command.errors import SPPOError
 from sppo.launch.devices import CPU, devices
 from sppo.launch.script import open_launcher
 from sppo.preflight import plan
-from sppo.preflight.findings import Finding, Findings, Iteration, Run, no
+from sppo.preflight.facts import Facts, Iteration, Run
+from sppo.preflight.findings import Finding, Findings, no
+from sppo.preflight.gather import gather, trouble
 from sppo.recipe import Recipe
 
 
@@ -28,50 +29,47 @@ def open_run(recipe: Recipe) -> Run:
         report = bool(recipe.eval_prompts) and not (here / "eval" / "report.manifest.json").exists()
         if data or training or report:
             left.append(Iteration(i, data, training, report))
-    where = (recipe.world_size, recipe.accelerate_config, left)
     if recipe.launcher == "local":
-        return Run(recipe, recipe.name, run_dir, devices(recipe.gpus), *where)
+        return Run(recipe, devices(recipe.gpus), left)
     cluster = open_launcher(recipe, "look") if left else None
     machines, gpus = cluster.machines() if cluster else (1, [CPU])
-    return Run(recipe, recipe.name, run_dir, gpus, *where, machines, cluster)
+    return Run(recipe, gpus, left, machines, cluster)
 
 
-def examine(run: Run) -> dict[str, list[Finding]]:
+def examine(facts: Facts) -> dict[str, list[Finding]]:
     """Every check's findings, by group, in the order in which they are shown."""
     from sppo.preflight import evaluation, generation, hub, machine, ranking, training
 
-    groups: list[tuple[str, Callable[[Run], Findings]]] = [
-        ("versions", machine.check_versions),
-        ("machines", machine.check_machines),
-        ("GPUs", machine.check_gpus),
-        ("model", generation.check_model),
-        ("chat template", generation.check_template),
-        ("training", training.check_settings),
-        ("training", training.check_batches),
-        ("prompts", generation.check_prompts),
-        ("plan", plan.count_work),
-        ("memory", generation.check_memory),
-        ("memory", training.check_memory),
-        ("ranker", ranking.check_download),
-        ("disk", machine.check_outputs),
-        ("disk", machine.check_disk),
-        ("ranker", ranking.check_ranker),
-        ("report", generation.check_held_out),
-        ("report", evaluation.check_judge),
-        ("report", evaluation.check_measure),
-        ("Hub", hub.check_hub),
-        ("ports", training.check_ports),
+    run = facts.run
+    checks: list[tuple[str, Callable[..., Findings], Run | Facts]] = [
+        ("versions", machine.check_versions, run),
+        ("machines", machine.check_machines, facts),
+        ("GPUs", machine.check_gpus, facts),
+        ("model", generation.check_model, facts),
+        ("chat template", generation.check_template, facts),
+        ("training", training.check_settings, facts),
+        ("training", training.check_batches, facts),
+        ("prompts", generation.check_prompts, facts),
+        ("memory", generation.check_memory, facts),
+        ("memory", training.check_memory, facts),
+        ("disk", machine.check_outputs, run),
+        ("disk", machine.check_disk, facts),
+        ("ranker", ranking.check_ranker, facts),
+        ("report", generation.check_held_out, facts),
+        ("report", evaluation.check_judge, run),
+        ("report", evaluation.check_measure, run),
+        ("Hub", hub.check_hub, run),
+        ("ports", training.check_ports, run),
     ]
-    found: dict[str, list[Finding]] = {group: [] for group, _ in groups}
-    for group, check in groups:
+    found: dict[str, list[Finding]] = {group: [] for group, _, _ in checks}
+    for group, troubles in facts.troubles.items():
+        found.setdefault(group, []).extend(map(no, troubles))
+    for group, check, known in checks:
         try:
-            for finding in check(run):
+            for finding in check(known):
                 found[group].append(finding)
-        except SPPOError as error:
-            found[group].append(no(str(error)))
         except Exception as error:  # noqa: BLE001 - one check's own trouble must not hide what the others find
-            trouble = f"this check failed itself ({check.__name__}: {type(error).__name__}: {error})"
-            found[group].append(no(f"{trouble}; --skip_preflight starts without the preflight"))
+            found[group].append(no(trouble(error, check)))
     return found
 
 
@@ -82,15 +80,16 @@ def report(run: Run) -> int:
         return 0
     numbers = ", ".join(str(i.number) for i in run.left)
     print(f"preflight: {run.run_dir}: iterations with work left: {numbers}", flush=True)
-    found = examine(run)
+    facts = gather(run)
+    found = examine(facts)
     for group, findings in found.items():
         if findings:
             print(group)
         for finding in findings:
             print(f"  {finding.level:<4}  {finding.text}")
-    if run.loads:
+    if facts.work:
         print("plan")
-        print("\n".join(f"  {line}" for line in plan.table(run.loads, run.recipe, plan.hours(run))))
+        print("\n".join(f"  {line}" for line in plan.table(facts.work, run.recipe, plan.hours(facts))))
     problems = sum(finding.level == "no" for findings in found.values() for finding in findings)
     counted = f"{problems} problem{'s' if problems > 1 else ''}"
     print(f"ready: no: {counted}, see above" if problems else "ready: yes", flush=True)

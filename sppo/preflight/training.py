@@ -7,64 +7,78 @@ import socket
 import subprocess
 import sys
 
-from sppo.models.loading import skeleton
+from sppo.command.errors import SPPOError
+from sppo.models.loading import empty_network
 from sppo.models.policy import open_policy
 from sppo.models.shape import Shape
-from sppo.preflight.findings import RUNTIME, Finding, Findings, Run, fits, many, no, note, ok, size
+from sppo.preflight.facts import RUNTIME, Facts, Run, Training
+from sppo.preflight.findings import Finding, Findings, fits, many, no, note, ok, size
 from sppo.preflight.memory import training_memory
 from sppo.training.launching import training_config
 from sppo.training.network import check_network
 from sppo.training.settings import accumulation, check_flags, check_machine
 
 
-def check_settings(run: Run) -> Findings:
+def look_at_training(run: Run) -> Training:
+    """The processes that would train. Raises UsageError for an accelerate config that does not fit."""
+    path, config, processes = training_config(run.gpus, run.recipe.accelerate_config, run.machines)
+    try:
+        return Training(path.stem, config, processes, accumulation(run.recipe, processes), "")
+    except SPPOError as error:
+        return Training(path.stem, config, processes, 0, str(error))
+
+
+def check_settings(facts: Facts) -> Findings:
     """Flags that contradict each other, names that transformers does not know, a network that cannot be trained so."""
-    recipe = run.recipe
-    if run.trains:
+    recipe, model = facts.recipe, facts.model
+    if facts.run.trains:
         check_flags(recipe)
-        check_machine(recipe, gpu=not run.cpu)
+        check_machine(recipe, gpu=not facts.run.cpu)
         if recipe.anchor_model:
             anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code, weights=False)
-            skeleton(anchor, recipe.attn_implementation)
-        if run.policy is not None and run.loads_model:
-            check_network(recipe, run.policy)
+            empty_network(anchor, recipe.attn_implementation)
+        if model is not None and not model.refused:
+            check_network(recipe, model.policy)
     yield from ()
 
 
-def check_batches(run: Run) -> Findings:
-    """The processes that would train, and whether the global batch comes out even."""
-    if not run.trains:
+def check_batches(facts: Facts) -> Findings:
+    """Whether the global batch comes out even."""
+    training, recipe = facts.training, facts.recipe
+    if training is None:
         return
-    path, config, processes = training_config(run.gpus, run.accelerate_config, run.machines)
-    if not run.cpu and config.get("use_cpu"):
-        yield note(f"{path.stem} trains on the CPU although there are GPUs; leave --accelerate_config out")
-    run.training = config, processes, 0
-    recipe, accumulate = run.recipe, accumulation(run.recipe, processes)
-    run.training = config, processes, accumulate
+    if not facts.run.cpu and training.config.get("use_cpu"):
+        yield note(f"{training.config_name} trains on the CPU although there are GPUs; leave --accelerate_config out")
+    if training.uneven:
+        yield no(training.uneven)
+        return
+    processes, accumulate = training.processes, training.accumulation
     rows = processes * recipe.batch_size * accumulate
     how = f"{many(processes, 'process')} x {recipe.batch_size} x {many(accumulate, 'accumulation step')}"
-    yield ok(f"{rows} pairs a step: {how}, by {path.stem}")
+    yield ok(f"{rows} pairs a step: {how}, by {training.config_name}")
 
 
-def check_memory(run: Run) -> Findings:
-    if run.shape and run.trains and run.training and (run.cpu or run.cards):
-        yield _training_fits(run, run.shape)
+def check_memory(facts: Facts) -> Findings:
+    run = facts.run
+    if facts.shape and facts.training and (run.cpu or facts.machines.cards):
+        yield _training_fits(facts, facts.shape, facts.training)
 
 
-def _training_fits(run: Run, shape: Shape) -> Finding:
-    config, processes, _ = run.training
-    fixed, activations = training_memory(run.recipe, shape, config, processes)
-    passing = "activations or the anchor's weights" if run.recipe.anchor else "activations"
-    parts = f"weights, gradients and optimiser in each process and about {{}} of {passing}"
-    if run.cpu or config.get("use_cpu"):
+def _training_fits(facts: Facts, shape: Shape, training: Training) -> Finding:
+    run, recipe, processes = facts.run, facts.recipe, training.processes
+    fixed, activations = training_memory(recipe, shape, training.config, processes)
+    passing = "activations or the anchor's weights" if recipe.anchor else "activations"
+    if run.cpu or training.config.get("use_cpu"):
         here = processes // run.machines
         parts = f"weights, gradients and optimiser in {many(here, 'process')} and about {{}} of {passing}"
-        room, fixed, activations = run.main_memory, fixed * here, activations * here
+        room, fixed, activations = facts.machines.memory, fixed * here, activations * here
         return fits("training", fixed, activations, room, parts, "Take a smaller model or --use_peft")
-    room = min(free for _, free in run.cards.values())
+
+    parts = f"weights, gradients and optimiser in each process and about {{}} of {passing}"
+    room = min(free for _, free in facts.machines.cards.values())
     advice = "Lower --batch_size, or --use_peft"
     if fixed > room:
-        everything = max(total for total, _ in run.cards.values())
+        everything = max(total for total, _ in facts.machines.cards.values())
         advice = "More GPUs share it under zero3; --use_peft trains an adapter instead"
         if fixed <= everything:
             advice = f"Others use some of the {size(everything)}: stop what does. {advice}"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sppo.command.errors import SPPOError
-from sppo.models.loading import flash_attention, loading
+from sppo.models.loading import disable_cudnn_attention, loading
 from sppo.rankers._deberta import speed_up
 from sppo.rankers._normalizer import restore_normalizer
 from sppo.rankers._pairrm_files import ranker_base
@@ -163,7 +163,7 @@ class PairRM:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         # (T, T) scores in a batch: a CPU is slower on more than its cache holds
         self.batch_scores = 1 << 18 if device == "cpu" else 1 << 62
-        flash_attention()
+        disable_cudnn_attention()
         self.inputs = PairInputs(directory, render)
         self.count_cut = self.inputs.count_cut
         self.model = self._network().to(device, dtype)

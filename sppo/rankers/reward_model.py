@@ -20,7 +20,7 @@ from sppo.command.errors import SPPOError
 from sppo.command.importing import import_networks
 from sppo.models import chat
 from sppo.models.files import is_adapter, model_identity, resolve
-from sppo.models.loading import flash_attention, loading
+from sppo.models.loading import disable_cudnn_attention, loading
 from sppo.rankers._normalizer import normalizer_identity, restore_normalizer
 from sppo.rankers.batching import batches, device_and_dtype
 from sppo.recipe import Recipe
@@ -52,7 +52,7 @@ class RewardModel:
 
     def __init__(self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
-        flash_attention()
+        disable_cudnn_attention()
         config, self.tokenizer = _open_reward_model(directory)
         text, longest = config.get_text_config(), self.tokenizer.model_max_length
         self.context = min(getattr(text, "max_position_embeddings", None) or longest, longest)

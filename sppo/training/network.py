@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sppo.command.errors import SPPOError
-from sppo.models.loading import add_adapter, load_config, skeleton
+from sppo.models.loading import add_adapter, empty_network, load_config
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
 
@@ -15,7 +15,7 @@ from sppo.recipe import Recipe
 def check_network(recipe: Recipe, policy: Policy) -> None:
     """Raise SPPOError for a policy that cannot be trained as asked, without a look at its weights."""
     check_frozen(recipe, policy)
-    network = skeleton(policy, recipe.attn_implementation)
+    network = empty_network(policy, recipe.attn_implementation)
     if recipe.use_peft and policy.adapter is None:
         add_adapter(network, policy, lora_and_quantization(recipe)[0])
 

@@ -1,7 +1,7 @@
 """The engines that draw responses, one file each: vLLM, and transformers' generate where vLLM is not installed.
 
-An engine's `draw(policy, recipe, stop_ids, requests, world_size)` hands every request back as soon as all its K
-responses are finished. Another engine is another file here, and a name in config.py (`engine`).
+An engine has one function, `draw(policy, recipe, stop_ids, requests, world_size)`. It yields each request with its K
+responses as soon as all of them are finished. Another engine is another file here, and a name in recipe.py (`engine`).
 """
 
 from __future__ import annotations
