@@ -104,7 +104,7 @@ def is_done(groups_of_stages: Iterable[list[Stage]], *files: Path) -> bool:
     if not all(path.exists() for path in files):
         return False
     try:
-        return all(stage.stands() for group in groups_of_stages for stage in group)
+        return all(stage.is_current() for group in groups_of_stages for stage in group)
     except (SPPOError, FileNotFoundError):  # what they stand on is not there, or not whole
         return False
 
@@ -144,7 +144,7 @@ def refuse_foreign(recipes: list[Recipe], run: Recipe) -> None:
             for group in step:
                 for stage in group:
                     stage.refuse_others()
-                if not all(stage.stands() for stage in group):
+                if not all(stage.is_current() for stage in group):
                     return
         except (OtherWorkError, UsageError):
             raise

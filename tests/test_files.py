@@ -161,35 +161,39 @@ def stage(directory: Path, **settings: int) -> Stage:
 
 
 def test_a_stage_is_done_once_and_refuses_other_settings(tmp_path: Path) -> None:
-    assert not stage(tmp_path, pairs=5).is_done()
+    assert not stage(tmp_path, pairs=5).is_current()
     (tmp_path / "out").write_text("result")
     stage(tmp_path, pairs=5).finish({"n": 1})
-    assert stage(tmp_path, pairs=5).is_done()
+    assert stage(tmp_path, pairs=5).is_current()
+    assert not stage(tmp_path, pairs=4).is_current()
     with pytest.raises(SPPOError, match=r"settings\.pairs: 5 there, 4 now(.|\n)*--overwrite"):
-        stage(tmp_path, pairs=4).is_done()
+        stage(tmp_path, pairs=4).refuse_foreign()
     (tmp_path / "out").write_text("changed")
-    assert not stage(tmp_path, pairs=5).is_done()
+    assert not stage(tmp_path, pairs=5).is_current()
+    stage(tmp_path, pairs=5).refuse_foreign()  # its own, so it is made again
     (tmp_path / "out").unlink()
-    assert not stage(tmp_path, pairs=5).is_done()
+    assert not stage(tmp_path, pairs=5).is_current()
 
 
 def test_somebody_elses_output_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SPPOError, match="without a manifest"):
-        stage(tmp_path).is_done()
-    assert not stage(tmp_path).is_done(overwrite=True)
+        stage(tmp_path).refuse_foreign()
+    assert (tmp_path / "out").read_text() == "mine"
+    stage(tmp_path).discard()
+    assert not (tmp_path / "out").exists()
 
 
 def test_overwrite_goes_on_with_its_own_work_and_with_nobody_elses(tmp_path: Path) -> None:
     """A job with --overwrite that meets its time limit would else begin anew for ever."""
     (tmp_path / "out").write_text("another's")
-    assert not stage(tmp_path).is_done(overwrite=True)
+    stage(tmp_path).discard()
     assert not (tmp_path / "out").exists()
     stage(tmp_path).begin()
     (tmp_path / "out").write_text("half")
-    assert not stage(tmp_path).is_done(overwrite=True)
+    stage(tmp_path).discard()
     assert (tmp_path / "out").read_text() == "half"
-    assert not stage(tmp_path, pairs=4).is_done(overwrite=True)
+    stage(tmp_path, pairs=4).discard()
     assert not (tmp_path / "out").exists()
 
 
@@ -197,11 +201,12 @@ def test_a_kill_between_output_and_manifest_is_no_dead_end(tmp_path: Path) -> No
     """The stage makes it again; the same file under other settings is still somebody else's."""
     stage(tmp_path, pairs=5).begin()
     (tmp_path / "out").write_text("whole, but killed before the manifest")
-    assert not stage(tmp_path, pairs=5).is_done()
+    assert not stage(tmp_path, pairs=5).is_current()
+    stage(tmp_path, pairs=5).refuse_foreign()
     with pytest.raises(SPPOError, match="without a manifest"):
-        stage(tmp_path, pairs=4).is_done()
+        stage(tmp_path, pairs=4).refuse_foreign()
     stage(tmp_path, pairs=5).finish({})
-    assert stage(tmp_path, pairs=5).is_done()
+    assert stage(tmp_path, pairs=5).is_current()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "out"]
 
 
@@ -213,7 +218,8 @@ def test_what_a_kill_behind_the_manifest_has_left_goes(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("result")
     stage(tmp_path, pairs=5).finish({})
     stage(tmp_path, pairs=5).begin()  # its mark too
-    assert stage(tmp_path, pairs=5).is_done()
+    assert stage(tmp_path, pairs=5).is_current()
+    stage(tmp_path, pairs=5).remove_leftovers()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "out"]
 
 
@@ -221,16 +227,16 @@ def test_a_journal_of_other_settings_is_refused_not_deleted(tmp_path: Path) -> N
     journal = Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity)
     journal.add("p", {})
     journal.close()
-    assert not stage(tmp_path, pairs=5).is_done()
+    stage(tmp_path, pairs=5).refuse_foreign()
     with pytest.raises(SPPOError, match="pairs"):
-        stage(tmp_path, pairs=4).is_done()
+        stage(tmp_path, pairs=4).refuse_foreign()
     assert (tmp_path / "j").exists()
 
 
 def test_a_journal_without_work_refuses_nothing(tmp_path: Path) -> None:
     """A try that failed before its first prompt must not hold the next one, under mended settings, to its own."""
     Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity).close()
-    assert not stage(tmp_path, pairs=4).is_done()
+    stage(tmp_path, pairs=4).refuse_foreign()
 
 
 def test_new_weights_under_the_same_path_are_another_model(models: Path, tmp_path: Path) -> None:

@@ -626,8 +626,8 @@ def test_a_changed_judge_leaves_no_old_report(tmp_path: Path, rankers: None, mon
     with pytest.raises(SPPOError, match=r"match: (.|\n)*inputs\.ranker\.source: (.|\n)*--overwrite"):
         made(shorter)
     assert {path: path.read_bytes() for path in files} == before
-    assert not all(stage.stands() for stage in match_stages(recipe, run))
-    assert not report.report_stage(report.comparing(recipe, run, 1, "base"), run, 1).stands()
+    assert not all(stage.is_current() for stage in match_stages(recipe, run))
+    assert not report.report_stage(report.comparing(recipe, run, 1, "base"), run, 1).is_current()
     assert made(shorter, overwrite=True) == (0.0, 0.0)
 
 
@@ -645,12 +645,11 @@ def test_what_older_versions_did_not_note_refuses_no_run_of_theirs(tmp_path: Pat
 
     (tmp_path / "out").touch()
     stage(ranker="r").finish({})
-    assert stage(ranker="r", chat_template_kwargs={"a": 1}).stands()
-    assert stage(ranker="r", chat_template_kwargs={"a": 1}).is_done()
-    assert not stage(ranker="r", another=1).stands()
+    assert stage(ranker="r", chat_template_kwargs={"a": 1}).is_current()
+    assert not stage(ranker="r", another=1).is_current()
     stage(ranker="r", chat_template_kwargs={"a": 1}).finish({})
     with pytest.raises(SPPOError, match=r"inputs\.ranker\.chat_template_kwargs\.a: 1 there, 2 now"):
-        stage(ranker="r", chat_template_kwargs={"a": 2}).is_done()
+        stage(ranker="r", chat_template_kwargs={"a": 2}).refuse_foreign()
 
 
 # what is refused changes nothing

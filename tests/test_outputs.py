@@ -314,7 +314,7 @@ from sppo.store.manifest import MANIFEST, Stage
 
 here = Path(sys.argv[1])
 held = Stage("s", here / "m.json", [here / "out"], {"model": "abc"}, {"pairs": 5}, here / "j")
-assert not held.is_done()
+held.refuse_foreign()
 held.begin()
 with working(here / "model") as work:
     (work / "half").touch()
@@ -332,7 +332,7 @@ def test_two_processes_cannot_write_the_same_and_a_kill_leaves_no_lock(tmp_path:
     with pytest.raises(SPPOError, match="another process is making .*out; wait for it or stop it"):
         mine.begin()
     with pytest.raises(SPPOError, match="another process is making"):  # it would delete what the other one writes
-        stage(tmp_path, pairs=4).is_done(overwrite=True)
+        stage(tmp_path, pairs=4).discard()
     for attempt in (lambda: refuse_busy(tmp_path / "model"), working(tmp_path / "model").__enter__):
         with pytest.raises(SPPOError, match="another process is making .*model; wait for it or stop it"):
             attempt()
@@ -346,7 +346,7 @@ def test_two_processes_cannot_write_the_same_and_a_kill_leaves_no_lock(tmp_path:
     mine.finish({})
     with appearing(tmp_path / "model") as final:
         (final / "whole").touch()
-    assert stage(tmp_path, pairs=5).is_done()
+    assert stage(tmp_path, pairs=5).is_current()
     assert sorted(state(tmp_path)) == ["m.json", "model/whole", "out"]
 
 
@@ -503,7 +503,8 @@ def test_what_is_done_on_a_read_only_disk_is_done(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(manifest, "hold", read_only)
     monkeypatch.setattr(locks, "hold", read_only)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert stage(tmp_path / "data", pairs=5).is_done()
+    assert stage(tmp_path / "data", pairs=5).is_current()
+    stage(tmp_path / "data", pairs=5).remove_leftovers()
     started: list[Any] = []
     monkeypatch.setattr(launch, "run_shards", lambda *words: started.append(words[-1]))
     words = ["--gpus=none", f"--output_dir={tmp_path / 'data'}", f"--logs={tmp_path / 'logs'}"]
@@ -525,7 +526,7 @@ def test_an_empty_work_directory_that_a_kill_left_goes(tmp_path: Path) -> None:
 
 def test_what_another_process_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     late = stage(tmp_path, pairs=4)
-    assert not late.is_done()
+    late.refuse_foreign()
     quick = stage(tmp_path, pairs=5)
     quick.begin()
     (tmp_path / "out").write_text("of five")
@@ -717,7 +718,7 @@ def test_a_changed_template_is_copied_again_before_anything_is_drawn_with_it(
     template.write_text(template.read_text().replace("assistant", "tssistant"))
     words = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={model}"]
     asked = preferences.asked(words, 1)
-    assert not asked.stage.stands()  # so the driver does not go on to iteration 2, but to this:
+    assert not asked.stage.is_current()  # so the driver does not go on to iteration 2, but to this:
     (model / "tokenizer.json").unlink()
     train(models, data, model)
     said = capsys.readouterr().out
@@ -726,7 +727,7 @@ def test_a_changed_template_is_copied_again_before_anything_is_drawn_with_it(
     assert f"train: done: {model}" in said
     assert state(model) == before
     assert "tssistant" in (tmp_path / "model.changed-chat_template.jinja").read_text()
-    assert asked.stage.stands()
+    assert asked.stage.is_current()
 
 
 def test_a_flipped_bit_in_the_references_table_is_not_trained_on(
@@ -806,10 +807,11 @@ def test_an_edited_output_is_kept_before_it_is_made_again(tmp_path: Path, capsys
     stage.finish({})
     stage.outputs[0].write_text("edited")
     again = Stage("made", tmp_path / "x.manifest.json", [tmp_path / "x.txt"], {}, {})
-    assert not again.is_done()
+    assert not again.is_current()
+    again.refuse_foreign()
     again.begin()
     assert "is kept as" in capsys.readouterr().out
     assert (tmp_path / "x.txt.changed").read_text() == "edited"
     again.outputs[0].write_text("made")
     again.finish({})
-    assert again.is_done()
+    assert again.is_current()

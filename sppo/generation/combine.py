@@ -48,9 +48,13 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
             changed = output_dir / "responses" / name
             raise SPPOError(f"{changed} changed after it was written; delete it and run generate.py again")
     path = stage.outputs[0]
-    if stage.is_done(overwrite):
+    if overwrite:
+        stage.discard()
+    if stage.is_current():
+        stage.remove_leftovers()
         print(f"combine: done: {path}")
         return
+    stage.refuse_foreign()
     stage.begin()
     written = write_parquet(path, responses_schema(), _rows(output_dir / "responses", list(stage.inputs), pairs))
     skipped = [s for m in manifests for s in m["skipped"]]

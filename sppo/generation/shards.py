@@ -53,9 +53,13 @@ def generate_shards(
     shards = shards if overwrite else as_begun(shards, directory)
     for shard in shards:
         stage = source.stage(output_dir, shard)
-        if stage.is_done(overwrite):
+        if overwrite:
+            stage.discard()
+        if stage.is_current():
+            stage.remove_leftovers()
             print(f"generate: shard {shard.data_frac} is done: {stage.outputs[0]}")
         else:
+            stage.refuse_foreign()
             missing.append(stage)
     if missing:
         source.keep(output_dir)

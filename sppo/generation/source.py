@@ -47,7 +47,7 @@ class Source:
         """The recipe's policy and prompts; of the prompts every n-th from the i-th on, part = (i, n). Only reads."""
         policy = policy_of(recipe)
         kept = _kept(recipe, part, output_dir)
-        if kept and kept.manifest.exists() and kept.stands():
+        if kept and kept.is_current():
             written = read_manifest(kept.manifest, "fingerprint", "sampled")
             total, mark = written["counts"]["prompts"], written["fingerprint"]
             sampled, prompts = set(written["sampled"]), kept.outputs[0]

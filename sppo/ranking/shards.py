@@ -118,9 +118,13 @@ def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite:
 
     for part in parts:
         stage = rank_stage(recipe, output_dir, part)
-        if stage.is_done(overwrite):
+        if overwrite:
+            stage.discard()
+        if stage.is_current():
+            stage.remove_leftovers()
             print(f"rank: shard {part.data_frac} is done: {stage.outputs[0]}")
         else:
+            stage.refuse_foreign()
             note_count()
             _rank_shard(named, stage, part.data_frac, load)
 
