@@ -18,7 +18,7 @@ from sppo.launch.devices import devices, groups
 from sppo.recipe import Recipe, load_recipe, parse_part, require_pairs
 from sppo.store.files import atomic, read_json
 from sppo.store.manifest import Stage
-from sppo.store.shards import Slice, as_begun, known_count
+from sppo.store.shards import Slice, known_count
 
 Stages = Iterator[list[Stage]]  # those of one group are made beside each other, from the groups before them
 _OF_A_DRIVER = ("iteration", "prompts_part", "data_dir", "dataset", "model_dir")
@@ -165,7 +165,7 @@ def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
         raise SPPOError(f"{data_dir} is not begun")
     source = Source.of(recipe, parse_part(recipe.prompts_part), data_dir)
     count = known_count(shards) or len(groups(devices(recipe.gpus), recipe.world_size))
-    yield [source.stage(data_dir, part) for part in as_begun([Slice(0, i, count) for i in range(count)], shards)]
+    yield [source.stage(data_dir, Slice(0, i, count)) for i in range(count)]
     yield [combine_stage(data_dir, count, recipe.pairs)]
 
 
@@ -179,8 +179,7 @@ def data_stages(recipe: Recipe) -> Stages:
     recipe = pinned(recipe, _first_data(recipe))
     yield from drawing_stages(recipe, data_dir)
     count = known_count(data_dir / "ranking") or len(devices(recipe.gpus))
-    slices = as_begun([Slice(0, i, count) for i in range(count)], data_dir / "ranking")
-    yield [rank_stage(recipe, data_dir, part) for part in slices]
+    yield [rank_stage(recipe, data_dir, Slice(0, i, count)) for i in range(count)]
     yield [pairing_stage(recipe, data_dir)]
 
 

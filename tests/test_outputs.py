@@ -153,34 +153,21 @@ def test_a_file_that_came_into_a_finished_model_is_not_lost(
     assert not work_of(model).exists()
 
 
-def test_a_models_manifest_knows_every_file_and_an_older_ones_is_understood(trained: Path, tmp_path: Path) -> None:
+def test_a_models_manifest_knows_every_file_and_no_other_is_pushed(trained: Path, tmp_path: Path) -> None:
     written = read_json(trained / "sppo_manifest.json")
     names = set(state(trained)) - {"sppo_manifest.json"}
     assert {*written["outputs"], *written["others"]} == names
     assert {"chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(written["outputs"])
     assert all(digest(trained / n) == sha for n, sha in {**written["outputs"], **written["others"]}.items())
-    older = shutil.copytree(trained, tmp_path / "older")
-
-    def as_before(manifest: dict[str, Any]) -> None:
-        del manifest["others"]
-        manifest["outputs"] = {k: v for k, v in manifest["outputs"].items() if k.endswith((".json", ".safetensors"))}
-
-    edit(older / "sppo_manifest.json", as_before)
-    (older / "merged").mkdir()
-    (older / "merged" / "model-00001-of-00002.safetensors").touch()
-    (older / "merged" / "chat_template.jinja").touch()
-    assert not unknown_files(older)
-    for name in ("my_eval.py", "merged/notes.txt", "results.csv", "a/config.json"):
-        (older / name).parent.mkdir(exist_ok=True)
-        (older / name).write_text("mine")
-    (older / "link").symlink_to(trained)
-    assert unknown_files(older) == ["a/config.json", "link", "merged/notes.txt", "my_eval.py", "results.csv"]
-    for name in ("private_prompts.json", "hf_token.txt"):
-        (older / name).write_text("mine")
-    pushed = {*_model_files(older, read_json(older / "sppo_manifest.json"))}
-    assert pushed == {*names, "sppo_manifest.json", "my_eval.py"} | {
-        f"merged/{name}" for name in ("model-00001-of-00002.safetensors", "chat_template.jinja")
-    }
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    assert not unknown_files(copy)
+    for name in ("my_eval.py", "merged/notes.txt", "results.csv", "a/config.json", "hf_token.txt"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("mine")
+    (copy / "link").symlink_to(trained)
+    expected = ["a/config.json", "hf_token.txt", "link", "merged/notes.txt", "my_eval.py", "results.csv"]
+    assert unknown_files(copy) == expected
+    assert set(_model_files(copy, read_json(copy / "sppo_manifest.json"))) == {*names, "sppo_manifest.json"}
 
 
 def test_only_what_carries_our_marker_is_deleted(tmp_path: Path) -> None:
@@ -764,7 +751,7 @@ def test_changed_responses_rankings_and_pins_are_refused(tmp_path: Path) -> None
             compute_prob(Recipe(pairs=3, test_size=0), out, overwrite=True)
     pin = {"ranker": "org/ranker", "asked": "", "revision": "ab" * 20}
     recipe = Recipe(ranker="org/ranker")
-    for more, is_whole in (({}, True), ({"check": content_id(pin)}, True), ({"check": "0"}, False)):
+    for more, is_whole in (({}, False), ({"check": content_id(pin)}, True), ({"check": "0"}, False)):
         write_json(out / "ranker.json", pin | more)
         if is_whole:
             assert pinned(recipe, out).ranker_revision == "ab" * 20

@@ -25,7 +25,7 @@ from sppo.schema import Message, responses_schema
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage
 from sppo.store.parquet import write_parquet
-from sppo.store.shards import Slice, as_begun, lay_out
+from sppo.store.shards import Slice, lay_out
 
 
 @dataclass
@@ -50,7 +50,6 @@ def generate_shards(
     """
     source = Source.of(recipe, part, output_dir)
     directory, missing = output_dir / "responses", []
-    shards = shards if overwrite else as_begun(shards, directory)
     for shard in shards:
         stage = source.stage(output_dir, shard)
         if overwrite:

@@ -19,7 +19,7 @@ from sppo.models.policy import Policy, policy_of
 from sppo.recipe import Recipe
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import read_rows, write_parquet
-from sppo.store.shards import Slice, as_begun, known_count, shard_paths
+from sppo.store.shards import Slice, known_count, shard_paths
 
 # Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
 SAMPLED = 32
@@ -78,8 +78,8 @@ class Source:
     def refuse_others(self, output_dir: Path, frac_len: int = 0) -> None:
         """Raise SPPOError where a shard here was made otherwise, before any process begins. Changes nothing."""
         count = known_count(output_dir / "responses")
-        for shard in as_begun([Slice(frac_len, i, count) for i in range(count)], output_dir / "responses"):
-            self.stage(output_dir, shard).refuse_others()
+        for i in range(count):
+            self.stage(output_dir, Slice(frac_len, i, count)).refuse_others()
 
     def stage(self, output_dir: Path, shard: Slice) -> Stage:
         """The stage that makes a shard."""
