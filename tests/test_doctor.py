@@ -223,7 +223,7 @@ def test_all_problems_are_shown_at_once_and_nothing_is_written(models: Path, tmp
         "none.jsonl: no such file",
         "--ranker nowhere:function: not a module:function",
         "--judge nowhere:judge: not a module:function",
-        "--org me: pushing needs a token; set HF_TOKEN or run `hf auth login`",
+        "--org me: there is no token; set HF_TOKEN or run `hf auth login`",
     ):
         assert said in done.stdout
     assert done.stdout.rstrip().endswith("ready: no: 7 problems, see above")

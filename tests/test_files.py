@@ -98,39 +98,6 @@ def test_a_disk_without_locks_has_an_owner_file_in_their_place(tmp_path: Path, m
     assert not (tmp_path / ".lock.owner").exists()
 
 
-@pytest.mark.parametrize("cut", range(0, 60, 7))
-def test_a_journal_cut_anywhere_keeps_every_whole_line(tmp_path: Path, cut: int) -> None:
-    journal = Journal(tmp_path / "j", IDENTITY)
-    for i in range(5):
-        journal.add(f"p{i}", {"text": f"línea {i}\n"})
-    journal.close()
-    content = (tmp_path / "j").read_bytes()
-    (tmp_path / "j").write_bytes(content[: len(content) - cut])
-    whole = content[: len(content) - cut].count(b"\n") - 1  # the header is a line too
-    again = Journal(tmp_path / "j", IDENTITY)
-    assert len(again.done) == whole
-    again.add("new", {"text": "x"})
-    assert [again.read(f"p{i}")["text"] for i in range(whole)] == [f"línea {i}\n" for i in range(whole)]
-    again.close()
-    last = Journal(tmp_path / "j", IDENTITY)
-    assert len(last.done) == whole + 1
-    last.close()
-
-
-def test_a_damaged_line_is_made_again_and_costs_no_other(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j", IDENTITY)
-    for i in range(3):
-        journal.add(f"p{i}", {"n": i})
-    journal.close()
-    content = bytearray((tmp_path / "j").read_bytes())
-    content[content.index(b'"p1"') + 1] ^= 1
-    (tmp_path / "j").write_bytes(content)
-    again = Journal(tmp_path / "j", IDENTITY)
-    assert set(again.done) == {"p0", "p2"}
-    assert again.dropped == 1
-    again.close()
-
-
 def test_a_damaged_first_line_costs_no_item_and_mixes_no_identities(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", IDENTITY)
     journal.add("p", {"n": 1})
@@ -145,15 +112,6 @@ def test_a_damaged_first_line_costs_no_item_and_mixes_no_identities(tmp_path: Pa
     with pytest.raises(SPPOError, match="first line is damaged, and none of its items was made under these inputs"):
         Journal(tmp_path / "j", {"inputs": {"a": 2}, "settings": {}})
     assert (tmp_path / "j").read_bytes() == kept
-
-
-def test_two_processes_cannot_share_a_journal_or_a_run(tmp_path: Path) -> None:
-    first = Journal(tmp_path / "j", IDENTITY)
-    with pytest.raises(SPPOError, match="another process"):
-        Journal(tmp_path / "j", IDENTITY)
-    first.close()
-    with exclusive(tmp_path / "run"), pytest.raises(SPPOError, match="another run"), exclusive(tmp_path / "run"):
-        pass
 
 
 def stage(directory: Path, **settings: int) -> Stage:

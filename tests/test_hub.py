@@ -286,12 +286,12 @@ def test_trouble_passes(hub: Hub, push: Push, here: Path, waits: list[float], fa
 
 
 REFUSALS = {
-    "another's token": "the Hub refuses me/data-x-iter1_generated (401): Invalid username or password.",
-    "no token": "needs a token: set HF_TOKEN or run `hf auth login`",
+    "another's token": "pushing me/data-x-iter1_generated: the Hub refuses (401): Invalid username or password.",
+    "no token": "there is no token; set HF_TOKEN or run `hf auth login`",
     "no rights": "(403): You don't have the rights to create a dataset here; check --org",
-    "a storage that refuses": "the Hub refuses me/data-x-iter1_generated (403)",
+    "a storage that refuses": "pushing me/data-x-iter1_generated: the Hub refuses (403)",
     "offline": "HF_HUB_OFFLINE is set; unset it",
-    "nobody there": "is out of reach for me/data-x-iter1_generated after 4 tries",
+    "nobody there": "(after 4 tries)",
     "a card that it does not take": '(400): "licence" is not valid "tags" is not valid',
 }
 

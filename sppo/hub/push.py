@@ -18,7 +18,8 @@ from sppo.cli import flags
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.search_path import ROOT
 from sppo.hub.data_card import data_card
-from sppo.models.files import public_name, tokenizer_files
+from sppo.hub.errors import explain
+from sppo.models.files import public_name
 from sppo.store.files import changed, digest, digest_of, read_json, write_json
 from sppo.store.locks import alone
 from sppo.store.manifest import MANIFEST, read_manifest
@@ -28,12 +29,6 @@ T = TypeVar("T")
 Files = dict[str, Path | bytes]  # by their paths in the repository
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
 _TRIES, _PAUSE = 4, 2.0  # of a request that meets network trouble; seconds before the second try
-_LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
-# what is pushed of a model whose manifest does not name all its files, beside weights, code and the tokenizer's files
-_OWN = {
-    *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
-    *("README.md", "metrics.jsonl", MANIFEST),
-}
 
 
 def command(org: str, name: str, public: bool, output_dir: Path | None = None, model_dir: Path | None = None) -> list:
@@ -128,8 +123,7 @@ def push_model(model_dir: Path, org: str, name: str, public: bool) -> None:
             "command that made the model mends it"
         )
     files: Files = {name: _without_paths(model_dir / name) for name in _model_files(model_dir, written)}
-    if "others" in written:
-        files[MANIFEST] = _with_digests(files)
+    files[MANIFEST] = _with_digests(files)
     digests = {n: digest(f) if isinstance(f, Path) else hashlib.sha256(f).hexdigest() for n, f in files.items()}
     path, repo = model_dir.absolute().parent / f"pushed-{model_dir.name}.json", f"{org}/{name}"
     with alone(path.with_name(path.name + ".lock"), f"pushes {model_dir}"):
@@ -142,14 +136,9 @@ def push_model(model_dir: Path, org: str, name: str, public: bool) -> None:
 
 
 def _model_files(model_dir: Path, written: dict[str, Any]) -> list[str]:
-    """The files of a model that are pushed: all that its manifest knows. An older one does not know all."""
-    if "others" in written:
-        return sorted({MANIFEST, *written["outputs"], *(n for n in written["others"] if (model_dir / n).is_file())})
-    paths: list[Path] = []
-    for folder in filter(Path.is_dir, (model_dir, model_dir / "merged")):
-        paths += [p for p in folder.iterdir() if p.name in _OWN or p.suffix in (".safetensors", ".py")]
-        paths += [folder / name for name in tokenizer_files(folder)]
-    return sorted({p.relative_to(model_dir).as_posix() for p in paths if p.is_file() and not p.name.startswith(".")})
+    """The files of a model that are pushed: all that its manifest knows."""
+    others = [name for name in written.get("others", {}) if (model_dir / name).is_file()]
+    return sorted({MANIFEST, *written["outputs"], *others})
 
 
 def _with_digests(files: Files) -> bytes:
@@ -209,7 +198,10 @@ class _Record:
 
 
 def _push(record: _Record, files: Files, tag: str) -> None:
-    """One commit and its tag. Raises SPPOError before any upload where the repository is public against our wish."""
+    """One commit and its tag. Raises SPPOError before any upload where the repository is public against our wish.
+
+    Not with upload_folder: where hf_xet is installed it makes several commits of a large model.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import logging
 
@@ -241,53 +233,26 @@ def _push(record: _Record, files: Files, tag: str) -> None:
 
 
 def _retried(repo: str, call: Callable[[], T]) -> T:
-    """Try again on network trouble and the server's own (5xx, 429); a refusal is final."""
-    from httpx2 import TransportError
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    """Try again where the trouble may pass; a refusal is final.
 
-    trouble = ""
+    The client itself tries again while it uploads and commits, and nowhere else.
+    """
+    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    network = (TransportError, HfHubHTTPError, ConnectionError, TimeoutError)
     for attempt in range(_TRIES):
-        wait = _PAUSE * 2**attempt
         try:
             return call()
-        except LocalTokenNotFoundError:
-            raise SPPOError(f"pushing {repo} needs a token: set HF_TOKEN or run `hf auth login`") from None
-        except OfflineModeIsEnabled:
-            raise SPPOError(f"pushing {repo} needs the network, and HF_HUB_OFFLINE is set; unset it") from None
-        except (TransportError, HfHubHTTPError, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-            causes = list(_causes(error))  # an upload's own error is the cause of a RuntimeError
-            refusal = next((e for e in causes if isinstance(e, HfHubHTTPError)), None)
-            trouble = _plain(refusal or causes[-1])
-            if refusal is not None:
-                status = refusal.response.status_code
-                if status < 500 and status not in (408, 429):
-                    hint = "; check --org, and that the token may write there" if status in (401, 403, 404) else ""
-                    raise SPPOError(f"the Hub refuses {repo} ({status}): {trouble}{hint}") from None
-                after = refusal.response.headers.get("Retry-After", "")
-                wait = min(_LONGEST_WAIT, max(wait, float(after))) if after.isdigit() else wait
-            elif isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-                raise SPPOError(f"the Hub does not take {repo}: {trouble}") from None
+        except (*network, LocalTokenNotFoundError, RuntimeError, ValueError) as error:
+            trouble = explain(error)
+        if not trouble.passes:
+            raise SPPOError(f"pushing {repo}: {trouble}")
         if attempt + 1 < _TRIES:
-            print(f"push_to_hub: {repo}: {trouble}; trying again in {wait:g} s", file=sys.stderr, flush=True)
+            wait = max(_PAUSE * 2**attempt, trouble.wait)
+            print(f"push_to_hub: {repo}: {trouble.text}; trying again in {wait:g} s", file=sys.stderr, flush=True)
             time.sleep(wait)
-    raise SPPOError(f"the Hub is out of reach for {repo} after {_TRIES} tries: {trouble}")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what caused it, what caused that."""
-    following: BaseException | None = error
-    while following is not None:
-        yield following
-        following = following.__cause__
-
-
-def _plain(error: BaseException) -> str:
-    """An error in one line, without the token and without the secret parts of an address."""
-    from huggingface_hub import get_token
-
-    text = " ".join((getattr(error, "server_message", None) or str(error)).split())
-    text = re.sub(r"(?<=://)[^/@\s]*@|(?<=\S)\?\S+", "", text).replace(get_token() or "\0", "***")
-    return text[:300] or type(error).__name__
+    raise SPPOError(f"pushing {repo}: {trouble.text} (after {_TRIES} tries)")
 
 
 def _write_generated(train: Path, test: Path, target: Path, pairs: int) -> None:
