@@ -93,7 +93,7 @@ def test_a_disk_without_locks_has_an_owner_file_in_their_place(tmp_path: Path, m
     with pytest.raises(SPPOError, match=r"j\.owner: a process of another machine.*delete this file"):
         Journal(tmp_path / "j", IDENTITY)
     owner.unlink()
-    with exclusive(tmp_path), pytest.raises(SPPOError, match="another run is at work"), exclusive(tmp_path):
+    with exclusive(tmp_path), pytest.raises(SPPOError, match="another process is at work in"), exclusive(tmp_path):
         pass
     assert not (tmp_path / ".lock.owner").exists()
 

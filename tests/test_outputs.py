@@ -373,7 +373,7 @@ def test_on_a_cluster_a_lock_of_a_dead_machine_is_waited_for_and_on_one_machine_
     }
     dead = {name: hold(tmp_path / name) for name in places}
     began = time.monotonic()
-    with pytest.raises(SPPOError, match="another run is at work"), exclusive(tmp_path):
+    with pytest.raises(SPPOError, match="another process is at work in"), exclusive(tmp_path):
         pass
     for name in ("m.json.started", "j", "model.partial/sppo.work"):
         with pytest.raises(SPPOError, match="another process is"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.store.files import follow_umask, sync_directory
-from sppo.store.locks import hold
+from sppo.store.locks import hold, is_held
 from sppo.store.manifest import MANIFEST, read_manifest
 
 MARKER = "sppo.work"  # in a work directory: all in it is ours. Who is at work there holds a lock on it
@@ -132,12 +132,8 @@ def refuse_overlap(target: Path, models: list[Path]) -> None:
 
 def refuse_busy(target: Path) -> None:
     """Raise SPPOError where another process is making `target`."""
-    marker = work_of(target) / MARKER
-    if marker.exists():
-        try:
-            hold(marker).release()
-        except BlockingIOError:
-            raise _busy(target) from None
+    if is_held(work_of(target) / MARKER):
+        raise _busy(target)
 
 
 def _busy(target: Path) -> SPPOError:
