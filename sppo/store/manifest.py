@@ -91,7 +91,7 @@ class Stage:
     inputs: dict[str, Any]
     settings: dict[str, Any]
     journal: Path | None = None
-    remade: bool = False  # cheap to compute from files that are kept, so it is computed again instead of refused
+    remade: bool = False  # cheap to make of files that are kept, so work of other settings is not refused
     started: float = field(default_factory=time.monotonic)
     _held: Held | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -99,6 +99,13 @@ class Stage:
     def identity(self) -> dict[str, Any]:
         # through JSON, so that what is compared is what a manifest can hold
         return json.loads(json.dumps({"inputs": self.inputs, "settings": self.settings}))
+
+    @property
+    def _marker(self) -> Path:
+        """While the stage is at work, and after a kill: its identity. Who is at work holds a lock on it."""
+        return self.manifest.with_name(self.manifest.name + ".started")
+
+    # What a stage asks. None of these writes or deletes anything.
 
     def is_current(self) -> bool:
         """Whether the outputs are here, intact, and made from this identity."""
@@ -158,6 +165,13 @@ class Stage:
             if path.is_dir():
                 raise SPPOError(f"{path}: a directory stands where a file is to be written; move it away")
 
+    def _is_made_again(self) -> bool:
+        """Whether the --overwrite that is under way has made this already: see shards.overwriting."""
+        name = os.environ.get(OVERWRITE)
+        return bool(name) and self.is_current() and read_manifest(self.manifest).get("overwrite") == name
+
+    # What a stage does.
+
     def discard(self) -> None:
         """Delete what is here, for --overwrite. Raises SPPOError where another process is making it.
 
@@ -167,15 +181,11 @@ class Stage:
         is_tried = self.has_begun() and not self.manifest.exists()
         if is_tried or self._is_made_again():
             return
-        self._hold()
-        for path in [self.manifest, *self.outputs, *([self.journal] if self.journal else [])]:
-            path.unlink(missing_ok=True)
-        self._held.write("")
-
-    def _is_made_again(self) -> bool:
-        """Whether the --overwrite that is under way has made this already: see shards.overwriting."""
-        name = os.environ.get(OVERWRITE)
-        return bool(name) and self.is_current() and read_manifest(self.manifest).get("overwrite") == name
+        held = self._hold()
+        for path in (self.manifest, *self.outputs, self.journal):
+            if path is not None:
+                path.unlink(missing_ok=True)
+        held.write("")
 
     def remove_leftovers(self) -> None:
         """Delete the marker and the journal that a kill behind the manifest has left, where that can be written to.
@@ -190,23 +200,19 @@ class Stage:
                     path.unlink(missing_ok=True)
                 held.release()
 
-    @property
-    def _marker(self) -> Path:
-        return self.manifest.with_name(self.manifest.name + ".started")
-
     def begin(self) -> None:
         """Lock the outputs for this process until finish(), and note that this stage has begun.
 
         So outputs without a manifest are known as its own after a kill. Raises SPPOError where another process is
         making them, or has made others meanwhile.
         """
-        self._hold()
+        held = self._hold()
         if self.manifest.exists():
             written = read_manifest(self.manifest)
             self.refuse_if_different(written)
             self._keep_changed(written)
         if not self.has_begun():
-            self._held.write(json.dumps(self.identity))
+            held.write(json.dumps(self.identity))
 
     def _keep_changed(self, written: dict[str, Any]) -> None:
         """Move outputs that changed since they were written out of the way: somebody may have edited them."""
@@ -217,13 +223,14 @@ class Stage:
                 os.replace(path, kept)
                 print(f"{self.name}: {path} changed since it was written, and is kept as {kept}", flush=True)
 
-    def _hold(self) -> None:
+    def _hold(self) -> Held:
         if self._held is None:
             try:
                 self._held = hold(self._marker)
             except BlockingIOError:
                 what = self.outputs[0] if self.outputs else self.manifest.parent
                 raise SPPOError(f"{self.name}: another process is making {what}; wait for it or stop it") from None
+        return self._held
 
     def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Write the manifest: the outputs are complete from here on."""
