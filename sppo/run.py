@@ -160,11 +160,10 @@ def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
     from sppo.generation.combine import combine_stage
     from sppo.generation.source import Source
 
-    shards = data_dir / "responses"
-    if not shards.exists():
+    count = known_count(data_dir / "responses")
+    if not count:
         raise SPPOError(f"{data_dir} is not begun")
     source = Source.of(recipe, parse_part(recipe.prompts_part), data_dir)
-    count = known_count(shards) or len(groups(devices(recipe.gpus), recipe.world_size))
     yield [source.stage(data_dir, Slice(0, i, count)) for i in range(count)]
     yield [combine_stage(data_dir, count, recipe.pairs)]
 
@@ -178,7 +177,7 @@ def data_stages(recipe: Recipe) -> Stages:
     data_dir = Path(recipe.data_dir)
     recipe = pinned(recipe, _first_data(recipe))
     yield from drawing_stages(recipe, data_dir)
-    count = known_count(data_dir / "ranking") or len(devices(recipe.gpus))
+    count = known_count(data_dir / "ranking") or 1  # not begun: then one that is not current
     yield [rank_stage(recipe, data_dir, Slice(0, i, count)) for i in range(count)]
     yield [pairing_stage(recipe, data_dir)]
 
