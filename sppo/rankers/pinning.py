@@ -67,7 +67,7 @@ def preload(recipe: Recipe, data_dir: Path | None, overwrite: bool = False) -> N
 def _refuse_another(pin: dict[str, str], data_dir: Path) -> None:
     """Raise OtherWorkError where the ranking in $DATA was begun under another pin, or by another ranker without one."""
     ranking = data_dir / "ranking"
-    begun = set(begun_shards(ranking))
+    begun = begun_shards(ranking)
     if not begun:
         return
     there = _read_pin(data_dir)

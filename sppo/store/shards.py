@@ -73,9 +73,9 @@ def known_count(directory: Path) -> int:
     )
 
 
-def begun_shards(directory: Path) -> list[int]:
-    """The numbers of the shards of which there is any file; one may be there several times."""
-    return [int(p.name[6:11]) for p in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
+def begun_shards(directory: Path) -> set[int]:
+    """The numbers of the shards of which there is any file."""
+    return {int(path.name[6:11]) for path in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")}
 
 
 def lay_out(directory: Path, count: int, overwrite: bool = False) -> None:
@@ -83,7 +83,7 @@ def lay_out(directory: Path, count: int, overwrite: bool = False) -> None:
 
     overwrite: what an earlier layout has beyond them is deleted. Raises SPPOError where there are more or fewer.
     """
-    begun = set(begun_shards(directory))
+    begun = begun_shards(directory)
     if begun and not overwrite:
         if (known := known_count(directory)) not in (0, count):
             raise SPPOError(
