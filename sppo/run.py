@@ -18,7 +18,7 @@ from sppo.launch.devices import devices, groups
 from sppo.recipe import Recipe, load_recipe, parse_part, require_pairs
 from sppo.store.files import atomic, read_json
 from sppo.store.manifest import Stage
-from sppo.store.shards import Slice, as_begun, known_count
+from sppo.store.shards import Slice, known_count
 
 Stages = Iterator[list[Stage]]  # those of one group are made beside each other, from the groups before them
 _OF_A_DRIVER = ("iteration", "prompts_part", "data_dir", "dataset", "model_dir")
@@ -104,7 +104,7 @@ def is_done(groups_of_stages: Iterable[list[Stage]], *files: Path) -> bool:
     if not all(path.exists() for path in files):
         return False
     try:
-        return all(stage.stands() for group in groups_of_stages for stage in group)
+        return all(stage.is_current() for group in groups_of_stages for stage in group)
     except (SPPOError, FileNotFoundError):  # what they stand on is not there, or not whole
         return False
 
@@ -144,7 +144,7 @@ def refuse_foreign(recipes: list[Recipe], run: Recipe) -> None:
             for group in step:
                 for stage in group:
                     stage.refuse_others()
-                if not all(stage.stands() for stage in group):
+                if not all(stage.is_current() for stage in group):
                     return
         except (OtherWorkError, UsageError):
             raise
@@ -160,12 +160,11 @@ def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
     from sppo.generation.combine import combine_stage
     from sppo.generation.source import Source
 
-    shards = data_dir / "responses"
-    if not shards.exists():
+    count = known_count(data_dir / "responses")
+    if not count:
         raise SPPOError(f"{data_dir} is not begun")
     source = Source.of(recipe, parse_part(recipe.prompts_part), data_dir)
-    count = known_count(shards) or len(groups(devices(recipe.gpus), recipe.world_size))
-    yield [source.stage(data_dir, part) for part in as_begun([Slice(0, i, count) for i in range(count)], shards)]
+    yield [source.stage(data_dir, Slice(0, i, count)) for i in range(count)]
     yield [combine_stage(data_dir, count, recipe.pairs)]
 
 
@@ -178,9 +177,8 @@ def data_stages(recipe: Recipe) -> Stages:
     data_dir = Path(recipe.data_dir)
     recipe = pinned(recipe, _first_data(recipe))
     yield from drawing_stages(recipe, data_dir)
-    count = known_count(data_dir / "ranking") or len(devices(recipe.gpus))
-    slices = as_begun([Slice(0, i, count) for i in range(count)], data_dir / "ranking")
-    yield [rank_stage(recipe, data_dir, part) for part in slices]
+    count = known_count(data_dir / "ranking") or 1  # not begun: then one that is not current
+    yield [rank_stage(recipe, data_dir, Slice(0, i, count)) for i in range(count)]
     yield [pairing_stage(recipe, data_dir)]
 
 

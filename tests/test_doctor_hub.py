@@ -42,10 +42,10 @@ except SPPOError as error:
             "write",
             "me",
             {"HF_TOKEN": "hf_wrong"},
-            "no --org me: the Hub does not take the token (HTTP 401); set HF_TOKEN",
+            "no --org me: the Hub refuses (401): ",
         ),
-        ("write", "me", {"HF_TOKEN": ""}, "no --org me: pushing needs a token; set HF_TOKEN or run `hf auth login`"),
-        ("write", "me", {"HF_HUB_OFFLINE": "1"}, "no --org me: with HF_HUB_OFFLINE=1 nothing is pushed"),
+        ("write", "me", {"HF_TOKEN": ""}, "no --org me: there is no token; set HF_TOKEN or run `hf auth login`"),
+        ("write", "me", {"HF_HUB_OFFLINE": "1"}, "no --org me: HF_HUB_OFFLINE is set; unset it"),
         ("write", "me", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "no --org me: the Hub is out of reach"),
     ],
 )

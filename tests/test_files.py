@@ -93,42 +93,9 @@ def test_a_disk_without_locks_has_an_owner_file_in_their_place(tmp_path: Path, m
     with pytest.raises(SPPOError, match=r"j\.owner: a process of another machine.*delete this file"):
         Journal(tmp_path / "j", IDENTITY)
     owner.unlink()
-    with exclusive(tmp_path), pytest.raises(SPPOError, match="another run is at work"), exclusive(tmp_path):
+    with exclusive(tmp_path), pytest.raises(SPPOError, match="another process is at work in"), exclusive(tmp_path):
         pass
     assert not (tmp_path / ".lock.owner").exists()
-
-
-@pytest.mark.parametrize("cut", range(0, 60, 7))
-def test_a_journal_cut_anywhere_keeps_every_whole_line(tmp_path: Path, cut: int) -> None:
-    journal = Journal(tmp_path / "j", IDENTITY)
-    for i in range(5):
-        journal.add(f"p{i}", {"text": f"línea {i}\n"})
-    journal.close()
-    content = (tmp_path / "j").read_bytes()
-    (tmp_path / "j").write_bytes(content[: len(content) - cut])
-    whole = content[: len(content) - cut].count(b"\n") - 1  # the header is a line too
-    again = Journal(tmp_path / "j", IDENTITY)
-    assert len(again.done) == whole
-    again.add("new", {"text": "x"})
-    assert [again.read(f"p{i}")["text"] for i in range(whole)] == [f"línea {i}\n" for i in range(whole)]
-    again.close()
-    last = Journal(tmp_path / "j", IDENTITY)
-    assert len(last.done) == whole + 1
-    last.close()
-
-
-def test_a_damaged_line_is_made_again_and_costs_no_other(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j", IDENTITY)
-    for i in range(3):
-        journal.add(f"p{i}", {"n": i})
-    journal.close()
-    content = bytearray((tmp_path / "j").read_bytes())
-    content[content.index(b'"p1"') + 1] ^= 1
-    (tmp_path / "j").write_bytes(content)
-    again = Journal(tmp_path / "j", IDENTITY)
-    assert set(again.done) == {"p0", "p2"}
-    assert again.dropped == 1
-    again.close()
 
 
 def test_a_damaged_first_line_costs_no_item_and_mixes_no_identities(tmp_path: Path) -> None:
@@ -147,49 +114,44 @@ def test_a_damaged_first_line_costs_no_item_and_mixes_no_identities(tmp_path: Pa
     assert (tmp_path / "j").read_bytes() == kept
 
 
-def test_two_processes_cannot_share_a_journal_or_a_run(tmp_path: Path) -> None:
-    first = Journal(tmp_path / "j", IDENTITY)
-    with pytest.raises(SPPOError, match="another process"):
-        Journal(tmp_path / "j", IDENTITY)
-    first.close()
-    with exclusive(tmp_path / "run"), pytest.raises(SPPOError, match="another run"), exclusive(tmp_path / "run"):
-        pass
-
-
 def stage(directory: Path, **settings: int) -> Stage:
     return Stage("s", directory / "m.json", [directory / "out"], {"model": "abc"}, settings, directory / "j")
 
 
 def test_a_stage_is_done_once_and_refuses_other_settings(tmp_path: Path) -> None:
-    assert not stage(tmp_path, pairs=5).is_done()
+    assert not stage(tmp_path, pairs=5).is_current()
     (tmp_path / "out").write_text("result")
     stage(tmp_path, pairs=5).finish({"n": 1})
-    assert stage(tmp_path, pairs=5).is_done()
+    assert stage(tmp_path, pairs=5).is_current()
+    assert not stage(tmp_path, pairs=4).is_current()
     with pytest.raises(SPPOError, match=r"settings\.pairs: 5 there, 4 now(.|\n)*--overwrite"):
-        stage(tmp_path, pairs=4).is_done()
+        stage(tmp_path, pairs=4).refuse_foreign()
     (tmp_path / "out").write_text("changed")
-    assert not stage(tmp_path, pairs=5).is_done()
+    assert not stage(tmp_path, pairs=5).is_current()
+    stage(tmp_path, pairs=5).refuse_foreign()  # its own, so it is made again
     (tmp_path / "out").unlink()
-    assert not stage(tmp_path, pairs=5).is_done()
+    assert not stage(tmp_path, pairs=5).is_current()
 
 
 def test_somebody_elses_output_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SPPOError, match="without a manifest"):
-        stage(tmp_path).is_done()
-    assert not stage(tmp_path).is_done(overwrite=True)
+        stage(tmp_path).refuse_foreign()
+    assert (tmp_path / "out").read_text() == "mine"
+    stage(tmp_path).discard()
+    assert not (tmp_path / "out").exists()
 
 
 def test_overwrite_goes_on_with_its_own_work_and_with_nobody_elses(tmp_path: Path) -> None:
     """A job with --overwrite that meets its time limit would else begin anew for ever."""
     (tmp_path / "out").write_text("another's")
-    assert not stage(tmp_path).is_done(overwrite=True)
+    stage(tmp_path).discard()
     assert not (tmp_path / "out").exists()
     stage(tmp_path).begin()
     (tmp_path / "out").write_text("half")
-    assert not stage(tmp_path).is_done(overwrite=True)
+    stage(tmp_path).discard()
     assert (tmp_path / "out").read_text() == "half"
-    assert not stage(tmp_path, pairs=4).is_done(overwrite=True)
+    stage(tmp_path, pairs=4).discard()
     assert not (tmp_path / "out").exists()
 
 
@@ -197,11 +159,12 @@ def test_a_kill_between_output_and_manifest_is_no_dead_end(tmp_path: Path) -> No
     """The stage makes it again; the same file under other settings is still somebody else's."""
     stage(tmp_path, pairs=5).begin()
     (tmp_path / "out").write_text("whole, but killed before the manifest")
-    assert not stage(tmp_path, pairs=5).is_done()
+    assert not stage(tmp_path, pairs=5).is_current()
+    stage(tmp_path, pairs=5).refuse_foreign()
     with pytest.raises(SPPOError, match="without a manifest"):
-        stage(tmp_path, pairs=4).is_done()
+        stage(tmp_path, pairs=4).refuse_foreign()
     stage(tmp_path, pairs=5).finish({})
-    assert stage(tmp_path, pairs=5).is_done()
+    assert stage(tmp_path, pairs=5).is_current()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "out"]
 
 
@@ -213,7 +176,8 @@ def test_what_a_kill_behind_the_manifest_has_left_goes(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("result")
     stage(tmp_path, pairs=5).finish({})
     stage(tmp_path, pairs=5).begin()  # its mark too
-    assert stage(tmp_path, pairs=5).is_done()
+    assert stage(tmp_path, pairs=5).is_current()
+    stage(tmp_path, pairs=5).remove_leftovers()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "out"]
 
 
@@ -221,16 +185,16 @@ def test_a_journal_of_other_settings_is_refused_not_deleted(tmp_path: Path) -> N
     journal = Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity)
     journal.add("p", {})
     journal.close()
-    assert not stage(tmp_path, pairs=5).is_done()
+    stage(tmp_path, pairs=5).refuse_foreign()
     with pytest.raises(SPPOError, match="pairs"):
-        stage(tmp_path, pairs=4).is_done()
+        stage(tmp_path, pairs=4).refuse_foreign()
     assert (tmp_path / "j").exists()
 
 
 def test_a_journal_without_work_refuses_nothing(tmp_path: Path) -> None:
     """A try that failed before its first prompt must not hold the next one, under mended settings, to its own."""
     Journal(tmp_path / "j", stage(tmp_path, pairs=5).identity).close()
-    assert not stage(tmp_path, pairs=4).is_done()
+    stage(tmp_path, pairs=4).refuse_foreign()
 
 
 def test_new_weights_under_the_same_path_are_another_model(models: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_missing_a_foreign_or_a_stale_shard_is_never_combined(recipe: Recipe, 
         combine(out, 3, 3, False)
     with pytest.raises(SPPOError, match="made in 3 shards, so there are some beyond --numgpu 2"):
         combine(out, 2, 3, False)
-    (out / "responses/shards.json").unlink()  # as an older version left it by hand
+    (out / "responses/shards.json").unlink()  # somebody has deleted it
     with pytest.raises(SPPOError, match="end at row 16 of 24"):
         combine(out, 2, 3, False)
     recipe.temperature = 0.9

@@ -87,22 +87,13 @@ def test_a_journal_of_another_identity_is_refused_by_name_and_kept(tmp_path: Pat
     kept.close()
 
 
-def test_what_an_older_version_did_not_note_is_no_difference_and_anything_else_is(world: Path) -> None:
-    """A templated ranking notes the template's arguments, also where there are none. An older journal lacks the key."""
+def test_a_templated_ranking_is_refused_under_other_arguments_of_the_template(world: Path) -> None:
+    """It notes them also where there are none."""
 
     def stage(**arguments: Any) -> Stage:
         recipe = Recipe(model=str(world / "model"), ranker=str(world / "PairRM"), pairs=2)
         return rank_stage(replace(recipe, chat_template_kwargs=arguments), world / "data", Slice(0, 0))
 
-    older = stage().identity
-    del older["inputs"]["ranker"]["chat_template_kwargs"]
-    journal = Journal(world / "older.journal", older)
-    journal.add("p0", {"n": 0})
-    journal.close()
-    journal = Journal(world / "older.journal", stage().identity)
-    assert journal.read("p0") == {"n": 0}
-    journal.close()
-    stage(enable_thinking=False).refuse_if_different(older)
     with pytest.raises(SPPOError, match=r"ranker\.chat_template_kwargs\.enable_thinking: null there, false now"):
         stage(enable_thinking=False).refuse_if_different(stage().identity)
 
@@ -213,20 +204,14 @@ def rows_of(data: Path) -> list[list[int]]:
     return [read_json(path.with_suffix(".manifest.json"))["settings"]["rows"] for path in ranking_files(data)]
 
 
-def test_what_an_older_version_cut_goes_on_as_it_was_cut(tmp_path: Path, rankers: None) -> None:
-    """It gave each shard ceil(N / n) rows, and noted their number alone."""
+def test_a_damaged_note_of_the_shards_is_refused_and_says_what_to_write(tmp_path: Path, rankers: None) -> None:
+    """An older version's, which gave each shard ceil(N / n) rows and noted their number alone, too."""
     data = write_responses(tmp_path / "data", 10, 3)
-    write_json(data / "ranking" / "shards.json", {"shards": 3})
-    (data / "ranking" / "shard-00001.journal").touch()
     recipe = ranked(data, "longest", 3)
-    assert rows_of(data) == [[0, 4], [4, 8], [8, 10]]
-    compute_prob(recipe, data, False)
-    ranked(data, "longest", 3, overwrite=True)
-    assert rows_of(data) == [[0, 3], [3, 6], [6, 10]]
     note = data / "ranking" / "shards.json"
-    for damaged in ("{}", "[]", '{"shards": 0}', '{"shards', "\udcff"):
+    for damaged in ("{}", "[]", '{"shards": 0}', '{"shards": 3}', '{"shards', "\udcff"):
         note.write_text(damaged, "utf-8", "surrogateescape")
-        with pytest.raises(SPPOError, match=r"shards\.json is damaged: no number of shards in it.*Write {") as raised:
+        with pytest.raises(SPPOError, match=r"shards\.json is damaged, or another version's.*Write {") as raised:
             compute_prob(recipe, data, True)
     note.write_text(re.findall("{.*?}", str(raised.value))[0])  # as it says
     ranked(data, "longest", 3)
@@ -327,7 +312,7 @@ def test_a_shard_that_was_never_ranked_is_no_dropped_prompt(tmp_path: Path, rank
     recipe = ranked(data, "longest", 3, [0, 2])
     with pytest.raises(SPPOError, match=r"made in 3 shards, and not ranked are shard-00001\.parquet; run rank.py"):
         compute_prob(recipe, data, False)
-    (data / "ranking" / "shards.json").unlink()  # ranked by hand, by an older version
+    (data / "ranking" / "shards.json").unlink()  # somebody has deleted it
     with pytest.raises(SPPOError, match="rows 4 to 8 of .* were never ranked"):
         compute_prob(recipe, data, False)
     for manifest in (data / "ranking").glob("*.manifest.json"):  # another tool's, which may leave prompts out
@@ -335,7 +320,7 @@ def test_a_shard_that_was_never_ranked_is_no_dropped_prompt(tmp_path: Path, rank
     (data / "ranking" / "shard-00002.parquet").rename(data / "ranking" / "mine.parquet")
     compute_prob(recipe, data, False)
     assert read_json(data / "train.manifest.json")["counts"]["dropped"]["not ranked"] == 4
-    write_json(data / "ranking" / "shards.json", {"shards": 1})
+    write_json(data / "ranking" / "shards.json", {"shards": 1, "even": True})
     (data / "ranking" / "shard-00000.manifest.json").touch()
     with pytest.raises(SPPOError, match=r"holds mine\.parquet besides the 1 shards of rank.py"):
         compute_prob(recipe, data, True)
@@ -626,8 +611,8 @@ def test_a_changed_judge_leaves_no_old_report(tmp_path: Path, rankers: None, mon
     with pytest.raises(SPPOError, match=r"match: (.|\n)*inputs\.ranker\.source: (.|\n)*--overwrite"):
         made(shorter)
     assert {path: path.read_bytes() for path in files} == before
-    assert not all(stage.stands() for stage in match_stages(recipe, run))
-    assert not report.report_stage(report.comparing(recipe, run, 1, "base"), run, 1).stands()
+    assert not all(stage.is_current() for stage in match_stages(recipe, run))
+    assert not report.report_stage(report.comparing(recipe, run, 1, "base"), run, 1).is_current()
     assert made(shorter, overwrite=True) == (0.0, 0.0)
 
 
@@ -637,20 +622,6 @@ def test_a_report_names_the_model_whose_template_was_used(world: Path) -> None:
     by = report.comparing(recipe, world / "run", 1, str(world / "model"))
     stage = report.report_stage(by, world / "run", 1)
     assert stage.inputs["ranker"]["model"] == policy_of(replace(recipe, model=str(world / "model"))).identity()
-
-
-def test_what_older_versions_did_not_note_refuses_no_run_of_theirs(tmp_path: Path) -> None:
-    def stage(**identity: Any) -> Stage:
-        return Stage("s", tmp_path / "m.json", [tmp_path / "out"], {"ranker": identity}, {})
-
-    (tmp_path / "out").touch()
-    stage(ranker="r").finish({})
-    assert stage(ranker="r", chat_template_kwargs={"a": 1}).stands()
-    assert stage(ranker="r", chat_template_kwargs={"a": 1}).is_done()
-    assert not stage(ranker="r", another=1).stands()
-    stage(ranker="r", chat_template_kwargs={"a": 1}).finish({})
-    with pytest.raises(SPPOError, match=r"inputs\.ranker\.chat_template_kwargs\.a: 1 there, 2 now"):
-        stage(ranker="r", chat_template_kwargs={"a": 2}).is_done()
 
 
 # what is refused changes nothing

@@ -154,34 +154,21 @@ def test_a_file_that_came_into_a_finished_model_is_not_lost(
     assert not work_of(model).exists()
 
 
-def test_a_models_manifest_knows_every_file_and_an_older_ones_is_understood(trained: Path, tmp_path: Path) -> None:
+def test_a_models_manifest_knows_every_file_and_no_other_is_pushed(trained: Path, tmp_path: Path) -> None:
     written = read_json(trained / "sppo_manifest.json")
     names = set(state(trained)) - {"sppo_manifest.json"}
     assert {*written["outputs"], *written["others"]} == names
     assert {"chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(written["outputs"])
     assert all(digest(trained / n) == sha for n, sha in {**written["outputs"], **written["others"]}.items())
-    older = shutil.copytree(trained, tmp_path / "older")
-
-    def as_before(manifest: dict[str, Any]) -> None:
-        del manifest["others"]
-        manifest["outputs"] = {k: v for k, v in manifest["outputs"].items() if k.endswith((".json", ".safetensors"))}
-
-    edit(older / "sppo_manifest.json", as_before)
-    (older / "merged").mkdir()
-    (older / "merged" / "model-00001-of-00002.safetensors").touch()
-    (older / "merged" / "chat_template.jinja").touch()
-    assert not unknown_files(older)
-    for name in ("my_eval.py", "merged/notes.txt", "results.csv", "a/config.json"):
-        (older / name).parent.mkdir(exist_ok=True)
-        (older / name).write_text("mine")
-    (older / "link").symlink_to(trained)
-    assert unknown_files(older) == ["a/config.json", "link", "merged/notes.txt", "my_eval.py", "results.csv"]
-    for name in ("private_prompts.json", "hf_token.txt"):
-        (older / name).write_text("mine")
-    pushed = {*_model_files(older, read_json(older / "sppo_manifest.json"))}
-    assert pushed == {*names, "sppo_manifest.json", "my_eval.py"} | {
-        f"merged/{name}" for name in ("model-00001-of-00002.safetensors", "chat_template.jinja")
-    }
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    assert not unknown_files(copy)
+    for name in ("my_eval.py", "merged/notes.txt", "results.csv", "a/config.json", "hf_token.txt"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("mine")
+    (copy / "link").symlink_to(trained)
+    expected = ["a/config.json", "hf_token.txt", "link", "merged/notes.txt", "my_eval.py", "results.csv"]
+    assert unknown_files(copy) == expected
+    assert set(_model_files(copy, read_json(copy / "sppo_manifest.json"))) == {*names, "sppo_manifest.json"}
 
 
 def test_only_what_carries_our_marker_is_deleted(tmp_path: Path) -> None:
@@ -315,7 +302,7 @@ from sppo.store.manifest import MANIFEST, Stage
 
 here = Path(sys.argv[1])
 held = Stage("s", here / "m.json", [here / "out"], {"model": "abc"}, {"pairs": 5}, here / "j")
-assert not held.is_done()
+held.refuse_foreign()
 held.begin()
 with working(here / "model") as work:
     (work / "half").touch()
@@ -333,7 +320,7 @@ def test_two_processes_cannot_write_the_same_and_a_kill_leaves_no_lock(tmp_path:
     with pytest.raises(SPPOError, match="another process is making .*out; wait for it or stop it"):
         mine.begin()
     with pytest.raises(SPPOError, match="another process is making"):  # it would delete what the other one writes
-        stage(tmp_path, pairs=4).is_done(overwrite=True)
+        stage(tmp_path, pairs=4).discard()
     for attempt in (lambda: refuse_busy(tmp_path / "model"), working(tmp_path / "model").__enter__):
         with pytest.raises(SPPOError, match="another process is making .*model; wait for it or stop it"):
             attempt()
@@ -347,7 +334,7 @@ def test_two_processes_cannot_write_the_same_and_a_kill_leaves_no_lock(tmp_path:
     mine.finish({})
     with appearing(tmp_path / "model") as final:
         (final / "whole").touch()
-    assert stage(tmp_path, pairs=5).is_done()
+    assert stage(tmp_path, pairs=5).is_current()
     assert sorted(state(tmp_path)) == ["m.json", "model/whole", "out"]
 
 
@@ -387,7 +374,7 @@ def test_on_a_cluster_a_lock_of_a_dead_machine_is_waited_for_and_on_one_machine_
     }
     dead = {name: hold(tmp_path / name) for name in places}
     began = time.monotonic()
-    with pytest.raises(SPPOError, match="another run is at work"), exclusive(tmp_path):
+    with pytest.raises(SPPOError, match="another process is at work in"), exclusive(tmp_path):
         pass
     for name in ("m.json.started", "j", "model.partial/sppo.work"):
         with pytest.raises(SPPOError, match="another process is"):
@@ -504,7 +491,8 @@ def test_what_is_done_on_a_read_only_disk_is_done(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(manifest, "hold", read_only)
     monkeypatch.setattr(locks, "hold", read_only)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert stage(tmp_path / "data", pairs=5).is_done()
+    assert stage(tmp_path / "data", pairs=5).is_current()
+    stage(tmp_path / "data", pairs=5).remove_leftovers()
     started: list[Any] = []
     monkeypatch.setattr(launch, "run_shards", lambda *words: started.append(words[-1]))
     words = ["--gpus=none", f"--output_dir={tmp_path / 'data'}", f"--logs={tmp_path / 'logs'}"]
@@ -526,7 +514,7 @@ def test_an_empty_work_directory_that_a_kill_left_goes(tmp_path: Path) -> None:
 
 def test_what_another_process_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     late = stage(tmp_path, pairs=4)
-    assert not late.is_done()
+    late.refuse_foreign()
     quick = stage(tmp_path, pairs=5)
     quick.begin()
     (tmp_path / "out").write_text("of five")
@@ -711,7 +699,7 @@ def test_a_changed_template_is_copied_again_before_anything_is_drawn_with_it(
     template.write_text(template.read_text().replace("assistant", "tssistant"))
     words = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={model}"]
     asked = preferences.asked(words, 1)
-    assert not asked.stage.stands()  # so the driver does not go on to iteration 2, but to this:
+    assert not asked.stage.is_current()  # so the driver does not go on to iteration 2, but to this:
     (model / "tokenizer.json").unlink()
     train(models, data, model)
     said = capsys.readouterr().out
@@ -720,7 +708,7 @@ def test_a_changed_template_is_copied_again_before_anything_is_drawn_with_it(
     assert f"train: done: {model}" in said
     assert state(model) == before
     assert "tssistant" in (tmp_path / "model.changed-chat_template.jinja").read_text()
-    assert asked.stage.stands()
+    assert asked.stage.is_current()
 
 
 def test_a_flipped_bit_in_the_references_table_is_not_trained_on(
@@ -757,7 +745,7 @@ def test_changed_responses_rankings_and_pins_are_refused(tmp_path: Path) -> None
             compute_prob(Recipe(pairs=3, test_size=0), out, overwrite=True)
     pin = {"ranker": "org/ranker", "asked": "", "revision": "ab" * 20}
     recipe = Recipe(ranker="org/ranker")
-    for more, is_whole in (({}, True), ({"check": content_id(pin)}, True), ({"check": "0"}, False)):
+    for more, is_whole in (({}, False), ({"check": content_id(pin)}, True), ({"check": "0"}, False)):
         write_json(out / "ranker.json", pin | more)
         if is_whole:
             assert pinned(recipe, out).ranker_revision == "ab" * 20
@@ -800,10 +788,11 @@ def test_an_edited_output_is_kept_before_it_is_made_again(tmp_path: Path, capsys
     stage.finish({})
     stage.outputs[0].write_text("edited")
     again = Stage("made", tmp_path / "x.manifest.json", [tmp_path / "x.txt"], {}, {})
-    assert not again.is_done()
+    assert not again.is_current()
+    again.refuse_foreign()
     again.begin()
     assert "is kept as" in capsys.readouterr().out
     assert (tmp_path / "x.txt.changed").read_text() == "edited"
     again.outputs[0].write_text("made")
     again.finish({})
-    assert again.is_done()
+    assert again.is_current()

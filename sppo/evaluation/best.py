@@ -70,9 +70,13 @@ def best_of_n(recipe: Recipe, out: Path, knockout: bool, overwrite: bool, asked:
     call([*preload, *["--overwrite"] * overwrite], "preload")
     recipe = pinned(recipe, out)
     stage = _stage(recipe, out, responses, knockout)
-    if stage.is_done(overwrite):
+    if overwrite:
+        stage.discard()
+    if stage.is_current():
+        stage.remove_leftovers()
         print(f"best_of_n: done: {stage.outputs[0]}")
         return
+    stage.refuse_foreign()
     if knockout:
         if overwrite and not stage.has_begun():
             _forget_games(out / "knockout")

@@ -83,7 +83,12 @@ def match(by: Recipe, name: str, run_dir: Path, first: int, second: int, overwri
     """
     stage = match_stage(by, name, run_dir, first, second)
     rows = _joined(answers_of(run_dir, first), answers_of(run_dir, second))
-    if not stage.is_done(overwrite):
+    if overwrite:
+        stage.discard()
+    if stage.is_current():
+        stage.remove_leftovers()
+    else:
+        stage.refuse_foreign()
         stage.begin()
         journal = Journal(stage.journal, stage.identity)
         label = f"{name}: iteration {second} against {first}"

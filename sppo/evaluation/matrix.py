@@ -79,8 +79,8 @@ def win_matrix(recipe: Recipe, run_dir: Path, overwrite: bool = False) -> dict[s
         for name, by in by_name.items()
     }
     stage = matrix_stage(recipe, run_dir)
-    if not stage.stands():  # made of the matches in a moment, so one that differs is made again
-        stage.is_done(overwrite=True)
+    if not stage.is_current():  # made of the matches in a moment, so one that differs is made again
+        stage.discard()
         stage.begin()
         write_json(stage.outputs[0], _tables(models, by_name, played))
         stage.finish({"prompts": len(played["ranker"][0, 1].probability)})

@@ -48,8 +48,8 @@ def measure(recipe: Recipe, directory: Path, base: str) -> dict[str, float]:
     One made under other settings is made again: nothing is drawn for it, so nothing is lost.
     """
     stage = measure_stage(recipe, directory, base)
-    if not stage.stands():
-        stage.is_done(overwrite=True)
+    if not stage.is_current():
+        stage.discard()
         stage.begin()
         rows = list(read_rows(directory / "responses.parquet", ["prompt", "responses", "prompt_token_ids"]))
         found = health([response for row in rows for response in row["responses"]])

@@ -64,9 +64,9 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, overwrite: 
     after = _answers(drawing(recipe, str(here / "model")), here)
     by = comparing(recipe, run_dir, iteration, base)
     stage = report_stage(by, run_dir, iteration)
-    if overwrite or not stage.stands():  # made of the matches, which refuse another ranker or judge, in a moment
+    if overwrite or not stage.is_current():  # made of the matches, which refuse another ranker or judge, in a moment
         row = {"iteration": iteration, **_compare(by, run_dir, iteration, overwrite)}
-        stage.is_done(overwrite=True)
+        stage.discard()
         stage.begin()
         trained = read_json(here / "model" / "sppo_manifest.json")
         row.update(loss=trained["loss"], beta2_loss=trained["beta2_loss"])

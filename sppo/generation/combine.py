@@ -47,9 +47,13 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
             raise SPPOError(f"{directory / name} changed after it was written; delete it and run generate.py again")
 
     path = stage.outputs[0]
-    if stage.is_done(overwrite):
+    if overwrite:
+        stage.discard()
+    if stage.is_current():
+        stage.remove_leftovers()
         print(f"combine: done: {path}")
         return
+    stage.refuse_foreign()
     stage.begin()
     written = write_parquet(path, responses_schema(), _rows(directory, list(stage.inputs), pairs))
     skipped = [one for manifest in manifests for one in manifest["skipped"]]

@@ -22,7 +22,7 @@ from sppo.schema import responses_schema
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage
 from sppo.store.parquet import write_parquet
-from sppo.store.shards import Slice, as_begun, lay_out
+from sppo.store.shards import Slice, lay_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,15 +52,16 @@ def generate_shards(
     """
     source = Source.of(recipe, part, output_dir)
     directory = output_dir / "responses"
-    if not overwrite:
-        shards = as_begun(shards, directory)
-
     missing = []
     for shard in shards:
         stage = source.stage(output_dir, shard)
-        if stage.is_done(overwrite):
+        if overwrite:
+            stage.discard()
+        if stage.is_current():
+            stage.remove_leftovers()
             print(f"generate: shard {shard.data_frac} is done: {stage.outputs[0]}")
         else:
+            stage.refuse_foreign()
             missing.append(stage)
 
     if missing:

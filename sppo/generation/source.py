@@ -19,7 +19,7 @@ from sppo.models.policy import Policy, policy_of
 from sppo.recipe import Recipe
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import read_rows, write_parquet
-from sppo.store.shards import Slice, as_begun, known_count, shard_paths
+from sppo.store.shards import Slice, known_count, shard_paths
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,7 +56,7 @@ class Source:
         """The recipe's policy and prompts; of the prompts every n-th from the i-th on, part = (i, n). Only reads."""
         policy = policy_of(recipe)
         kept = _kept_prompts(recipe, part, output_dir)
-        if kept and kept.manifest.exists() and kept.stands():
+        if kept and kept.is_current():
             written = read_manifest(kept.manifest, "fingerprint", "sampled")
             prompts, total = kept.outputs[0], written["counts"]["prompts"]
             identity, sampled = written["fingerprint"], set(written["sampled"])
@@ -96,9 +96,8 @@ class Source:
     def refuse_others(self, output_dir: Path, frac_len: int = 0) -> None:
         """Raise SPPOError where a shard here was made otherwise, before any process begins. Changes nothing."""
         count = known_count(output_dir / "responses")
-        shards = [Slice(frac_len, number, count) for number in range(count)]
-        for shard in as_begun(shards, output_dir / "responses"):
-            self.stage(output_dir, shard).refuse_others()
+        for number in range(count):
+            self.stage(output_dir, Slice(frac_len, number, count)).refuse_others()
 
 
 def _kept_prompts(recipe: Recipe, part: tuple[int, int], output_dir: Path) -> Stage | None:

@@ -1,6 +1,5 @@
-"""The Hub: what a run made, pushed when it is asked for.
+"""The Hub: what a run made, pushed where --org asks for it, one commit a repository with a card and a tag.
 
-Reads $DATA or $MODEL, and the manifests there.
-Does one commit a repository, with a card and a tag; nothing here is lost when it fails.
-Writes the repositories on the Hub, and what arrived into pushed.json.
+push.py says what is pushed, upload.py pushes it, and errors.py says what went wrong. When a push fails, nothing here is
+lost.
 """

@@ -1,4 +1,4 @@
-"""Pushing data sets and models to the Hub: only when asked, and only what is complete here."""
+"""What is pushed to the Hub: data sets and models, only when asked, and only what is complete here."""
 
 from __future__ import annotations
 
@@ -8,32 +8,22 @@ import os
 import re
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 from sppo.cli import flags
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.search_path import ROOT
 from sppo.hub.data_card import data_card
-from sppo.models.files import public_name, tokenizer_files
-from sppo.store.files import changed, digest, digest_of, read_json, write_json
+from sppo.hub.upload import Files, Record, upload
+from sppo.models.files import public_name
+from sppo.store.files import changed, digest, digest_of, read_json
 from sppo.store.locks import alone
 from sppo.store.manifest import MANIFEST, read_manifest
 from sppo.store.parquet import open_parquet, read_rows, write_parquet
 
-T = TypeVar("T")
-Files = dict[str, Path | bytes]  # by their paths in the repository
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
-_TRIES, _PAUSE = 4, 2.0  # of a request that meets network trouble; seconds before the second try
-_LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
-# what is pushed of a model whose manifest does not name all its files, beside weights, code and the tokenizer's files
-_OWN = {
-    *("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json"),
-    *("README.md", "metrics.jsonl", MANIFEST),
-}
 
 
 def command(org: str, name: str, public: bool, output_dir: Path | None = None, model_dir: Path | None = None) -> list:
@@ -76,6 +66,10 @@ def tag_of(name: str, fingerprint: str) -> str:
     return found[0] if found else fingerprint[:12]
 
 
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def push_data(output_dir: Path, org: str, name: str, public: bool) -> None:
     """Push $DATA to <org>/data-<name>_generated and <org>/synthetic_data_<name>_score, one commit each.
 
@@ -90,26 +84,27 @@ def push_data(output_dir: Path, org: str, name: str, public: bool) -> None:
     if made["outputs"] != found:
         raise SPPOError(f"{train} or {test.name} is not what {manifest.name} describes; run compute_prob.py again")
     tag = tag_of(name, found["train.parquet"])
-    part = "data/{}-00000-of-00001.parquet".format
+    record = output_dir / "pushed.json"
+    in_train, in_test = (f"data/{split}-00000-of-00001.parquet" for split in ("train", "test"))
     lock = alone(output_dir / "pushed.json.lock", f"pushes {output_dir}")
     with lock, tempfile.TemporaryDirectory(prefix="sppo-hub-") as scratch:  # mode 0700
-        both = Path(scratch) / "both.parquet"
-        for repo, files, digests in (
-            (f"{org}/data-{name}_generated", {part("train"): both}, {part("train"): "+".join(found.values())}),
-            (
-                f"{org}/synthetic_data_{name}_score",
-                {part("train"): train, part("test"): test},
-                {part("train"): found["train.parquet"], part("test"): found["test.parquet"]},
-            ),
-        ):
-            card = data_card(repo, tag, [f.split("/")[1].split("-")[0] for f in files], output_dir).encode()
-            digests["README.md"] = hashlib.sha256(card).hexdigest()
-            record = _Record(output_dir / "pushed.json", repo, "dataset", public, digests)
-            if record.is_done():
-                continue
-            if both in files.values():
-                _write_generated(train, test, both, made["settings"]["pairs"])
-            _push(record, {"README.md": card, **files}, tag)
+        # all responses of all prompts, in one split
+        repo = f"{org}/data-{name}_generated"
+        card = data_card(repo, tag, ["train"], output_dir).encode()
+        digests = {in_train: "+".join(found.values()), "README.md": sha256(card)}
+        generated = Record(record, repo, "dataset", public, digests)
+        if not generated.is_done():
+            both = Path(scratch) / "both.parquet"
+            _write_generated(train, test, both, made["settings"]["pairs"])
+            upload(generated, {"README.md": card, in_train: both}, tag)
+
+        # the training set as it is
+        repo = f"{org}/synthetic_data_{name}_score"
+        card = data_card(repo, tag, ["train", "test"], output_dir).encode()
+        digests = {in_train: found["train.parquet"], in_test: found["test.parquet"], "README.md": sha256(card)}
+        scored = Record(record, repo, "dataset", public, digests)
+        if not scored.is_done():
+            upload(scored, {"README.md": card, in_train: train, in_test: test}, tag)
 
 
 def push_model(model_dir: Path, org: str, name: str, public: bool) -> None:
@@ -128,28 +123,22 @@ def push_model(model_dir: Path, org: str, name: str, public: bool) -> None:
             "command that made the model mends it"
         )
     files: Files = {name: _without_paths(model_dir / name) for name in _model_files(model_dir, written)}
-    if "others" in written:
-        files[MANIFEST] = _with_digests(files)
-    digests = {n: digest(f) if isinstance(f, Path) else hashlib.sha256(f).hexdigest() for n, f in files.items()}
+    files[MANIFEST] = _with_digests(files)
+    digests = {n: digest(content) if isinstance(content, Path) else sha256(content) for n, content in files.items()}
     path, repo = model_dir.absolute().parent / f"pushed-{model_dir.name}.json", f"{org}/{name}"
     with alone(path.with_name(path.name + ".lock"), f"pushes {model_dir}"):
-        record = _Record(path, repo, "model", public, digests)
+        record = Record(path, repo, "model", public, digests)
         if not record.is_done():
-            _push(record, files, tag_of(name, hashlib.sha256(json.dumps(digests).encode()).hexdigest()))
+            upload(record, files, tag_of(name, sha256(json.dumps(digests).encode())))
     adapter = model_dir / "adapter_config.json"
     if adapter.exists() and Path(read_json(adapter)["base_model_name_or_path"]).is_absolute():
         print(f"push_to_hub: {repo} is an adapter, and its base is a directory here: who loads it needs that base too")
 
 
 def _model_files(model_dir: Path, written: dict[str, Any]) -> list[str]:
-    """The files of a model that are pushed: all that its manifest knows. An older one does not know all."""
-    if "others" in written:
-        return sorted({MANIFEST, *written["outputs"], *(n for n in written["others"] if (model_dir / n).is_file())})
-    paths: list[Path] = []
-    for folder in filter(Path.is_dir, (model_dir, model_dir / "merged")):
-        paths += [p for p in folder.iterdir() if p.name in _OWN or p.suffix in (".safetensors", ".py")]
-        paths += [folder / name for name in tokenizer_files(folder)]
-    return sorted({p.relative_to(model_dir).as_posix() for p in paths if p.is_file() and not p.name.startswith(".")})
+    """The files of a model that are pushed: all that its manifest knows."""
+    others = [name for name in written.get("others", {}) if (model_dir / name).is_file()]
+    return sorted({MANIFEST, *written["outputs"], *others})
 
 
 def _with_digests(files: Files) -> bytes:
@@ -184,110 +173,6 @@ def _without_paths(path: Path) -> Path | bytes:
     elif path.name == MANIFEST:
         clean["model"] = clean.pop("model_name", None) or public_name(clean["model"])
     return path if clean == content else (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-class _Record:
-    """What was pushed to a repository, in a file beside the data or the model: so that it is pushed once."""
-
-    def __init__(self, path: Path, repo: str, kind: str, public: bool, digests: dict[str, str]) -> None:
-        from huggingface_hub import constants
-
-        self.path, self.repo, self.kind, self.public = path, repo, kind, public
-        self._all = read_json(path) if path.exists() else {}
-        self.before = self._all.get(repo, {})
-        where = urlsplit(constants.ENDPOINT).hostname  # not the whole: it may hold a password
-        self._now = {"hub": where, "type": kind, "private": not public, "files": digests}
-
-    def is_done(self) -> bool:
-        done = all(self.before.get(k) == v for k, v in self._now.items())
-        if done:
-            print(f"push_to_hub: done: {self.repo}, commit {self.before['commit']}, tag {self.before['tag']}")
-        return done
-
-    def write(self, private: bool, commit: str, tag: str) -> None:
-        write_json(self.path, {**self._all, self.repo: {**self._now, "private": private, "commit": commit, "tag": tag}})
-
-
-def _push(record: _Record, files: Files, tag: str) -> None:
-    """One commit and its tag. Raises SPPOError before any upload where the repository is public against our wish."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # its warnings show signed addresses
-    api, repo, kind = HfApi(token=True), record.repo, record.kind
-    _retried(repo, lambda: api.create_repo(repo, repo_type=kind, private=not record.public, exist_ok=True))
-    info = _retried(repo, lambda: api.repo_info(repo, repo_type=kind))
-    if not info.private and not record.public:
-        raise SPPOError(
-            f"{repo} is public on the Hub already and --public was not given, so nothing was uploaded; pass --public, "
-            "make it private in its settings there, or take another --name"
-        )
-    if info.private and record.public:
-        print(f"push_to_hub: {repo} is there already and stays private; its settings on the Hub can change that")
-    there = {sibling.rfilename for sibling in info.siblings or []}
-    stale = (there & set(record.before.get("files", {}))) - set(files)  # ours of an earlier push: a shard less now
-    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in sorted(stale)]
-    message = f"SPPO {tag}"
-    commit = _retried(repo, lambda: api.create_commit(repo, operations, commit_message=message, repo_type=kind)).oid
-    tags = {t.name: t.target_commit for t in _retried(repo, lambda: api.list_repo_refs(repo, repo_type=kind)).tags}
-    if tags.get(tag, commit) != commit:
-        _retried(repo, lambda: api.delete_tag(repo, tag=tag, repo_type=kind))
-        print(f"push_to_hub: {repo}: tag {tag} moves from commit {tags.pop(tag)}, where the earlier files stay")
-    if tag not in tags:
-        _retried(repo, lambda: api.create_tag(repo, tag=tag, revision=commit, repo_type=kind, exist_ok=True))
-    record.write(bool(info.private), commit, tag)
-    print(f"push_to_hub: {repo}: {len(files)} files, {'private' if info.private else 'public'}, tag {tag}")
-
-
-def _retried(repo: str, call: Callable[[], T]) -> T:
-    """Try again on network trouble and the server's own (5xx, 429); a refusal is final."""
-    from httpx2 import TransportError
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    trouble = ""
-    for attempt in range(_TRIES):
-        wait = _PAUSE * 2**attempt
-        try:
-            return call()
-        except LocalTokenNotFoundError:
-            raise SPPOError(f"pushing {repo} needs a token: set HF_TOKEN or run `hf auth login`") from None
-        except OfflineModeIsEnabled:
-            raise SPPOError(f"pushing {repo} needs the network, and HF_HUB_OFFLINE is set; unset it") from None
-        except (TransportError, HfHubHTTPError, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-            causes = list(_causes(error))  # an upload's own error is the cause of a RuntimeError
-            refusal = next((e for e in causes if isinstance(e, HfHubHTTPError)), None)
-            trouble = _plain(refusal or causes[-1])
-            if refusal is not None:
-                status = refusal.response.status_code
-                if status < 500 and status not in (408, 429):
-                    hint = "; check --org, and that the token may write there" if status in (401, 403, 404) else ""
-                    raise SPPOError(f"the Hub refuses {repo} ({status}): {trouble}{hint}") from None
-                after = refusal.response.headers.get("Retry-After", "")
-                wait = min(_LONGEST_WAIT, max(wait, float(after))) if after.isdigit() else wait
-            elif isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-                raise SPPOError(f"the Hub does not take {repo}: {trouble}") from None
-        if attempt + 1 < _TRIES:
-            print(f"push_to_hub: {repo}: {trouble}; trying again in {wait:g} s", file=sys.stderr, flush=True)
-            time.sleep(wait)
-    raise SPPOError(f"the Hub is out of reach for {repo} after {_TRIES} tries: {trouble}")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what caused it, what caused that."""
-    following: BaseException | None = error
-    while following is not None:
-        yield following
-        following = following.__cause__
-
-
-def _plain(error: BaseException) -> str:
-    """An error in one line, without the token and without the secret parts of an address."""
-    from huggingface_hub import get_token
-
-    text = " ".join((getattr(error, "server_message", None) or str(error)).split())
-    text = re.sub(r"(?<=://)[^/@\s]*@|(?<=\S)\?\S+", "", text).replace(get_token() or "\0", "***")
-    return text[:300] or type(error).__name__
 
 
 def _write_generated(train: Path, test: Path, target: Path, pairs: int) -> None:

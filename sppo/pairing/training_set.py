@@ -55,15 +55,18 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     schema = responses_columns(responses)
     stage = pairing_stage(recipe, output_dir)
     check_rankings(shards, responses, stage.inputs["responses"])
-    if not overwrite and stage.is_done():
-        print(f"compute_prob: done: {train}")
-        return
+    if not overwrite:
+        if stage.is_current():
+            stage.remove_leftovers()
+            print(f"compute_prob: done: {train}")
+            return
+        stage.refuse_foreign()
     rankings = Rankings(shards, recipe.pairs)
     if not len(rankings):
         raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
     rows, held_out = _match(responses, rankings, recipe)
     if overwrite:
-        stage.is_done(overwrite)  # the old ones may go now that new ones can be made
+        stage.discard()  # the old ones may go now that new ones can be made
     stage.begin()
     statistics = winrates.Statistics()
     pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)

@@ -30,8 +30,7 @@ def _read_pin(data_dir: Path) -> dict[str, str]:
         return {}
     written = read_json(path)
     pin = {key: written.get(key) for key in ("ranker", "asked", "revision")} if isinstance(written, dict) else {}
-    # an older version wrote no check
-    if not pin or None in pin.values() or written.get("check", content_id(pin)) != content_id(pin):
+    if not pin or None in pin.values() or written.get("check") != content_id(pin):
         raise SPPOError(f"{path} is damaged; delete it and run preload.py again")
     return pin
 
@@ -68,7 +67,7 @@ def preload(recipe: Recipe, data_dir: Path | None, overwrite: bool = False) -> N
 def _refuse_another(pin: dict[str, str], data_dir: Path) -> None:
     """Raise OtherWorkError where the ranking in $DATA was begun under another pin, or by another ranker without one."""
     ranking = data_dir / "ranking"
-    begun = set(begun_shards(ranking))
+    begun = begun_shards(ranking)
     if not begun:
         return
     there = _read_pin(data_dir)

@@ -28,7 +28,7 @@ from sppo.store.journal import Journal
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import open_parquet, read_rows, write_parquet
 from sppo.store.responses import require_responses, responses_columns
-from sppo.store.shards import Slice, as_begun, lay_out, shard_paths
+from sppo.store.shards import Slice, lay_out, shard_paths
 
 Logits = list[list[float]]
 _CHUNK = 64  # prompts whose pairs are packed into batches together
@@ -104,7 +104,6 @@ def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite:
     responses = require_responses(output_dir)
     responses_columns(responses)
     directory, total = output_dir / "ranking", open_parquet(responses, []).metadata.num_rows
-    parts = parts if overwrite else as_begun(parts, directory)
     named = _with_ranker_and_model(recipe, output_dir)
 
     # both once, for the first shard that is not done
@@ -118,9 +117,13 @@ def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite:
 
     for part in parts:
         stage = rank_stage(recipe, output_dir, part)
-        if stage.is_done(overwrite):
+        if overwrite:
+            stage.discard()
+        if stage.is_current():
+            stage.remove_leftovers()
             print(f"rank: shard {part.data_frac} is done: {stage.outputs[0]}")
         else:
+            stage.refuse_foreign()
             note_count()
             _rank_shard(named, stage, part.data_frac, load)
 

@@ -15,18 +15,11 @@ from pathlib import Path
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.store.files import follow_umask, sync_directory
-from sppo.store.locks import hold
+from sppo.store.locks import hold, is_held
 from sppo.store.manifest import MANIFEST, read_manifest
 
 MARKER = "sppo.work"  # in a work directory: all in it is ours. Who is at work there holds a lock on it
 FINAL = "final"  # in a work directory: what is put in place in the end
-
-# What older versions wrote into a model's directory beside the files that its manifest named.
-_OLDER = set(
-    "README.md metrics.jsonl config.json generation_config.json model.safetensors.index.json tokenizer.json "
-    "tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
-    "chat_template.jinja chat_template.json".split()
-)
 
 
 def target_of(output_dir: Path) -> Path:
@@ -90,24 +83,12 @@ def unknown_files(directory: Path) -> list[str]:
         return found
     written = read_manifest(directory / MANIFEST)
     known = {MANIFEST, *written["outputs"], *written.get("others", {})}
-    is_older = "others" not in written
-    return [name for name in found if name not in known and not (is_older and _is_of_older(directory, name))]
+    return [name for name in found if name not in known]
 
 
 def _is_of_system(name: str) -> bool:
     """Whether a file is no one's work: what a file server or a file browser puts into any directory."""
     return name.startswith(".nfs") or name in (".DS_Store", "Thumbs.db")
-
-
-def _is_of_older(directory: Path, name: str) -> bool:
-    """Whether a file of a model is one that older versions wrote and did not name in the manifest."""
-    parent, _, last = name.rpartition("/")
-    if parent not in ("", "merged"):
-        return False
-    if last.endswith(".py"):  # a model's own code
-        config = directory / "config.json"
-        return config.is_file() and b'"auto_map"' in config.read_bytes()
-    return last in _OLDER or (parent == "merged" and last.endswith((".safetensors", ".json")))
 
 
 def refuse_unknown(target: Path, maker: str = "") -> None:
@@ -151,12 +132,8 @@ def refuse_overlap(target: Path, models: list[Path]) -> None:
 
 def refuse_busy(target: Path) -> None:
     """Raise SPPOError where another process is making `target`."""
-    marker = work_of(target) / MARKER
-    if marker.exists():
-        try:
-            hold(marker).release()
-        except BlockingIOError:
-            raise _busy(target) from None
+    if is_held(work_of(target) / MARKER):
+        raise _busy(target)
 
 
 def _busy(target: Path) -> SPPOError:
@@ -173,10 +150,10 @@ def working(target: Path, patience: float | None = None) -> Iterator[Path]:
     check_place(target)
     work = work_of(target)
     names = _names(work)
-    if names and not any(name.startswith((MARKER, "identity.json")) for name in names):
+    if names and not any(name.startswith(MARKER) for name in names):
         raise SPPOError(
-            f"{work} is where this work would be done, and it carries no mark of this project (older versions set "
-            f"none): {', '.join(names[:3])}; move it away"
+            f"{work} is where this work would be done, and it carries no mark of this project: "
+            f"{', '.join(names[:3])}; move it away"
         )
     try:
         held = hold(work / MARKER, patience)
@@ -258,7 +235,7 @@ def _remove(path: Path) -> None:
 def sweep(target: Path) -> None:
     """Delete the work directory that a kill at the very end left beside a finished `target`."""
     work = work_of(target)
-    if {MARKER, "identity.json"} & set(_names(work)):
+    if MARKER in _names(work):
         with suppress(SPPOError), working(target, patience=0):  # a process in its last moment does so itself
             clear(work)
     _remove_empty(work)

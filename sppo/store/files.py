@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import SPPOError
-from sppo.store.locks import hold, is_alive, lock, machine
+from sppo.store.locks import alone, is_alive, lock, machine
 
 _WHOLE = 64 << 20  # bytes up to which a file is hashed whole
 
@@ -124,14 +124,8 @@ def has_begun(run_dir: Path) -> bool:
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
     """Lock a directory for this process. Raises SPPOError where another process has it."""
-    try:
-        held = hold(directory / ".lock")
-    except BlockingIOError:
-        raise _busy(directory) from None
-    try:
+    with alone(directory / ".lock", f"is at work in {directory}", keep=True):
         yield
-    finally:
-        held.release()
 
 
 def hold_for_caller(directory: Path, channel: int, pid: int) -> None:
@@ -144,8 +138,4 @@ def hold_for_caller(directory: Path, channel: int, pid: int) -> None:
         try:
             lock(handle, directory / ".lock", pid=pid)
         except BlockingIOError:
-            raise _busy(directory) from None
-
-
-def _busy(directory: Path) -> SPPOError:
-    return SPPOError(f"another run is at work in {directory}; wait for it, or use another --run_dir")
+            raise SPPOError(f"another process is at work in {directory}; wait for it or stop it") from None

@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import OtherWorkError, SPPOError
 from sppo.store.locks import lock
-
-# Keys that older manifests lack; a missing key is not a difference.
-LATER = ("chat_template_kwargs", "batch_size", "engine")
 
 
 class Journal:
@@ -44,7 +40,7 @@ class Journal:
         except SPPOError:
             self._release()
             raise
-        self._scan(_as_noted(path, identity))
+        self._scan(identity)
 
     def _scan(self, identity: dict[str, Any]) -> None:
         self._salt = json.dumps(identity, sort_keys=True).encode()
@@ -118,10 +114,10 @@ def refuse_another(path: Path, identity: dict[str, Any], advice: str = "") -> No
         header = _decode(handle.readline())
         items = (line for line in handle if line.endswith(b"\n"))  # a kill leaves the last one without its end
         first = next(items, b"")
-        if not first or (header and not differences(header["identity"], identity, later=LATER)):
+        if not first or (header and header["identity"] == identity):
             return
         if header:
-            found = differences(header["identity"], identity, later=LATER)
+            found = differences(header["identity"], identity)
             about = f"{path} holds work made under other inputs or settings:"
             raise OtherWorkError("\n  ".join([about, *found]), advice)
         salt = json.dumps(identity, sort_keys=True).encode()
@@ -133,22 +129,11 @@ def refuse_another(path: Path, identity: dict[str, Any], advice: str = "") -> No
             )
 
 
-def _as_noted(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """This identity as the journal's first line has it: an older version's lacks what that did not note."""
-    with open(path, "rb") as handle:
-        header = _decode(handle.readline())
-    is_this = header and not differences(header["identity"], identity, later=LATER)
-    return header["identity"] if is_this else identity
-
-
-def differences(old: Any, new: Any, where: str = "", later: Collection[str] = ()) -> list[str]:
-    """What differs between two identities, a line each: its name, what is there, what is asked for now.
-
-    later: keys that do not count where one of the two has none.
-    """
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two identities, a line each: its name, what is there, what is asked for now."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in {**old, **new} if k not in later or (k in old and k in new)]
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k, later)]
+        keys = list({**old, **new})
+        return [line for k in keys for line in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
     return [] if old == new else [f"{where}: {_short(old)} there, {_short(new)} now"]
 
 

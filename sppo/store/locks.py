@@ -1,4 +1,9 @@
-"""A lock on a file, also where the disk has none: some shared disks (NFS without a lock server, Lustre) lack flock."""
+"""A lock on a file, also where the disk has none: some shared disks (NFS without a lock server, Lustre) lack flock.
+
+Not by the package filelock. Without flock it takes the locked file's own existence for the lock, and ours is there
+anyway: a journal, a marker. It does so for ENOSYS alone, while NFS says ENOLCK. Its record cannot name another process
+than its own, or say that another machine's has to be deleted by hand. What is left for it is one call of flock.
+"""
 
 from __future__ import annotations
 
@@ -156,9 +161,31 @@ def _held(path: Path, patience: float | None) -> Held | None:
     return None
 
 
+def is_held(path: Path) -> bool:
+    """Whether another process has the lock on a file, for longer than usual_patience. Makes no file.
+
+    To ask is to try: the lock is taken for a moment.
+    """
+    try:
+        handle = open(path, "r+", encoding="utf-8")  # noqa: SIM115 - closed by release()
+    except FileNotFoundError:
+        return False
+    owner = None
+    try:
+        owner = lock(handle, path)
+    except BlockingIOError:
+        return True
+    finally:
+        Held(path, handle, owner).release()
+    return False
+
+
 @contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock on `path`, a file for this alone. Raises SPPOError where another process is doing `what`."""
+def alone(path: Path, what: str, keep: bool = False) -> Iterator[None]:
+    """Hold a lock on `path`, a file for this alone. Raises SPPOError where another process is doing `what`.
+
+    keep: the file stays, as a sign that somebody has begun here.
+    """
     try:
         held = hold(path)
     except BlockingIOError:
@@ -166,7 +193,8 @@ def alone(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if not keep:
+            path.unlink(missing_ok=True)
         held.release()
 
 

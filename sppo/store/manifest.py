@@ -17,7 +17,7 @@ from typing import Any
 
 from sppo.command.errors import OtherWorkError, SPPOError
 from sppo.store.files import changed, digest, read_json, write_json
-from sppo.store.journal import LATER, differences, refuse_another
+from sppo.store.journal import differences, refuse_another
 from sppo.store.locks import SHARED, Held, hold
 
 MANIFEST = "sppo_manifest.json"  # the manifest in a directory that is an output as a whole
@@ -91,7 +91,7 @@ class Stage:
     inputs: dict[str, Any]
     settings: dict[str, Any]
     journal: Path | None = None
-    remade: bool = False  # cheap to compute from files that are kept, so it is computed again instead of refused
+    remade: bool = False  # cheap to make of files that are kept, so work of other settings is not refused
     started: float = field(default_factory=time.monotonic)
     _held: Held | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -100,54 +100,95 @@ class Stage:
         # through JSON, so that what is compared is what a manifest can hold
         return json.loads(json.dumps({"inputs": self.inputs, "settings": self.settings}))
 
-    def stands(self) -> bool:
-        """Whether the outputs are there, intact, and made from this identity. Prints nothing."""
-        if not self.manifest.exists():
+    @property
+    def _marker(self) -> Path:
+        """While the stage is at work, and after a kill: its identity. Who is at work holds a lock on it."""
+        return self.manifest.with_name(self.manifest.name + ".started")
+
+    # What a stage asks. None of these writes or deletes anything.
+
+    def is_current(self) -> bool:
+        """Whether the outputs are here, intact, and made from this identity."""
+        if not self.manifest.is_file():
             return False
         written = read_manifest(self.manifest)
-        same = {key: written[key] for key in ("inputs", "settings")}
-        return not differences(same, self.identity, later=LATER) and self._intact(written)
+        return not self._differences(written) and bool(written["outputs"]) and not self._changed(written)
 
-    def _intact(self, written: dict[str, Any]) -> bool:
-        """Whether all outputs that a manifest names are there as they were written."""
-        return bool(written["outputs"]) and not changed(self.manifest.parent, written["outputs"])
+    def _changed(self, written: dict[str, Any]) -> list[str]:
+        """Names of the outputs that a manifest lists and that are missing or not as they were written."""
+        return changed(self.manifest.parent, written["outputs"])
 
-    def is_done(self, overwrite: bool = False) -> bool:
-        """True if the outputs stand and were made from this identity. Raises SPPOError if from another, and where they
-        could not be written.
+    def _differences(self, other: dict[str, Any]) -> list[str]:
+        """What differs between `other`, which holds inputs and settings, and this stage: a line each."""
+        return differences({key: other.get(key) for key in ("inputs", "settings")}, self.identity)
 
-        overwrite: what is there is deleted, but for what a killed try at this very work has left, and for what this
-        --overwrite has made already.
+    def has_begun(self) -> bool:
+        """Whether a try at this very work has begun. The marker is empty while nothing is known but that it is held."""
+        return (
+            self._marker.exists() and self._marker.stat().st_size > 0 and not self._differences(read_json(self._marker))
+        )
+
+    def refuse_others(self) -> None:
+        """Raise OtherWorkError where what is here, finished or begun, was made from another identity."""
+        if self.remade:
+            return
+        if self.manifest.exists():
+            self.refuse_if_different(read_manifest(self.manifest))
+        elif self.journal:
+            refuse_another(self.journal, self.identity)
+
+    def refuse_if_different(self, other: dict[str, Any]) -> None:
+        """Raise OtherWorkError naming what differs between `other` (inputs and settings) and this stage."""
+        if found := self._differences(other):
+            about = f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:"
+            raise OtherWorkError("\n  ".join([about, *found]))
+
+    def refuse_foreign(self) -> None:
+        """Raise SPPOError where what is here is not this stage's: of another identity, or files without a manifest.
+
+        For work that is not current. Says so where it was, and its outputs are damaged.
         """
+        self._refuse_directories()
+        self.refuse_others()
+        if self.manifest.exists():
+            print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
+            return
+        found = [str(path) for path in self.outputs if path.exists()]
+        if found and not self.has_begun():
+            raise SPPOError(
+                f"{', '.join(found)} exists without a manifest, so {self.name} did not write it whole; "
+                "move it away, or pass --overwrite"
+            )
+
+    def _refuse_directories(self) -> None:
         for path in (*self.outputs, self.manifest):
             if path.is_dir():
                 raise SPPOError(f"{path}: a directory stands where a file is to be written; move it away")
-        if overwrite and (self.manifest.exists() or not self.has_begun()) and not self._made_again():
-            self._hold()
-            self._forget()
-            return False
-        self.refuse_others()
-        if not self.manifest.exists():
-            foreign = [str(p) for p in self.outputs if p.exists()]
-            if foreign and not self.has_begun():
-                raise SPPOError(
-                    f"{', '.join(foreign)} exists without a manifest, so {self.name} did not write it whole; "
-                    "move it away, or pass --overwrite"
-                )
-            return False
-        if not self._intact(read_manifest(self.manifest)):
-            print(f"{self.name}: outputs of {self.manifest} are missing or changed since; making them again")
-            return False
-        self._sweep()
-        return True
 
-    def _made_again(self) -> bool:
+    def _is_made_again(self) -> bool:
         """Whether the --overwrite that is under way has made this already: see shards.overwriting."""
         name = os.environ.get(OVERWRITE)
-        return bool(name) and self.stands() and read_manifest(self.manifest).get("overwrite") == name
+        return bool(name) and self.is_current() and read_manifest(self.manifest).get("overwrite") == name
 
-    def _sweep(self) -> None:
-        """Delete what a kill between the manifest and the end has left, where that can be written to.
+    # What a stage does.
+
+    def discard(self) -> None:
+        """Delete what is here, for --overwrite. Raises SPPOError where another process is making it.
+
+        Kept is what a killed try at this very work has left, and what this same --overwrite has made already.
+        """
+        self._refuse_directories()
+        is_tried = self.has_begun() and not self.manifest.exists()
+        if is_tried or self._is_made_again():
+            return
+        held = self._hold()
+        for path in (self.manifest, *self.outputs, self.journal):
+            if path is not None:
+                path.unlink(missing_ok=True)
+        held.write("")
+
+    def remove_leftovers(self) -> None:
+        """Delete the marker and the journal that a kill behind the manifest has left, where that can be written to.
 
         A process that is at its end does so itself.
         """
@@ -159,48 +200,37 @@ class Stage:
                     path.unlink(missing_ok=True)
                 held.release()
 
-    @property
-    def _marker(self) -> Path:
-        return self.manifest.with_name(self.manifest.name + ".started")
-
     def begin(self) -> None:
         """Lock the outputs for this process until finish(), and note that this stage has begun.
 
         So outputs without a manifest are known as its own after a kill. Raises SPPOError where another process is
         making them, or has made others meanwhile.
         """
-        self._hold()
+        held = self._hold()
         if self.manifest.exists():
             written = read_manifest(self.manifest)
             self.refuse_if_different(written)
-            self._keep_changed(written["outputs"])
+            self._keep_changed(written)
         if not self.has_begun():
-            self._held.write(json.dumps(self.identity))
+            held.write(json.dumps(self.identity))
 
-    def _keep_changed(self, written: dict[str, str]) -> None:
+    def _keep_changed(self, written: dict[str, Any]) -> None:
         """Move outputs that changed since they were written out of the way: somebody may have edited them."""
-        for name in changed(self.manifest.parent, written):
+        for name in self._changed(written):
             path = self.manifest.parent / name
             if path.is_file():
                 kept = path.with_name(f"{path.name}.changed")
                 os.replace(path, kept)
                 print(f"{self.name}: {path} changed since it was written, and is kept as {kept}", flush=True)
 
-    def _hold(self) -> None:
+    def _hold(self) -> Held:
         if self._held is None:
             try:
                 self._held = hold(self._marker)
             except BlockingIOError:
                 what = self.outputs[0] if self.outputs else self.manifest.parent
                 raise SPPOError(f"{self.name}: another process is making {what}; wait for it or stop it") from None
-
-    def has_begun(self) -> bool:
-        """Whether a try at this very work has begun. The marker is empty while nothing is known but that it is held."""
-        return (
-            self._marker.exists()
-            and self._marker.stat().st_size > 0
-            and not differences(read_json(self._marker), self.identity, later=LATER)
-        )
+        return self._held
 
     def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Write the manifest: the outputs are complete from here on."""
@@ -220,24 +250,3 @@ class Stage:
             self._held.release()
             self._held = None
         return manifest
-
-    def _forget(self) -> None:
-        for path in [self.manifest, *self.outputs, *([self.journal] if self.journal else [])]:
-            path.unlink(missing_ok=True)
-        self._held.write("")
-
-    def refuse_others(self) -> None:
-        """Raise OtherWorkError where what is here, finished or begun, was made from another identity. Only asks."""
-        if self.remade:
-            return
-        if self.manifest.exists():
-            self.refuse_if_different(read_manifest(self.manifest))
-        elif self.journal:
-            refuse_another(self.journal, self.identity)
-
-    def refuse_if_different(self, other: dict[str, Any]) -> None:
-        """Raise OtherWorkError naming what differs between `other` (inputs and settings) and this stage."""
-        changed = differences({k: other.get(k) for k in ("inputs", "settings")}, self.identity, later=LATER)
-        if changed:
-            about = f"{self.name}: {self.manifest.parent} holds work made under other inputs or settings:"
-            raise OtherWorkError("\n  ".join([about, *changed]))

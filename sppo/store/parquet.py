@@ -11,6 +11,7 @@ from sppo.store.files import atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _ROW_GROUP = 32 << 20  # bytes of a row group in memory
 
@@ -34,7 +35,7 @@ def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]],
     return count
 
 
-def open_parquet(path: Path, columns: Iterable[str]) -> Any:
+def open_parquet(path: Path, columns: Iterable[str]) -> pq.ParquetFile:
     """An open ParquetFile that has `columns`; clear errors for what is missing, damaged or lacks one."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sppo.command.errors import SPPOError
-from sppo.store.journal import LATER, differences
+from sppo.store.journal import differences
 from sppo.store.manifest import read_manifest, refuse_changed
 from sppo.store.parquet import open_parquet
 from sppo.store.shards import begun_shards, known_count, shard_paths
@@ -49,7 +49,7 @@ def check_rankings(files: list[Path], responses: Path, read: str) -> None:
     rankers = {path: manifest["inputs"].get("ranker") for path, manifest in found.items()}
     first = next(iter(rankers), None)
     for path, ranker in rankers.items():
-        if changed := differences(rankers[first], ranker, "ranker", LATER):
+        if changed := differences(rankers[first], ranker, "ranker"):
             said = "\n  ".join([f"{first.name} and {path.name} are not of one ranker:", *changed])
             raise SPPOError(f"{first.parent}: {said}\nRank all shards with one; --overwrite makes a shard again.")
     if len(found) == len(files):

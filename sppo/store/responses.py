@@ -10,7 +10,7 @@ from sppo.command.errors import SPPOError
 from sppo.schema import BESIDE, REQUIRED, as_messages, beyond_text, responses_schema
 from sppo.store.manifest import await_written, refuse_changed
 from sppo.store.parquet import holds_lists, holds_texts, open_parquet, read_rows
-from sppo.store.shards import begun_shards, known_count
+from sppo.store.shards import known_count
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,10 +23,9 @@ def require_responses(output_dir: Path) -> Path:
     if await_written(path, manifest) or path.exists():
         refuse_changed(path, manifest, "Run combine_generate.py again, which makes it of its shards")
         return path
-    numbers = begun_shards(output_dir / "responses")
-    if not numbers:
+    count = known_count(output_dir / "responses")
+    if not count:
         raise SPPOError(f"{path} does not exist; draw the responses first, with scripts/generate.py")
-    count = known_count(output_dir / "responses") or max(numbers) + 1
     command = shlex.join(["python", "scripts/combine_generate.py", "--output_dir", str(output_dir)])
     raise SPPOError(f"{path} does not exist; put its shards together first: {command} --numgpu {count}")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.store.files import read_json, write_json
@@ -21,14 +20,12 @@ _SUFFIXES = (".parquet", ".manifest.json", ".manifest.json.started", ".journal")
 class Slice:
     """Which rows of N are this shard's: [data_frac * frac_len, (data_frac + 1) * frac_len).
 
-    Without a frac_len, the n = `numgpu` shards share them evenly: [i * N // n, (i + 1) * N // n). An older version
-    gave each ceil(N / n), and left none for the last ones; what it has begun goes on so (`rounded_up`).
+    Without a frac_len, the n = `numgpu` shards share them evenly: [i * N // n, (i + 1) * N // n).
     """
 
     frac_len: int
     data_frac: int
     numgpu: int = 1
-    rounded_up: bool = False
 
     def bounds(self, total: int) -> tuple[int, int]:
         if self.data_frac < 0 or self.frac_len < 0 or self.numgpu < 1:
@@ -36,8 +33,7 @@ class Slice:
         if not self.frac_len and self.data_frac >= self.numgpu:
             raise UsageError(f"--data_frac {self.data_frac} is beyond --numgpu {self.numgpu}; the first is 0")
         length, i = self.frac_len, self.data_frac
-        if length or self.rounded_up:
-            length = length or -(-total // self.numgpu)
+        if length:
             return min(i * length, total), min((i + 1) * length, total)
         return i * total // self.numgpu, (i + 1) * total // self.numgpu
 
@@ -57,42 +53,29 @@ def parse_shards(text: str) -> list[int]:
 
 
 def known_count(directory: Path) -> int:
-    """How many shards an earlier start laid out in a directory; 0 where none did."""
-    return _noted(directory).get("shards", 0)
+    """How many shards an earlier start laid out in a directory; 0 where none did.
 
-
-def _noted(directory: Path) -> dict[str, Any]:
-    """How the shards in a directory were laid out; empty where none are, or by a version that did not note it.
-
-    Raises SPPOError where the note is damaged. Without it the shards would be taken for such a version's.
+    Raises SPPOError where the note of it is damaged, or an older version's, which shared the rows in another way.
     """
     path = directory / COUNT
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
+        return 0
     except ValueError:  # no JSON, or no text
         found = None
-    count = found.get("shards") if isinstance(found, dict) else None
-    if isinstance(count, int) and count >= 1:
-        return found
+    if isinstance(found, dict) and found.get("even") and isinstance(found.get("shards"), int) and found["shards"] >= 1:
+        return found["shards"]
     count = max(begun_shards(directory), default=0) + 1
     raise SPPOError(
-        f"{path} is damaged: no number of shards in it. There seem to be {count}: more only if the logs say so. Write "
-        f'{{"shards": {count}, "even": true}} into it, or {{"shards": {count}}} if these shards are an older version\'s'
+        f"{path} is damaged, or another version's. There seem to be {count} shards: more only if the logs say so. "
+        f'Write {{"shards": {count}, "even": true}} into it, or make the shards again with --overwrite'
     )
 
 
-def begun_shards(directory: Path) -> list[int]:
-    """The numbers of the shards of which there is any file; one may be there several times."""
-    return [int(p.name[6:11]) for p in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")]
-
-
-def as_begun(shards: list[Slice], directory: Path) -> list[Slice]:
-    """The shards as they were cut where they are begun: by today's rule, or by an older version's."""
-    begun = begun_shards(directory)
-    rounded_up = bool(begun) and "even" not in _noted(directory)
-    return [replace(shard, rounded_up=rounded_up) for shard in shards]
+def begun_shards(directory: Path) -> set[int]:
+    """The numbers of the shards of which there is any file."""
+    return {int(path.name[6:11]) for path in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")}
 
 
 def lay_out(directory: Path, count: int, overwrite: bool = False) -> None:
@@ -100,7 +83,7 @@ def lay_out(directory: Path, count: int, overwrite: bool = False) -> None:
 
     overwrite: what an earlier layout has beyond them is deleted. Raises SPPOError where there are more or fewer.
     """
-    begun = set(begun_shards(directory))
+    begun = begun_shards(directory)
     if begun and not overwrite:
         if (known := known_count(directory)) not in (0, count):
             raise SPPOError(
@@ -119,14 +102,10 @@ def shard_count(directory: Path, wanted: int, slots: int) -> int:
 
     So a run goes on with other GPUs than it began with. Raises SPPOError where other shards are wanted than there are.
     """
-    begun = begun_shards(directory)
-    known = known_count(directory) if begun else 0
+    known = known_count(directory) if begun_shards(directory) else 0
     if wanted and known not in (0, wanted):
         raise SPPOError(f"{directory} is made in {known} shards; leave --shards out, or pass --overwrite")
-    if known or wanted:
-        return known or wanted
-    # begun by a version that kept no count: it started a shard on each device, all at once
-    return max([slots, *(number + 1 for number in begun)])
+    return known or wanted or slots
 
 
 def overwriting(directory: Path, wanted: int, slots: int) -> tuple[str, int]:

@@ -61,11 +61,13 @@ class Training:
         another's, and for a directory that may not be replaced."""
         if os.environ.get("RANK", "0") == "0" and not self.overwrite:
             self._restore()
-        if not self.overwrite and self.stage.is_done():
+        if not self.overwrite and self.stage.is_current():
             if os.environ.get("RANK", "0") == "0":
                 print(f"train: done: {self.output_dir}")
                 sweep(self.output_dir)
             return True
+        if not self.overwrite:
+            self.stage.refuse_foreign()
         refuse_unknown(self.output_dir, self.stage.name)
         if not self.overwrite:
             refuse_another(self.work, self.stage)
@@ -108,7 +110,7 @@ class Training:
         where one is making it, and where one has made it and other ranks wait for this one.
         """
         with working(self.output_dir):
-            is_made = not self.overwrite and self.stage.stands()
+            is_made = not self.overwrite and self.stage.is_current()
             if is_made and self.processes > 1:
                 raise SPPOError(f"{self.output_dir} was made by another process meanwhile; run the same command again")
             yield not is_made

@@ -58,8 +58,11 @@ def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
     ]
     inputs = {"answers": content_id(outputs), "reference": content_id(rows)}
     stage = figures_stage(order, inputs, {"annotator": ANNOTATOR}, (OUTPUTS, ANNOTATIONS))
-    if stage.is_done(order.overwrite):
+    if order.overwrite:
+        stage.discard()
+    if stage.is_current():
         return
+    stage.refuse_foreign()
     stage.begin()
     with atomic(order.out / OUTPUTS) as temporary:
         temporary.write_text(json.dumps(outputs, ensure_ascii=False, indent=1), encoding="utf-8")

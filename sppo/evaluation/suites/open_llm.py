@@ -103,8 +103,11 @@ def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> Non
 
     policy = policy_of(order.recipe)
     stage = tasks_stage(order, policy, [task.name for task, _ in tasks])
-    if stage.is_done(order.overwrite):
+    if order.overwrite:
+        stage.discard()
+    if stage.is_current():
         return
+    stage.refuse_foreign()
     identity = {"model": stage.inputs["model"], "engine": "VLLM" if _uses_vllm(order.recipe, policy) else "HFLM"}
     journal = Journal(order.out / "answers.journal", identity, order.overwrite)
     stage.begin()
