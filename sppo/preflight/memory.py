@@ -56,7 +56,7 @@ def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], proces
     tokens = recipe.batch_size * (recipe.pairs if recipe.loss_type == "sppo_all" else 2) * recipe.max_length
     layer = 34 * number // 2 * tokens * shape.hidden  # arXiv 2205.05198, without attention's scores
     kept = number * tokens * shape.hidden * shape.layers + layer
-    # the anchor's network (passes.py, find_anchor) is whole on each rank, but gone before the first step
+    # the anchor's network (reference.find_anchor) is whole on each rank, but gone before the first step
     anchor = (2 if mixed and (zero or recipe.use_peft) else 4) * shape.parameters * bool(recipe.anchor)
     return int(fixed), int(max(anchor, moment + (kept if recipe.gradient_checkpointing else layer * shape.layers)))
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.models.loading import add_adapter, load_config, skeleton
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_network(recipe: Recipe, policy: Policy) -> None:
@@ -53,6 +56,19 @@ def lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
         # not through ModelConfig: it makes a text of a list of one, and peft takes a text for a regular expression
         lora.target_modules = {name.strip() for name in recipe.lora_target_modules.split(",")}
     return lora, get_quantization_config(asked)
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """No dropout: the reference's log-probs must be those of the policy before its first step."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        # what a module applies in a function: OPT's `dropout`, Bloom's `hidden_dropout`, attention's own
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from sppo.training.checkpoints import (
     told_when_full,
     under_deepspeed,
 )
-from sppo.training.network import check_frozen, lora_and_quantization, unsharded
+from sppo.training.network import check_frozen, disable_dropout, lora_and_quantization, unsharded
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine
 
@@ -41,6 +41,8 @@ def train(training: Training) -> None:
     import_networks(TRAINER)
     import torch
 
+    from sppo.training.ranks import Stopped, broadcast_checkpoint
+
     recipe, work, stage = training.recipe, training.work, training.stage
     check_machine(recipe)
     first = os.environ.get("RANK", "0") == "0"
@@ -54,7 +56,7 @@ def train(training: Training) -> None:
         tidy(work, checkpoint)
     with heard():
         trainer, data = make_trainer(training)
-    checkpoint = trainer.told_by_first(checkpoint)
+    checkpoint = broadcast_checkpoint(trainer.accelerator, work, checkpoint)
     if first:
         batch = f"{training.processes} x {recipe.batch_size} x {training.steps} rows a step"
         clipping = f"gradients clipped at {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no gradient clipping"
@@ -64,9 +66,8 @@ def train(training: Training) -> None:
         only_plain_values(checkpoint)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        if not trainer.is_stopped:
-            raise
+    except Stopped:
+        trainer.is_stopped = True
     if not trainer.is_stopped:
         trainer.refuse_broken_weights()
         _save(trainer, training)
@@ -106,8 +107,7 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     import transformers
 
     from sppo.training.data import load_training_set
-    from sppo.training.passes import Anchor
-    from sppo.training.reference import ReferenceTable, reference_key
+    from sppo.training.reference import Anchor, ReferenceTable, reference_key
     from sppo.training.trainer import SPPOTrainer
 
     recipe, source, work = training.recipe, training.source, training.work
@@ -132,10 +132,12 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     if args.bf16 and under_deepspeed():
         how["engine"] = "deepspeed"  # all in bfloat16, where autocast keeps sums in float32
     homes = (training.dataset.parent / "reference", work / "reference")
-    table, anchor = ReferenceTable(reference_key(source.identity(), data, **how), homes), None
+    table = ReferenceTable(reference_key(source.identity(), data, **how), homes, "reference")
+    anchor = None
     if training.anchor:
         key = reference_key(training.anchor.identity(), data, **how)
-        anchor = Anchor(training.anchor, ReferenceTable(key, homes), dtype)
+        anchor_table = ReferenceTable(key, homes, "anchor")
+        anchor = Anchor(training.anchor, anchor_table, dtype, recipe.attn_implementation)
     return SPPOTrainer(model, args, recipe, data, pad, table, lean, anchor), data
 
 
@@ -148,7 +150,6 @@ def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[A
     import transformers
 
     from sppo.training.logps import add_lean_forward
-    from sppo.training.trainer import disable_dropout
 
     recipe, source = training.recipe, training.source
     lora, quantization = lora_and_quantization(recipe)
