@@ -345,14 +345,6 @@ def test_every_loss_trains(train: Train, loss_type: str) -> None:
     assert first is None or lines[0]["loss"] == pytest.approx(first, rel=1e-3)
 
 
-def test_kto_pair_trains_where_the_last_step_has_fewer_rows_than_micro_batches(tmp_path: Path, train: Train) -> None:
-    """9 rows in steps of 4 x 2: three micro-batches of the last step have a filler only."""
-    data = preferences.write(tmp_path / "data", preferences.rows(9))
-    lines = preferences.metrics(train("model", "--loss_type=kto_pair", data=data))
-    assert len(lines) == 2
-    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
-
-
 @pytest.mark.slow
 def test_lora_and_the_next_iteration_from_it(models: Path, dataset: Path, tmp_path: Path, train: Train) -> None:
     """Iteration 2's reference is iteration 1's policy, the adapter with it, and not the base."""
