@@ -35,7 +35,7 @@ _KEPT_EVERY = 32  # batches between two times at which a pass writes what it has
 
 
 @dataclass
-class ReferenceTable:
+class LogProbTable:
     """Where the log-probs of one policy over one data set are kept: beside the data, else in the run's directory."""
 
     key: str  # see reference_key
@@ -43,9 +43,9 @@ class ReferenceTable:
     name: Literal["reference", "anchor"]  # in messages
     whole: bool = True  # False for what a pass that was broken off has computed; the rest of such a table is NaN
 
-    def part(self, batches: str) -> ReferenceTable:
+    def part(self, batches: str) -> LogProbTable:
         """Where a pass keeps what it has; `batches`: what decides which responses share a batch."""
-        return ReferenceTable(f"{self.key}.{batches}", self.homes, self.name, whole=False)
+        return LogProbTable(f"{self.key}.{batches}", self.homes, self.name, whole=False)
 
     def remove_parts(self) -> None:
         """Delete what passes that were broken off have kept of this table, as far as it may be deleted."""
@@ -87,7 +87,8 @@ class ReferenceTable:
             except OSError as error:
                 if home == self.homes[-1]:
                     raise
-                print(f"train: reference log-probs cannot be kept in {home} ({error.strerror}), so they go to the run")
+                said = f"the {self.name}'s log-probs cannot be kept in {home} ({error.strerror})"
+                print(f"train: {said}, so they go to the run")
                 continue
             return path
         raise AssertionError("no home")
@@ -113,7 +114,7 @@ class Anchor(NamedTuple):
     """What --anchor pulls towards."""
 
     policy: Policy
-    table: ReferenceTable  # where its log-probs are kept
+    table: LogProbTable  # where its log-probs are kept
     dtype: Any  # of its weights: the precision that the trained policy is loaded in
     attention: str
 
@@ -123,7 +124,7 @@ def find_reference(
     batches: Batches,
     accelerator: Accelerator,
     forward: Forward,
-    table: ReferenceTable,
+    table: LogProbTable,
     resumed: Path | None = None,
 ) -> torch.Tensor:
     """(S,): the table of an earlier run, or the network's own log-probs before its first step.
@@ -161,7 +162,7 @@ def find_anchor(anchor: Anchor, batches: Batches, accelerator: Accelerator, forw
 
 @torch.no_grad()
 def log_probs(
-    network: Any, batches: Batches, accelerator: Accelerator, forward: Forward, table: ReferenceTable
+    network: Any, batches: Batches, accelerator: Accelerator, forward: Forward, table: LogProbTable
 ) -> torch.Tensor:
     """(S,), float32: a network's log-prob of every response, kept in `table`.
 
@@ -225,7 +226,7 @@ def _deal(lengths: np.ndarray, batch_size: int, ranks: int) -> list[list[list[in
     return [parts[first : first + ranks] for first in range(0, len(parts), ranks)]
 
 
-def _look_up(table: ReferenceTable, batches: Batches, accelerator: Accelerator) -> torch.Tensor | None:
+def _look_up(table: LogProbTable, batches: Batches, accelerator: Accelerator) -> torch.Tensor | None:
     """(S,): what an earlier run has kept; None where there is nothing. Only rank 0 looks, so that all ranks agree."""
     size = len(batches.data.sequence_rates)
     shared = torch.zeros(size + 1)  # the last place says whether there is a table
@@ -239,7 +240,7 @@ def _look_up(table: ReferenceTable, batches: Batches, accelerator: Accelerator) 
     return shared[:size] if shared[size] else None
 
 
-def _keep(table: ReferenceTable, logps: torch.Tensor, accelerator: Accelerator) -> Path | None:
+def _keep(table: LogProbTable, logps: torch.Tensor, accelerator: Accelerator) -> Path | None:
     """Write a table, on rank 0, which returns the file; the others wait."""
     path = table.save(logps.cpu()) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()

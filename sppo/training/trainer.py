@@ -28,7 +28,7 @@ from sppo.training.first_step import FirstStep
 from sppo.training.logps import CHUNK_TOKENS, Forward
 from sppo.training.metrics import Metrics
 from sppo.training.ranks import Stopped, stop_agreed
-from sppo.training.reference import Anchor, ReferenceTable, find_anchor, find_reference
+from sppo.training.reference import Anchor, LogProbTable, find_anchor, find_reference
 
 # groups by length in which a micro-batch's responses go through the network; a GPU waits for smaller ones
 _GROUPS, _GROUP_TOKENS = 4, 1024
@@ -47,7 +47,7 @@ class SPPOTrainer(Trainer):
         recipe: Recipe,
         data: TrainingSet,
         pad_id: int,
-        table: ReferenceTable,
+        table: LogProbTable,
         is_lean: bool = True,
         anchor: Anchor | None = None,
     ) -> None:
@@ -186,11 +186,17 @@ class SPPOTrainer(Trainer):
         if stop_agreed(self.accelerator):
             raise Stopped
         self._choose_forward()
-        resumed = Path(self.args.output_dir) if self.state.global_step else None
-        how = self.batches, self.accelerator, self.forward
-        self.reference = find_reference(self.model_wrapped, *how, self.table, resumed)
+        self.reference = find_reference(
+            self.model_wrapped,
+            self.batches,
+            self.accelerator,
+            self.forward,
+            self.table,
+            resumed=Path(self.args.output_dir) if self.state.global_step else None,
+        )
         if self.anchor is not None:
-            self.pull = self.recipe.anchor * (find_anchor(self.anchor, *how) - self.reference)
+            anchor = find_anchor(self.anchor, self.batches, self.accelerator, self.forward)  # (S,)
+            self.pull = self.recipe.anchor * (anchor - self.reference)
         self.agreement = engine_agreement(self.reference, self.batches.data)
         if self.agreement and self.is_world_process_zero():
             print(f"train: {describe_agreement(self.agreement)}", flush=True)
