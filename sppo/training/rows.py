@@ -43,11 +43,9 @@ class Row:
     pair: tuple[int, int] = (0, 1)  # which of the responses are the chosen and the rejected one
 
 
-@dataclass
-class Answer:
-    """One response as text: its prompt, its own text, and what generation wrote about it where the row has that."""
+class Answer(NamedTuple):
+    """One response as text, and what generation wrote about it where the row has that."""
 
-    prompt: list[Message]
     text: str
     generated: dict[str, Any] | None
 
@@ -93,13 +91,13 @@ class Reading:
         if self.as_written and _have_ids(generated):
             return self._as_generated(values, generated)
 
-        chosen = Answer(*_conversation(values, "chosen"), generated[0])
-        rejected = Answer(*_conversation(values, "rejected"), generated[1])
-        if chosen.prompt != rejected.prompt:
+        prompt, chosen = _conversation(values, "chosen")
+        other_prompt, rejected = _conversation(values, "rejected")
+        if prompt != other_prompt:
             raise ValueError("chosen and rejected answer different prompts")
-        self.counts["pairs_of_equal_answers"] += chosen.text == rejected.text
-        self.counts["empty_answers"] += sum(not answer.text.strip() for answer in (chosen, rejected))
-        return self._compared(values, [chosen, rejected])
+        self.counts["pairs_of_equal_answers"] += chosen == rejected
+        self.counts["empty_answers"] += (not chosen.strip()) + (not rejected.strip())
+        return self._compared(values, prompt, [Answer(chosen, generated[0]), Answer(rejected, generated[1])])
 
     def _all_responses(self, values: dict[str, Any]) -> Row:
         """All K responses with their win rates, the row means of `probability`; those without a text are left out."""
@@ -122,8 +120,8 @@ class Reading:
         else:
             prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
             _refuse_edited_pair(values, prompt)
-            answers = [Answer(prompt, r["text"], r if has_prompt_ids else None) for r in generated]
-            tokens = self._compared(values, answers)
+            answers = [Answer(r["text"], r if has_prompt_ids else None) for r in generated]
+            tokens = self._compared(values, prompt, answers)
 
         best, worst = int(np.argmax(rates)), int(np.argmin(rates))
         return Row(tokens, rates, probability[kept[best]][kept[worst]], (best, worst))
@@ -138,39 +136,35 @@ class Reading:
         self.counts["rows_from_generated_ids"] += 1
         return [Tokens(values["prompt_token_ids"], r["token_ids"], r.get("logps")) for r in responses]
 
-    def _compared(self, values: dict[str, Any], answers: list[Answer]) -> list[Tokens]:
+    def _compared(self, values: dict[str, Any], prompt: list[Message], answers: list[Answer]) -> list[Tokens]:
         """Token ids of each answer: those that were generated where the text is still theirs, else the template's.
 
         Of an edited row only what was edited is templated, so that a cut response gets no end that it never had.
         """
         if not _have_ids([answer.generated for answer in answers]):
             self.counts["rows_from_template"] += 1
-            return [self._templated(answer) for answer in answers]
+            return [self._templated(prompt, answer.text) for answer in answers]
 
         prompt_ids = values["prompt_token_ids"]
+        is_prompt_kept = self._spells_prompt(prompt_ids, prompt)
+        column = values.get("prompt")
+        if is_prompt_kept and isinstance(column, list) and as_messages(column) != prompt:
+            raise ValueError("prompt was edited; this loss trains on chosen and rejected, so edit it there")
+
         tokens: list[Tokens] = []
         is_edited = False
-        prompt_stands: dict[str, bool] = {}  # by prompt: K answers mostly have the same one
         for answer in answers:
-            key = repr(answer.prompt)
-            if key not in prompt_stands:
-                prompt_stands[key] = self._spells_prompt(prompt_ids, answer.prompt)
-            answer_stands = self._spells_answer(answer)
-            column = values.get("prompt")
-            if prompt_stands[key] and isinstance(column, list) and as_messages(column) != answer.prompt:
-                raise ValueError("prompt was edited; this loss trains on chosen and rejected, so edit it there")
-
             response_ids = answer.generated["token_ids"]
-            if prompt_stands[key] and answer_stands:
-                made = Tokens(prompt_ids, response_ids, answer.generated.get("logps"))
-            elif answer_stands:
-                messages = self._for_template(answer.prompt)
-                made = Tokens(chat.prompt_ids(self.tokenizer, messages, self.template_kwargs), response_ids)
-            else:
-                made = self._templated(answer)
-                if prompt_stands[key]:
+            if not self._spells_answer(answer):
+                made = self._templated(prompt, answer.text)
+                if is_prompt_kept:
                     made = Tokens(prompt_ids, made.response)
-            is_edited |= made[:2] != (prompt_ids, response_ids)
+            elif is_prompt_kept:
+                made = Tokens(prompt_ids, response_ids, answer.generated.get("logps"))
+            else:
+                messages = self._for_template(prompt)
+                made = Tokens(chat.prompt_ids(self.tokenizer, messages, self.template_kwargs), response_ids)
+            is_edited |= (made.prompt, made.response) != (prompt_ids, response_ids)
             tokens.append(made)
         self.counts["rows_edited" if is_edited else "rows_from_generated_ids"] += 1
         return tokens
@@ -206,14 +200,14 @@ class Reading:
             raise BeyondTextError("prompt: it ends with an assistant's turn, which the answer would continue")
         return chat.with_system(self.tokenizer, prompt, "")
 
-    def _templated(self, answer: Answer) -> Tokens:
+    def _templated(self, prompt: list[Message], answer: str) -> Tokens:
         """Token ids of one templating of the conversation."""
-        messages = self._for_template(answer.prompt)
-        text = chat.without_end(self.tokenizer, answer.text, self.stop_ids)
-        self.counts["ends_spelled_behind_answers"] += text != answer.text
-        prompt, response = chat.response_ids(self.tokenizer, messages, text, self.stop_ids, self.template_kwargs)
-        self.counts["ends_spelled_within_answers"] += any(i in self.stop_ids for i in response[:-1])
-        return Tokens(prompt, response)
+        messages = self._for_template(prompt)
+        text = chat.without_end(self.tokenizer, answer, self.stop_ids)
+        self.counts["ends_spelled_behind_answers"] += text != answer
+        ids = Tokens(*chat.response_ids(self.tokenizer, messages, text, self.stop_ids, self.template_kwargs))
+        self.counts["ends_spelled_within_answers"] += any(i in self.stop_ids for i in ids.response[:-1])
+        return ids
 
 
 def _have_ids(responses: list[dict[str, Any] | None]) -> bool:
