@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from sppo.training.data import TrainingSet
@@ -38,6 +39,11 @@ class Batch(TypedDict):
     rows: torch.Tensor  # (B,), the rows' numbers in the training set
     counted: int  # how many of the B rows count: all or none
     step_rows: int  # rows of the whole optimiser step
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device."""
+    return cast(Batch, send_to_device(batch, device))
 
 
 class Batches(Dataset):
@@ -96,7 +102,7 @@ class Batches(Dataset):
         }
 
 
-class MicroBatches(Sampler[MicroBatch]):
+class MicroBatches(Sampler):
     """One rank's micro-batches of an epoch: each row once, in an order that seed and epoch decide.
 
     A step's rows are `global_batch` neighbours of a plain random permutation, whatever the number of ranks. Only which
@@ -143,10 +149,11 @@ class Loader(DataLoader):
     """Batches, one a micro-batch. It hands on the epoch, which the Trainer tells its loader."""
 
     def __init__(self, batches: Batches, micro_batches: MicroBatches, pin_memory: bool) -> None:
+        self.micro_batches = micro_batches
         super().__init__(batches, batch_sampler=micro_batches, collate_fn=default_convert, pin_memory=pin_memory)
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+        self.micro_batches.set_epoch(epoch)
 
 
 def even_parts(lengths: np.ndarray, count: int) -> list[range]:

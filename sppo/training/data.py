@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ def load_training_set(
     counts: Counter[str] = Counter()
     identity = chat.tokenizer_identity(tokenizer)
     reading = Reading(tokenizer, identity, stop_ids, recipe.chat_template_kwargs, is_as_written(path), counts)
-    budgets = Budgets(recipe.max_prompt_length, recipe.max_length, tokenizer.bos_token_id)
+    budgets = Budgets(recipe.max_prompt_length, recipe.max_length, cast(int | None, tokenizer.bos_token_id))
 
     there = open_dataset(path, recipe).schema_arrow.names
     needed = columns(recipe.loss_type)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from sppo.command.errors import SPPOError
 from sppo.training.batches import Batch
+from sppo.training.ranks import sum_over_ranks
 
 # Nats by which rounding may move a response's log-prob, divided by the square root of its tokens: the errors of single
 # tokens are independent, so that their sum grows as the root. In float32 rounding made 2e-7, a router's noise of 0.1
@@ -44,7 +45,7 @@ class FirstStep:
 
         where: the file of the reference's log-probs.
         """
-        apart, responses, pull = self.accelerator.reduce(self.sums, "sum").tolist()
+        apart, responses, pull = sum_over_ranks(self.accelerator, self.sums).tolist()
         limit = _ROUNDING if self.accelerator.mixed_precision == "no" else _ROUNDING_HALF
         if self.at_reference and not apart / responses <= limit:
             raise SPPOError(

@@ -19,6 +19,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
+from sppo.training.ranks import sum_over_ranks
+
 if TYPE_CHECKING:
     from sppo.training.batches import Batch
 
@@ -59,7 +61,7 @@ class Forward:
         network.train(was_training)
         tolerance = 1e-4 if accelerator.mixed_precision == "no" else 2e-2
         apart = ((lean - plain).abs() / plain.abs().clamp(min=1)).max()
-        return accelerator.reduce(apart, "sum").item() <= tolerance * accelerator.num_processes
+        return sum_over_ranks(accelerator, apart).item() <= tolerance * accelerator.num_processes
 
 
 def response_logps(logits: torch.Tensor, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from sppo.training.batches import Batch
+from sppo.training.ranks import sum_over_ranks
 
 _TARGETS = ("rewards/chosen_target", "rewards/rejected_target")
 _NAMES = (
@@ -56,7 +57,7 @@ class Metrics:
     def line(self, step: int, max_steps: int) -> dict[str, float]:
         """The means since the last line, and how fast training goes. All ranks call it, and the sums begin anew."""
         local = torch.tensor([self._rows, self._tokens], dtype=torch.float64, device=self._sums.device)
-        *sums, rows, tokens = self.accelerator.reduce(torch.cat([self._sums, local]), "sum").tolist()
+        *sums, rows, tokens = sum_over_ranks(self.accelerator, torch.cat([self._sums, local])).tolist()
         values = {name: total / rows for name, total in zip(_NAMES, sums, strict=True)}
         if math.isnan(values[_TARGETS[0]]):  # pairs without win rates have none
             for name in _TARGETS:

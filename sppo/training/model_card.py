@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def write_card(
     data_digest: str,
     metrics: dict[str, Any],
     counts: dict[str, int],
-    settings: list[str],
+    settings: Sequence[str],
 ) -> None:
     """README.md of a trained model: base model, data, recipe (the keys in `settings`), metrics, versions."""
     from huggingface_hub import ModelCardData

@@ -39,22 +39,24 @@ def lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
     """
     if not (recipe.use_peft or recipe.load_in_4bit):
         return None, None
-    from trl import ModelConfig, get_peft_config, get_quantization_config
+    from peft import LoraConfig
+    from trl import ModelConfig, get_peft_config, get_quantization_config  # pyright: ignore[reportPrivateImportUsage]
 
     asked = ModelConfig(
         use_peft=recipe.use_peft,
         lora_r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=0.0,
-        lora_target_modules="all-linear",
+        lora_target_modules=["all-linear"],
         load_in_4bit=recipe.load_in_4bit,
         use_bnb_nested_quant=True,
         dtype="bfloat16",  # of the products in 4 bits
     )
     lora = get_peft_config(asked)
-    if lora is not None and recipe.lora_target_modules != "all-linear":
+    if isinstance(lora, LoraConfig) and recipe.lora_target_modules != "all-linear":
         # not through ModelConfig: it makes a text of a list of one, and peft takes a text for a regular expression
-        lora.target_modules = {name.strip() for name in recipe.lora_target_modules.split(",")}
+        names = {name.strip() for name in recipe.lora_target_modules.split(",")}
+        lora.target_modules = names  # pyright: ignore[reportAttributeAccessIssue] - peft itself makes sets of lists
     return lora, get_quantization_config(asked)
 
 

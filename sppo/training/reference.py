@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 
 from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
@@ -25,11 +24,11 @@ from sppo.command.stopping import heard, may_stop, stop_asked
 from sppo.models.loading import load_causal_lm
 from sppo.models.policy import Policy
 from sppo.store.files import atomic
-from sppo.training.batches import Batches, MicroBatch, even_parts
+from sppo.training.batches import Batches, MicroBatch, even_parts, to_device
 from sppo.training.data import TrainingSet
 from sppo.training.logps import Forward, add_lean_forward
 from sppo.training.network import unsharded
-from sppo.training.ranks import Stopped
+from sppo.training.ranks import Stopped, sum_over_ranks
 
 _KEPT_EVERY = 32  # batches between two times at which a pass writes what it has
 
@@ -187,7 +186,7 @@ def log_probs(
                 continue
             # a rank without rows computes the shortest one: sharded weights need all ranks at each call of the network
             rows = shares[rank]
-            batch = send_to_device(batches.make(MicroBatch(rows or [shortest])), accelerator.device)
+            batch = to_device(batches.make(MicroBatch(rows or [shortest])), accelerator.device)
             made = forward.logps(network, batch).float()
 
             # each rank fills in its own; the last place says whether to stop
@@ -195,7 +194,7 @@ def log_probs(
             if rows:
                 shared[batch["sequences"]] = made
             shared[-1] = float(accelerator.is_main_process and stop_asked())
-            shared = accelerator.reduce(shared, "sum")
+            shared = sum_over_ranks(accelerator, shared)
             logps[sequences] = shared[sequences]
 
             is_asked = may_stop() and shared[-1].item() > 0
@@ -236,7 +235,7 @@ def _look_up(table: LogProbTable, batches: Batches, accelerator: Accelerator) ->
         shared[:size], shared[size] = logps, 1
         many = "" if table.whole else f"{int((~logps.isnan()).sum())} of {size} of "
         print(f"train: found {many}the {table.name}'s log-probs in {path}", flush=True)
-    shared = accelerator.reduce(shared.to(accelerator.device), "sum")
+    shared = sum_over_ranks(accelerator, shared.to(accelerator.device))
     return shared[:size] if shared[size] else None
 
 

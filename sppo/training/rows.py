@@ -7,9 +7,10 @@ text that they spell, those ids are used. Otherwise, and for other tools' data, 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -41,13 +42,6 @@ class Row:
     win_rates: list[float]  # P(response > policy) of each
     p: float  # P(chosen > rejected)
     pair: tuple[int, int] = (0, 1)  # which of the responses are the chosen and the rejected one
-
-
-class Answer(NamedTuple):
-    """One response as text, and what generation wrote about it where the row has that."""
-
-    text: str
-    generated: dict[str, Any] | None
 
 
 @dataclass
@@ -84,7 +78,7 @@ class Reading:
 
     def _pair(self, values: dict[str, Any]) -> list[Tokens]:
         """The chosen and the rejected response."""
-        generated = [None, None]
+        generated: list[dict[str, Any] | None] = [None, None]
         indices = [values.get("chosen_index"), values.get("rejected_index")]
         if self._has_prompt_ids(values) and None not in indices:
             generated = [values["responses"][i] for i in indices]
@@ -97,7 +91,7 @@ class Reading:
             raise ValueError("chosen and rejected answer different prompts")
         self.counts["pairs_of_equal_answers"] += chosen == rejected
         self.counts["empty_answers"] += (not chosen.strip()) + (not rejected.strip())
-        return self._compared(values, prompt, [Answer(chosen, generated[0]), Answer(rejected, generated[1])])
+        return self._compared(values, prompt, [chosen, rejected], generated)
 
     def _all_responses(self, values: dict[str, Any]) -> Row:
         """All K responses with their win rates, the row means of `probability`; those without a text are left out."""
@@ -120,8 +114,8 @@ class Reading:
         else:
             prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
             _refuse_edited_pair(values, prompt)
-            answers = [Answer(r["text"], r if has_prompt_ids else None) for r in generated]
-            tokens = self._compared(values, prompt, answers)
+            answers = [response["text"] for response in generated]
+            tokens = self._compared(values, prompt, answers, generated if has_prompt_ids else [])
 
         best, worst = int(np.argmax(rates)), int(np.argmin(rates))
         return Row(tokens, rates, probability[kept[best]][kept[worst]], (best, worst))
@@ -131,19 +125,26 @@ class Reading:
         is_ours = values.get("tokenizer") == self.tokenizer_identity
         return is_ours and bool(values.get("prompt_token_ids") and values.get("responses"))
 
-    def _as_generated(self, values: dict[str, Any], responses: list[dict[str, Any]]) -> list[Tokens]:
+    def _as_generated(self, values: dict[str, Any], responses: Sequence[dict[str, Any]]) -> list[Tokens]:
         """The token ids that the policy read and wrote, without a look at any text."""
         self.counts["rows_from_generated_ids"] += 1
         return [Tokens(values["prompt_token_ids"], r["token_ids"], r.get("logps")) for r in responses]
 
-    def _compared(self, values: dict[str, Any], prompt: list[Message], answers: list[Answer]) -> list[Tokens]:
+    def _compared(
+        self,
+        values: dict[str, Any],
+        prompt: list[Message],
+        answers: list[str],
+        generated: Sequence[dict[str, Any] | None],
+    ) -> list[Tokens]:
         """Token ids of each answer: those that were generated where the text is still theirs, else the template's.
 
-        Of an edited row only what was edited is templated, so that a cut response gets no end that it never had.
+        generated: what generation wrote about each answer, where the row has that; else empty. Of an edited row only
+        what was edited is templated, so that a cut response gets no end that it never had.
         """
-        if not _have_ids([answer.generated for answer in answers]):
+        if not _have_ids(generated):
             self.counts["rows_from_template"] += 1
-            return [self._templated(prompt, answer.text) for answer in answers]
+            return [self._templated(prompt, answer) for answer in answers]
 
         prompt_ids = values["prompt_token_ids"]
         is_prompt_kept = self._spells_prompt(prompt_ids, prompt)
@@ -153,14 +154,14 @@ class Reading:
 
         tokens: list[Tokens] = []
         is_edited = False
-        for answer in answers:
-            response_ids = answer.generated["token_ids"]
-            if not self._spells_answer(answer):
-                made = self._templated(prompt, answer.text)
+        for answer, response in zip(answers, generated, strict=True):
+            response_ids = response["token_ids"]
+            if not self._spells_answer(response, answer):
+                made = self._templated(prompt, answer)
                 if is_prompt_kept:
                     made = Tokens(prompt_ids, made.response)
             elif is_prompt_kept:
-                made = Tokens(prompt_ids, response_ids, answer.generated.get("logps"))
+                made = Tokens(prompt_ids, response_ids, response.get("logps"))
             else:
                 messages = self._for_template(prompt)
                 made = Tokens(chat.prompt_ids(self.tokenizer, messages, self.template_kwargs), response_ids)
@@ -177,15 +178,15 @@ class Reading:
             return False
         return reads_as(self.tokenizer, ids, messages, self.template_kwargs)
 
-    def _spells_answer(self, answer: Answer) -> bool:
+    def _spells_answer(self, response: dict[str, Any], text: str) -> bool:
         """Whether the response's token ids spell the text.
 
         Raises ValueError where they do, but the response's own text is another: only that one was edited.
         """
-        ids = answer.generated["token_ids"]
+        ids = response["token_ids"]
         ids = ids[:-1] if ids[-1] in self.stop_ids else ids
-        same = self.tokenizer.decode(ids, skip_special_tokens=True) == answer.text
-        if same and answer.generated.get("text") not in (None, answer.text):
+        same = self.tokenizer.decode(ids, skip_special_tokens=True) == text
+        if same and response.get("text") not in (None, text):
             raise ValueError("responses was edited; this loss trains on chosen and rejected, so edit it there")
         return same
 
@@ -210,9 +211,9 @@ class Reading:
         return ids
 
 
-def _have_ids(responses: list[dict[str, Any] | None]) -> bool:
-    """Whether each response has the token ids that were generated."""
-    return all(response and response.get("token_ids") for response in responses)
+def _have_ids(responses: Sequence[dict[str, Any] | None]) -> TypeGuard[Sequence[dict[str, Any]]]:
+    """Whether there are responses, each with the token ids that were generated."""
+    return bool(responses) and all(response and response.get("token_ids") for response in responses)
 
 
 def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], str]:

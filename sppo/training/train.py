@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sppo.command.errors import INTERRUPTED, SPPOError, leave
 from sppo.command.importing import TRAINER, import_networks
@@ -138,7 +138,7 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     for policy in filter(None, (source, training.anchor)):
         policy.check_tokens(highest)
     # padding is behind a sequence, where no attention looks; any token will do for a tokenizer that names none
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_ids)
+    pad_id = min(stop_ids) if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id)
 
     # the network; what is trained is in float32, and a base that is not trained stays as stored under bfloat16 autocast
     args = _training_arguments(recipe, work, training.steps)

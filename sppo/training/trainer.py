@@ -21,7 +21,7 @@ from sppo.method.loss import anchored_loss, preference_loss, sppo_all_loss
 from sppo.recipe import Recipe
 from sppo.store.directories import delete
 from sppo.training.agreement import describe_agreement, engine_agreement
-from sppo.training.batches import Batch, Batches, Loader, MicroBatch, MicroBatches
+from sppo.training.batches import Batch, Batches, Loader, MicroBatch, MicroBatches, to_device
 from sppo.training.checkpoints import seal, told_when_full
 from sppo.training.data import TrainingSet
 from sppo.training.first_step import FirstStep
@@ -37,6 +37,8 @@ _GROUPS, _GROUP_TOKENS = 4, 1024
 class SPPOTrainer(Trainer):
     """Trains a policy on a TrainingSet. `is_lean`: whether the model has the forward of logps.add_lean_forward."""
 
+    model: PreTrainedModel
+    model_wrapped: torch.nn.Module
     # compute_loss gives a micro-batch's share of its step; the Trainer divides it by the accumulation steps
     loss_is_scaled_for_ga = False
 
@@ -51,8 +53,9 @@ class SPPOTrainer(Trainer):
         is_lean: bool = True,
         anchor: Anchor | None = None,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=data, callbacks=[_Flow(self)])
+        super().__init__(model=model, args=args, callbacks=[_Flow(self)])
         self.recipe, self.table, self.anchor = recipe, table, anchor
+        self.work = Path(str(args.output_dir))
         self.is_stopped = False  # before its end, because somebody asked for it
 
         deepspeed = self.accelerator.state.deepspeed_plugin
@@ -149,7 +152,7 @@ class SPPOTrainer(Trainer):
                 raise SPPOError(self._diverged(f"the loss is {logs['loss']}"))
         super().log(logs, start_time)
         if is_training and self.is_world_process_zero():
-            with open(Path(self.args.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            with open(self.work / "metrics.jsonl", "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -159,9 +162,9 @@ class SPPOTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            here = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            here = self.work / f"checkpoint-{self.state.global_step}"
             seal(here)
-            for older in set(here.parent.glob("checkpoint-*")) - {here}:
+            for older in set(self.work.glob("checkpoint-*")) - {here}:
                 delete(older)
 
     def refuse_broken_weights(self) -> None:
@@ -176,7 +179,7 @@ class SPPOTrainer(Trainer):
         """The message of a training that cannot go on; no checkpoint is written after it."""
         return (
             f"step {self.state.global_step}: {what}. Lower --learning_rate, or clip the gradients (--max_grad_norm 1); "
-            f"then delete {self.args.output_dir} to train this iteration again"
+            f"then delete {self.work} to train this iteration again"
         )
 
     # What the callback below calls
@@ -192,7 +195,7 @@ class SPPOTrainer(Trainer):
             self.accelerator,
             self.forward,
             self.table,
-            resumed=Path(self.args.output_dir) if self.state.global_step else None,
+            resumed=self.work if self.state.global_step else None,
         )
         if self.anchor is not None:
             anchor = find_anchor(self.anchor, self.batches, self.accelerator, self.forward)  # (S,)
@@ -206,7 +209,7 @@ class SPPOTrainer(Trainer):
     def _choose_forward(self) -> None:
         """Do without the lean log-probs where they are not the plain ones, on the shortest row. All ranks take part."""
         shortest = MicroBatch([int(self.batches.data.lengths().argmin())])
-        batch = self._prepare_inputs(self.batches.make(shortest))
+        batch = to_device(self.batches.make(shortest), self.args.device)
         if self.forward.is_lean:
             self.forward.is_lean = self.forward.agrees_with_plain(self.model_wrapped, batch, self.accelerator)
         if not self.forward.is_lean and self.is_world_process_zero():
