@@ -25,6 +25,7 @@ def write_card(
     from huggingface_hub import ModelCardData
 
     base = public_name(recipe.model)
+    kind = ", as a LoRA adapter" if recipe.use_peft else ""
     head = ModelCardData(
         base_model=base if base == recipe.model and "/" in base else None,  # the Hub refuses a base that is not on it
         library_name="peft" if recipe.use_peft else "transformers",
@@ -32,11 +33,13 @@ def write_card(
     )
     text = "\n".join(
         [
-            *["---", head.to_yaml(), "---", ""],
+            "---",
+            head.to_yaml(),
+            "---",
+            "",
             f"# SPPO, iteration {metrics['iteration']}",
             "",
-            f"Trained from {base} with {PAPER}"
-            f"{', as a LoRA adapter' if recipe.use_peft else ''}, on {data_name} (sha256 {data_digest[:16]}).",
+            f"Trained from {base} with {PAPER}{kind}, on {data_name} (sha256 {data_digest[:16]}).",
             "",
             "## Data",
             *table("count", counts),

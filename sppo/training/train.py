@@ -16,11 +16,11 @@ from sppo.store.directories import clear
 from sppo.store.files import write_json
 from sppo.training.checkpoints import (
     check_parts,
-    is_of,
+    disk_full_as_os_error,
+    is_work_of,
     only_plain_values,
     resume_point,
     tidy,
-    told_when_full,
     under_deepspeed,
 )
 from sppo.training.network import check_frozen, disable_dropout, lora_and_quantization, unsharded
@@ -80,7 +80,7 @@ def train(training: Training) -> None:
 
 def _prepare_work(training: Training) -> Path | None:
     """Remove what this training cannot use, and return the checkpoint that it goes on from, if there is one."""
-    if training.overwrite and not is_of(training.work, training.stage):
+    if training.overwrite and not is_work_of(training.work, training.stage):
         clear(training.work)
     checkpoint = resume_point(training.work)
     if checkpoint:
@@ -241,5 +241,5 @@ def _save(trainer: SPPOTrainer, training: Training) -> None:
         dtype = load_config(training.source).dtype
         if dtype is not None and not trainer.is_deepspeed_enabled:
             trainer.model.to(dtype)  # from the master weights; a policy in bfloat16 stays one
-    with told_when_full():
+    with disk_full_as_os_error():
         trainer.save_model(str(training.work / "final"))

@@ -22,7 +22,7 @@ from sppo.recipe import Recipe
 from sppo.store.directories import delete
 from sppo.training.agreement import describe_agreement, engine_agreement
 from sppo.training.batches import Batch, Batches, Loader, MicroBatch, MicroBatches, to_device
-from sppo.training.checkpoints import seal, told_when_full
+from sppo.training.checkpoints import disk_full_as_os_error, seal
 from sppo.training.data import TrainingSet
 from sppo.training.first_step import FirstStep
 from sppo.training.logps import CHUNK_TOKENS, Forward
@@ -158,7 +158,7 @@ class SPPOTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint; the older ones are deleted only when every rank's part is on the disk."""
         self.refuse_broken_weights()  # they would replace a checkpoint that is good
-        with told_when_full():
+        with disk_full_as_os_error():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -225,7 +225,7 @@ class SPPOTrainer(Trainer):
 
 
 class _Flow(TrainerCallback):
-    """Begins when the model is prepared (sharded, wrapped) and has made no step; when to log and to save."""
+    """Calls the trainer's `begin` once the model is sharded and wrapped, and decides when to log, to save, to stop."""
 
     def __init__(self, trainer: SPPOTrainer) -> None:
         self.trainer = trainer
