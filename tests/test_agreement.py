@@ -19,7 +19,7 @@ from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
 from sppo.schema import AGREEING
 from sppo.store.files import read_json
-from sppo.training.reference import agreement, describe
+from sppo.training.agreement import describe_agreement, engine_agreement
 
 
 def worst_difference(responses: Path, model: Path, dtype: torch.dtype = torch.float32) -> float:
@@ -76,18 +76,18 @@ class Known:
 
 
 def test_agreement_by_hand() -> None:
-    found = agreement(torch.tensor([-1.0, -2.4, -4.0, -99.0]), Known())  # type: ignore[arg-type]
+    found = engine_agreement(torch.tensor([-1.0, -2.4, -4.0, -99.0]), Known())  # type: ignore[arg-type]
     # apart by 0, 0.4 and -1 over 2, 4 and 10 tokens
     assert found["responses"] == 3
     assert found["tokens"] == 16
     assert found["mean_difference"] == pytest.approx((0 + 0.1 + 0.1) / 3, abs=1e-4)
     assert found["largest_difference"] == pytest.approx(0.1)
     assert found["kl"] == pytest.approx((0 + 0.4 - 1) / 16, abs=1e-4)
-    assert "warning" in describe(found)
-    assert "warning" not in describe({**found, "mean_difference": AGREEING})
+    assert "warning" in describe_agreement(found)
+    assert "warning" not in describe_agreement({**found, "mean_difference": AGREEING})
     nothing = Known()
     nothing.drawn_logps[:] = np.nan
-    assert agreement(torch.zeros(4), nothing) == {}  # type: ignore[arg-type]
+    assert engine_agreement(torch.zeros(4), nothing) == {}  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import torch
 from sppo.models import chat
 from sppo.recipe import Recipe
 from sppo.store.files import digest, write_json
-from sppo.training.data import Place, load_training_set
+from sppo.training.batches import Batches, MicroBatch
+from sppo.training.data import load_training_set
 
 
 def training_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -90,10 +91,10 @@ def test_a_batch_holds_integers_only(models: Path, tmp_path: Path) -> None:
     stops = chat.stop_token_ids(models / "mistral", tokenizer)
     rows = [{"chosen": conversation("a longer answer"), "rejected": conversation("no")}] * 2
     data = load_training_set(training_rows(tmp_path / "t.parquet", rows), tokenizer, stops, Recipe())
-    batch = data.batch([Place(1), Place(0)], pad_id=0)
+    batch = Batches(data, pad_id=0).make(MicroBatch([1, 0]))
     assert not any(v.is_floating_point() for v in batch.values() if isinstance(v, torch.Tensor))
     assert batch["input_ids"].shape[0] == 4
-    assert batch["sequence"].tolist() == [2, 3, 0, 1]
+    assert batch["sequences"].tolist() == [2, 3, 0, 1]
     assert batch["pair"].tolist() == [[0, 1], [2, 3]]
     width = batch["input_ids"].shape[1]
     predicted = [batch["input_ids"].view(-1)[q + 1] for q in batch["positions"] if q // width == 1]

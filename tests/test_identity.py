@@ -51,7 +51,7 @@ from sppo.store.manifest import OVERWRITE, Stage
 from sppo.store.parquet import read_rows, write_parquet
 from sppo.store.rankings import ranking_files
 from sppo.store.shards import Slice, shard_count
-from sppo.training.data import StepBatches
+from sppo.training.batches import MicroBatches
 from sppo.training.settings import prepare
 
 # journals
@@ -561,8 +561,8 @@ def test_the_processes_decide_no_row_of_a_micro_batch() -> None:
     lengths = np.arange(50, 0, -1)
 
     def micro_batches(accumulate: int, ranks: int, batch: int = 2) -> list[tuple[int, ...]]:
-        dealt = [StepBatches(lengths, batch, accumulate, 1, ranks, rank, False) for rank in range(ranks)]
-        return sorted(tuple(sorted(p.index for p in part if p.counts)) for each in dealt for part in each)
+        dealt = [MicroBatches(lengths, batch, accumulate, 1, ranks, rank, False) for rank in range(ranks)]
+        return sorted(tuple(sorted(part.rows if part.counted else [])) for each in dealt for part in each)
 
     assert micro_batches(4, 1) == micro_batches(2, 2) == micro_batches(1, 4)
     assert micro_batches(2, 1, batch=4) != micro_batches(4, 1)

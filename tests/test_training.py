@@ -24,7 +24,8 @@ from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
-from sppo.training.data import Place, StepBatches, TrainingSet, even_parts, load_training_set
+from sppo.training.batches import Batches, MicroBatch, MicroBatches, even_parts
+from sppo.training.data import TrainingSet, load_training_set
 from sppo.training.logps import add_lean_forward, response_logps
 
 Train = Callable[..., Path]
@@ -56,15 +57,15 @@ def small_set(path: Path, directory: Path, **settings: Any) -> TrainingSet:
     return load_training_set(path / "train.parquet", tokenizer, stops, recipe)
 
 
-def lean_and_plain(network: Any, data: TrainingSet, places: list[Place], chunks: int, parts: int) -> list[Any]:
+def lean_and_plain(network: Any, data: TrainingSet, rows: list[int], chunks: int, groups: int) -> list[Any]:
     """[(log-probs, gradients by name)] of a loss that weighs each response differently: lean, then plain."""
-    batch = data.batch(places, pad_id=0, parts=parts)
+    batch = Batches(data, pad_id=0, groups=groups).make(MicroBatch(rows))
     given = {k: batch[k] for k in ("input_ids", "attention_mask")}
     found = []
     for lean in (True, False):
         network.zero_grad()
         if lean:
-            split = {k: batch[k] for k in ("runs", "widths")}
+            split = {k: batch[k] for k in ("groups", "widths")}
             logps = network(**given, positions=batch["positions"], chunks=chunks, **split)
         else:
             logps = response_logps(network(**given).logits, batch["input_ids"], batch["positions"])
@@ -75,14 +76,14 @@ def lean_and_plain(network: Any, data: TrainingSet, places: list[Place], chunks:
 
 @pytest.mark.parametrize("family", ["llama3", "gemma2", "mistral", "qwen3"])
 def test_lean_log_probs_and_gradients_are_the_plain_ones(models: Path, dataset: Path, family: str) -> None:
-    """Gemma-2 has a soft cap on its logits and ties its head; more chunks than tokens, and more parts than responses,
+    """Gemma-2 has a soft cap on its logits and ties its head; more chunks than tokens, and more groups than responses,
     must work too."""
     network = load_causal_lm(open_policy(str(models / family)), torch.float32)
     assert add_lean_forward(network)
     data = small_set(dataset, models / family)
-    some, shortest = [Place(0), Place(3), Place(5)], [Place(int(data.lengths().argmin()))]
-    for places, chunks, parts in ((some, 4, 1), (some, 4, 3), (shortest, 99, 4)):
-        (lean, lean_grads), (plain, plain_grads) = lean_and_plain(network, data, places, chunks, parts)
+    shortest = int(data.lengths().argmin())
+    for rows, chunks, groups in (([0, 3, 5], 4, 1), ([0, 3, 5], 4, 3), ([shortest], 99, 4)):
+        (lean, lean_grads), (plain, plain_grads) = lean_and_plain(network, data, rows, chunks, groups)
         torch.testing.assert_close(lean, plain, rtol=1e-6, atol=1e-4)
         for name, grad in plain_grads.items():
             assert (lean_grads[name] - grad).norm() <= 2e-6 * grad.norm(), name
@@ -114,16 +115,16 @@ def test_batches_hold_each_row_once_and_the_same_steps_for_any_number_of_ranks()
         """[step][micro-batch][row], all ranks' micro-batches together; a row that does not count is left out."""
         all_ranks = []
         for rank in range(ranks):
-            sampler = StepBatches(lengths, batch, accumulate, 7, ranks, rank, group)
+            sampler = MicroBatches(lengths, batch, accumulate, 7, ranks, rank, group)
             sampler.set_epoch(epoch)
             all_ranks.append(list(sampler))
             assert len(all_ranks[-1]) == len(sampler)
         made = []
         for s in range(len(all_ranks[0]) // accumulate):
             micro = [b for rank in all_ranks for b in rank[s * accumulate : (s + 1) * accumulate]]
-            counted = [[p.index for p in b if p.counts] for b in micro]
-            assert all(p.step_rows == sum(map(len, counted)) for b in micro for p in b if p.counts)
-            assert all(micro)  # every rank always has something to do, or the others wait for ever
+            counted = [b.rows if b.counted else [] for b in micro]
+            assert all(b.step_rows == sum(map(len, counted)) for b in micro)
+            assert all(b.rows for b in micro)  # every rank always has something to do, or the others wait for ever
             made.append(counted)
         return made
 

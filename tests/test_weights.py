@@ -34,9 +34,10 @@ from sppo.plan import driver_parser
 from sppo.preflight import report
 from sppo.rankers import reward_model
 from sppo.recipe import Recipe
-from sppo.training import passes, train
+from sppo.training import reference, train
 from sppo.training.first_step import FirstStep
-from sppo.training.trainer import SPPOTrainer, disable_dropout
+from sppo.training.logps import Forward
+from sppo.training.network import disable_dropout
 
 IDS = torch.arange(5, 300)[None]  # (1, 295): most of the vocabulary
 
@@ -414,7 +415,7 @@ def test_a_policy_that_is_not_its_reference_at_the_first_step_is_an_error(
 ) -> None:
     """Dropout that stays on, and the noise of a router, which disable_dropout does not know."""
     if family == "opt":
-        monkeypatch.setattr("sppo.training.trainer.disable_dropout", lambda _: None)
+        monkeypatch.setattr("sppo.training.train.disable_dropout", lambda _: None)
         model, named = opt(tmp_path / family), r"dropout 0.1, attention_dropout 0.1"
     else:
         model, named = mixtral(tmp_path / family, router_jitter_noise=0.1), r"router_jitter_noise 0.1"
@@ -518,17 +519,17 @@ def test_a_pass_that_is_stopped_or_killed_is_gone_on_with(
     """The reference's pass is killed and then stopped, the anchor's is stopped: tables, losses and weights come out as
     from a training that nobody disturbed, to the bit, and what was kept is not computed again."""
     anchor = f"--anchor_model={tiny.lora(models / 'llama3', tmp_path / 'anchor')}"
-    own, after = SPPOTrainer.logps, SimpleNamespace(calls=0, moment=-1, what=stop.touch)
+    own, after = Forward.logps, SimpleNamespace(calls=0, moment=-1, what=stop.touch)
 
-    def counted(self: SPPOTrainer, *args: Any) -> torch.Tensor:
+    def counted(self: Forward, *args: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():  # else it is a step
             after.calls += 1
             if after.calls == after.moment:
                 after.what()
         return own(self, *args)
 
-    monkeypatch.setattr(SPPOTrainer, "logps", counted)
-    monkeypatch.setattr(passes, "_KEPT_EVERY", 2)
+    monkeypatch.setattr(Forward, "logps", counted)
+    monkeypatch.setattr(reference, "_KEPT_EVERY", 2)
 
     def start(name: str, moment: int = -1, what: Callable[[], Any] = stop.touch) -> int:
         """How many batches went through a network without a gradient; two of them compare lean and plain log-probs."""

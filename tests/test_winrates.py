@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from sppo.method import preference, winrates
+from sppo.pairing.statistics import Statistics, intransitive_triples, position_bias
 
 
 def test_released_estimator_is_the_released_scripts() -> None:
@@ -57,9 +58,9 @@ def test_circles_are_counted_in_triples() -> None:
     score = np.array([3.0, 1.0, 2.0, 0.0])
     ordered = score[:, None] - score
     tied = np.zeros((4, 4))  # sigmoid(0) is not above 1/2
-    assert winrates.intransitive_triples(np.stack([four, four.T, ordered, tied])).tolist() == [1, 1, 0, 0]
-    assert winrates.intransitive_triples(STONE[None]).tolist() == [1]
-    assert winrates.intransitive_triples(np.ones((2, 2, 2))).tolist() == [0, 0]
+    assert intransitive_triples(np.stack([four, four.T, ordered, tied])).tolist() == [1, 1, 0, 0]
+    assert intransitive_triples(STONE[None]).tolist() == [1]
+    assert intransitive_triples(np.ones((2, 2, 2))).tolist() == [0, 0]
 
 
 def test_position_bias() -> None:
@@ -67,18 +68,18 @@ def test_position_bias() -> None:
     even = np.array([[0, 1.0], [-1.0, 0]])
     first = np.array([[0, math.log(3)], [math.log(3), 0]])  # sigmoid(log 3) = 3/4, twice, less 1
     last = np.array([[0, -math.log(3)], [0, 0]])  # 1/4 + 1/2 - 1
-    np.testing.assert_allclose(winrates.position_bias(np.stack([even, first, last])), [0, 0.5, -0.25], atol=1e-12)
+    np.testing.assert_allclose(position_bias(np.stack([even, first, last])), [0, 0.5, -0.25], atol=1e-12)
     # (0, 1) and (1, 0): 3/4 each; the other four: 1/2. Mean 7/12, twice, less 1
     three = np.zeros((3, 3))
     three[:2, :2] = first
-    assert winrates.position_bias(three[None])[0] == pytest.approx(1 / 6)
+    assert position_bias(three[None])[0] == pytest.approx(1 / 6)
 
 
-def statistics(estimator: str) -> winrates.Statistics:
+def statistics(estimator: str) -> Statistics:
     """Two prompts, K = 3: the circle, and scores 1, 0, -1."""
     s = np.array([1.0, 0.0, -1.0])
     logits = np.stack([STONE, (s[:, None] - s) / 2])
-    gathered = winrates.Statistics()
+    gathered = Statistics()
     for n, lengths in enumerate(([5.0, 3.0, 1.0], [10.0, 40.0, 10.0])):
         c = logits[n : n + 1]
         p = preference.probability(c, estimator)
@@ -107,7 +108,7 @@ def test_score_and_length_are_correlated_within_prompts() -> None:
     logits, lengths = np.stack([c, c]), np.array([[5.0, 3.0, 1.0], [108.0, 84.0, 108.0]])
     scores = preference.mean_scores(logits)
     np.testing.assert_allclose(scores, [[1, 0, -1], [1, 0, -1]])
-    gathered = winrates.Statistics()
+    gathered = Statistics()
     probability = preference.paper_probability(logits)
     gathered.add_ranked(logits, probability, scores, probability.mean(-1), lengths)
     assert gathered.summary()["score_length_correlation"] == round(4 / math.sqrt(4 * 392), 4) == 0.101
@@ -132,7 +133,7 @@ def test_a_length_penalty_by_hand() -> None:
 
 def test_means_and_quantiles_of_the_pairs() -> None:
     """Over .5 .6 .7 .9: mean .675; a quarter of the way, at position .75, .575; half .65; at 2.25, .75."""
-    gathered = winrates.Statistics()
+    gathered = Statistics()
     lose = [0.1, 0.10004, 0.10004, 0.10004]
     rates = np.array([[0.9, 0.5, 0.7, 0.6], [1.0, 1.0, 1.0, 0.0], lose])
     gathered.add_pairs(rates[:, :1])
@@ -143,7 +144,7 @@ def test_means_and_quantiles_of_the_pairs() -> None:
     assert summary["p_win"] == {"mean": 0.75, "quantiles": [0, 0.75, 1, 1, 1]}
     assert summary["p_lose"] == {"mean": 0.1, "quantiles": [0.1] * 5}
     many = np.random.default_rng(0).beta(2, 5, size=(3, 1001))
-    gathered = winrates.Statistics()
+    gathered = Statistics()
     for part in np.array_split(many, 7, axis=1):
         gathered.add_pairs(part)
     for name, values in zip(("p", "p_win", "p_lose"), many, strict=True):

@@ -21,7 +21,8 @@ from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
 from sppo.command.search_path import ROOT
 from sppo.evaluation.answers import call, draw, launch, settings
-from sppo.method.preference import Array, probability, strength
+from sppo.method.preference import Array, probability
+from sppo.method.winrates import ordering_score
 from sppo.models.files import public_name
 from sppo.rankers import Ranker, backend, log_odds, pending_chunks
 from sppo.rankers.pinning import pinned
@@ -163,7 +164,7 @@ def _ranked(recipe: Recipe, out: Path, rows: list[dict[str, Any]]) -> dict[str, 
     for path in files:
         for row in read_rows(path, ["prompt_id", "logits"]):
             logits = np.array(row["logits"], dtype=np.float64)
-            best = int(strength(logits[None], recipe.estimator)[0].argmax())
+            best = int(ordering_score(logits[None], recipe.estimator)[0].argmax())
             means = _means(logits, recipe.estimator)
             same = sum(a == b for a, b in itertools.combinations(texts[row["prompt_id"]], 2))
             tied = int(np.triu(logits == logits.T, 1).sum()) - same

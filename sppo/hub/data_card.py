@@ -12,7 +12,7 @@ from sppo.store.files import read_json
 from sppo.store.parquet import open_parquet
 
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
-_ABOUT = {  # the statistics of train.manifest.json (see pairing/winrates.py)
+_ABOUT = {  # the statistics of train.manifest.json (see pairing/statistics.py)
     "pairs": "ordered comparisons",
     "tied_pairs": "pairs with win rate 1/2",
     "intransitive_triples": "share of triples that go round in a circle",

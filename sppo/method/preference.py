@@ -1,6 +1,7 @@
-"""What a ranker's logits mean: the score of a response, and the probability behind a logit.
+"""From the ranker's logits to the probability that one response is preferred to another.
 
-Everything is vectorised over prompts: C is (N, K, K), row i against column j, i shown first.
+C is (N, K, K) for N prompts with K responses each: C_ij is the ranker's logit that i is better than j when i is shown
+first. The two orders of a pair need not agree, so both estimators use the difference C_ij - C_ji.
 """
 
 from __future__ import annotations
@@ -11,38 +12,32 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def mean_scores(logits: Array) -> Array:
-    """s_i = (1/K) sum_j (C_ij - C_ji), (N, K, K) -> (N, K): PairRM's own score of a response."""
-    return (logits - logits.swapaxes(-1, -2)).sum(-1) / logits.shape[-1]
-
-
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)) without overflow."""
     return np.exp(-np.logaddexp(0.0, -x))
 
 
 def paper_probability(logits: Array) -> Array:
-    """P_ij = sigmoid((C_ij - C_ji) / 2), (N, K, K) -> (N, K, K): from the pair alone, as in the paper, section 4.
+    """P(y_i > y_j) = sigmoid((C_ij - C_ji) / 2), (N, K, K) -> (N, K, K): the paper, section 4.
 
-    Keeps preferences that go round in a circle.
+    Only the pair itself decides, so a circle (A beats B, B beats C, C beats A) stays one.
     """
     return sigmoid((logits - logits.swapaxes(-1, -2)) / 2)
 
 
+def mean_scores(logits: Array) -> Array:
+    """s_i = (1/K) sum_j (C_ij - C_ji), (N, K, K) -> (N, K): PairRM's own score of a response."""
+    return (logits - logits.swapaxes(-1, -2)).sum(-1) / logits.shape[-1]
+
+
 def released_probability(scores: Array) -> Array:
-    """P_ij = sigmoid(s_i - s_j), (N, K) -> (N, K, K): the released scripts' estimator, transitive by construction."""
+    """P(y_i > y_j) = sigmoid(s_i - s_j), (N, K) -> (N, K, K): the scripts that were released with the paper.
+
+    A single score a response, as in the Bradley-Terry model: no circle is left.
+    """
     return sigmoid(scores[..., :, None] - scores[..., None, :])
 
 
 def probability(logits: Array, estimator: str) -> Array:
-    """P of the named estimator: `released` or `paper`. The diagonal is 1/2 and P + P^T = 1."""
+    """P of the named estimator, `released` or `paper`: (N, K, K) -> (N, K, K), with P_ii = 1/2 and P_ij + P_ji = 1."""
     return released_probability(mean_scores(logits)) if estimator == "released" else paper_probability(logits)
-
-
-def strength(logits: Array, estimator: str) -> Array:
-    """What the best response has most of, and the worst least, (N, K, K) -> (N, K).
-
-    Win rates; with the released estimator its scores, which put responses into the same order: sigmoids saturate,
-    scores do not.
-    """
-    return mean_scores(logits) if estimator == "released" else paper_probability(logits).mean(-1)

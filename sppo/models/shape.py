@@ -15,19 +15,25 @@ class Shape:
     hidden: int
     heads: int
     kv_width: int  # numbers in a token's keys, in one layer
-    bytes: int  # of a stored number
+    bytes: int  # of one stored weight
 
     @classmethod
     def of(cls, config: dict[str, Any], parameters: int) -> Shape:
         """From config.json as read; a key that an architecture does not have counts nothing."""
         text = config.get("text_config") or config
         heads, hidden = text.get("num_attention_heads") or 1, text.get("hidden_size") or 0
-        width = text.get("head_dim") or hidden // heads
-        kv = (text.get("num_key_value_heads") or heads) * width
-        return cls(parameters, text.get("num_hidden_layers") or 0, hidden, heads, kv, stored_bytes(config))
+        head_width = text.get("head_dim") or hidden // heads
+        return cls(
+            parameters=parameters,
+            layers=text.get("num_hidden_layers") or 0,
+            hidden=hidden,
+            heads=heads,
+            kv_width=(text.get("num_key_value_heads") or heads) * head_width,
+            bytes=stored_bytes(config),
+        )
 
     def cache(self, tokens: int, number: int = 2) -> int:
-        """Bytes of keys and values of so many tokens, `number` bytes each."""
+        """Bytes of the keys and values of so many tokens, `number` bytes for each number."""
         return 2 * number * self.layers * self.kv_width * tokens
 
 

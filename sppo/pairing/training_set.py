@@ -14,6 +14,7 @@ from sppo.command.errors import SPPOError, UsageError
 from sppo.command.progress import progress
 from sppo.method import preference, winrates
 from sppo.pairing.join import Rankings, hash64, prompt_ids
+from sppo.pairing.statistics import Statistics
 from sppo.recipe import Recipe, require_whole_hold_out
 from sppo.schema import content_id, training_schema
 from sppo.store.files import atomic_together, digest
@@ -68,7 +69,7 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     if overwrite:
         stage.discard()  # the old ones may go now that new ones can be made
     stage.begin()
-    statistics = winrates.Statistics()
+    statistics = Statistics()
     pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
     written = _write(train, test, pairs, held_out, statistics)
     counts = {"train": written[0], "test": written[1], **statistics.summary()}
@@ -127,7 +128,7 @@ def _write(
     test: Path,
     pairs: Iterator[tuple[pa.RecordBatch, NDArray[np.int64]]],
     held_out: NDArray[np.bool_],
-    statistics: winrates.Statistics,
+    statistics: Statistics,
 ) -> tuple[int, int]:
     """Write both files in one pass; returns their rows. Neither appears if anything fails or no pair is left."""
     schema = training_schema()
@@ -150,7 +151,7 @@ def _pairs(
     rankings: Rankings,
     rows: NDArray[np.int64],
     recipe: Recipe,
-    statistics: winrates.Statistics,
+    statistics: Statistics,
 ) -> Iterator[tuple[pa.RecordBatch, NDArray[np.int64]]]:
     """Batches of the training set, and the numbers of the responses' rows that they were made from."""
     statistics.dropped["not ranked"] = int((rows < 0).sum())
@@ -177,7 +178,7 @@ def _pairs(
 
 
 def _pair(
-    batch: pa.RecordBatch, logits: preference.Array, recipe: Recipe, statistics: winrates.Statistics
+    batch: pa.RecordBatch, logits: preference.Array, recipe: Recipe, statistics: Statistics
 ) -> tuple[pa.RecordBatch, NDArray[np.bool_]]:
     """Rows of the training set for N ranked prompts, logits (N, K, K), and which of them are kept, (N,)."""
     import pyarrow as pa
@@ -193,8 +194,8 @@ def _pair(
     scores = preference.mean_scores(logits)  # (N, K)
     judged = winrates.penalised(logits, lengths, recipe.length_penalty) if recipe.length_penalty else logits
     probability = preference.probability(judged, recipe.estimator)  # (N, K, K)
-    win_rates = probability.mean(-1)  # (N, K)
-    w, l = winrates.best_and_worst(preference.strength(judged, recipe.estimator))  # noqa: E741 - the paper's
+    win_rates = winrates.win_rates(probability)  # (N, K)
+    w, l = winrates.best_and_worst(winrates.ordering_score(judged, recipe.estimator))  # noqa: E741 - the paper's
     rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])  # (3, N)
     chosen, rejected = texts.take(pa.array(row * k + w)), texts.take(pa.array(row * k + l))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from sppo.models.shape import Shape
 from sppo.preflight.facts import Run, Work
@@ -37,43 +37,73 @@ def state_bytes(optim: str) -> int:
     return 2 if "8bit" in optim else _STATE.get(optim.removesuffix("_bnb"), 8)
 
 
-def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], processes: int) -> tuple[int, int]:
-    """(bytes of weights, gradients and optimiser, bytes of what comes and goes) in one process of a training."""
+def _zero_stage(config: dict[str, Any]) -> int:
+    """DeepSpeed's ZeRO stage of an accelerate config; 0 without DeepSpeed."""
+    return (config.get("deepspeed_config") or {}).get("zero_stage", 0)
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes of memory that one process of a training takes."""
+
+    fixed: int  # weights, gradients and the optimiser's state
+    passing: int  # what comes and goes: activations, or the anchor's weights before the first step
+
+
+def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], processes: int) -> TrainingMemory:
+    """What training takes under an accelerate config (`config`, as read) with so many processes."""
     trained, state = trained_numbers(recipe, shape), state_bytes(recipe.optim)
-    zero = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
-    mixed = config.get("mixed_precision") == "bf16"
-    base = 0.6 if recipe.load_in_4bit else shape.bytes if mixed else 4  # bytes; frozen under LoRA
-    number = 2 if mixed else 4
-    moment = 0.0  # a group of gradients in float32, as the optimiser steps
-    if zero:  # weights and gradients in half precision where mixed, master weights, the optimiser's state
-        weights, own = number * shape.parameters, (number + 4 * mixed + state) * trained
-        moment = 4 * min(1e9, trained / processes) * mixed
-        fixed = (weights / processes if zero == 3 else weights) + own / processes
+    zero = _zero_stage(config)
+    is_mixed = config.get("mixed_precision") == "bf16"
+    number = 2 if is_mixed else 4  # bytes of a weight or an activation in a product
+
+    # what stays for the whole training
+    fp32_bucket = 0.0  # DeepSpeed's group of gradients in float32, as the optimiser steps
+    if zero:
+        weights = number * shape.parameters
+        gradients = number * trained
+        master = 4 * trained if is_mixed else 0  # float32 weights that the optimiser moves
+        if is_mixed:
+            fp32_bucket = 4 * min(1e9, trained / processes)
+        sharded = (gradients + master + state * trained) / processes
+        fixed = sharded + (weights / processes if zero == 3 else weights)
     else:
-        frozen = 0 if trained == shape.parameters else base * shape.parameters
-        buckets = 4 * (processes > 1)  # DistributedDataParallel's copy of the gradients
+        frozen = 0.0
+        if trained != shape.parameters:
+            stored = shape.bytes if is_mixed else 4
+            frozen = (0.6 if recipe.load_in_4bit else stored) * shape.parameters
+        buckets = 4 if processes > 1 else 0  # DistributedDataParallel's copy of the gradients
         fixed = frozen + (4 + 4 + state + buckets) * trained
+
+    # activations of a micro-batch: of one layer, arXiv 2205.05198, without attention's scores
     tokens = recipe.batch_size * (recipe.pairs if recipe.loss_type == "sppo_all" else 2) * recipe.max_length
-    layer = 34 * number // 2 * tokens * shape.hidden  # arXiv 2205.05198, without attention's scores
-    kept = number * tokens * shape.hidden * shape.layers + layer
-    # the anchor's network (passes.py, find_anchor) is whole on each rank, but gone before the first step
-    anchor = (2 if mixed and (zero or recipe.use_peft) else 4) * shape.parameters * bool(recipe.anchor)
-    return int(fixed), int(max(anchor, moment + (kept if recipe.gradient_checkpointing else layer * shape.layers)))
+    layer = 34 * number // 2 * tokens * shape.hidden
+    activations = layer * shape.layers
+    if recipe.gradient_checkpointing:  # each layer's input is kept, and one layer is computed again at a time
+        activations = number * tokens * shape.hidden * shape.layers + layer
+
+    # the anchor's network (reference.find_anchor) is whole on each rank, but gone before the first step
+    anchor = 0
+    if recipe.anchor:
+        anchor = (2 if is_mixed and (zero or recipe.use_peft) else 4) * shape.parameters
+    return TrainingMemory(int(fixed), int(max(anchor, fp32_bucket + activations)))
 
 
 def checkpoint_bytes(recipe: Recipe, shape: Shape, config: dict[str, Any]) -> int:
     """One checkpoint: weights, and under DeepSpeed master weights beside them, and the optimiser's state."""
-    zero = (config.get("deepspeed_config") or {}).get("zero_stage", 0)
-    weights = (4 if not zero else 6 if config.get("mixed_precision") == "bf16" else 8) + state_bytes(recipe.optim)
-    return weights * trained_numbers(recipe, shape)
+    weights = 4
+    if _zero_stage(config):
+        weights = 6 if config.get("mixed_precision") == "bf16" else 8
+    return (weights + state_bytes(recipe.optim)) * trained_numbers(recipe, shape)
 
 
 def model_bytes(recipe: Recipe, shape: Shape, config: dict[str, Any]) -> int:
     """One iteration's model on disk."""
     if recipe.use_peft:
-        return 4 * trained_numbers(recipe, shape) + recipe.merge_adapter * shape.bytes * shape.parameters
-    zero = config.get("distributed_type") == "DEEPSPEED"
-    return shape.parameters * ((2 if config.get("mixed_precision") == "bf16" else 4) if zero else shape.bytes)
+        merged = shape.bytes * shape.parameters if recipe.merge_adapter else 0
+        return 4 * trained_numbers(recipe, shape) + merged
+    if config.get("distributed_type") == "DEEPSPEED":
+        return (2 if config.get("mixed_precision") == "bf16" else 4) * shape.parameters
+    return shape.bytes * shape.parameters
 
 
 def training_seconds(work: Work, run: Run, parameters: int, rate: float) -> float:

@@ -1,6 +1,6 @@
-"""Stage 4, training: regress the policy's log-ratios on the win rates.
+"""Stage 4, training: from a policy and train.parquet to the next iteration's policy in $MODEL.
 
-Reads a policy (it is the reference too) and train.parquet.
-Does the optimiser steps, under DDP or DeepSpeed where there are several processes.
-Writes $MODEL, the next iteration's policy.
+train.py puts everything together. rows.py, data.py and batches.py go from the file to batches; logps.py and
+reference.py give the log-probs; trainer.py makes the optimiser steps, under DDP or DeepSpeed with several processes;
+checkpoints.py and save.py write to the disk.
 """

@@ -28,8 +28,8 @@ _FULL = "os error 28|No space left|inline_container|iostream error|PytorchStream
 
 
 @contextmanager
-def told_when_full() -> Iterator[None]:
-    """ENOSPC as an OSError where torch and safetensors say it in words of their own, or only that a write failed."""
+def disk_full_as_os_error() -> Iterator[None]:
+    """Raise OSError(ENOSPC) for a full disk where torch and safetensors raise errors of their own."""
     try:
         yield
     except Exception as error:
@@ -53,8 +53,8 @@ def refuse_another(work: Path, stage: Stage) -> None:
         stage.refuse_if_different(read_json(work / "identity.json"))
 
 
-def is_of(work: Path, stage: Stage) -> bool:
-    """Whether a try at this very training has left its work: with --overwrite, too, it goes on from there."""
+def is_work_of(work: Path, stage: Stage) -> bool:
+    """Whether `work` was left by a killed try at this very training, which then goes on, with --overwrite too."""
     path = work / "identity.json"
     return path.exists() and read_json(path) == stage.identity
 
@@ -101,7 +101,7 @@ def check_parts(checkpoint: Path, processes: int) -> None:
 
 
 def tidy(work: Path, checkpoint: Path | None) -> None:
-    """Remove what an earlier try left half done, and the metrics of steps that will be made again."""
+    """Delete what an earlier try left half done, and the metrics of steps that will be made again."""
     for other in {work / FINAL, *work.glob("checkpoint-*")} - {checkpoint}:
         if other.exists():
             delete(other)

@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from sppo.command.errors import SPPOError
+from sppo.training.batches import Batch
+from sppo.training.ranks import sum_over_ranks
 
 # Nats by which rounding may move a response's log-prob, divided by the square root of its tokens: the errors of single
 # tokens are independent, so that their sum grows as the root. In float32 rounding made 2e-7, a router's noise of 0.1
@@ -26,10 +28,10 @@ class FirstStep:
         # |log-prob - reference's| / sqrt(tokens), summed over responses; responses; |d loss / d log-prob|, summed
         self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
 
-    def note(self, logps: torch.Tensor, ratios: torch.Tensor, inputs: dict[str, Any]) -> None:
+    def note(self, logps: torch.Tensor, ratios: torch.Tensor, batch: Batch) -> None:
         """Add a micro-batch. logps, ratios: (S,), the policy's log-probs, and less the reference's."""
-        rows, width = inputs["input_ids"].shape
-        tokens = torch.bincount(inputs["positions"] // width, minlength=rows)  # (S,)
+        rows, width = batch["input_ids"].shape
+        tokens = torch.bincount(batch["positions"] // width, minlength=rows)  # (S,)
         self.sums[0] += (ratios.detach().abs() / tokens.sqrt()).sum()
         self.sums[1] += rows
         if logps.requires_grad:
@@ -43,7 +45,7 @@ class FirstStep:
 
         where: the file of the reference's log-probs.
         """
-        apart, responses, pull = self.accelerator.reduce(self.sums, "sum").tolist()
+        apart, responses, pull = sum_over_ranks(self.accelerator, self.sums).tolist()
         limit = _ROUNDING if self.accelerator.mixed_precision == "no" else _ROUNDING_HALF
         if self.at_reference and not apart / responses <= limit:
             raise SPPOError(

@@ -1,8 +1,8 @@
 """Log-probabilities of responses, without logits for the whole vocabulary at every position.
 
 Only positions that predict a response token go through the head, in chunks whose logits are made, read and dropped,
-and made again in the backward pass. The number of chunks is given, never derived from a batch: under ZeRO-3 each call
-of the head gathers its weight on all ranks, so ranks with different numbers of chunks would wait for ever.
+and made again in the backward pass. That is the lean forward; `response_logps` is the plain one that it is checked
+against.
 
 `trl.trainer.add_fused_lm_head` does the same with a Triton kernel on GPUs; it is not used, because its path here could
 not be checked on a GPU.
@@ -12,12 +12,56 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
+from sppo.training.ranks import sum_over_ranks
+
+if TYPE_CHECKING:
+    from sppo.training.batches import Batch
+
 CHUNK_TOKENS = 1024  # tokens in one chunk: 0.5 GB of float32 logits for a vocabulary of 128k
+
+
+@dataclass
+class Forward:
+    """How rows go through a network, the same way on all ranks.
+
+    chunks is given and never derived from a batch: under ZeRO-3 each call of the head gathers its weight on all ranks,
+    so ranks with different numbers of chunks would wait for ever.
+    """
+
+    batch_size: int  # rows of a micro-batch, on average where they go by length
+    chunks: int  # in which the head makes a micro-batch's logits
+    is_lean: bool  # whether the network has the forward of add_lean_forward
+
+    def logps(self, network: Any, batch: Batch) -> torch.Tensor:
+        """(S,), float32: log-probability of each of the batch's responses, summed over its tokens."""
+        input_ids, positions = batch["input_ids"], batch["positions"]
+        if self.is_lean:
+            groups = {"groups": batch["groups"], "widths": batch["widths"]}
+            return network(input_ids=input_ids, positions=positions, chunks=self.chunks, **groups)
+        output = network(input_ids=input_ids, attention_mask=batch["attention_mask"], use_cache=False)
+        return response_logps(output.logits, input_ids, positions)
+
+    @torch.no_grad()
+    def agrees_with_plain(self, network: Any, batch: Batch, accelerator: Accelerator) -> bool:
+        """Whether the lean log-probs are the plain ones, on all ranks together.
+
+        An architecture may change its logits in a way that its config does not show.
+        """
+        was_training = network.training
+        network.eval()
+        lean = self.logps(network, batch).float()
+        plain = replace(self, is_lean=False).logps(network, batch).float()
+        network.train(was_training)
+        tolerance = 1e-4 if accelerator.mixed_precision == "no" else 2e-2
+        apart = ((lean - plain).abs() / plain.abs().clamp(min=1)).max()
+        return sum_over_ranks(accelerator, apart).item() <= tolerance * accelerator.num_processes
 
 
 def response_logps(logits: torch.Tensor, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -32,38 +76,32 @@ def response_logps(logits: torch.Tensor, input_ids: torch.Tensor, positions: tor
     return _sums(logps.gather(-1, targets[:, None]).squeeze(-1), positions, rows, width)
 
 
-def _token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(P, V), (P,) -> (P,), float32."""
-    return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-
-
 def _sums(logps: torch.Tensor, positions: torch.Tensor, rows: int, width: int) -> torch.Tensor:
     """(P,) to (S,). Through a padded table, whose sums come out the same each time; index_add's on a GPU do not."""
     return logps.new_zeros(rows * width).index_copy(0, positions, logps).view(rows, width).sum(-1)
 
 
-def _read(
-    backbone: Any, input_ids: torch.Tensor, runs: Sequence[torch.Tensor], widths: Sequence[int]
+def _hidden_states(
+    backbone: Any, input_ids: torch.Tensor, groups: Sequence[torch.Tensor], widths: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden states of all that is read, (N, H); where in them each of the S sequences begins, (S,)).
+    """(hidden states of all groups' tokens, (N, H); where in them each of the S sequences begins, (S,)).
 
     Without attention_mask: padding is on the right, where causal attention never looks, and attention that needs no
     mask is the fast one.
     """
-    starts, made, start = input_ids.new_zeros(len(input_ids)), [], 0
-    for run, width in zip(runs, widths, strict=True):
-        hidden = backbone(input_ids[run, :width], use_cache=False).last_hidden_state  # (s, w, H)
-        made.append(hidden.flatten(0, 1))
-        starts[run] = torch.arange(len(run), device=run.device) * width + start
-        start += len(made[-1])
-    return torch.cat(made), starts
+    starts, states, start = input_ids.new_zeros(len(input_ids)), [], 0
+    for group, width in zip(groups, widths, strict=True):
+        hidden = backbone(input_ids[group, :width], use_cache=False).last_hidden_state  # (s, w, H)
+        states.append(hidden.flatten(0, 1))
+        starts[group] = torch.arange(len(group), device=group.device) * width + start
+        start += len(states[-1])
+    return torch.cat(states), starts
 
 
 def add_lean_forward(network: Any) -> bool:
-    """Let `network(input_ids, positions, chunks)` return response log-probs, (S,), float32.
+    """Let `network(input_ids, positions, chunks, groups, widths)` return response log-probs, (S,), float32.
 
-    input_ids: (S, T), padded on the right. positions: as in response_logps. runs, widths: see TrainingSet.batch;
-    without them all rows go through the network together.
+    input_ids: (S, T), padded on the right. positions, groups, widths: as in batches.Batch. chunks: see Forward.
 
     Any other call is the network's own forward. Call it before PEFT, DDP or DeepSpeed wrap the network. Returns
     False, and changes nothing, where the architecture does not say how its logits come about.
@@ -77,31 +115,32 @@ def add_lean_forward(network: Any) -> bool:
     scale = _logit_scale(config)
 
     def chunk_logps(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(P / chunks, H), (P / chunks,) -> (P / chunks,), float32."""
         logits = network.get_output_embeddings()(hidden)  # (P / chunks, V)
         if scale != 1:
             logits = logits * scale
         if softcap:
             logits = torch.tanh(logits / softcap) * softcap
-        return _token_logps(logits, targets)
+        return -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
-    def forward(
-        self: Any, *args: Any, positions: torch.Tensor | None = None, chunks: int = 1, runs: Any = None,
-        widths: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    def forward(self: Any, *args: Any, positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if positions is None:
             return own(*args, **kwargs)
         input_ids = kwargs["input_ids"]  # (S, T)
         rows, width = input_ids.shape
-        runs, widths = runs or [torch.arange(rows, device=input_ids.device)], widths or [width]
-        hidden, starts = _read(getattr(self, self.base_model_prefix), input_ids, runs, widths)
+        backbone = getattr(self, self.base_model_prefix)
+        hidden, starts = _hidden_states(backbone, input_ids, kwargs["groups"], kwargs["widths"])
         hidden = hidden.index_select(0, starts[positions // width] + positions % width)  # (P, H)
         targets = input_ids.reshape(-1)[positions + 1]
-        parts = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
-        if torch.is_grad_enabled():
-            made = [checkpoint(chunk_logps, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        else:
-            made = [chunk_logps(*part) for part in parts]
-        return _sums(torch.cat(made), positions, *input_ids.shape)
+
+        logps = []
+        chunks = kwargs["chunks"]
+        for chunk in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
+            if torch.is_grad_enabled():  # the chunk's logits are made again in the backward pass
+                logps.append(checkpoint(chunk_logps, *chunk, use_reentrant=False, preserve_rng_state=False))
+            else:
+                logps.append(chunk_logps(*chunk))
+        return _sums(torch.cat(logps), positions, rows, width)
 
     network.forward = types.MethodType(forward, network)
     return True

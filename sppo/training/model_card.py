@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ def write_card(
     data_digest: str,
     metrics: dict[str, Any],
     counts: dict[str, int],
-    settings: list[str],
+    settings: Sequence[str],
 ) -> None:
     """README.md of a trained model: base model, data, recipe (the keys in `settings`), metrics, versions."""
     from huggingface_hub import ModelCardData
 
     base = public_name(recipe.model)
+    kind = ", as a LoRA adapter" if recipe.use_peft else ""
     head = ModelCardData(
         base_model=base if base == recipe.model and "/" in base else None,  # the Hub refuses a base that is not on it
         library_name="peft" if recipe.use_peft else "transformers",
@@ -31,11 +33,13 @@ def write_card(
     )
     text = "\n".join(
         [
-            *["---", head.to_yaml(), "---", ""],
+            "---",
+            head.to_yaml(),
+            "---",
+            "",
             f"# SPPO, iteration {metrics['iteration']}",
             "",
-            f"Trained from {base} with {PAPER}"
-            f"{', as a LoRA adapter' if recipe.use_peft else ''}, on {data_name} (sha256 {data_digest[:16]}).",
+            f"Trained from {base} with {PAPER}{kind}, on {data_name} (sha256 {data_digest[:16]}).",
             "",
             "## Data",
             *table("count", counts),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.models.loading import add_adapter, empty_network, load_config
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_network(recipe: Recipe, policy: Policy) -> None:
@@ -36,23 +39,38 @@ def lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
     """
     if not (recipe.use_peft or recipe.load_in_4bit):
         return None, None
-    from trl import ModelConfig, get_peft_config, get_quantization_config
+    from peft import LoraConfig
+    from trl import ModelConfig, get_peft_config, get_quantization_config  # pyright: ignore[reportPrivateImportUsage]
 
     asked = ModelConfig(
         use_peft=recipe.use_peft,
         lora_r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=0.0,
-        lora_target_modules="all-linear",
+        lora_target_modules=["all-linear"],
         load_in_4bit=recipe.load_in_4bit,
         use_bnb_nested_quant=True,
         dtype="bfloat16",  # of the products in 4 bits
     )
     lora = get_peft_config(asked)
-    if lora is not None and recipe.lora_target_modules != "all-linear":
+    if isinstance(lora, LoraConfig) and recipe.lora_target_modules != "all-linear":
         # not through ModelConfig: it makes a text of a list of one, and peft takes a text for a regular expression
-        lora.target_modules = {name.strip() for name in recipe.lora_target_modules.split(",")}
+        names = {name.strip() for name in recipe.lora_target_modules.split(",")}
+        lora.target_modules = names  # pyright: ignore[reportAttributeAccessIssue] - peft itself makes sets of lists
     return lora, get_quantization_config(asked)
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """No dropout: the reference's log-probs must be those of the policy before its first step."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        # what a module applies in a function: OPT's `dropout`, Bloom's `hidden_dropout`, attention's own
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 @contextmanager

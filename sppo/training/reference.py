@@ -1,42 +1,57 @@
-"""The reference as a table: log pi_t of every response, computed once and kept under a hash of what decides it."""
+"""The reference: log pi_t of every response, computed once before the first step, and kept as a table in a file.
+
+A pass over the responses that is broken off keeps what it has, and the next start computes what is missing in the same
+batches. Which responses share a batch decides a log-prob's last bits, so the table is the same as after a pass that ran
+to its end. The anchor's table (--anchor) is made the same way.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
-from sppo.schema import AGREEING
+from sppo.command.errors import SPPOError
+from sppo.command.progress import progress
+from sppo.command.stopping import heard, may_stop, stop_asked
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import Policy
 from sppo.store.files import atomic
+from sppo.training.batches import Batches, MicroBatch, even_parts, to_device
 from sppo.training.data import TrainingSet
+from sppo.training.logps import Forward, add_lean_forward
+from sppo.training.network import unsharded
+from sppo.training.ranks import Stopped, sum_over_ranks
+
+_KEPT_EVERY = 32  # batches between two times at which a pass writes what it has
 
 
 @dataclass
-class ReferenceTable:
-    """Where the table of one policy over one data set is kept: beside the data, else in the run's own directory.
+class LogProbTable:
+    """Where the log-probs of one policy over one data set are kept: beside the data, else in the run's directory."""
 
-    `whole`: False for what a pass that was broken off has computed; the rest of such a table is NaN.
-    """
-
-    key: str
+    key: str  # see reference_key
     homes: tuple[Path, ...]
-    whole: bool = True
+    name: Literal["reference", "anchor"]  # in messages
+    whole: bool = True  # False for what a pass that was broken off has computed; the rest of such a table is NaN
 
-    def part(self, batches: str) -> ReferenceTable:
+    def part(self, batches: str) -> LogProbTable:
         """Where a pass keeps what it has; `batches`: what decides which responses share a batch."""
-        return ReferenceTable(f"{self.key}.{batches}", self.homes, whole=False)
+        return LogProbTable(f"{self.key}.{batches}", self.homes, self.name, whole=False)
 
     def remove_parts(self) -> None:
         """Delete what passes that were broken off have kept of this table, as far as it may be deleted."""
-        for path in (path for home in self.homes for path in home.glob(f"{self.key}.*.safetensors")):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for home in self.homes:
+            for path in home.glob(f"{self.key}.*.safetensors"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def load(self, size: int) -> tuple[torch.Tensor, Path] | None:
         """The table, (size,) float32, and its file; None where there is none that is whole and as it was written."""
@@ -71,7 +86,8 @@ class ReferenceTable:
             except OSError as error:
                 if home == self.homes[-1]:
                     raise
-                print(f"train: reference log-probs cannot be kept in {home} ({error.strerror}), so they go to the run")
+                said = f"the {self.name}'s log-probs cannot be kept in {home} ({error.strerror})"
+                print(f"train: {said}, so they go to the run")
                 continue
             return path
         raise AssertionError("no home")
@@ -79,36 +95,6 @@ class ReferenceTable:
 
 def _digest(table: torch.Tensor) -> str:
     return hashlib.sha256(table.float().cpu().numpy().tobytes()).hexdigest()
-
-
-def agreement(table: torch.Tensor, data: TrainingSet) -> dict[str, float]:
-    """How far the engine that drew the responses and the trainer agree about the policy; empty where nothing is known.
-
-    table: (S,), the trainer's log-probs. Of each response that kept the engine's, the difference of the log-probs is
-    divided by its tokens: `mean_difference` and `largest_difference` are of the absolute values, in nats a token;
-    `kl` is the mean of the signed ones over all tokens, an estimate of KL(engine || trainer), as the engine drew them.
-    """
-    known = np.flatnonzero(np.isfinite(data.drawn_logps))
-    if not len(known):
-        return {}
-    tokens = np.array([len(response) for row in data.responses for response in row])[known]
-    apart = data.drawn_logps[known] - table.double().cpu().numpy()[known]  # (n,)
-    each = np.abs(apart) / tokens
-    found = {"mean_difference": each.mean(), "largest_difference": each.max(), "kl": apart.sum() / tokens.sum()}
-    return {"responses": len(known), "tokens": int(tokens.sum()), **{k: float(f"{v:.3g}") for k, v in found.items()}}
-
-
-def describe(found: dict[str, float]) -> str:
-    """The agreement as a line for the log: a warning where it is worse than AGREEING."""
-    apart = f"{found['mean_difference']:.2g} nats a token apart on average over {found['responses']} responses"
-    if found["mean_difference"] <= AGREEING:
-        return f"the engine's and the trainer's log-probs are {apart}"
-    return (
-        f"warning: the engine that drew the responses and the trainer disagree about the policy: their log-probs are "
-        f"{apart}; at most {AGREEING} is usual. The loss compares with the trainer's, so it learns from responses "
-        "of another policy. Usual reasons: another precision or attention, quantised weights, a template or an adapter "
-        "that one of the two does not apply"
-    )
 
 
 def reference_key(policy: str, data: TrainingSet, **how: Any) -> str:
@@ -121,3 +107,140 @@ def reference_key(policy: str, data: TrainingSet, **how: Any) -> str:
         for prompt, response in zip(*sides, strict=True):
             sha.update(f"{len(prompt)},{len(response)};".encode() + prompt.tobytes() + response.tobytes())
     return sha.hexdigest()[:32]
+
+
+class Anchor(NamedTuple):
+    """What --anchor pulls towards."""
+
+    policy: Policy
+    table: LogProbTable  # where its log-probs are kept
+    dtype: Any  # of its weights: the precision that the trained policy is loaded in
+    attention: str
+
+
+def find_reference(
+    network: Any,
+    batches: Batches,
+    accelerator: Accelerator,
+    forward: Forward,
+    table: LogProbTable,
+    resumed: Path | None = None,
+) -> torch.Tensor:
+    """(S,): the table of an earlier run, or the network's own log-probs before its first step.
+
+    resumed: where a run works that goes on from a checkpoint. Its policy is not the reference any more, so it needs the
+    table; without one SPPOError is raised.
+    """
+    found = _look_up(table, batches, accelerator)
+    if found is not None:
+        return found
+    if resumed is not None:
+        raise SPPOError(
+            f"{table.homes[0] / table.key}.safetensors is gone or damaged, so this run cannot be resumed: "
+            f"its policy is not the reference any more. Delete {resumed} to train again"
+        )
+    return log_probs(network, batches, accelerator, forward, table)
+
+
+def find_anchor(anchor: Anchor, batches: Batches, accelerator: Accelerator, forward: Forward) -> torch.Tensor:
+    """(S,): log pi_0 of every response, from the table of an earlier run, or from the anchor's own network.
+
+    For its pass that network is whole on every rank, beside the policy, also where the policy's is sharded.
+    """
+    found = _look_up(anchor.table, batches, accelerator)
+    if found is not None:
+        return found
+    deepspeed = accelerator.state.deepspeed_plugin
+    half = deepspeed is not None and accelerator.mixed_precision == "bf16"
+    with unsharded(deepspeed), heard():
+        network = load_causal_lm(anchor.policy, torch.bfloat16 if half else anchor.dtype, anchor.attention)
+    forward = replace(forward, is_lean=add_lean_forward(network) and forward.is_lean)
+    with accelerator.autocast():
+        return log_probs(network.to(accelerator.device), batches, accelerator, forward, anchor.table)
+
+
+@torch.no_grad()
+def log_probs(
+    network: Any, batches: Batches, accelerator: Accelerator, forward: Forward, table: LogProbTable
+) -> torch.Tensor:
+    """(S,), float32: a network's log-prob of every response, kept in `table`.
+
+    The ranks share the rows and make the same number of passes. Raises Stopped where the run is asked to stop: what is
+    computed until then is kept.
+    """
+    data, rank, ranks = batches.data, accelerator.process_index, accelerator.num_processes
+    kept = table.part(f"{ranks}x{forward.batch_size}x{batches.groups}")  # what decides who shares a batch
+    logps = _look_up(kept, batches, accelerator)  # (S,), NaN where there is none yet
+    if logps is None:
+        logps = torch.full((len(data.sequence_rates),), torch.nan, device=accelerator.device)
+    lengths = data.lengths()
+    shortest = int(lengths.argmin())
+    was_training = network.training
+    network.eval()
+
+    with progress(len(data), f"{table.name} log-probs", "row") as bar:
+        for number, shares in enumerate(_deal(lengths, forward.batch_size, ranks), start=1):
+            bar.update(sum(len(rows) for rows in shares))
+            sequences = torch.cat([data.sequences(row) for rows in shares for row in rows])
+            if not logps[sequences].isnan().any():
+                continue
+            # a rank without rows computes the shortest one: sharded weights need all ranks at each call of the network
+            rows = shares[rank]
+            batch = to_device(batches.make(MicroBatch(rows or [shortest])), accelerator.device)
+            made = forward.logps(network, batch).float()
+
+            # each rank fills in its own; the last place says whether to stop
+            shared = torch.zeros(len(logps) + 1, device=logps.device)
+            if rows:
+                shared[batch["sequences"]] = made
+            shared[-1] = float(accelerator.is_main_process and stop_asked())
+            shared = sum_over_ranks(accelerator, shared)
+            logps[sequences] = shared[sequences]
+
+            is_asked = may_stop() and shared[-1].item() > 0
+            if is_asked or number % _KEPT_EVERY == 0:
+                _keep(kept, logps, accelerator)
+            if is_asked:
+                raise Stopped
+
+    network.train(was_training)
+    if not logps.isfinite().all():
+        bad = (~logps.isfinite()).nonzero().flatten().tolist()
+        raise SPPOError(
+            f"the model's log-probs are not finite for {len(bad)} responses, the first are {bad[:10]}; "
+            "its weights are damaged or too large for this precision"
+        )
+    path = _keep(table, logps, accelerator)
+    if accelerator.is_main_process:
+        table.remove_parts()
+        print(f"train: the {table.name}'s log-probs are kept in {path}", flush=True)
+    return logps
+
+
+def _deal(lengths: np.ndarray, batch_size: int, ranks: int) -> list[list[list[int]]]:
+    """[pass][rank][row]: all rows, longest first, in passes of neighbours that are about as long."""
+    order = (-lengths).argsort(kind="stable")
+    passes = -(-len(order) // (batch_size * ranks))
+    parts = [order[list(part)].tolist() for part in even_parts(lengths[order], passes * ranks)]
+    return [parts[first : first + ranks] for first in range(0, len(parts), ranks)]
+
+
+def _look_up(table: LogProbTable, batches: Batches, accelerator: Accelerator) -> torch.Tensor | None:
+    """(S,): what an earlier run has kept; None where there is nothing. Only rank 0 looks, so that all ranks agree."""
+    size = len(batches.data.sequence_rates)
+    shared = torch.zeros(size + 1)  # the last place says whether there is a table
+    found = table.load(size) if accelerator.is_main_process else None
+    if found is not None:
+        logps, path = found
+        shared[:size], shared[size] = logps, 1
+        many = "" if table.whole else f"{int((~logps.isnan()).sum())} of {size} of "
+        print(f"train: found {many}the {table.name}'s log-probs in {path}", flush=True)
+    shared = sum_over_ranks(accelerator, shared.to(accelerator.device))
+    return shared[:size] if shared[size] else None
+
+
+def _keep(table: LogProbTable, logps: torch.Tensor, accelerator: Accelerator) -> Path | None:
+    """Write a table, on rank 0, which returns the file; the others wait."""
+    path = table.save(logps.cpu()) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    return path

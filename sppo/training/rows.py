@@ -7,9 +7,10 @@ text that they spell, those ids are used. Otherwise, and for other tools' data, 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -22,30 +23,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _WANTED = "is not a conversation, each turn with its text, that ends with the assistant"
-_ROUNDING = 1e-9  # by so much a mean of win rates may lie beyond 0 or 1
+_ROUNDING = 1e-9  # a mean of win rates may lie this far below 0 or above 1
+
+
+class Tokens(NamedTuple):
+    """The token ids of a prompt and of one response to it, before they are cut to their budgets."""
+
+    prompt: list[int]
+    response: list[int]
+    logps: list[float] | None = None  # the engine's, one a response token; None where they are not known
 
 
 @dataclass
 class Row:
-    """A row before its budgets: [(prompt ids, response ids)], their win rates, p, and which are the pair.
+    """A row of the data set: two responses, chosen first, or for `sppo_all` up to K."""
 
-    drawn: the engine's log-probs of each response's tokens, where the row has its token ids and they are known.
-    """
-
-    sides: list[tuple[list[int], list[int]]]
-    rates: list[float]
-    p: float
-    pair: tuple[int, int] = (0, 1)
-    drawn: list[list[float] | None] | None = None
-
-
-@dataclass
-class Answered:
-    """The chosen or the rejected side of a row: its prompt, its answer's text, and the generated response if any."""
-
-    prompt: list[Message]
-    text: str
-    response: dict[str, Any] | None
+    responses: list[Tokens]
+    win_rates: list[float]  # P(response > policy) of each
+    p: float  # P(chosen > rejected)
+    pair: tuple[int, int] = (0, 1)  # which of the responses are the chosen and the rejected one
 
 
 @dataclass
@@ -64,7 +60,7 @@ class Reading:
     counts: Counter[str]
 
     def row(self, values: dict[str, Any], loss_type: str) -> Row:
-        """A row of the file for a loss.
+        """A row of the file for a loss. `values`: the row's columns.
 
         Raises BeyondTextError for a row that cannot be used whole, and ValueError for one that cannot be trained on.
         """
@@ -73,94 +69,106 @@ class Reading:
         if loss_type == "sppo_all":
             return self._all_responses(values)
         try:
-            rates = win_rates([values.get(c) for c in RATES])
+            p, *rates = as_rates([values.get(column) for column in RATES])
         except ValueError:
             if loss_type not in WITHOUT_RATES:
                 raise
-            rates = [np.nan] * 3
-        return self._pair(values, rates)
+            p, *rates = [np.nan] * 3
+        return Row(self._pair(values), rates, p)
 
-    def _pair(self, values: dict[str, Any], rates: list[float]) -> Row:
+    def _pair(self, values: dict[str, Any]) -> list[Tokens]:
         """The chosen and the rejected response."""
-        responses, indices = [None, None], [values.get(f"{column}_index") for column in ("chosen", "rejected")]
-        if self._known(values) and None not in indices:
-            responses = [values["responses"][i] for i in indices]
-        if self.as_written and _have_ids(responses):
-            sides, drawn = self._as_drawn(values, responses)
-        else:
-            chosen, rejected = (
-                Answered(*_conversation(values, column), response)
-                for column, response in zip(("chosen", "rejected"), responses, strict=True)
-            )
-            if chosen.prompt != rejected.prompt:
-                raise ValueError("chosen and rejected answer different prompts")
-            self.counts["pairs_of_equal_answers"] += chosen.text == rejected.text
-            self.counts["empty_answers"] += sum(not side.text.strip() for side in (chosen, rejected))
-            sides, drawn = self._compared(values, [chosen, rejected])
-        return Row(sides, rates[1:], rates[0], drawn=drawn)
+        generated: list[dict[str, Any] | None] = [None, None]
+        indices = [values.get("chosen_index"), values.get("rejected_index")]
+        if self._has_prompt_ids(values) and None not in indices:
+            generated = [values["responses"][i] for i in indices]
+        if self.as_written and _have_ids(generated):
+            return self._as_generated(values, generated)
+
+        prompt, chosen = _conversation(values, "chosen")
+        other_prompt, rejected = _conversation(values, "rejected")
+        if prompt != other_prompt:
+            raise ValueError("chosen and rejected answer different prompts")
+        self.counts["pairs_of_equal_answers"] += chosen == rejected
+        self.counts["empty_answers"] += (not chosen.strip()) + (not rejected.strip())
+        return self._compared(values, prompt, [chosen, rejected], generated)
 
     def _all_responses(self, values: dict[str, Any]) -> Row:
-        """All K responses with their win rates, the row means of `probability`."""
+        """All K responses with their win rates, the row means of `probability`; those without a text are left out."""
         responses, probability = values["responses"] or [], values["probability"]
         k = len(responses)
         if len(probability or []) != k or any(len(line) != k for line in probability):
             raise ValueError(f"{k} responses, and a probability that is not {k} x {k}")
-        probability = [win_rates(line) for line in probability]
-        rates = [sum(line) / k for line in probability]
+        probability = [as_rates(line) for line in probability]
+
         kept = [i for i, response in enumerate(responses) if (response["text"] or "").strip()]
         self.counts["empty_responses_left_out"] += k - len(kept)
         if not kept:
             return Row([], [], 0.5)
-        own, drawn = [rates[i] for i in kept], [responses[i] for i in kept]
-        if self.as_written and self._known(values) and _have_ids(drawn):
-            sides, logps = self._as_drawn(values, drawn)
+        rates = [sum(probability[i]) / k for i in kept]
+        generated = [responses[i] for i in kept]
+
+        has_prompt_ids = self._has_prompt_ids(values)
+        if self.as_written and has_prompt_ids and _have_ids(generated):
+            tokens = self._as_generated(values, generated)
         else:
             prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
             _refuse_edited_pair(values, prompt)
-            known = self._known(values)
-            sides, logps = self._compared(values, [Answered(prompt, r["text"], r if known else None) for r in drawn])
-        pair = int(np.argmax(own)), int(np.argmin(own))
-        return Row(sides, own, probability[kept[pair[0]]][kept[pair[1]]], pair, logps)
+            answers = [response["text"] for response in generated]
+            tokens = self._compared(values, prompt, answers, generated if has_prompt_ids else [])
 
-    def _known(self, values: dict[str, Any]) -> bool:
+        best, worst = int(np.argmax(rates)), int(np.argmin(rates))
+        return Row(tokens, rates, probability[kept[best]][kept[worst]], (best, worst))
+
+    def _has_prompt_ids(self, values: dict[str, Any]) -> bool:
         """Whether the row holds its prompt's token ids, of this very tokenizer, and the responses."""
         is_ours = values.get("tokenizer") == self.tokenizer_identity
         return is_ours and bool(values.get("prompt_token_ids") and values.get("responses"))
 
-    def _as_drawn(self, values: dict[str, Any], responses: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    def _as_generated(self, values: dict[str, Any], responses: Sequence[dict[str, Any]]) -> list[Tokens]:
+        """The token ids that the policy read and wrote, without a look at any text."""
         self.counts["rows_from_generated_ids"] += 1
-        sides = [(values["prompt_token_ids"], response["token_ids"]) for response in responses]
-        return sides, [response.get("logps") for response in responses]
+        return [Tokens(values["prompt_token_ids"], r["token_ids"], r.get("logps")) for r in responses]
 
-    def _compared(self, values: dict[str, Any], answered: list[Answered]) -> tuple[list[Any], list[Any] | None]:
-        """Token ids of each side: those that were generated where the text is still theirs, else the template's.
+    def _compared(
+        self,
+        values: dict[str, Any],
+        prompt: list[Message],
+        answers: list[str],
+        generated: Sequence[dict[str, Any] | None],
+    ) -> list[Tokens]:
+        """Token ids of each answer: those that were generated where the text is still theirs, else the template's.
 
-        Of an edited row only what was edited is templated, so that a cut response gets no end that it never had.
+        generated: what generation wrote about each answer, where the row has that; else empty. Of an edited row only
+        what was edited is templated, so that a cut response gets no end that it never had.
         """
-        if not _have_ids([side.response for side in answered]):
+        if not _have_ids(generated):
             self.counts["rows_from_template"] += 1
-            return [self._templated(side.prompt, side.text) for side in answered], None
-        sides, drawn, prompts = [], [], {}
-        for side in answered:
-            generated = values["prompt_token_ids"], side.response["token_ids"]
-            key = repr(side.prompt)
-            if key not in prompts:
-                prompts[key] = self._spells_prompt(generated[0], side.prompt)
-            stands = prompts[key], self._spells_answer(side)
-            if stands[0] and isinstance(values.get("prompt"), list) and as_messages(values["prompt"]) != side.prompt:
-                raise ValueError("prompt was edited; this loss trains on chosen and rejected, so edit it there")
-            if all(stands):
-                sides.append(generated)
-            elif stands[1]:
-                messages = self._for_template(side.prompt)
-                sides.append((chat.prompt_ids(self.tokenizer, messages, self.template_kwargs), generated[1]))
+            return [self._templated(prompt, answer) for answer in answers]
+
+        prompt_ids = values["prompt_token_ids"]
+        is_prompt_kept = self._spells_prompt(prompt_ids, prompt)
+        column = values.get("prompt")
+        if is_prompt_kept and isinstance(column, list) and as_messages(column) != prompt:
+            raise ValueError("prompt was edited; this loss trains on chosen and rejected, so edit it there")
+
+        tokens: list[Tokens] = []
+        is_edited = False
+        for answer, response in zip(answers, generated, strict=True):
+            response_ids = response["token_ids"]
+            if not self._spells_answer(response, answer):
+                made = self._templated(prompt, answer)
+                if is_prompt_kept:
+                    made = Tokens(prompt_ids, made.response)
+            elif is_prompt_kept:
+                made = Tokens(prompt_ids, response_ids, response.get("logps"))
             else:
-                prompt, response = self._templated(side.prompt, side.text)
-                sides.append((generated[0] if stands[0] else prompt, response))
-            drawn.append(side.response.get("logps") if all(stands) else None)
-        as_drawn = [(values["prompt_token_ids"], side.response["token_ids"]) for side in answered]
-        self.counts["rows_from_generated_ids" if sides == as_drawn else "rows_edited"] += 1
-        return sides, drawn
+                messages = self._for_template(prompt)
+                made = Tokens(chat.prompt_ids(self.tokenizer, messages, self.template_kwargs), response_ids)
+            is_edited |= (made.prompt, made.response) != (prompt_ids, response_ids)
+            tokens.append(made)
+        self.counts["rows_edited" if is_edited else "rows_from_generated_ids"] += 1
+        return tokens
 
     def _spells_prompt(self, ids: list[int], prompt: list[Message]) -> bool:
         """Whether the policy read this very prompt, perhaps on another day or with other arguments of the template."""
@@ -170,15 +178,15 @@ class Reading:
             return False
         return reads_as(self.tokenizer, ids, messages, self.template_kwargs)
 
-    def _spells_answer(self, side: Answered) -> bool:
+    def _spells_answer(self, response: dict[str, Any], text: str) -> bool:
         """Whether the response's token ids spell the text.
 
         Raises ValueError where they do, but the response's own text is another: only that one was edited.
         """
-        ids = side.response["token_ids"]
+        ids = response["token_ids"]
         ids = ids[:-1] if ids[-1] in self.stop_ids else ids
-        same = self.tokenizer.decode(ids, skip_special_tokens=True) == side.text
-        if same and side.response.get("text") not in (None, side.text):
+        same = self.tokenizer.decode(ids, skip_special_tokens=True) == text
+        if same and response.get("text") not in (None, text):
             raise ValueError("responses was edited; this loss trains on chosen and rejected, so edit it there")
         return same
 
@@ -193,18 +201,19 @@ class Reading:
             raise BeyondTextError("prompt: it ends with an assistant's turn, which the answer would continue")
         return chat.with_system(self.tokenizer, prompt, "")
 
-    def _templated(self, prompt: list[Message], answer: str) -> tuple[list[int], list[int]]:
-        """(prompt ids, response ids) of one templating of the conversation."""
+    def _templated(self, prompt: list[Message], answer: str) -> Tokens:
+        """Token ids of one templating of the conversation."""
         messages = self._for_template(prompt)
         text = chat.without_end(self.tokenizer, answer, self.stop_ids)
         self.counts["ends_spelled_behind_answers"] += text != answer
-        ids = chat.response_ids(self.tokenizer, messages, text, self.stop_ids, self.template_kwargs)
-        self.counts["ends_spelled_within_answers"] += any(i in self.stop_ids for i in ids[1][:-1])
+        ids = Tokens(*chat.response_ids(self.tokenizer, messages, text, self.stop_ids, self.template_kwargs))
+        self.counts["ends_spelled_within_answers"] += any(i in self.stop_ids for i in ids.response[:-1])
         return ids
 
 
-def _have_ids(responses: list[dict[str, Any] | None]) -> bool:
-    return all(response and response.get("token_ids") for response in responses)
+def _have_ids(responses: Sequence[dict[str, Any] | None]) -> TypeGuard[Sequence[dict[str, Any]]]:
+    """Whether there are responses, each with the token ids that were generated."""
+    return bool(responses) and all(response and response.get("token_ids") for response in responses)
 
 
 def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], str]:
@@ -249,7 +258,7 @@ def _refuse_edited_pair(values: dict[str, Any], prompt: list[Message]) -> None:
             )
 
 
-def win_rates(values: list[Any]) -> list[float]:
+def as_rates(values: list[Any]) -> list[float]:
     """Win rates as floats. Raises ValueError for what is no number from 0 to 1."""
     are_numbers = all(isinstance(v, (int, float, Decimal)) and not isinstance(v, bool) for v in values)
     if not are_numbers or not all(-_ROUNDING <= v <= 1 + _ROUNDING for v in values):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sppo.command.errors import INTERRUPTED, SPPOError, leave
 from sppo.command.importing import TRAINER, import_networks
@@ -16,14 +16,14 @@ from sppo.store.directories import clear
 from sppo.store.files import write_json
 from sppo.training.checkpoints import (
     check_parts,
-    is_of,
+    disk_full_as_os_error,
+    is_work_of,
     only_plain_values,
     resume_point,
     tidy,
-    told_when_full,
     under_deepspeed,
 )
-from sppo.training.network import check_frozen, lora_and_quantization, unsharded
+from sppo.training.network import check_frozen, disable_dropout, lora_and_quantization, unsharded
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine
 
@@ -39,49 +39,38 @@ if TYPE_CHECKING:
 def train(training: Training) -> None:
     """Train into output_dir, on every rank of an accelerate launch."""
     import_networks(TRAINER)
-    import torch
+    from sppo.training.ranks import Stopped, broadcast_checkpoint
 
-    recipe, work, stage = training.recipe, training.work, training.stage
-    check_machine(recipe)
-    first = os.environ.get("RANK", "0") == "0"
-    checkpoint = None
-    if first:  # it decides for all: a shared disk may not yet show the others what it shows this one
-        if training.overwrite and not is_of(work, stage):
-            clear(work)
-        checkpoint = resume_point(work)
-        if checkpoint:
-            check_parts(checkpoint, training.processes)
-        tidy(work, checkpoint)
+    check_machine(training.recipe)
+    is_first = os.environ.get("RANK", "0") == "0"
+    # rank 0 decides for all: a shared disk may not yet show the others what it shows this one
+    checkpoint = _prepare_work(training) if is_first else None
     with heard():
         trainer, data = make_trainer(training)
-    checkpoint = trainer.told_by_first(checkpoint)
-    if first:
-        batch = f"{training.processes} x {recipe.batch_size} x {training.steps} rows a step"
-        clipping = f"gradients clipped at {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no gradient clipping"
-        print(f"train: {data.counts}; {batch}; {clipping}" + (f"; going on from {checkpoint}" if checkpoint else ""))
-        write_json(work / "identity.json", stage.identity)
+    checkpoint = broadcast_checkpoint(trainer.accelerator, training.work, checkpoint)
+    if is_first:
+        print(f"train: {_plan(training, data, checkpoint)}")
+        write_json(training.work / "identity.json", training.stage.identity)
     if checkpoint:
         only_plain_values(checkpoint)
+
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        if not trainer.is_stopped:
-            raise
+    except Stopped:
+        trainer.is_stopped = True
     if not trainer.is_stopped:
         trainer.refuse_broken_weights()
         _save(trainer, training)
-    if torch.distributed.is_initialized():
-        # all ranks close their connections together: a rank that leaves earlier may crash
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    _close_connections()
+
     if trainer.is_stopped:
-        if first:
+        if is_first:
             step = trainer.state.global_step
             kept = f"saved at step {step}" if step else "the log-probs that were computed are kept"
             print(f"train: stopped, as asked; {kept}", flush=True)
         leave(INTERRUPTED)
-    if first:
-        metrics = {"iteration": training.iteration, **_summary(work / "metrics.jsonl")}
+    if is_first:
+        metrics = {"iteration": training.iteration, **_summary(training.work / "metrics.jsonl")}
         metrics["agreement"] = trainer.agreement
         with unsharded(trainer.args.deepspeed_plugin):  # this rank alone loads a network here
             finish(training, metrics, data)
@@ -89,14 +78,43 @@ def train(training: Training) -> None:
         print(f"train: {training.output_dir}: loss {loss:.6g}, beta^2 loss {scaled:.6g}")
 
 
+def _prepare_work(training: Training) -> Path | None:
+    """Remove what this training cannot use, and return the checkpoint that it goes on from, if there is one."""
+    if training.overwrite and not is_work_of(training.work, training.stage):
+        clear(training.work)
+    checkpoint = resume_point(training.work)
+    if checkpoint:
+        check_parts(checkpoint, training.processes)
+    tidy(training.work, checkpoint)
+    return checkpoint
+
+
+def _plan(training: Training, data: TrainingSet, checkpoint: Path | None) -> str:
+    """What is trained on and how, as a line for the log."""
+    recipe = training.recipe
+    batch = f"{training.processes} x {recipe.batch_size} x {training.steps} rows a step"
+    clipping = f"gradients clipped at {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no gradient clipping"
+    resumed = f"; going on from {checkpoint}" if checkpoint else ""
+    return f"{data.counts}; {batch}; {clipping}{resumed}"
+
+
+def _close_connections() -> None:
+    """Close the ranks' connections all together: when one leaves earlier, another may crash."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def _summary(metrics: Path) -> dict[str, float]:
     """Mean loss over all steps, of all tries, and the other metrics of the last line."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [line["step"] - before for line, before in zip(lines, [0, *(x["step"] for x in lines)], strict=False)]
-    mean = {
-        name: sum(line[name] * n for line, n in zip(lines, steps, strict=True)) / sum(steps)
-        for name in ("loss", "beta2_loss")
-    }
+    before = [0, *(line["step"] for line in lines[:-1])]
+    steps = [line["step"] - start for line, start in zip(lines, before, strict=True)]  # that each line is the mean of
+    mean = {}
+    for name in ("loss", "beta2_loss"):
+        mean[name] = sum(line[name] * n for line, n in zip(lines, steps, strict=True)) / sum(steps)
     return {**mean, **{k: v for k, v in lines[-1].items() if k.startswith(("rewards/", "logps/"))}}
 
 
@@ -106,37 +124,43 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     import transformers
 
     from sppo.training.data import load_training_set
-    from sppo.training.passes import Anchor
-    from sppo.training.reference import ReferenceTable, reference_key
+    from sppo.training.reference import Anchor, LogProbTable, reference_key
     from sppo.training.trainer import SPPOTrainer
 
     recipe, source, work = training.recipe, training.source, training.work
     check_frozen(recipe, source)
+
+    # the data
     tokenizer = source.tokenizer()
-    data = load_training_set(training.dataset, tokenizer, source.stop_ids(tokenizer), recipe)
-    highest = max(int(side.max()) for row in (*data.prompts, *data.responses) for side in row)
+    stop_ids = source.stop_ids(tokenizer)
+    data = load_training_set(training.dataset, tokenizer, stop_ids, recipe)
+    highest = max(int(ids.max()) for row in (*data.prompts, *data.responses) for ids in row)
     for policy in filter(None, (source, training.anchor)):
         policy.check_tokens(highest)
+    # padding is behind a sequence, where no attention looks; any token will do for a tokenizer that names none
+    pad_id = min(stop_ids) if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id)
+
+    # the network; what is trained is in float32, and a base that is not trained stays as stored under bfloat16 autocast
     args = _training_arguments(recipe, work, training.steps)
     if args.world_size != training.processes:
         raise SPPOError(
             f"{training.processes} processes were launched, {args.world_size} take part; check the accelerate config"
         )
-    # what is trained is in float32; a base that is not trained stays as stored where products are in bfloat16 anyway
     dtype = "auto" if args.bf16 and recipe.use_peft else torch.float32
-    model, lean = _network(training, args, dtype)
-    # behind a sequence, where no attention looks; any token will do for a tokenizer that names none
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(source.stop_ids(tokenizer))
+    model, is_lean = _network(training, args, dtype)
+
+    # where the log-probs of the reference and of the anchor are kept, by what decides them
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
     how = {"precision": precision, "attention": recipe.attn_implementation, "transformers": transformers.__version__}
     if args.bf16 and under_deepspeed():
         how["engine"] = "deepspeed"  # all in bfloat16, where autocast keeps sums in float32
     homes = (training.dataset.parent / "reference", work / "reference")
-    table, anchor = ReferenceTable(reference_key(source.identity(), data, **how), homes), None
+    table = LogProbTable(reference_key(source.identity(), data, **how), homes, "reference")
+    anchor = None
     if training.anchor:
-        key = reference_key(training.anchor.identity(), data, **how)
-        anchor = Anchor(training.anchor, ReferenceTable(key, homes), dtype)
-    return SPPOTrainer(model, args, recipe, data, pad, table, lean, anchor), data
+        anchor_table = LogProbTable(reference_key(training.anchor.identity(), data, **how), homes, "anchor")
+        anchor = Anchor(training.anchor, anchor_table, dtype, recipe.attn_implementation)
+    return SPPOTrainer(model, args, recipe, data, pad_id, table, is_lean, anchor), data
 
 
 def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[Any, bool]:
@@ -148,7 +172,6 @@ def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[A
     import transformers
 
     from sppo.training.logps import add_lean_forward
-    from sppo.training.trainer import disable_dropout
 
     recipe, source = training.recipe, training.source
     lora, quantization = lora_and_quantization(recipe)
@@ -157,7 +180,7 @@ def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[A
         model = load_causal_lm(source, dtype, recipe.attn_implementation, not recipe.use_peft, quantization)
     if is_merged:
         model.requires_grad_(True)  # peft freezes the base of an adapter
-    lean = add_lean_forward(model)
+    is_lean = add_lean_forward(model)
     if recipe.load_in_4bit:
         from peft import prepare_model_for_kbit_training
 
@@ -168,7 +191,7 @@ def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[A
     if not any(weight.requires_grad for weight in model.parameters()):
         raise SPPOError(f"model {source.weights}: all its weights are frozen, so there is nothing to train")
     disable_dropout(model)
-    return model, lean
+    return model, is_lean
 
 
 def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArguments:
@@ -218,5 +241,5 @@ def _save(trainer: SPPOTrainer, training: Training) -> None:
         dtype = load_config(training.source).dtype
         if dtype is not None and not trainer.is_deepspeed_enabled:
             trainer.model.to(dtype)  # from the master weights; a policy in bfloat16 stays one
-    with told_when_full():
+    with disk_full_as_os_error():
         trainer.save_model(str(training.work / "final"))
