@@ -61,5 +61,5 @@ done 3< <(tail -n +2 "$plan")
 if [ -n "$recipe" ] && grep -q '^evaluate: true' "$recipe"; then
   step "win matrix" run scripts/win_matrix.py --run_dir "$run_dir"
 fi
-doing='the end'
+doing=''
 run scripts/finish.py --run_dir "$run_dir" # the table, the page, and what is not on the Hub

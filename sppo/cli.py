@@ -114,7 +114,7 @@ def _add_settings(parser: Parser, title: str, keys: Iterable[str], output_dir: s
             metavar = "|".join(typing.get_args(kind))
         else:
             metavar = "true|false" if kind is bool else kind.__name__.upper()
-        options = {"nargs": "?", "const": "true"} if kind is bool else {}
+        options: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
         shown = f" ({default})" if default != "" else ""
         text = f"{meta['help']}{shown}".replace("%", "%%")
         group.add_argument(*names, dest=key, metavar=metavar, help=text, **options)

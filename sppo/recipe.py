@@ -11,6 +11,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,10 @@ DEFAULT_RECIPE = ROOT / "recipes" / "sppo" / "released.yaml"
 
 
 def _key(default: Any, help: str, minimum: float | None = None, maximum: float | None = None) -> Any:
-    kind = {"default_factory": default} if default is dict else {"default": default}
-    return field(**kind, metadata={"help": help, "min": minimum, "max": maximum})
+    metadata = {"help": help, "min": minimum, "max": maximum}
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -166,7 +169,7 @@ _DRAWING = (
 ).split()
 _PROCESSES = "gpus launcher world_size shards nodes ray_address".split()
 # The settings that each script reads; its --help shows them first.
-KEYS: dict[str, list[str]] = {
+KEYS: dict[str, Sequence[str]] = {
     "launch": [*_PROCESSES, "accelerate_config"],
     "generate": ["data_dir", "prompts", "prompts_revision", "prompts_part", "pairs", "world_size", *_DRAWING],
     "combine_generate": ["data_dir", "pairs"],
@@ -205,53 +208,76 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 def _convert(name: str, value: Any, where: str) -> Any:
     """A recipe's or flag's value as its field's type. Raises UsageError with the place it came from."""
-    kind, meta = _TYPES[name], _FIELDS[name].metadata
-    problem = f"{where}: {name}: {value!r} is not"
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise UsageError(f"{problem} one of {', '.join(choices)}{nearest(str(value), choices)}")
-        return value
-    if kind is bool:
-        word = str(value).lower()
-        if word not in ("true", "false"):
-            raise UsageError(f"{problem} true or false")
-        return word == "true"
-    if kind is dict:
-        try:
-            value = json.loads(value) if isinstance(value, str) else value
-            same = value == json.loads(json.dumps(value))  # no dates, no numbers as keys, nothing within itself
-        except (TypeError, ValueError, RecursionError):
-            same = False
-        if not same or not isinstance(value, dict):
-            raise UsageError(f"{problem} a mapping, or an object in JSON")
-        return value
-    if kind is str:
-        if value is None or isinstance(value, (dict, list, bool)):
-            raise UsageError(f"{problem} a text")
-        text = expanded(name, str(value))
-        if re.search("[\ud800-\udfff]", text):  # bytes of the command line that are no UTF-8, half a character in YAML
-            raise UsageError(f"{where}: {name}: {ascii(text)} is not a text in UTF-8")
-        return text
+    kind = _TYPES[name]
     try:
-        if isinstance(value, bool):
+        if typing.get_origin(kind) is Literal:
+            return _choice(value, typing.get_args(kind))
+        if kind is bool:
+            return _switch(value)
+        if kind is dict:
+            return _mapping(value)
+        if kind is str:
+            return expanded(name, _text(value))
+        return _bounded(_number(value, kind), _FIELDS[name].metadata)
+    except ValueError as error:
+        raise UsageError(f"{where}: {name}: {ascii(value) if _is_broken(value) else repr(value)} is {error}") from None
+
+
+def _choice(value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"not one of {', '.join(choices)}{nearest(str(value), choices)}")
+    return value
+
+
+def _switch(value: Any) -> bool:
+    word = str(value).lower()
+    if word not in ("true", "false"):
+        raise ValueError("not true or false")
+    return word == "true"
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        is_json = found == json.loads(json.dumps(found))  # no dates, no numbers as keys, nothing within itself
+    except (TypeError, ValueError, RecursionError):
+        is_json = False
+    if not is_json or not isinstance(found, dict):
+        raise ValueError("not a mapping, or an object in JSON")
+    return found
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, (dict, list, bool)):
+        raise ValueError("not a text")
+    if _is_broken(value):
+        raise ValueError("not a text in UTF-8")
+    return str(value)
+
+
+def _is_broken(value: Any) -> bool:
+    """Whether a text holds bytes of the command line that are no UTF-8, or half a character in YAML."""
+    return bool(re.search("[\ud800-\udfff]", str(value)))
+
+
+def _number(value: Any, kind: type[int] | type[float]) -> float:
+    """A finite number, or NaN, which no bound lets pass."""
+    try:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
-        number = kind(value) if not (kind is int and isinstance(value, float)) else _whole(value)
+        number = kind(value)
         if math.isinf(number):
             raise OverflowError
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{problem} {'a whole number' if kind is int else 'a number'}") from None
-    low, high = meta["min"], meta["max"]
-    if number != number or (low is not None and number < low) or (high is not None and number > high):
-        limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        raise UsageError(f"{problem} {limits}")
+        raise ValueError(f"not {'a whole number' if kind is int else 'a number'}") from None
     return number
 
 
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise ValueError
-    return int(value)
+def _bounded(number: float, meta: Mapping[str, Any]) -> float:
+    low, high = meta["min"], meta["max"]
+    if math.isnan(number) or (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError("not " + (f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"))
+    return number
 
 
 def read_yaml(text: str) -> Any:

@@ -27,7 +27,7 @@ from sppo.generation.prompts import fingerprint, load_prompts
 from sppo.launch.devices import groups
 from sppo.method import preference, winrates
 from sppo.ranking.shards import prompt_logits
-from sppo.recipe import _FIELDS, _TYPES, Recipe, load_recipe, nearest
+from sppo.recipe import _FIELDS, _TYPES, Recipe, _require_consistent, load_recipe, nearest
 from sppo.store.journal import Journal
 from sppo.store.shards import Slice
 
@@ -91,9 +91,19 @@ def values(name: str) -> st.SearchStrategy[Any]:
     return TEXT
 
 
-RECIPES = st.fixed_dictionaries({}, optional={f.name: values(f.name) for f in dataclasses.fields(Recipe)}).filter(
-    lambda made: made.get("temperature", 1) >= 0.01 or made.get("pairs") == 1  # K times the likeliest token is refused
-)
+def is_consistent(made: dict[str, Any]) -> bool:
+    """Settings that contradict each other, K times the likeliest token for example, are refused."""
+    try:
+        _require_consistent(Recipe(**made))
+    except UsageError:
+        return False
+    return True
+
+
+PARTS = {"prompts_part": st.sampled_from(["0/1", "1/3"])}
+RECIPES = st.fixed_dictionaries(
+    {}, optional={**{f.name: values(f.name) for f in dataclasses.fields(Recipe)}, **PARTS}
+).filter(is_consistent)
 
 
 @given(RECIPES)

@@ -10,6 +10,7 @@ import gc
 import importlib
 import importlib.util
 import sys
+from typing import Any
 
 # transformers imports them where they are installed: for assisted decoding, and for the losses of object detection
 _UNUSED = ("sklearn", "scipy")
@@ -42,7 +43,8 @@ def import_networks(*more: str) -> None:
         if "transformers" not in sys.modules:  # else it knows already that they are installed
             unused = (*_UNUSED, "datasets") if TRAINER in more else _UNUSED
             hidden = [name for name in unused if name not in sys.modules]
-        sys.modules.update(dict.fromkeys(hidden))  # None: an import of it fails, and it counts as not installed
+        absent: dict[str, Any] = dict.fromkeys(hidden)  # None: an import of it fails, and it counts as not installed
+        sys.modules.update(absent)
         try:
             for name in (*_NETWORKS, TRAINER) if TRAINER in more else _NETWORKS:
                 importlib.import_module(name)

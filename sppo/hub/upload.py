@@ -69,7 +69,7 @@ def upload(record: Record, files: Files, tag: str) -> None:
         print(f"push_to_hub: {repo} is there already and stays private; its settings on the Hub can change that")
 
     # ours of an earlier push: a shard less now. Files of others stay
-    there = {sibling.rfilename for sibling in info.siblings or []}
+    there = {sibling.rfilename for sibling in getattr(info, "siblings", None) or []}
     stale = (there & set(record.before.get("files", {}))) - set(files)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(stale)]

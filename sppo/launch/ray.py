@@ -6,6 +6,7 @@ that loses a machine is started again as a whole, and goes on from its newest ch
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -53,7 +54,8 @@ def run_command(argv: list[str], env: dict[str, str], log: str, directory: str) 
     path = os.pathsep.join([env["PYTHONPATH"], *theirs])
     own = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # Ray sets it to num_cpus
     environment = {**own, **env, "PYTHONPATH": path}
-    with open(log, "ab") if log else contextlib.nullcontext(subprocess.PIPE) as out:
+    with contextlib.ExitStack() as opened:
+        out: Any = opened.enter_context(open(log, "ab")) if log else subprocess.PIPE
         try:
             process = subprocess.Popen(
                 argv, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=out,
@@ -84,13 +86,14 @@ class Shard:
 
     def poll(self) -> int | None:
         import ray
+        from ray.exceptions import RayError
 
         done, _ = ray.wait(self.refs, timeout=0)
         if not done:
             return None
         try:
             return ray.get(done[0])[0]
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             print(f"launch: Ray gives the task up: {str(error).strip().splitlines()[0]}", file=sys.stderr, flush=True)
             return 1
 
@@ -107,11 +110,12 @@ class Training:
 
     def poll(self) -> int | None:
         import ray
+        from ray.exceptions import RayError
 
         done, running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0)
         try:
             codes = [ray.get(ref)[0] for ref in done]
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             return self._again(str(error).strip().splitlines()[0])
         failure = next(filter(None, codes), 0)
         if failure and running:
@@ -138,6 +142,7 @@ class Launcher:
         if not is_installed("ray"):
             raise SPPOError("--launcher ray: Ray is not installed; pip install '.[ray]'")
         import ray
+        from ray._private import worker
 
         os.environ[SHARED] = "1"
         self.recipe, self.name, self.cpu = recipe, name, recipe.gpus != "auto"
@@ -149,11 +154,11 @@ class Launcher:
             ray.init(
                 address or None,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 include_dashboard=None if address else False,
             )
             # else the last words of raylets come here, whatever log_to_driver says
-            ray._private.worker._worker_logs_enabled = False
+            worker._worker_logs_enabled = False
         except (OSError, RuntimeError, ValueError) as error:
             why = str(error).splitlines()[0]
             raise SPPOError(f"--ray_address {address}: no Ray cluster ({why}); `ray start` one") from None
@@ -186,11 +191,12 @@ class Launcher:
 
     def _submit(self, argv: list[str], log: str, **options: Any) -> Any:
         import ray
+        from ray import cloudpickle
 
         env = {key: value for key, value in os.environ.items() if key.startswith(_TRAVEL)}
         env |= search_path()
         env |= {"CUDA_VISIBLE_DEVICES": ""} if self.cpu else {}
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
         remote = ray.remote(run_command).options(name=self.name, **options)
         return remote.remote(argv, env, log, os.getcwd())
 
@@ -211,7 +217,8 @@ class Launcher:
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        share = {"CPU": 1} if self.cpu else {"CPU": 1, "GPU": len(self.machines()[1])}
+        gpus = 0 if self.cpu else len(self.machines()[1])
+        share: dict[str, float] = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
         meeting = Path(part[part.index("--meeting") + 1])
         peer = ray.util.get_node_ip_address()
         groups: list[Any] = []
@@ -226,7 +233,7 @@ class Launcher:
                 where = PlacementGroupSchedulingStrategy(groups[-1], placement_group_bundle_index=rank)
                 words = [sys.executable, "-m", "sppo.launch.machine", "--rank", str(rank), "--peer", peer, *part]
                 name = log if rank == 0 else log.with_suffix(f".machine{rank}.log")
-                need = {"num_cpus": 1} if self.cpu else {"num_cpus": 1, "num_gpus": share["GPU"]}
+                need = {"num_cpus": 1, "num_gpus": gpus} if gpus else {"num_cpus": 1}
                 refs.append(self._submit(words, str(name.absolute()), **need, max_retries=0, scheduling_strategy=where))
             return refs
 
@@ -241,6 +248,7 @@ class Launcher:
 
     def survey(self, command: list[str], give_up: Callable[[], None]) -> list[Answer]:
         import ray
+        from ray.exceptions import RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         peer, refs = ray.util.get_node_ip_address(), {}
@@ -255,7 +263,7 @@ class Launcher:
             name = f"{refs[done]['NodeManagerHostname']} ({refs[done]['NodeManagerAddress']})"
             try:
                 answers[done] = Answer(name, *ray.get(done))
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 answers[done] = Answer(name, 1, "", str(error).strip().splitlines()[0], gone=True)
                 self.asked = 0.0
             if answers[done].code:

@@ -47,8 +47,8 @@ def check_rankings(files: list[Path], responses: Path, read: str) -> None:
         if manifest["inputs"].get("responses") != read:
             raise SPPOError(f"{path} ranks other responses than {responses} holds; run rank.py --overwrite first")
     rankers = {path: manifest["inputs"].get("ranker") for path, manifest in found.items()}
-    first = next(iter(rankers), None)
     for path, ranker in rankers.items():
+        first = next(iter(rankers))
         if changed := differences(rankers[first], ranker, "ranker"):
             said = "\n  ".join([f"{first.name} and {path.name} are not of one ranker:", *changed])
             raise SPPOError(f"{first.parent}: {said}\nRank all shards with one; --overwrite makes a shard again.")
