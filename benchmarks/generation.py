@@ -36,10 +36,10 @@ from sppo.generation.engines import Request, Response, vllm  # noqa: E402
 from sppo.generation.prompts import load_prompts  # noqa: E402
 from sppo.generation.shards import generate_shards  # noqa: E402
 from sppo.generation.templating import to_requests  # noqa: E402
+from sppo.launch.devices import matrix_rate  # noqa: E402
 from sppo.models import chat  # noqa: E402
 from sppo.models.files import parameters, weight_shapes  # noqa: E402
 from sppo.models.policy import open_policy  # noqa: E402
-from sppo.preflight.plan import matrix_rate  # noqa: E402
 from sppo.recipe import Recipe  # noqa: E402
 from sppo.store.journal import Journal  # noqa: E402
 from sppo.store.shards import Slice  # noqa: E402

@@ -105,7 +105,7 @@ def rank(out: Path, tiny: bool) -> Iterator[Row]:
     import torch
     import worlds
 
-    from sppo.preflight.plan import matrix_rate
+    from sppo.launch.devices import matrix_rate
     from sppo.rankers.llm_blender import load_blender
 
     size = "tiny" if tiny else "large"
@@ -146,7 +146,7 @@ def train(name: str, out: Path, tiny: bool) -> Iterator[Row]:
     """Ours and trl's DPOTrainer with sppo_hard; the reference's pass is part of it."""
     import training
 
-    from sppo.preflight.plan import matrix_rate
+    from sppo.launch.devices import matrix_rate
 
     name = name if not tiny else "tiny-lora" if "lora" in name else "tiny"
     ways = list(training.CONTESTANTS)[: None if "lora" not in name else 2]
@@ -174,8 +174,8 @@ def generate(name: str, out: Path, tiny: bool) -> Iterator[Row]:
     """Drawing by vLLM: ours, LLM.generate, and K passes; by transformers where vLLM is missing."""
     import worlds
 
+    from sppo.launch.devices import matrix_rate
     from sppo.models.files import parameters, weight_shapes
-    from sppo.preflight.plan import matrix_rate
 
     model = world(out, f"llama-{name}", lambda where: worlds.llama(where / "model", "tiny" if tiny else name)) / "model"
     count = 16 if tiny else 256 if has("vllm") else 64

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 
 from sppo.command.errors import SPPOError, UsageError
 
+_MEASURED = 5  # of measuring the matrix rate
 CPU = ""  # the name of the CPU among devices: what CUDA_VISIBLE_DEVICES is where no GPU is to be seen
 
 
@@ -81,3 +83,26 @@ def groups(names: list[str], world_size: int) -> list[str]:
     if world_size < 1 or len(names) % world_size or (world_size > 1 and CPU in names):
         raise UsageError(f"--world_size {world_size} does not divide {len(names)} GPUs")
     return [",".join(names[i : i + world_size]) for i in range(0, len(names), world_size)]
+
+
+def matrix_rate() -> float:
+    """FLOPs a second of one device's matrix products: bfloat16 on the GPU that is visible, else float32 on the CPU."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    n, seconds = (8192, 0.5) if gpu else (1024, 0.2)
+    # of random numbers: a product of equal ones is faster than any real one
+    a = torch.randn(n, n, device="cuda" if gpu else "cpu", dtype=torch.bfloat16 if gpu else torch.float32)
+
+    def run(times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            _ = a @ a
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    run(2)  # the first takes longer
+    times = max(1, int(seconds / max(run(1), 1e-6)) // _MEASURED)
+    # the best of some tries: a moment in which other processes compute is not the machine's rate
+    return 2 * n**3 * times / min(run(times) for _ in range(_MEASURED))

@@ -79,7 +79,8 @@ def command(args: argparse.Namespace, arguments: list[str]) -> tuple[list[str], 
         words += flags(config_file=path, num_processes=processes, main_process_port=port)
         if args.machines > 1:
             words += flags(num_machines=args.machines, machine_rank=args.rank, main_process_ip=address)
-    return [*words, *train], environment(None, len(own(0, here)) if CPU in devices and here > 1 else 0)
+    # behind "--", else the launcher takes a flag of the script for the beginning of one of its own
+    return [*words, "--", *train], environment(None, len(own(0, here)) if CPU in devices and here > 1 else 0)
 
 
 def _alone(config: dict[str, Any]) -> dict[str, str]:

@@ -175,7 +175,7 @@ def main() -> None:
         "waited": waited,
     }
     if args.measure:
-        from sppo.preflight.plan import matrix_rate
+        from sppo.launch.devices import matrix_rate
 
         found["rate"] = matrix_rate()
     print(json.dumps(found))

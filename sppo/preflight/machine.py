@@ -108,7 +108,7 @@ def _matches(name: str, listed: list[GPU]) -> list[GPU]:
 
 def _rate_of_gpu(name: str) -> tuple[float, str]:
     """(FLOPs a second of the GPU's matrix products, why PyTorch cannot use it). In a process of its own."""
-    code = "from sppo.preflight.plan import matrix_rate; import torch; print(torch.cuda.is_available(), matrix_rate())"
+    code = "from sppo.launch.devices import matrix_rate; import torch; print(torch.cuda.is_available(), matrix_rate())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(name), check=False, timeout=600
     )

@@ -6,16 +6,13 @@ matrix rate.
 
 from __future__ import annotations
 
-import time
-
 from sppo.command.errors import SPPOError
 from sppo.command.progress import columns
+from sppo.launch.devices import matrix_rate
 from sppo.preflight import generation, memory, ranking
 from sppo.preflight.facts import TYPICAL_RESPONSE, Facts, Iteration, PromptSet, Run, Training, Work
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
-
-_TRIES = 5  # of measuring the matrix rate
 
 
 def count_work(run: Run, prompts: list[PromptSet], training: Training | None) -> list[Work]:
@@ -80,29 +77,6 @@ def hours(facts: Facts) -> dict[int, list[float]]:
         ]
         spent[work.iteration] = [s / 3600 for s in seconds]
     return spent
-
-
-def matrix_rate() -> float:
-    """FLOPs a second of one device's matrix products: bfloat16 on the GPU that is visible, else float32 on the CPU."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    n, seconds = (8192, 0.5) if gpu else (1024, 0.2)
-    # of random numbers: a product of equal ones is faster than any real one
-    a = torch.randn(n, n, device="cuda" if gpu else "cpu", dtype=torch.bfloat16 if gpu else torch.float32)
-
-    def run(times: int) -> float:
-        started = time.perf_counter()
-        for _ in range(times):
-            _ = a @ a
-        if gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    run(2)  # the first takes longer
-    times = max(1, int(seconds / max(run(1), 1e-6)) // _TRIES)
-    # the best of some tries: a moment in which other processes compute is not the machine's rate
-    return 2 * n**3 * times / min(run(times) for _ in range(_TRIES))
 
 
 def table(works: list[Work], recipe: Recipe, spent: dict[int, list[float]]) -> list[str]:
