@@ -446,7 +446,7 @@ def matrix_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 def best_identity(recipe: Recipe, world: Path) -> list[Stage]:
     recipe = replace(recipe, pairs=2)
-    chosen = best._stage(recipe, world / "data", world / "data/responses.parquet", knockout=False)
+    chosen = best.best_stage(recipe, world / "data")
     return [*drawn_identity(recipe, world), chosen]
 
 
@@ -776,7 +776,7 @@ def test_a_prompt_without_a_best_response_is_counted_and_has_an_entry(
     monkeypatch.setattr(best, "call", lambda *_: None)
     monkeypatch.setattr(best, "launch", lambda *_: rank_shards(recipe, out, [Slice(0, 0)], False))
     asked = lambda: {p.prompt_id: p.messages for p in load_prompts(recipe.prompts, recipe)}  # noqa: E731 - as the script
-    best.best_of_n(recipe, out, False, False, asked)
+    best.best_of_n(recipe, out, False, asked)
     rows = {row["prompt_id"]: row for row in read_rows(out / "best.parquet", ["prompt_id", "response"])}
     entries = read_json(out / "best.alpaca.json")
     assert [entry["instruction"] for entry in entries] == [text for text in texts if text]
