@@ -25,7 +25,6 @@ from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import Stage
 
-_LENGTHS = ("mean_tokens", "base_mean_tokens")
 _NO_SHARES = ("mean_tokens", "base_perplexity")  # measures whose values are no shares, however small
 
 
@@ -121,8 +120,12 @@ def _compare(recipe: Recipe, run_dir: Path, iteration: int, overwrite: bool) -> 
         unanswered = int(np.isnan(played.probability).sum())
         result |= {f"{name}_win_rate": round(rate, 4), f"{name}_interval": [round(low, 4), round(high, 4)]}
         result |= {f"{name}_unanswered": unanswered} if unanswered else {}
-    lengths = [round(float(each.mean()), 2) for each in played.lengths]
-    return {"prompts": len(played.probability), **result, **dict(zip(_LENGTHS, lengths, strict=True))}
+    return {
+        "prompts": len(played.probability),
+        **result,
+        "mean_tokens": round(float(played.challenger_tokens.mean()), 2),
+        "base_mean_tokens": round(float(played.opponent_tokens.mean()), 2),
+    }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
