@@ -131,10 +131,10 @@ def _compare(recipe: Recipe, run_dir: Path, iteration: int, overwrite: bool) -> 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The rows of summary.json, for a person."""
     print("\nWin rates are against iteration 0, the first model; all is on held-out prompts.")
-    print("\n".join(columns(table(rows))))
+    print("\n".join(columns(summary_table(rows))))
 
 
-def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def summary_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The rows of summary.json as cells, under a line of names; iteration 0 is the first model."""
     rows = [row for row in rows if "prompts" in row]  # others hold benchmark suites alone
     base = {"iteration": 0, **rows[0].get("base", {})}
