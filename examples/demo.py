@@ -290,9 +290,8 @@ def ranker_tokenizer(texts: list[str]) -> Any:
 
     found: Counter[str] = Counter()
     for text in texts:
-        found.update(
-            re.findall(r"\u2581?\w+|[^\w\u2581]", f" {text}".replace(" ", "\u2581"))
-        )  # a space is part of a word
+        marked = f" {text}".replace(" ", "\u2581")  # a space belongs to the word behind it
+        found.update(re.findall(r"\u2581?\w+|[^\w\u2581]", marked))
     words = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     pieces = [(special, 0.0) for special in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
     pieces += [(word, math.log(count / found.total())) for word, count in words]
