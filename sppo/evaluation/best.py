@@ -56,7 +56,7 @@ def best_of_n(recipe: Recipe, out: Path, overwrite: bool, load_prompts: Callable
     Every step keeps what it has finished, and goes on when it is started again. Raises SPPOError where `out` holds work
     made under other settings, before the ranker is asked. `overwrite` ranks and chooses again, and keeps the responses.
     """
-    recipe = dataclasses.replace(recipe, data_dir=str(out))
+    recipe = dataclasses.replace(recipe, data_dir=str(out), prompts_part="0/1")
     responses = draw(recipe, out, out / "logs", "generate")
     preload = [sys.executable, str(ROOT / "scripts/preload.py"), *settings(recipe, "preload")]
     if overwrite:
