@@ -249,6 +249,22 @@ def test_a_longer_answers_advantage_is_taken_out() -> None:
     assert found["length_controlled_winrate"] == pytest.approx(50, abs=2)
 
 
+def test_all_questions_are_asked_whatever_part_of_the_prompts_the_run_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Recipe] = []
+
+    def draw(recipe: Recipe, *_: Any) -> Path:
+        drawn.append(recipe)
+        raise InterruptedError
+
+    monkeypatch.setattr("sppo.evaluation.suites.suite.draw", draw)
+    order = Order("alpaca_eval", Recipe(prompts_part="1/3"), tmp_path)
+    with pytest.raises(InterruptedError):
+        draw_answers(order, {"1": [{"role": "user", "content": "Why?"}]}, "alpaca_eval")
+    assert drawn[0].prompts_part == "0/1"
+
+
 def test_an_iterations_model_is_known_by_its_place() -> None:
     assert is_iteration(Path("runs/x/iter12/model"))
     for other in ("x/model", "iter1/model/more", "runs/x/iterate/model", "runs/x/iter1/data"):
