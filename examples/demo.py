@@ -1,7 +1,13 @@
-"""The demo's world: a corpus, a small chat model, a small PairRM, prompts, and the rule behind them all.
+"""The demo's world: prompts, a small chat model, a small PairRM, and the rule that the ranker was taught.
 
-Everything is made here, in about two minutes on two cores: a real Mistral with a real chat template, and a real
-DeBERTa-v2 with PairRM's head. Answers say what somebody sees somewhere. The rule: more colour words are better.
+    What does Anna see in the garden?   ->   Anna sees a red ball, a small boat and a kite in the garden.
+
+The rule: an answer with more colour words is better. The chat model has never heard of it; it answers as a corpus does,
+in which three things in ten have a colour. The ranker has learned it from pairs of answers. In three iterations of SPPO
+the model learns it from the ranker, and the report asks the rule itself (`--judge examples.demo:rule`) whether it did.
+
+Everything is made here, in about two minutes on two cores, from the architectures of the paper: a Mistral with a chat
+template, and a DeBERTa-v2 with PairRM's head. They are only smaller.
 """
 
 from __future__ import annotations
@@ -12,14 +18,18 @@ import math
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from examples import silence_libraries
 from sppo.command.progress import progress
 from sppo.rankers._pairrm_network import CANDIDATE, CANDIDATE1, CANDIDATE2, SOURCE, PairInputs, PairRMModel
 from sppo.store.directories import appearing, target_of
+
+Row = TypeVar("Row")
 
 NAMES = (
     "Anna Ben Clara David Emma Felix Grace Henry Iris Jacob Karla Leo Mia Noah Olga Paul Rosa Simon Tara Victor".split()
@@ -47,60 +57,86 @@ CHAT_TEMPLATE = (
 )
 
 
+# Judges: functions of (prompt, first answer, second answer) that give a logit, above 0 where the first is better. Each
+# is a ranker (--ranker examples.demo:rule) and a second judge (--judge examples.demo:rule).
+
+
+def _colours_in(text: str) -> list[str]:
+    """The colour words of a text, in order."""
+    words = [word.strip(".,!?").lower() for word in text.split()]
+    return [word for word in words if word in COLOURS]
+
+
 def colour_words(text: str) -> int:
     """How many colour words there are in a text."""
-    return sum(word.strip(".,!?").lower() in COLOURS for word in text.split())
+    return len(_colours_in(text))
 
 
 def rule(prompt: str, first: str, second: str) -> float:
-    """The demo's judge, as a logit: the answer with more colour words is better, and as many is a tie."""
+    """The demo's rule: the answer with more colour words is better; with equally many it is a tie."""
     difference = colour_words(first) - colour_words(second)
-    return 50.0 if difference > 0 else -50.0 if difference < 0 else 0.0
-
-
-CLASSES = 4  # of answers to `circle`: their leading colour is of the first, second or third kind, or there is none
-# log-odds that a row's answer beats a column's: each kind beats the next, by a stake of its own, and all beat the last
-CIRCLE = ((0.0, 2.0, -3.0, 2.0), (-2.0, 0.0, 1.0, 2.0), (3.0, -1.0, 0.0, 2.0), (-2.0, -2.0, -2.0, 0.0))
-
-
-def colour_class(text: str) -> int:
-    """Which of CLASSES an answer is of: the place of its first colour word in COLOURS, by threes."""
-    colours = (COLOURS.index(w) for word in text.split() if (w := word.strip(".,!?").lower()) in COLOURS)
-    return next(colours, -1) % 3 if colour_words(text) else CLASSES - 1
-
-
-def circle(prompt: str, first: str, second: str) -> float:
-    """A judge that goes round in a circle, as a logit: rock, paper, scissors over the answers' leading colours."""
-    return CIRCLE[colour_class(first)][colour_class(second)]
+    if difference == 0:
+        return 0.0
+    return 50.0 if difference > 0 else -50.0
 
 
 def biased(prompt: str, first: str, second: str) -> float:
-    """A judge that likes colour words, and length as much: a logit of 1 for a colour word, of 0.5 for any word."""
+    """A judge that likes length too: a logit of 1 for each colour word more, and of 0.5 for each word more."""
     longer = len(first.split()) - len(second.split())
     return colour_words(first) - colour_words(second) + 0.5 * longer
 
 
+CLASSES = 4  # of answers to `circle`: the first colour is of one of three kinds (0, 1, 2), or there is no colour (3)
+# Log-odds that a row's class beats a column's: 0 beats 1, 1 beats 2, 2 beats 0, each by another stake; all beat 3.
+CIRCLE = (
+    (0.0, 2.0, -3.0, 2.0),
+    (-2.0, 0.0, 1.0, 2.0),
+    (3.0, -1.0, 0.0, 2.0),
+    (-2.0, -2.0, -2.0, 0.0),
+)
+
+
+def circle(prompt: str, first: str, second: str) -> float:
+    """A judge without a best answer: rock, paper, scissors with the answers' first colours."""
+    return CIRCLE[colour_class(first)][colour_class(second)]
+
+
+def colour_class(text: str) -> int:
+    """The class of an answer: the place of its first colour in COLOURS, modulo 3; 3 without a colour."""
+    colours = _colours_in(text)
+    return COLOURS.index(colours[0]) % 3 if colours else CLASSES - 1
+
+
+# The corpus.
+
+
 def all_prompts(rng: random.Random) -> list[tuple[str, str, str]]:
-    """Every (question, name, place) in random order: 1200 prompts of one kind, no two alike."""
+    """Every (question, name, place), 1200 in all, in random order."""
     made = [(q.format(name=n, place=p), n, p) for q, n, p in itertools.product(QUESTIONS, NAMES, PLACES)]
     rng.shuffle(made)
     return made
 
 
 def answer(name: str, place: str, rng: random.Random) -> str:
-    """An answer as the corpus has them: two to four things, three in ten of them with a colour."""
+    """An answer of the corpus: two to four things, of which 30% have a colour, and 45% another adjective."""
     things = []
     for thing in rng.sample(THINGS, rng.choice([2, 3, 3, 4])):
         kind = rng.random()
-        adjective = rng.choice(COLOURS) if kind < 0.3 else rng.choice(OTHERS) if kind < 0.75 else ""
-        words = " ".join(filter(None, [adjective, thing]))
-        things.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
+        if kind < 0.3:
+            thing = f"{rng.choice(COLOURS)} {thing}"
+        elif kind < 0.75:
+            thing = f"{rng.choice(OTHERS)} {thing}"
+        article = "an" if thing[0] in "aeiou" else "a"
+        things.append(f"{article} {thing}")
     return f"{name} sees {', '.join(things[:-1])} and {things[-1]} {place}."
 
 
 def make_demo(directory: Path, seed: int, ranker: bool = True) -> None:
-    """policy/, ranker/ (where wanted), train.jsonl (576 prompts), heldout.jsonl (150) and seed.json in `directory`,
-    which appears when all of it is made."""
+    """Write the world into `directory`, which appears when all of it is made.
+
+    It holds policy/, ranker/ (unless `ranker` is false), train.jsonl (576 prompts), heldout.jsonl (150), seed.json.
+    """
+    silence_libraries()
     rng = random.Random(seed)
     torch.manual_seed(seed)
     prompts = all_prompts(rng)
@@ -115,7 +151,7 @@ def make_demo(directory: Path, seed: int, ranker: bool = True) -> None:
 
 
 def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 450) -> None:
-    """A Mistral of 0.7 million parameters that answers in the corpus's way."""
+    """Train a Mistral of 0.7 million parameters to answer as the corpus does: the policy before any SPPO."""
     from transformers import MistralConfig, MistralForCausalLM
 
     corpus = [(q, answer(n, p, rng)) for q, n, p in prompts for _ in range(8)]
@@ -135,7 +171,8 @@ def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: rand
         pad_token_id=tokenizer.pad_token_id,
     )
     model = MistralForCausalLM(config)
-    examples = []
+
+    examples = []  # (token ids of prompt and answer, labels): the loss is of the answer alone
     for question, text in corpus:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], return_dict=True)["input_ids"]
         reply = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -144,7 +181,7 @@ def train_policy(directory: Path, prompts: list[tuple[str, str, str]], rng: rand
     def loss(batch: list[tuple[list[int], list[int]]]) -> torch.Tensor:
         width = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in batch])  # (B, T)
-        labels = torch.tensor([t + [-100] * (width - len(t)) for _, t in batch])
+        labels = torch.tensor([t + [-100] * (width - len(t)) for _, t in batch])  # (B, T)
         return model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
 
     _fit("chat model", model, examples, loss, steps, 3e-3, rng)
@@ -176,13 +213,30 @@ def chat_tokenizer(texts: list[str]) -> Any:
 
 
 def train_ranker(directory: Path, prompts: list[tuple[str, str, str]], rng: random.Random, steps: int = 500) -> None:
-    """A PairRM in the published layout, trained on preferences that follow the rule."""
-    from safetensors.torch import save_file
+    """Train a PairRM on pairs of answers to tell which has more colour words, and save it in the published layout."""
+    corpus = [(q, answer(n, p, rng), answer(n, p, rng)) for q, n, p in prompts for _ in range(24)]
+    tokenizer = ranker_tokenizer([text for row in corpus[:4000] for text in row])
+    model = _new_ranker(directory, tokenizer)
+    inputs = PairInputs(directory)
+    rows = [
+        (inputs.encode([{"role": "user", "content": question}], first, second), rule(question, first, second))
+        for question, first, second in corpus
+    ]
+
+    def loss(batch: list[tuple[tuple[list[int], list[int]], float]]) -> torch.Tensor:
+        target = torch.sigmoid(torch.tensor([logit for _, logit in batch]))  # (B,): 0, 1/2 or 1
+        logits = model(*inputs.padded([pair for pair, _ in batch], "cpu"))
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+
+    _fit("ranker", model, rows, loss, steps, 2e-3, rng)
+    _save_ranker(model, directory)
+
+
+def _new_ranker(directory: Path, tokenizer: Any) -> PairRMModel:
+    """An untrained PairRM, saved in the published layout: ranker/ with the weights, ranker-base/ with the tokenizer."""
     from transformers import DebertaV2Config
 
     base = directory.parent / "ranker-base"
-    corpus = [(q, answer(n, p, rng), answer(n, p, rng)) for q, n, p in prompts for _ in range(24)]
-    tokenizer = ranker_tokenizer([text for row in corpus[:4000] for text in row])
     config = DebertaV2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -202,7 +256,8 @@ def train_ranker(directory: Path, prompts: list[tuple[str, str, str]], rng: rand
     )
     config.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    config.vocab_size += len((SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE))
+
+    config.vocab_size += len((SOURCE, CANDIDATE1, CANDIDATE2, CANDIDATE))  # the tokens that PairRM adds
     model = PairRMModel(config)
     directory.mkdir(exist_ok=True)
     settings = {
@@ -215,37 +270,28 @@ def train_ranker(directory: Path, prompts: list[tuple[str, str, str]], rng: rand
         "drop_out": 0.05,
     }
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _save_ranker(model, directory)
+    return model
 
-    def save() -> None:
-        weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
-    save()
-    inputs = PairInputs(directory)
-    rows = [
-        (inputs.encode([{"role": "user", "content": question}], first, second), rule(question, first, second))
-        for question, first, second in corpus
-    ]
+def _save_ranker(model: PairRMModel, directory: Path) -> None:
+    from safetensors.torch import save_file
 
-    def loss(batch: list[tuple[tuple[list[int], list[int]], float]]) -> torch.Tensor:
-        target = torch.sigmoid(torch.tensor([wanted for _, wanted in batch]))  # (B,): 0, 1/2 or 1
-        logits = model(*inputs.padded([p for p, _ in batch], "cpu"))
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
-
-    _fit("ranker", model, rows, loss, steps, 2e-3, rng)
-    save()
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def ranker_tokenizer(texts: list[str]) -> Any:
-    """A Unigram tokenizer of DeBERTa-v2's kind: the corpus's words, and its characters for whatever else comes.
+    """A Unigram tokenizer like DeBERTa-v2's: a piece for each word of the corpus, and for each of its characters.
 
-    Without the library's trainer, whose pieces differ from run to run, and with them the whole demo.
+    It does without the library's trainer, whose pieces differ from run to run; then the whole demo would differ.
     """
     from transformers import DebertaV2Tokenizer
 
-    found = Counter(
-        w for text in texts for w in re.findall(r"\u2581?\w+|[^\w\u2581]", f" {text}".replace(" ", "\u2581"))
-    )
+    found: Counter[str] = Counter()
+    for text in texts:
+        marked = f" {text}".replace(" ", "\u2581")  # a space belongs to the word behind it
+        found.update(re.findall(r"\u2581?\w+|[^\w\u2581]", marked))
     words = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     pieces = [(special, 0.0) for special in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
     pieces += [(word, math.log(count / found.total())) for word, count in words]
@@ -254,9 +300,15 @@ def ranker_tokenizer(texts: list[str]) -> Any:
 
 
 def _fit(
-    label: str, model: torch.nn.Module, rows: list[Any], loss: Any, steps: int, rate: float, rng: random.Random
+    label: str,
+    model: torch.nn.Module,
+    rows: list[Row],
+    loss: Callable[[list[Row]], torch.Tensor],
+    steps: int,
+    rate: float,
+    rng: random.Random,
 ) -> None:
-    """AdamW with a warm-up and a linear end, in batches of 64 rows of like length order."""
+    """Minimise `loss` over random batches of 64 rows: AdamW, 50 steps of warm-up, then a linear decay to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 50) * (1 - s / steps))
     model.train()

@@ -5,7 +5,8 @@
 
 Reads   the models: all of a run's iterations, with --base the first model too, or those named.
 Writes  <output_dir>, a model like the others; it appears when it is whole.
-SPPO's theory is about the average of the iterates' policies. The mean of weights only stands in for that mixture.
+SPPO's theory is about the average policy: a mixture that answers each prompt with one of the iterations' models. The
+mean of their weights is one model, and only approximates that mixture.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
@@ -33,7 +34,9 @@ def main() -> None:
     if args.run_dir:
         from sppo.evaluation.match import iteration_models
 
-        models = [*[args.base] * bool(args.base), *map(str, iteration_models(args.run_dir).values())]
+        models = [str(model) for model in iteration_models(args.run_dir).values()]
+        if args.base:
+            models = [args.base, *models]
     if len(models) < 2:
         raise UsageError(f"{', '.join(models)}: the mean of one model is that model")
     from sppo.training.average import average

@@ -11,74 +11,114 @@ Stopped, the same command goes on: answers and judgements that are there are kep
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import cli
 from sppo.command.errors import UsageError, run_main
 from sppo.command.values import require_plain_address
-from sppo.recipe import KEYS, load_recipe
+from sppo.recipe import KEYS, Recipe, load_recipe
 
 SUITES = ("alpaca_eval", "mt_bench", "open_llm")
 OPENAI = "https://api.openai.com/v1"
-# settings that are the suite's own, so that a flag would change nothing
+# settings that a suite decides itself, so that a flag would change nothing
 FIXED = {
-    "alpaca_eval": [],
-    "mt_bench": ["temperature", "top_p"],
-    "open_llm": "temperature top_p maxlen prompt_seeds system_prompt chat_template_kwargs".split(),
+    "alpaca_eval": (),
+    "mt_bench": ("temperature", "top_p"),
+    "open_llm": ("temperature", "top_p", "maxlen", "prompt_seeds", "system_prompt", "chat_template_kwargs"),
 }
 
 
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS["evaluate"])
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="|".join(SUITES))
-    parser.add_argument("--judge_url", default="", help=f"the judge's OpenAI-compatible server ({OPENAI})")
-    parser.add_argument("--judge_model", default="", help="the judge's name there (default: the suite's published one)")
     parser.add_argument("--questions", default="", help="your own: alpaca_eval: instruction, output; mt_bench: "
                         "question_id, category, turns, reference; open_llm: a task's .yaml")  # fmt: skip
-    parser.add_argument("--leaderboard", type=int, choices=(1, 2), default=1, help="open_llm: the first or the second")
-    parser.add_argument("--mixture", nargs="+", default=[], metavar="M", help="more models: one of all, drawn by "
-                        "--seed, answers each question")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, help="where suites/ goes (default: beside the model of a run)")
     parser.add_argument("--fetch", action="store_true", help="only fetch the questions, for a machine without network")
     parser.add_argument(
         "--overwrite", action="store_true", help="answer and judge again although it was done otherwise"
     )
+    judged = parser.add_argument_group("alpaca_eval and mt_bench")
+    judged.add_argument("--judge_url", default="", help=f"the judge's OpenAI-compatible server ({OPENAI})")
+    judged.add_argument("--judge_model", default="", help="the judge's name there (default: the suite's published one)")
+    judged.add_argument("--mixture", nargs="+", default=[], metavar="M", help="more models: for each question, one of "
+                        "all models is drawn by --seed to answer it")  # fmt: skip
+    open_llm = parser.add_argument_group("open_llm")
+    open_llm.add_argument("--leaderboard", type=int, choices=(1, 2), default=1, help="the first or the second")
+
     args = parser.parse_args()
-    require_plain_address("--judge_url", args.judge_url)
-    asked = cli.given(parser, args)
-    if no_use := [key for key in FIXED[args.suite] if key in asked]:
-        raise UsageError(f"--{no_use[0]} is not read by --suite {args.suite}, which has its own")
-    if args.suite == "mt_bench":
-        asked.setdefault("maxlen", 1024)  # as published, whatever the run's recipe says
-    written = Path(asked.get("model", ""), "..", "recipe.yaml").resolve()
-    recipe = load_recipe(
-        args.recipe or (str(written) if asked.get("model") and written.exists() else None), {**asked, "pairs": 1}
-    )
-    if args.suite == "open_llm" and (args.judge_url or args.judge_model):
-        raise UsageError("open_llm has no judge; --judge_url and --judge_model are for alpaca_eval and mt_bench")
-    if args.suite == "open_llm" and args.mixture:
-        raise UsageError("--mixture is not for open_llm: a mixture's accuracy is the mean of its models' accuracies")
+    given = cli.given(parser, args)
+    refuse_unread(args, given)
+    recipe = recipe_of(args, given)
     if len({recipe.model, *args.mixture}) <= len(args.mixture):
         raise UsageError("--mixture names a model twice")
-    if args.suite != "open_llm" and args.leaderboard != 1:
-        raise UsageError("--leaderboard is for --suite open_llm")
-    if args.suite == "open_llm" and (args.launcher != "local" or args.shards):
+    if args.suite == "open_llm":
+        take_first_gpus(recipe.gpus, recipe.world_size)
+
+    from sppo.evaluation.suites.evaluate import evaluate, fetch_questions
+    from sppo.evaluation.suites.suite import Order
+
+    order = Order(
+        suite=args.suite,
+        recipe=recipe,
+        out=Path(),
+        questions=args.questions,
+        judge_url=args.judge_url or OPENAI,
+        judge_model=args.judge_model,
+        overwrite=args.overwrite,
+        leaderboard=args.leaderboard,
+        mixture=tuple(args.mixture),
+    )
+    if args.fetch:
+        fetch_questions(order)
+    else:
+        evaluate(order, args.output_dir)
+
+
+def refuse_unread(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Raise UsageError for flags that the suite does not read: they would seem to change something."""
+    require_plain_address("--judge_url", args.judge_url)
+    for key in FIXED[args.suite]:
+        if key in given:
+            raise UsageError(f"--{key} is not read by --suite {args.suite}, which has its own")
+    if args.suite != "open_llm":
+        if args.leaderboard != 1:
+            raise UsageError("--leaderboard is for --suite open_llm")
+        return
+    if args.judge_url or args.judge_model:
+        raise UsageError("open_llm has no judge; --judge_url and --judge_model are for alpaca_eval and mt_bench")
+    if args.mixture:
+        raise UsageError("--mixture is not for open_llm: a mixture's accuracy is the mean of its models' accuracies")
+    if given.get("launcher", "local") != "local" or given.get("shards", "0") != "0":
         raise UsageError("--launcher and --shards are not read by --suite open_llm, which answers in one process")
-    if args.suite == "open_llm":  # it answers in this process, on the first GPUs; the others start one for each
-        from sppo.launch.devices import devices, groups, refuse_absent
 
-        names = devices(args.gpus)
-        refuse_absent(names)
-        # -1 for the CPU: of an empty value vLLM thinks that a GPU will come
-        os.environ["CUDA_VISIBLE_DEVICES"] = groups(names, args.world_size)[0] or "-1"
-    from sppo.evaluation.suites.evaluate import evaluate, fetch
 
-    args.judge_url = args.judge_url or OPENAI
-    fetch(recipe, args) if args.fetch else evaluate(recipe, args)
+def recipe_of(args: argparse.Namespace, given: dict[str, Any]) -> Recipe:
+    """The flags on top of --recipe; without one, of the recipe beside the model of a run."""
+    settings = {**given, "pairs": 1}
+    if args.suite == "mt_bench":
+        settings.setdefault("maxlen", 1024)  # as published, whatever the run's recipe says
+    path = args.recipe
+    if not path and "model" in given:
+        written = Path(given["model"], "..", "recipe.yaml").resolve()
+        path = str(written) if written.exists() else None
+    return load_recipe(path, settings)
+
+
+def take_first_gpus(gpus: str, world_size: int) -> None:
+    """Let this process see the first `world_size` of the GPUs: open_llm answers in it, and starts no other."""
+    from sppo.launch.devices import devices, groups, refuse_absent
+
+    names = devices(gpus)
+    refuse_absent(names)
+    # -1 for the CPU: with an empty value vLLM expects a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = groups(names, world_size)[0] or "-1"
 
 
 if __name__ == "__main__":

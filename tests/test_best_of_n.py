@@ -1,22 +1,22 @@
-"""Best of n: the right one wins, by both ways of comparing, and a kill or another setting costs nothing."""
+"""Best of n: the right one wins, and a kill, other GPUs or another setting cost nothing that was paid for."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import signal
-from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from sppo.evaluation.best import draw_order, knockout_and_full, knockout_winners
-from sppo.recipe import Recipe
-from sppo.schema import Pair
-from sppo.store.files import read_json
+from sppo.store.files import read_json, write_json
 
+PROMPTS, N = 12, 5
 RANKER = """
 import pathlib, time
 slow, asked = pathlib.Path(__file__).with_name("slow"), pathlib.Path(__file__).with_name("asked")
@@ -30,170 +30,156 @@ def longer(prompt, a, b):
 """
 
 
-class Longest:
-    """Prefers longer texts; has no answer where one holds a question mark."""
-
-    batched = False
-
-    def __init__(self) -> None:
-        self.asked: list[Pair] = []
-
-    def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
-        for i, (prompt, a, b) in enumerate(pairs):
-            self.asked.append((prompt, a, b))
-            yield i, float("nan") if "?" in a + b else float(len(a) - len(b))
+@pytest.fixture(scope="module")
+def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ranker, prompts and a model; `asked` has a line for each question to the ranker."""
+    here = tmp_path_factory.mktemp("best")
+    (here / "mine.py").write_text(RANKER)
+    tiny.write_jsonl(here / "p.jsonl", [{"prompt": f"Why is {i} None?"} for i in range(PROMPTS)])
+    (here / "model").symlink_to(models / "llama3")
+    return here
 
 
-def test_a_knockout_takes_n_minus_one_comparisons_and_finds_what_beats_all() -> None:
-    for n in (2, 3, 7, 16):
-        texts, ranker = ["x" * (1 + (5 * i) % n) for i in range(n)], Longest()
-        orders = [list(np.random.default_rng(seed).permutation(n)) for seed in range(3)]
-        items = [([{"role": "user", "content": "q"}], texts)] * 3
-        best = max(range(n), key=lambda i: len(texts[i]))
-        lengths = {len(t) for t in texts}
-        won = knockout_winners(ranker, items, orders)
-        assert [len(texts[c.index]) for c in won] == [len(texts[best])] * 3
-        if len(lengths) == n:  # no two alike: every comparison is asked, both ways round
-            assert len(ranker.asked) == 3 * (n - 1) * 2
-
-
-def test_without_an_answer_the_first_in_the_draw_goes_on_and_it_is_counted() -> None:
-    ranker = Longest()
-    (won,) = knockout_winners(ranker, [([], ["a?", "bbb", "bbb", "c"])], [[0, 1, 2, 3]])
-    # 0 meets 1 without an answer, 2 beats 3; then 0 meets 2, again without an answer
-    assert (won.index, won.unanswered) == (0, 2)
-    (won,) = knockout_winners(Longest(), [([], ["bbb", "bbb"])], [[1, 0]])
-    assert (won.index, won.same, won.tied) == (1, 1, 0)
-    (won,) = knockout_winners(Longest(), [([], ["bbb", "ccc", "d"])], [[1, 0, 2]])
-    assert (won.index, won.same, won.tied) == (1, 0, 1)
-
-
-def test_a_knockout_of_many_does_not_cost_what_it_saves() -> None:
-    """The sample's full comparison is of 16 responses, and each pair of them is asked twice, once in each order."""
-    ranker, texts = Longest(), ["x" * (1 + (7 * i) % 41) for i in range(41)]
-    row = {"prompt_id": "p", "prompt": [], "responses": [{"text": text} for text in texts]}
-    rates = knockout_and_full(Recipe(), ranker, row)
-    assert len(ranker.asked) == len(set(map(str, ranker.asked))) == 16 * 15
-    assert rates["knock-out"] == rates["full comparison"] > 0.5  # what prefers length does not go round
-    assert knockout_and_full(Recipe(), Longest(), {**row, "responses": [{"text": "a?"}, {"text": "b"}]}) == {}
-
-
-def test_a_knockout_may_miss_the_best_and_the_agreement_says_so() -> None:
-    """By hand: 0 beats 2 and 3 clearly and loses to 1 by a hair; 1 loses to 2 and 3; 2 beats 3.
-
-    Where 0 meets 1 first, 0 is out and 2 wins, with a lower mean P than 0's.
-    """
-    beats = {(0, 2): 2.0, (0, 3): 2.0, (1, 0): 0.2, (2, 1): 2.0, (3, 1): 2.0, (2, 3): 2.0}
-    logit = {**beats, **{(b, a): -x for (a, b), x in beats.items()}}
-
-    class Stakes:
-        batched = False
-
-        def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
-            for i, (_, a, b) in enumerate(pairs):
-                yield i, logit[int(a), int(b)]
-
-    unlucky = next(name for name in map(str, range(999)) if {0, 1} == set(draw_order(42, name, 4)[:2]))
-    row = {"prompt_id": unlucky, "prompt": [], "responses": [{"text": str(i)} for i in range(4)]}
-    rates = knockout_and_full(Recipe(estimator="paper"), Stakes(), row)
-    p = {x: 1 / (1 + np.exp(-x)) for x in (2.0, -2.0, -0.2)}
-    assert rates["full comparison"] == pytest.approx((2 * p[2.0] + p[-0.2]) / 3)
-    assert rates["knock-out"] == pytest.approx((2 * p[2.0] + p[-2.0]) / 3)
-    (won,) = knockout_winners(Stakes(), [([], list("0123"))], [draw_order(42, unlucky, 4)])
-    assert won.index == 2
-
-
-@pytest.fixture
-def world(models: Path, tmp_path: Path) -> Path:
-    (tmp_path / "mine.py").write_text(RANKER)
-    tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Why is {i} None?"} for i in range(12)])
-    (tmp_path / "model").symlink_to(models / "llama3")
-    return tmp_path
-
-
-def command(world: Path, out: str, *flags: str) -> list[str]:
-    words = [
-        tiny.sys.executable,
-        "scripts/best_of_n.py",
-        f"--model={world / 'model'}",
-        f"--prompts={world / 'p.jsonl'}",
-    ]
-    words += [f"--output_dir={world / out}", "--n=5", "--maxlen=12", "--engine=transformers", "--gpus=none"]
+def command(world: Path, out: Path, *flags: str) -> list[str]:
+    words = [tiny.sys.executable, "scripts/best_of_n.py", f"--model={world / 'model'}", f"--output_dir={out}"]
+    words += [f"--prompts={world / 'p.jsonl'}", f"--n={N}", "--maxlen=12", "--engine=transformers", "--gpus=none"]
     return [*words, "--ranker=mine:longer", *flags]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--knockout",)])
-def test_the_best_is_the_best_and_alpaca_eval_can_read_it(world: Path, flags: tuple[str, ...]) -> None:
-    shown = tiny.succeed(*command(world, "out", *flags), PYTHONPATH=str(world))
-    rows = {row["prompt_id"]: row for row in pq.read_table(world / "out/responses.parquet").to_pylist()}
-    best = pq.read_table(world / "out/best.parquet").to_pylist()
-    assert len(best) == 12
-    for row in best:
-        texts = [r["text"] for r in rows[row["prompt_id"]]["responses"]]
-        assert row["response"] == texts[row["index"]]
-        assert len(row["response"]) == max(map(len, texts))
-    assert [json.loads(x)["response"] for x in (world / "out/best.jsonl").read_text().splitlines()] == [
-        row["response"] for row in best
-    ]
-    alpaca = read_json(world / "out/best.alpaca.json")
-    assert alpaca[3]["instruction"] == "Why is 3 None?"
-    assert alpaca[3]["output"] == best[3]["response"]
-    assert alpaca[3]["generator"].endswith("best-of-5")
-    counts = read_json(world / "out/best.manifest.json")["counts"]
-    if flags:  # what prefers length does not go round, so a knock-out misses nothing
-        assert counts["agreement"]["the same best"] == 1.0
-        assert counts["comparisons"] == 12 * 4
-        assert counts["agreement"]["responses"] == 5
-    else:
-        assert counts["comparisons"] == 12 * 10
-        assert all(0.5 < row["win_rate"] < 1 for row in best)
+def asked(world: Path) -> int:
+    return len((world / "asked").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def done(world: Path) -> Path:
+    """The script's output directory, made by one process."""
+    shown = tiny.succeed(*command(world, world / "done"), PYTHONPATH=str(world))
     assert "written" in shown
-    before = len((world / "asked").read_text().splitlines())
-    assert "done" in tiny.succeed(*command(world, "out", *flags), PYTHONPATH=str(world))
-    assert len((world / "asked").read_text().splitlines()) == before
-    refused = tiny.run(*command(world, "out", *flags), "--n=6", PYTHONPATH=str(world))
+    return world / "done"
+
+
+@pytest.fixture
+def again(done: Path, tmp_path: Path) -> Path:
+    """A copy of it, to do something with."""
+    return shutil.copytree(done, tmp_path / "again")
+
+
+def best_rows(out: Path) -> list[dict[str, Any]]:
+    return pq.read_table(out / "best.parquet").to_pylist()
+
+
+def drawn_texts(out: Path) -> dict[str, list[str]]:
+    rows = pq.read_table(out / "responses.parquet").to_pylist()
+    return {row["prompt_id"]: [response["text"] for response in row["responses"]] for row in rows}
+
+
+@pytest.mark.slow
+def test_the_longest_response_is_the_best_with_its_win_rate_by_hand(done: Path) -> None:
+    texts, best = drawn_texts(done), best_rows(done)
+    assert len(best) == PROMPTS
+    for row in best:
+        lengths = np.array([len(text) for text in texts[row["prompt_id"]]])
+        assert row["response"] == texts[row["prompt_id"]][row["index"]]
+        assert row["index"] == lengths.argmax()
+        # s_i - s_j = 0.2 (n_i - n_j), by the released estimator
+        others = np.delete(lengths, row["index"])
+        expected = (1 / (1 + np.exp(-0.2 * (lengths.max() - others)))).mean()
+        assert row["win_rate"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_the_jsonl_holds_what_the_parquet_holds(done: Path) -> None:
+    assert [json.loads(line) for line in (done / "best.jsonl").read_text().splitlines()] == best_rows(done)
+
+
+@pytest.mark.slow
+def test_alpaca_eval_finds_each_prompt_with_its_best_response(done: Path) -> None:
+    entries = read_json(done / "best.alpaca.json")
+    assert [entry["instruction"] for entry in entries] == [f"Why is {i} None?" for i in range(PROMPTS)]
+    assert [entry["output"] for entry in entries] == [row["response"] for row in best_rows(done)]
+    assert {entry["generator"] for entry in entries} == {"llama3-best-of-5"}
+
+
+@pytest.mark.slow
+def test_the_manifest_counts_the_comparisons(done: Path) -> None:
+    pairs = [pair for texts in drawn_texts(done).values() for pair in itertools.combinations(texts, 2)]
+    counts = read_json(done / "best.manifest.json")["counts"]
+    assert counts["comparisons"] == len(pairs) == PROMPTS * 10
+    assert counts["comparisons of equal texts"] == sum(a == b for a, b in pairs)
+    assert counts["tied comparisons"] == sum(len(a) == len(b) and a != b for a, b in pairs)
+    assert counts["responses"] == PROMPTS * N
+
+
+@pytest.mark.slow
+def test_what_is_done_is_not_asked_again(world: Path, done: Path) -> None:
+    before = asked(world)
+    assert "done" in tiny.succeed(*command(world, done), PYTHONPATH=str(world))
+    assert asked(world) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flag", "named"), [("--n=6", "pairs"), ("--estimator=paper", "settings.estimator")])
+def test_another_setting_is_refused_before_the_ranker_is_asked(world: Path, done: Path, flag: str, named: str) -> None:
+    before = asked(world)
+    refused = tiny.run(*command(world, done, flag), PYTHONPATH=str(world))
     assert refused.returncode == 1
-    assert "pairs" in refused.stderr
-    other = command(world, "out", *(() if flags else ("--knockout",)))
-    refused = tiny.run(*other, PYTHONPATH=str(world))
+    assert named in refused.stderr
+    assert asked(world) == before
+
+
+@pytest.mark.slow
+def test_the_best_by_an_older_version_s_knockout_is_refused_by_name(world: Path, again: Path) -> None:
+    manifest = read_json(again / "best.manifest.json")
+    manifest["settings"]["method"] = "knock-out"
+    write_json(again / "best.manifest.json", manifest)
+    refused = tiny.run(*command(world, again), PYTHONPATH=str(world))
     assert refused.returncode == 1
     assert "settings.method" in refused.stderr
-    assert len((world / "asked").read_text().splitlines()) == before  # the ranker is not asked in vain
-    drawn = (world / "out/responses.parquet").read_bytes()
-    tiny.succeed(*other, "--overwrite", PYTHONPATH=str(world))
-    again = pq.read_table(world / "out/best.parquet").to_pylist()
-    assert [len(row["response"]) for row in again] == [len(row["response"]) for row in best]  # some are as long
-    assert (world / "out/responses.parquet").read_bytes() == drawn
 
 
 @pytest.mark.slow
-def test_a_killed_knockout_goes_on(world: Path) -> None:
+def test_overwrite_by_another_number_of_processes_ranks_all_anew_and_draws_nothing(world: Path, again: Path) -> None:
+    before, best, drawn = asked(world), best_rows(again), (again / "responses.parquet").read_bytes()
+    tiny.succeed(*command(world, again, "--overwrite", "--gpus=none,none"), PYTHONPATH=str(world))
+    assert (again / "responses.parquet").read_bytes() == drawn
+    assert best_rows(again) == best
+    assert len(list((again / "ranking").glob("shard-*.parquet"))) == 2
+    first = asked(world) - before
+    assert first > 0
+    # and back to one process, whose ranking leaves nothing of the two
+    tiny.succeed(*command(world, again, "--overwrite"), PYTHONPATH=str(world))
+    assert best_rows(again) == best
+    assert len(list((again / "ranking").glob("shard-*.parquet"))) == 1
+    assert asked(world) - before == 2 * first
+
+
+@pytest.mark.slow
+def test_killed_while_it_ranks_it_goes_on_to_the_same_end(world: Path, done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done, out, ignore=shutil.ignore_patterns("ranking", "best.*"))  # drawn, and no more
+    whole = asked(world)
     (world / "slow").touch()
-    words = command(world, "out", "--knockout")
-    process = tiny.start(*words, slow=world / "out", log=world / "log", PYTHONPATH=str(world))
-    journal, agreement = (world / "out/knockout" / f"{name}.journal" for name in ("shard-00000", "agreement"))
+    process = tiny.start(*command(world, out), slow=out, log=tmp_path / "log", PYTHONPATH=str(world))
+    journal = out / "ranking" / "shard-00000.journal"
     tiny.wait_for(process, lambda: journal.exists() and len(journal.read_bytes().splitlines()) > 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (world / "out/best.parquet").exists()
-    process = tiny.start(*words, slow=world / "out", log=world / "log2", PYTHONPATH=str(world))
-    tiny.wait_for(process, lambda: agreement.exists() and len(agreement.read_bytes().splitlines()) > 3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept, asked = len(agreement.read_bytes().splitlines()) - 1, len((world / "asked").read_text().splitlines())
+    tiny.wait_until(lambda: not tiny.processes(out))
     (world / "slow").unlink()
-    tiny.succeed(*words, "--overwrite", PYTHONPATH=str(world))  # which keeps what a killed try has left
-    # a sampled prompt takes 5 * 4 questions; the first ones' are paid for, and so are all knock-outs
-    assert len((world / "asked").read_text().splitlines()) - asked <= (12 - kept) * 5 * 4
-    # over two processes
-    tiny.succeed(*command(world, "undisturbed", "--knockout", "--gpus=none,none"), PYTHONPATH=str(world))
-    assert list((world / "undisturbed/logs").glob("knock-out-1*"))
+    assert not (out / "best.parquet").exists()
+    kept, before = len(journal.read_bytes().splitlines()) - 1, asked(world)
+    tiny.succeed(*command(world, out), PYTHONPATH=str(world))
+    assert asked(world) - before <= (PROMPTS - kept) * N * (N - 1)
+    assert asked(world) > whole
     for name in ("best.jsonl", "best.alpaca.json"):
-        assert (world / "out" / name).read_bytes() == (world / "undisturbed" / name).read_bytes()
+        assert (out / name).read_bytes() == (done / name).read_bytes()
 
 
-def test_one_response_cannot_be_compared(world: Path) -> None:
-    refused = tiny.run(*command(world, "out"), "--n=1")
+@pytest.mark.parametrize(
+    ("flag", "message"), [("--n=1", "at least 2 responses"), ("--knockout", "unknown flag --knockout: leave it out")]
+)
+def test_what_cannot_be_asked_for_is_one_line(world: Path, tmp_path: Path, flag: str, message: str) -> None:
+    refused = tiny.run(*command(world, tmp_path / "out", flag))
     assert refused.returncode == 2
-    assert "at least 2 responses" in refused.stderr
+    assert message in refused.stderr
+    assert not (tmp_path / "out").exists()

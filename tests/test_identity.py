@@ -31,7 +31,7 @@ from sppo.evaluation import best, report
 from sppo.evaluation.matrix import match_stages, win_matrix
 from sppo.evaluation.measures import measure_stage
 from sppo.evaluation.suites import mt_bench, open_llm
-from sppo.evaluation.suites.suite import Judge, Order, answers
+from sppo.evaluation.suites.suite import Order, SuiteJudge, draw_answers
 from sppo.generation.combine import combine, combine_stage
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards
@@ -151,7 +151,7 @@ def test_another_judge_does_not_drop_what_is_paid_for(tmp_path: Path, server: tu
 
     def judged(name: str, overwrite: bool = False) -> list[dict[str, Any]]:
         order = Order("mt_bench", Recipe(), tmp_path, "", url, name, overwrite)
-        judge = Judge(order)
+        judge = SuiteJudge(order)
         judge.refuse_another()
         return judge.choices(requests, lambda choice: "[[5]]" in str(choice), "a rating")
 
@@ -446,7 +446,7 @@ def matrix_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 def best_identity(recipe: Recipe, world: Path) -> list[Stage]:
     recipe = replace(recipe, pairs=2)
-    chosen = best._stage(recipe, world / "data", world / "data/responses.parquet", knockout=False)
+    chosen = best.best_stage(recipe, world / "data")
     return [*drawn_identity(recipe, world), chosen]
 
 
@@ -454,7 +454,7 @@ def suite_identity(suite: str) -> Callable[[Recipe, Path], list[Stage]]:
     """The stage that draws a suite's answers, with the settings that the suite gives to scripts/generate.py."""
 
     def identity(recipe: Recipe, world: Path) -> list[Stage]:
-        order = Order(suite, replace(recipe, pairs=1), world / "suites", "", "", "judge", False)
+        order = Order(suite, replace(recipe, pairs=1), world / "suites", judge_model="judge")
         asked: list[Recipe] = []
         conversation = {"1": [{"role": "user", "content": "a"}]}
         question = {"question_id": 1, "category": "writing", "turns": ["a", "b"]}
@@ -464,14 +464,14 @@ def suite_identity(suite: str) -> Callable[[Recipe, Path], list[Stage]]:
             raise InterruptedError
 
         with mock.patch("sppo.evaluation.suites.suite.draw", draw), contextlib.suppress(InterruptedError):
-            mt_bench.two_turns(order, [question]) if suite == "mt_bench" else answers(order, conversation, suite)
+            mt_bench.two_turns(order, [question]) if suite == "mt_bench" else draw_answers(order, conversation, suite)
         return drawn_identity(asked[0], world)
 
     return identity
 
 
 def tasks_identity(recipe: Recipe, world: Path) -> list[Stage]:
-    order = Order("open_llm", recipe, world / "suites", "", "", "", False)
+    order = Order("open_llm", recipe, world / "suites")
     return [open_llm.tasks_stage(order, policy_of(recipe), ["arc"])]
 
 
@@ -730,13 +730,13 @@ def test_another_ranker_is_not_pinned_over_the_one_that_ranked(tmp_path: Path, r
 
 
 def test_other_questions_do_not_take_the_place_of_those_that_are_answered(tmp_path: Path) -> None:
-    order = Order("alpaca_eval", Recipe(), tmp_path, "", "", "judge", False)
+    order = Order("alpaca_eval", Recipe(), tmp_path, judge_model="judge")
     where = tmp_path / "answers" / "alpaca_eval"
 
     def ask(question: str, order: Order = order) -> str:
         drawn = mock.patch("sppo.evaluation.suites.suite.draw", side_effect=InterruptedError)
         with drawn, contextlib.suppress(InterruptedError):
-            answers(order, {"1": [{"role": "user", "content": question}]}, "alpaca_eval")
+            draw_answers(order, {"1": [{"role": "user", "content": question}]}, "alpaca_eval")
         return (where / "prompts.jsonl").read_text()
 
     ask("first")
@@ -776,7 +776,7 @@ def test_a_prompt_without_a_best_response_is_counted_and_has_an_entry(
     monkeypatch.setattr(best, "call", lambda *_: None)
     monkeypatch.setattr(best, "launch", lambda *_: rank_shards(recipe, out, [Slice(0, 0)], False))
     asked = lambda: {p.prompt_id: p.messages for p in load_prompts(recipe.prompts, recipe)}  # noqa: E731 - as the script
-    best.best_of_n(recipe, out, False, False, asked)
+    best.best_of_n(recipe, out, False, asked)
     rows = {row["prompt_id"]: row for row in read_rows(out / "best.parquet", ["prompt_id", "response"])}
     entries = read_json(out / "best.alpaca.json")
     assert [entry["instruction"] for entry in entries] == [text for text in texts if text]

@@ -14,6 +14,7 @@ from examples.smollm2.instructions import CONSTRAINTS, closeness, constraints_in
 from sppo.evaluation.health import health, repeats
 from sppo.store.files import read_json
 
+QUESTIONS_ASKED = {q.format(topic) for q in instructions.QUESTIONS for topic in instructions.TRAIN_TOPICS}
 LIST = "1. Warm\n2. Sweet\n3. Good"
 # (prompt's sentence, an answer that follows it, one that does not)
 CASES = [
@@ -44,19 +45,25 @@ def test_a_constraint_is_strict(sentence: str, right: str, wrong: str) -> None:
     assert preference(prompt, right, wrong) == -preference(prompt, wrong, right) > 1
 
 
-def test_every_constraint_has_a_case_and_is_found_in_the_prompts_that_hold_it() -> None:
+def test_every_constraint_has_a_case() -> None:
+    found = [constraint.name for sentence, _, _ in CASES for constraint, _ in constraints_in(sentence)]
+    assert set(found) == {constraint.name for constraint in CONSTRAINTS}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_constraints_of_a_prompt_are_read_back(held_out: bool) -> None:
     """A constraint that is not read back would be ranked as if nobody had asked for it."""
-    found = [constraints_in(sentence) for sentence, _, _ in CASES]
-    assert {c.name for (constraint,) in found for c in constraint[:1]} == {c.name for c in CONSTRAINTS}
-    for held_out in (False, True):
-        for prompt in instructions.make_prompts(instructions.TRAIN_TOPICS, 200, held_out, random.Random(3)):
-            inside = constraints_in(prompt)
-            sentences = [c.phrase.format(parameter) for c, parameter in inside]
-            assert 1 <= len(inside) <= 3
-            assert len({c.group for c, _ in inside}) == len(inside)
-            assert sum(map(len, sentences)) + len(sentences) + prompt.index("?" if "?" in prompt else ".") + 1 == len(
-                prompt
-            ), prompt
+    for prompt in instructions.make_prompts(instructions.TRAIN_TOPICS, 200, held_out, random.Random(3)):
+        inside = constraints_in(prompt)
+        assert 1 <= len(inside) <= 3
+        assert len({constraint.group for constraint, _ in inside}) == len(inside)
+        # the question and the sentences of these constraints are the whole prompt
+        rest = prompt
+        for constraint, parameter in inside:
+            sentence = f" {constraint.phrase.format(parameter)}"
+            assert sentence in rest
+            rest = rest.replace(sentence, "", 1)
+        assert rest in QUESTIONS_ASKED
 
 
 def test_saying_nothing_or_the_same_again_follows_nothing() -> None:
@@ -66,14 +73,26 @@ def test_saying_nothing_or_the_same_again_follows_nothing() -> None:
     assert preference(prompt, "Tea keeps people warm.", "") > 5
 
 
-def test_ties_are_broken_by_nearness_and_then_by_the_topic() -> None:
+def test_of_two_answers_that_miss_a_limit_the_nearer_one_is_better() -> None:
     prompt = "Tell me something about gardens. Use at most 15 words."
-    near, far = "word by word it goes on " * 3, "word by word it went on and further " * 4
-    assert preference(prompt, "Every garden is a green place.", "Every place is a green place.") == 0.5
-    assert closeness(prompt, "One by one the many men and women walk along it to an old town now.")
-    assert 0 < preference(prompt, " ".join(f"a{i}" for i in range(18)), " ".join(f"a{i}" for i in range(40))) < 3
-    assert repeats(near)
-    assert repeats(far)
+    near, far = (" ".join(f"a{i}" for i in range(count)) for count in (18, 40))
+    # by hand: 1.5 times the share of the words that are allowed
+    assert preference(prompt, near, far) == pytest.approx(1.5 * (15 / 18 - 15 / 40))
+    assert preference(prompt, far, near) == -preference(prompt, near, far)
+
+
+def test_a_constraint_that_is_followed_counts_more_than_two_that_nearly_are() -> None:
+    prompt = "Tell me something about gardens. Use at most 15 words. Do not use any commas."
+    follows_one = "a1, a2, a3, a4, a5, a6"  # short enough, with five commas
+    follows_none = " ".join(f"a{i}" for i in range(16)) + ","  # one word and one comma too much
+    assert preference(prompt, follows_one, follows_none) > 0
+
+
+def test_of_equally_good_answers_the_one_that_names_the_topic_is_better() -> None:
+    prompt = "Tell me something about gardens. Use at most 15 words."
+    named, other = "Every garden is a green place.", "Every place is a green place."
+    assert set(closeness(prompt, named).values()) == set(closeness(prompt, other).values()) == {1}
+    assert preference(prompt, named, other) == 0.5
 
 
 def test_measures_are_one_number_for_each_constraint_seen_and_unseen() -> None:
@@ -106,6 +125,11 @@ def test_health_by_hand() -> None:
     loop = "I like it very much and I like it very much and I like it very much"
     found = health([response("Tea.", 3), response(" ", 1), response(loop, 20, "length"), response("A b c d e.", 8)])
     assert found == {"mean_tokens": 8.0, "empty": 0.25, "repeated": 0.25, "cut": 0.25}
-    # four words that come back once in twelve are no repetition
+
+
+def test_an_answer_repeats_itself_when_most_of_it_stood_there_before() -> None:
+    assert repeats("word by word it goes on " * 3)
+    assert repeats("word by word it went on and further " * 4)
     assert repeats("1. soap\n2. soap product\n3. soap\n4. soap soap\n5. soap soap\n6. soap")  # SmolLM2's own
+    # four words that come back once in twelve are no repetition
     assert not repeats("I like tea a lot since in winter I like tea a lot")

@@ -61,7 +61,7 @@ def test_the_mixture_of_all_models_by_hand() -> None:
     """
     rates = {(0, 1): [0.6, 0.8], (0, 2): [0.9, 0.9], (1, 2): [0.5, 0.3]}
     lengths = (np.ones((2, 2)), np.ones((2, 3)))
-    matches = {key: Match(np.array(p)[:, None, None] * np.ones((1, 2, 3)), lengths) for key, p in rates.items()}
+    matches = {key: Match(np.array(p)[:, None, None] * np.ones((1, 2, 3)), *lengths) for key, p in rates.items()}
     found = uniform(3, matches)
     assert [rate for rate, _, _ in found] == pytest.approx([0.7, 0.4, 0.4], abs=1e-4)
     assert all(low <= rate <= high for rate, low, high in found)
@@ -95,18 +95,18 @@ def test_a_judge_that_likes_length_alone_says_one_half_at_equal_length() -> None
     apart = mine[:, :, None] - theirs[:, None, :]
     biased = 1 / (1 + np.exp(-2 * np.tanh(apart / apart.std())))
     assert interval(biased)[0] > 0.65
-    assert length_controlled(Match(biased, (mine, theirs))) == pytest.approx(0.5, abs=0.005)
+    assert length_controlled(Match(biased, mine, theirs)) == pytest.approx(0.5, abs=0.005)
     # a judge that adds a preference of its own: what stays is that preference
     better = 1 / (1 + np.exp(-1 - 2 * np.tanh(apart / apart.std())))
-    assert length_controlled(Match(better, (mine, theirs))) == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
+    assert length_controlled(Match(better, mine, theirs)) == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
     same = np.full((4, 2), 7.0)
-    assert length_controlled(Match(np.full((4, 2, 2), 0.8), (same, same))) == pytest.approx(0.8, abs=0.01)
+    assert length_controlled(Match(np.full((4, 2, 2), 0.8), same, same)) == pytest.approx(0.8, abs=0.01)
 
 
 def test_the_matrix_and_its_transpose_add_up_to_one() -> None:
     rng = np.random.default_rng(1)
     lengths = (np.ones((9, 2)), np.ones((9, 2)))
-    matches = {(a, b): Match(rng.random((9, 2, 2)), lengths) for a in range(3) for b in range(a + 1, 3)}
+    matches = {(a, b): Match(rng.random((9, 2, 2)), *lengths) for a in range(3) for b in range(a + 1, 3)}
     made = {name: np.array(table) for name, table in compare(3, matches).items()}
     assert np.allclose(made["win_rates"] + made["win_rates"].T, 1)
     assert np.allclose(made["low"] + made["high"].T, 1)

@@ -145,11 +145,11 @@ def test_questions_of_a_suite_are_texts(tmp_path: Path, suite: Any, name: str, c
     path = tmp_path / name
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(SPPOError, match=message):
-        suite.questions(SimpleNamespace(questions=str(path)))
+        suite.load_questions(SimpleNamespace(questions=str(path)))
 
 
 def test_a_line_of_questions_ends_at_its_newline_only(tmp_path: Path) -> None:
     row = {"instruction": "a\u2028b\x85c", "output": "d"}
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    assert alpaca_eval.questions(SimpleNamespace(questions=str(path))) == [{"generator": "reference", **row}]
+    assert alpaca_eval.load_questions(SimpleNamespace(questions=str(path))) == [{"generator": "reference", **row}]

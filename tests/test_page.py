@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,26 @@ def answers(path: Path, texts: list[str]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=responses_schema()), path)
 
 
+def matrix(count: int, step: float) -> dict[str, list[list[float]]]:
+    """Each model beats the one before it by `step`, and at equal length by half of it."""
+
+    def table(step: float, shift: float = 0.0) -> list[list[float]]:
+        return [[0.5 + step * (i - j) + shift for j in range(count)] for i in range(count)]
+
+    low, high = table(step, -0.01), table(step, 0.01)
+    return {"win_rates": table(step), "low": low, "high": high, "length_controlled": table(step / 2)}
+
+
 def make_run(run: Path, iterations: int = 2, apart: float = 1e-6) -> Path:
     """A run's files as its stages write them, of two prompts and three steps an iteration."""
     base = {"mean_tokens": 20.0, "empty": 0.0, "repeated": 0.1, "cut": 0.0, "followed": 0.3, "base_perplexity": 4.0}
     answers(run / "iter0/eval/responses.parquet", EVIL)
     dump(run / "iter0/eval/measures.json", base)
-    rows = []
+    rows, losses = [], {"loss": 3.5, "beta2_loss": 0.035}
     for i in range(1, iterations + 1):
         here = run / f"iter{i}"
         dump(here / "recipe.yaml", {"model": "org/model", "beta": 0.1, "iterations": iterations, "seed": i})
-        counts = {"written": 2, "skipped": {}, "responses": 4, "response_tokens": 80, "cut_at_maxlen": 0}
+        counts = {"written": 2, "skipped": {"empty": 1}, "responses": 4, "response_tokens": 80, "cut_at_maxlen": 0}
         dump(here / "data/responses.manifest.json", {"counts": counts, "versions": {"torch": "2"}, "seconds": 0.1})
         dump(here / "data/responses/shard-00000.manifest.json", {"counts": counts, "seconds": 60.0})
         paired = {"train": 2, "prompts": 2, "pairs": 4, "dropped": {"same text": 0}, "tied_pairs": 1}
@@ -75,7 +86,14 @@ def make_run(run: Path, iterations: int = 2, apart: float = 1e-6) -> Path:
         targets = {"rewards/chosen_target": 0.2, "rewards/rejected_target": -0.2}
         moved = ("rewards/margins", "rewards/chosen", "rewards/rejected")
         steps = [
-            {"step": s, "loss": 9.0 / s, "beta2_loss": 0.09 / s, **dict.fromkeys(moved, 0.01 * s), **targets}
+            {
+                "step": s,
+                "tokens_per_second": 50.0,
+                "loss": 9.0 / s,
+                "beta2_loss": 0.09 / s,
+                **dict.fromkeys(moved, 0.01 * s),
+                **targets,
+            }
             for s in (1, 2, 3)
         ]
         dump(here / "model/sppo_manifest.json", {
@@ -85,16 +103,14 @@ def make_run(run: Path, iterations: int = 2, apart: float = 1e-6) -> Path:
         (here / "model/metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
         answers(here / "eval/responses.parquet", [t + f" in {i}" for t in EVIL])
         row = {"iteration": i, "prompts": 5, "ranker_win_rate": 0.5 + 0.1 * i, "base_mean_tokens": 20.0}
-        rows.append({**row, "ranker_interval": [0.5, 0.8], **base, "mean_tokens": 20.0 - i, "base": base})
+        rows.append({**row, "ranker_interval": [0.5, 0.8], **base, "mean_tokens": 20.0 - i, "base": base, **losses})
     dump(run / "summary.json", rows)
-    table = [[0.5] * (iterations + 1)] * (iterations + 1)
-    tables = dict.fromkeys(("win_rates", "low", "high", "length_controlled"), table)
     models = [f"iter{i}" for i in range(iterations + 1)]
-    mixture = [1.0, *[0.0] * iterations]
-    judge = {"name": "<i>j</i>", **tables}
     dump(run / "matrix.json", {
-        "models": models, "prompts": 5, **tables, "mean_tokens": [20.0] * (iterations + 1), "judge": judge,
-        "von_neumann": {"mixture": mixture, "value": 0.5},
+        "models": models, "prompts": 5, **matrix(iterations + 1, 0.1),
+        "mean_tokens": [20.0 - i for i in range(iterations + 1)],
+        "judge": {"name": "<i>j</i>", **matrix(iterations + 1, 0.02)},
+        "von_neumann": {"mixture": [0.25, *[0.0] * (iterations - 1), 0.75], "value": 0.5},
     })  # fmt: skip
     suite = {"suite": "mt_bench", "model": "m", "judge": "<b>judge</b>", "questions": 80}
     for i in range(iterations):  # the last iteration has not been asked
@@ -104,21 +120,105 @@ def make_run(run: Path, iterations: int = 2, apart: float = 1e-6) -> Path:
     return run
 
 
-def test_all_that_a_run_wrote_is_on_the_page(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    text = write_page(run).read_text()
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run of two iterations."""
+    return write_page(make_run(tmp_path_factory.mktemp("page") / "run")).read_text()
+
+
+class Tables(HTMLParser):
+    """The cells of each section's table, by the section's title."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: dict[str, list[list[str]]] = {}
+        self._title, self._inside = "", ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self._inside = tag
+        if tag == "h2":
+            self._title = ""
+        if tag == "tr":
+            self.found.setdefault(self._title, []).append([])
+        if tag in ("th", "td"):
+            self.found[self._title][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "h2":
+            self._title += data
+        if self._inside in ("th", "td"):
+            self.found[self._title][-1][-1] += data
+
+
+def test_every_section_has_its_pictures(page: str) -> None:
     for title in ALL:
-        assert f"<h2>{title}</h2>" in text
-    assert text.count("<figure") == len(ALL) - 2  # suites and Data are tables
-    assert text.count("<svg") == PICTURES
-    assert "<dt>mean_tokens</dt><dd>20 → 18</dd>" in text
-    asked = "mt_bench, judged by &lt;b&gt;judge&lt;/b&gt;"
-    assert re.search(f"<td>{asked}</td>\\s*<td>turn 1</td>\\s*<td>5.25</td>\\s*<td>6.25</td>", text)
-    assert "Iteration 2 wins 70.0% of comparisons with the first model (95% interval 50.0 to 80.0%)" in text
-    assert "2 of 2 iterations are trained" in text
-    assert 'class="warning"' not in text
-    assert "torch 2" in text
-    assert "&lt;b&gt;" in text  # the command
+        assert f"<h2>{title}</h2>" in page
+    assert page.count("<figure") == len(ALL) - 2  # suites and Data are tables
+    assert page.count("<svg") == PICTURES
+
+
+def test_the_tables_hold_what_the_run_wrote(page: str) -> None:
+    found = Tables(page).found
+    assert found["Win rates"] == [
+        ["iteration", "ranker_win_rate", "mean_tokens", "empty", "repeated", "cut", "followed", "base_perplexity",
+         "loss", "beta2_loss"],
+        ["0", "", "20", "0.0%", "10.0%", "0.0%", "30.0%", "4", "", ""],
+        ["1", "60.0%", "19", "0.0%", "10.0%", "0.0%", "30.0%", "4", "3.5", "0.035"],
+        ["2", "70.0%", "18", "0.0%", "10.0%", "0.0%", "30.0%", "4", "3.5", "0.035"],
+    ]  # fmt: skip
+    assert found["Win matrix"] == [
+        ["", "iter0", "iter1", "iter2"],
+        ["mean tokens", "20", "19", "18"],
+        ["win rate of iter1 at equal length, %", "55.0", "50.0", "45.0"],
+        ["win rate of iter2 at equal length, %", "60.0", "55.0", "50.0"],
+        ["win rate of iter1 at equal length, % (<i>j</i>)", "51.0", "50.0", "49.0"],
+        ["win rate of iter2 at equal length, % (<i>j</i>)", "52.0", "51.0", "50.0"],
+        ["share of the mixture that no model and no mixture beats, %", "25.0", "0.0", "75.0"],
+    ]
+    assert found["Benchmark suites"] == [
+        ["suite", "figure", "first model", "iteration 1"],
+        ["mt_bench, judged by <b>judge</b>", "turn 1", "5.25", "6.25"],
+    ]
+    assert found["Data"] == [
+        ["", "iteration 1", "iteration 2"],
+        ["prompts answered", "2", "2"],
+        ["prompts skipped", "1", "1"],
+        ["responses", "4", "4"],
+        ["responses cut at maxlen, %", "0", "0"],
+        ["pairs to train on", "2", "2"],
+        ["pairs dropped", "0", "0"],
+        ["ties among comparisons, %", "25", "25"],
+        ["share of triples that go in a circle", "0", "0"],
+        ["position bias", "0.01", "0.01"],
+        ["correlation of score and length", "0.2", "0.2"],
+        ["responses cut for training", "0", "0"],
+    ]
+    assert found["Time and tokens"] == [
+        ["", "iteration 1", "iteration 2"],
+        ["generate, seconds", "60", "60"],
+        ["pair, seconds", "1", "1"],
+        ["train, seconds", "90", "90"],
+        ["tokens drawn", "80", "80"],
+        ["tokens drawn a second", "1.333", "1.333"],
+        ["training's tokens a second", "50", "50"],
+    ]
+    assert dict(found["Settings"]) == {"model": "org/model", "beta": "0.1", "iterations": "2", "seed": "1"}
+
+
+def test_the_top_says_what_came_out(page: str) -> None:
+    assert "2 of 2 iterations are trained" in page
+    assert "Iteration 2 wins 70.0% of comparisons with the first model (95% interval 50.0 to 80.0%)" in page
+    assert "<dt>mean_tokens</dt><dd>20 → 18</dd>" in page
+    assert 'class="warning"' not in page
+
+
+def test_the_end_says_how_it_was_made(page: str) -> None:
+    assert "<code>2026-01-01 00:00:00 bash scripts/run.sh --model &#39;&lt;b&gt;&#39;</code>" in page
+    assert "torch 2" in page
 
 
 def test_a_models_text_is_data(tmp_path: Path) -> None:
@@ -187,7 +287,7 @@ def test_what_is_wrong_is_said_first(tmp_path: Path) -> None:
     content["counts"]["cut_at_maxlen"] = 3
     dump(manifest, content)
     said = "\n".join(warnings(gather(run)))
-    assert "Iteration 1: engine and trainer differ by 0.1 nats" in said
+    assert "Iteration 1: the engine's and the trainer's log-probs differ by 0.1 nats" in said
     assert "Iteration 1: 75% of the responses are cut at maxlen" in said
     assert said.count("\n") == 2  # and iteration 2's engine
 

@@ -25,7 +25,7 @@ import tiny_judge
 from bad_input import call
 
 from sppo.evaluation.suites import alpaca_eval, mt_bench, open_llm
-from sppo.evaluation.suites.suite import Order, answers, is_iteration
+from sppo.evaluation.suites.suite import Order, draw_answers, is_iteration
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
 
@@ -249,6 +249,22 @@ def test_a_longer_answers_advantage_is_taken_out() -> None:
     assert found["length_controlled_winrate"] == pytest.approx(50, abs=2)
 
 
+def test_all_questions_are_asked_whatever_part_of_the_prompts_the_run_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Recipe] = []
+
+    def draw(recipe: Recipe, *_: Any) -> Path:
+        drawn.append(recipe)
+        raise InterruptedError
+
+    monkeypatch.setattr("sppo.evaluation.suites.suite.draw", draw)
+    order = Order("alpaca_eval", Recipe(prompts_part="1/3"), tmp_path)
+    with pytest.raises(InterruptedError):
+        draw_answers(order, {"1": [{"role": "user", "content": "Why?"}]}, "alpaca_eval")
+    assert drawn[0].prompts_part == "0/1"
+
+
 def test_an_iterations_model_is_known_by_its_place() -> None:
     assert is_iteration(Path("runs/x/iter12/model"))
     for other in ("x/model", "iter1/model/more", "runs/x/iterate/model", "runs/x/iter1/data"):
@@ -296,12 +312,14 @@ def stub() -> Iterator[tuple[type[Stub], str]]:
 def test_a_mixture_answers_each_question_by_one_of_its_models(iteration: Path, models: Path, tmp_path: Path) -> None:
     """Which one, the seed and the question decide; the answer is the one that this model gives alone."""
     recipe = Recipe(model=str(iteration / "model"), engine="transformers", maxlen=6, pairs=1, gpus="none")
-    order = Order("mt_bench", recipe, tmp_path / "mixed", "", "", "", False, mixture=(str(models / "qwen3"),))
+    order = Order("mt_bench", recipe, tmp_path / "mixed", mixture=(str(models / "qwen3"),))
     questions = {f"q{n}": [{"role": "user", "content": f"What is {n}?"}] for n in range(12)}
-    mixed = answers(order, questions, "turn1")
+    mixed = draw_answers(order, questions, "turn1")
     alone = []
     for number, one in enumerate(order.recipes):
-        alone.append(answers(replace(order, recipe=one, out=tmp_path / str(number), mixture=()), questions, "turn1"))
+        alone.append(
+            draw_answers(replace(order, recipe=one, out=tmp_path / str(number), mixture=()), questions, "turn1")
+        )
     assert mixed == {key: alone[order.answered_by(key)][key] for key in questions}
     assert {order.answered_by(key) for key in questions} == {0, 1}
     assert alone[0] != alone[1]

@@ -1,6 +1,6 @@
-"""The world of run_sppo_smollm2.sh: a real chat model, and a preference that needs no download.
+"""The world of run_sppo_smollm2.sh: a real chat model, and a preference that is a program.
 
-Reads nothing of a run. `model` makes SmolLM2's directory; `instructions` makes the prompts, and is the preference
-(`--ranker examples.smollm2.instructions:preference`) and the measure
-(`--measure examples.smollm2.instructions:measures`).
+model           SmolLM2-135M-Instruct as a plain model directory.
+instructions    The prompts, the ranker (`--ranker examples.smollm2.instructions:preference`), and the measure for the
+                report (`--measure examples.smollm2.instructions:measures`).
 """

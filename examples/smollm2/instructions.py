@@ -1,9 +1,14 @@
 """Instructions that a program can check: the prompts, the preference and the measures of run_sppo_smollm2.sh.
 
-A prompt is a question about a topic and one to three constraints: "Why do people like chess? Use at most 25 words. Do
-not use any commas." The preference reads the constraints back from the prompt and counts which of them an answer
-follows, so it ranks answers to any prompt that holds these sentences. Forms are checked, not facts: nothing here knows
-whether an answer is true. The kind of check is IFEval's (arXiv 2311.07911).
+A prompt is a question about a topic and one to three constraints:
+
+    Why do people like chess? Use at most 25 words. Do not use any commas.
+
+The preference finds the constraints in the prompt and counts how many of them an answer follows. So it can rank answers
+to any prompt that holds these sentences. It checks the form of an answer, and not whether it is true. IFEval (arXiv
+2311.07911) checks in the same way.
+
+To read it from top to bottom: how to count in a text, the checks, the constraints, the preference, the prompts.
 """
 
 from __future__ import annotations
@@ -38,7 +43,8 @@ QUESTIONS = (
 )
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 
-Check = Callable[[str, str], float]
+
+# Counting in a text.
 
 
 def words_of(text: str) -> list[str]:
@@ -47,16 +53,22 @@ def words_of(text: str) -> list[str]:
 
 
 def sentences_of(text: str) -> int:
-    """How many sentences a text has; the number before a list's point is none, and an unfinished end is one."""
+    """How many sentences a text has. An unfinished one at the end counts; the number of a list's point does not."""
     text = re.sub(r"(?m)^\s*(?:\d+[.)]|[-*•])\s+", "", text)
     return sum(bool(words_of(part)) for part in re.split(r"[.!?]+[\"'”)]*(?:\s+|$)", text))
 
 
 def points_of(text: str, mark: str) -> int:
-    """How many lines begin with `mark`, a regular expression, and say something; 0 where others stand among them."""
+    """How many points a list has: lines that begin with `mark`, a regular expression, and go on with a word.
+
+    0 if there is another line between or behind them.
+    """
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     marked = [bool(re.match(mark + r"\s*\w", line)) for line in lines]
-    return sum(marked) if any(marked) and all(marked[marked.index(True) :]) else 0
+    if not any(marked):
+        return 0
+    first = marked.index(True)
+    return sum(marked) if all(marked[first:]) else 0
 
 
 def _near(found: int, wanted: int) -> float:
@@ -64,120 +76,163 @@ def _near(found: int, wanted: int) -> float:
     return 1 / (1 + abs(found - wanted))
 
 
-@dataclass(frozen=True)
-class Constraint:
-    """A sentence of a prompt and its check, which says how nearly an answer follows it: 1 exactly when it does.
+# The checks: (the constraint's parameter, the answer) -> how nearly the answer follows it, 1 exactly when it does.
 
-    Of a `group` a prompt has one at most, so that its constraints do not contradict each other.
-    """
-
-    name: str
-    group: str
-    phrase: str
-    choices: tuple[str, ...]
-    check: Check  # (parameter, answer) -> 0 to 1
-    held_out: bool = False  # only in held-out prompts
-
-    @property
-    def pattern(self) -> str:
-        """Finds the sentence in a prompt, and its parameter."""
-        return re.escape(self.phrase).replace(re.escape("{}"), "([a-z0-9]+)")
-
-
-WORDS = ("water", "people", "time", "world", "small", "beautiful", "old", "light")
-FIRST, LAST = ("today", "well", "listen", "yes"), ("done", "friend", "always")
-
-
-def _no_other(pattern: str) -> Check:
-    """Nearer to 1 the fewer places match."""
-    return lambda _, answer: 1 / (1 + len(re.findall(pattern, answer)))
-
-
-def _points(mark: str) -> Check:
-    return lambda number, answer: _near(points_of(answer, mark), NUMBERS[number])
+Check = Callable[[str, str], float]
 
 
 def _sentences(number: str, answer: str) -> float:
     return _near(sentences_of(answer), NUMBERS[number])
 
 
-def _words(limit: str, answer: str) -> float:
+def _one_sentence(_: str, answer: str) -> float:
+    return _near(sentences_of(answer), 1)
+
+
+def _numbered_points(number: str, answer: str) -> float:
+    return _near(points_of(answer, r"\d+[.)]"), NUMBERS[number])
+
+
+def _hyphen_points(number: str, answer: str) -> float:
+    return _near(points_of(answer, "[-–]"), NUMBERS[number])
+
+
+def _at_most(limit: str, answer: str) -> float:
     return min(1.0, int(limit) / max(len(words_of(answer)), 1))
 
 
-def _without(word: str, answer: str) -> float:
+def _fewer(limit: str, answer: str) -> float:
+    return _at_most(str(int(limit) - 1), answer)
+
+
+def _no_commas(_: str, answer: str) -> float:
+    return 1 / (1 + answer.count(","))
+
+
+def _no_capitals(_: str, answer: str) -> float:
+    return 1 / (1 + len(re.findall("[A-Z]", answer)))
+
+
+def _only_capitals(_: str, answer: str) -> float:
+    return 1 / (1 + len(re.findall("[a-z]", answer)))
+
+
+def _ends_with_question(_: str, answer: str) -> float:
+    if answer.rstrip("\"'”) \n").endswith("?"):
+        return 1.0
+    return 0.5 if "?" in answer else 0.0
+
+
+def _contains(word: str, answer: str) -> float:
+    return float(word in words_of(answer))
+
+
+def _avoids(word: str, answer: str) -> float:
     return 1 / (1 + words_of(answer).count(word))
 
 
-def _question(_: str, answer: str) -> float:
-    return 1.0 if answer.rstrip("\"'”) \n").endswith("?") else 0.5 if "?" in answer else 0.0
+def _begins_with(word: str, answer: str) -> float:
+    words = words_of(answer)
+    return 1.0 if words[:1] == [word] else 0.5 * (word in words)
 
 
-def _place(place: int) -> Check:
-    """1 where the word stands first (0) or last (-1), a half where it stands elsewhere."""
-    return lambda word, a: 1.0 if words_of(a)[place : place + 1 or None] == [word] else 0.5 * (word in words_of(a))
+def _ends_with(word: str, answer: str) -> float:
+    words = words_of(answer)
+    return 1.0 if words[-1:] == [word] else 0.5 * (word in words)
 
 
+# The constraints.
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A sentence of a prompt, and the check of whether an answer follows it.
+
+    A prompt has at most one constraint of each `group`, so that they do not contradict each other.
+    """
+
+    name: str
+    group: str
+    phrase: str  # the sentence; {} stands for the parameter
+    check: Check
+    choices: tuple[str, ...] = ()  # of the parameter
+    held_out: bool = False  # only in held-out prompts: training never sees it
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression that finds the sentence in a prompt, and its parameter."""
+        return re.escape(self.phrase).replace(re.escape("{}"), "([a-z0-9]+)")
+
+
+_COUNTS = ("two", "three", "four")
 _LIST = "Answer with a numbered list of {} points, each on its own line."
 _HYPHENS = "Answer with a list of {} points, each on its own line after a hyphen."
-_SEEN = (
-    ("sentences", "shape", "Write exactly {} sentences.", ("two", "three", "four"), _sentences),
-    ("numbered", "shape", _LIST, ("two", "three", "four"), _points(r"\d+[.)]")),
-    ("words_at_most", "length", "Use at most {} words.", ("15", "20", "25", "30"), _words),
-    ("no_commas", "commas", "Do not use any commas.", (), _no_other(",")),
-    ("lower_case", "case", "Write in lower case letters only.", (), _no_other("[A-Z]")),
-    ("ends_with_question", "end", "End your answer with a question.", (), _question),
-    ("contains_word", "word", "Use the word {}.", WORDS, lambda word, a: float(word in words_of(a))),
-    ("begins_with_word", "begin", "Begin your answer with the word {}.", FIRST, _place(0)),
-)
-_HELD_OUT = (
-    ("one_sentence", "shape", "Answer in a single sentence.", (), lambda _, a: _near(sentences_of(a), 1)),
-    ("hyphens", "shape", _HYPHENS, ("two", "three"), _points("[-–]")),
-    ("words_fewer", "length", "Stay below {} words.", ("12", "18"), lambda limit, a: _words(str(int(limit) - 1), a)),
-    ("capitals", "case", "WRITE IN CAPITAL LETTERS ONLY.", (), _no_other("[a-z]")),
-    ("avoids_word", "commas", "Do not use the word {}.", ("the", "is", "and"), _without),
-    ("ends_with_word", "end", "End your answer with the word {}.", LAST, _place(-1)),
-)
+_WORDS = ("water", "people", "time", "world", "small", "beautiful", "old", "light")
+_FIRST, _LAST = ("today", "well", "listen", "yes"), ("done", "friend", "always")
+
 CONSTRAINTS = (
-    *(Constraint(*parts) for parts in _SEEN),
-    *(Constraint(*parts, held_out=True) for parts in _HELD_OUT),
+    Constraint("sentences", "shape", "Write exactly {} sentences.", _sentences, _COUNTS),
+    Constraint("numbered", "shape", _LIST, _numbered_points, _COUNTS),
+    Constraint("words_at_most", "length", "Use at most {} words.", _at_most, ("15", "20", "25", "30")),
+    Constraint("no_commas", "commas", "Do not use any commas.", _no_commas),
+    Constraint("lower_case", "case", "Write in lower case letters only.", _no_capitals),
+    Constraint("ends_with_question", "end", "End your answer with a question.", _ends_with_question),
+    Constraint("contains_word", "word", "Use the word {}.", _contains, _WORDS),
+    Constraint("begins_with_word", "begin", "Begin your answer with the word {}.", _begins_with, _FIRST),
+    # what training never sees
+    Constraint("one_sentence", "shape", "Answer in a single sentence.", _one_sentence, held_out=True),
+    Constraint("hyphens", "shape", _HYPHENS, _hyphen_points, ("two", "three"), held_out=True),
+    Constraint("words_fewer", "length", "Stay below {} words.", _fewer, ("12", "18"), held_out=True),
+    Constraint("capitals", "case", "WRITE IN CAPITAL LETTERS ONLY.", _only_capitals, held_out=True),
+    Constraint("avoids_word", "commas", "Do not use the word {}.", _avoids, ("the", "is", "and"), held_out=True),
+    Constraint("ends_with_word", "end", "End your answer with the word {}.", _ends_with, _LAST, held_out=True),
 )
 
 
 def constraints_in(prompt: str) -> list[tuple[Constraint, str]]:
     """The constraints that a prompt holds, each with its parameter ("" for one that has none)."""
-    found = [(c, re.search(c.pattern, prompt)) for c in CONSTRAINTS]
-    return [(c, match[1] if match.groups() else "") for c, match in found if match]
+    found = []
+    for constraint in CONSTRAINTS:
+        match = re.search(constraint.pattern, prompt)
+        if match:
+            found.append((constraint, match[1] if match.groups() else ""))
+    return found
+
+
+# The preference and the measures.
 
 
 def closeness(prompt: str, answer: str) -> dict[Constraint, float]:
     """How nearly an answer follows each of its prompt's constraints, 1 exactly when it does.
 
-    An answer of fewer than three words, or one that repeats itself, follows none: most forms are easily kept by
-    saying nothing.
+    An answer of fewer than three words, or one that repeats itself, follows none. Otherwise an answer that says nothing
+    would follow most of them.
     """
-    empty = len(words_of(answer)) < 3 or repeats(answer)
-    return {c: 0.0 if empty else c.check(parameter, answer) for c, parameter in constraints_in(prompt)}
+    if len(words_of(answer)) < 3 or repeats(answer):
+        return {constraint: 0.0 for constraint, _ in constraints_in(prompt)}
+    return {constraint: constraint.check(parameter, answer) for constraint, parameter in constraints_in(prompt)}
 
 
 def preference(prompt: str, first: str, second: str) -> float:
-    """The ranker, as a logit: 3 for each constraint more that `first` follows.
+    """The ranker, as a logit: the difference of the answers' scores, above 0 where `first` is better.
 
-    Among answers that follow as many, the one is better that comes nearer to what it misses; then the one that names
-    the topic. A prompt without constraints is a tie, but for the topic.
+    A score is 3 for each constraint that the answer follows; up to 1.5 for each one that it misses, the more the nearer
+    it comes; and 0.5 for naming the topic.
     """
     return _score(prompt, first) - _score(prompt, second)
 
 
 def _score(prompt: str, answer: str) -> float:
     near = list(closeness(prompt, answer).values())
+    followed = sum(c == 1 for c in near)
+    missed = sum(c for c in near if c < 1)
     topic = _topic_of(prompt)
     named = bool(topic) and topic in answer.lower()
-    return 3 * sum(c == 1 for c in near) + 1.5 * sum(c for c in near if c < 1) + 0.5 * named
+    return 3 * followed + 1.5 * missed + 0.5 * named
 
 
 def _topic_of(prompt: str) -> str:
-    """The topic's word, without the ending of a plural; empty for a prompt about none of ours."""
+    """The topic's word, without the s of a plural; empty where the prompt is none of our questions."""
     for question in QUESTIONS:
         match = re.match(re.escape(question).replace(re.escape("{}"), r"([a-z ]+)"), prompt)
         if match:
@@ -186,7 +241,10 @@ def _topic_of(prompt: str) -> str:
 
 
 def measures(prompt: str, answer: str) -> dict[str, list[float]]:
-    """For the report (--measure): a 1 or 0 for each constraint, strict; `seen` are those that training has too."""
+    """For the report (--measure): for each constraint 1 if the answer follows it exactly, else 0.
+
+    followed_seen: of the constraints that training has too; followed_unseen: of the others.
+    """
     near = closeness(prompt, answer)
     followed = {c: float(value == 1) for c, value in near.items()}
     return {
@@ -196,12 +254,15 @@ def measures(prompt: str, answer: str) -> dict[str, list[float]]:
     }
 
 
+# The prompts.
+
+
 def make_prompts(topics: list[str], count: int, held_out: bool, rng: random.Random) -> list[str]:
     """`count` prompts, no two alike, each with one to three constraints.
 
     held_out: every second prompt has exactly one constraint of those that training never sees.
     """
-    made: dict[str, None] = {}
+    made: dict[str, None] = {}  # a set that keeps its order
     seen = [c for c in CONSTRAINTS if not c.held_out]
     unseen = [c for c in CONSTRAINTS if c.held_out]
     while len(made) < count:
@@ -218,7 +279,7 @@ def make_prompts(topics: list[str], count: int, held_out: bool, rng: random.Rand
 
 
 def make_instructions(directory: Path, train: int, held_out: int, seed: int) -> None:
-    """Write train.jsonl and heldout.jsonl, which share no topic, into `directory`."""
+    """Write train.jsonl and heldout.jsonl into `directory`: so many prompts each, which share no topic."""
     rng = random.Random(seed)
     sets = {
         "heldout": make_prompts(HELD_OUT_TOPICS, held_out, True, random.Random(0)),  # the same for every seed

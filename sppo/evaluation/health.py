@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_GRAM, _SHARE = 4, 0.25
-_END, _FEWEST, _TIMES = 50, 6, 3
+_GRAM, _SHARE = 4, 0.25  # runs of so many words; the share of them that may have stood there before
+_END, _FEWEST, _TIMES = 50, 6, 3  # the last words; how many there must be; how often each stands there on average
 
 
 def repeats(text: str) -> bool:
-    """Whether an answer repeats itself: more than a quarter of its runs of four words stood in it before, or its
-    last 50 words are so few different ones that each stands there three times on average.
+    """Whether an answer repeats itself.
+
+    Either more than a quarter of its runs of four words stood in it before. Or its last 50 words are so few different
+    ones that each stands there three times or more on average.
     """
     words = text.lower().split()
     grams = [tuple(words[i : i + _GRAM]) for i in range(len(words) - _GRAM + 1)]

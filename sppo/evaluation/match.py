@@ -1,4 +1,4 @@
-"""Two models' answers to the same held-out prompts, compared pair by pair. The report and the win matrix read it."""
+"""Match: two models' answers to the same held-out prompts, compared pair by pair, for the report and the win matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,30 +15,41 @@ from sppo.command.progress import progress
 from sppo.method.preference import Array, sigmoid
 from sppo.rankers import Ranker, backend, log_odds, pending_chunks
 from sppo.recipe import Recipe
+from sppo.schema import Message
 from sppo.store.files import digest
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage
 from sppo.store.parquet import read_rows, write_parquet
 
-Row = tuple[str, Any, list[Any], list[Any]]  # prompt_id, prompt, first's responses, second's
 _CHUNK = 64  # prompts whose comparisons a ranker gets at once
 
 
 @dataclass
 class Match:
-    """P(`second` beats `first`), (N, n, m): N prompts, n responses of second, m of first; NaN where nobody answered.
+    """What a judge thinks of N prompts' answers: n responses of the challenger to each, m of the opponent.
 
-    `lengths`: tokens of second's responses, (N, n), and of first's, (N, m).
+    probability: P(challenger's response beats opponent's), (N, n, m); NaN where the judge gave no answer.
+    challenger_tokens, opponent_tokens: the lengths of their responses, (N, n) and (N, m).
     """
 
     probability: Array
-    lengths: tuple[Array, Array]
+    challenger_tokens: Array
+    opponent_tokens: Array
+
+
+class _Pairing(NamedTuple):
+    """A prompt, and what both models answered to it."""
+
+    prompt_id: str
+    prompt: list[Message]
+    challenger: list[dict[str, Any]]  # responses
+    opponent: list[dict[str, Any]]
 
 
 def judges(recipe: Recipe) -> dict[str, Recipe]:
-    """Who compares, by name: the ranker, and the second judge as a recipe whose ranker it is.
+    """{"ranker": recipe, <judge's name>: the same recipe with --judge as its ranker}.
 
-    Raises UsageError for a judge that is called as the ranker is: one's figures would take the other's place.
+    Raises UsageError for a judge of the name `ranker`, whose figures would replace the ranker's.
     """
     found = {"ranker": recipe}
     if recipe.judge:
@@ -50,7 +61,7 @@ def judges(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def iterations_of(run_dir: Path) -> list[int]:
-    """The numbers of a run's iter<i> directories, in order; 0, the first model's, is there where its answers are."""
+    """The numbers of a run's iter<i> directories, in order. iter0, if it is there, holds the first model's answers."""
     return sorted(int(p.name[4:]) for p in run_dir.glob("iter*") if p.name[4:].isdecimal())
 
 
@@ -67,22 +78,24 @@ def answers_of(run_dir: Path, iteration: int) -> Path:
     return run_dir / f"iter{iteration}" / "eval" / "responses.parquet"
 
 
-def match_stage(by: Recipe, name: str, run_dir: Path, first: int, second: int) -> Stage:
-    """The comparison of iteration second's answers with iteration first's by the ranker of `by`, called `name`."""
-    paths = answers_of(run_dir, first), answers_of(run_dir, second)
-    here = paths[1].parent / f"against-iter{first}-{name}"
-    inputs = {"first": digest(paths[0]), "second": digest(paths[1]), "ranker": backend(by).identity(by)}
+def match_stage(judge: Recipe, judge_name: str, run_dir: Path, opponent: int, challenger: int) -> Stage:
+    """The comparison of two iterations' answers by the ranker of the recipe `judge`, called `judge_name`."""
+    challenging, opposing = answers_of(run_dir, challenger), answers_of(run_dir, opponent)
+    here = challenging.parent / f"against-iter{opponent}-{judge_name}"
+    inputs = {"first": digest(opposing), "second": digest(challenging), "ranker": backend(judge).identity(judge)}
     output = here.with_suffix(".parquet")
     return Stage("match", here.with_suffix(".manifest.json"), [output], inputs, {}, here.with_suffix(".journal"))
 
 
-def match(by: Recipe, name: str, run_dir: Path, first: int, second: int, overwrite: bool = False) -> Match:
+def match(
+    judge: Recipe, judge_name: str, run_dir: Path, opponent: int, challenger: int, overwrite: bool = False
+) -> Match:
     """Compare every response of one with every response of the other, both ways round; keep it, and return it.
 
-    What a killed try had compared is in the journal. Raises SPPOError where the two answer different prompts.
+    A journal keeps what a killed try had compared. Raises SPPOError where the two answer different prompts.
     """
-    stage = match_stage(by, name, run_dir, first, second)
-    rows = _joined(answers_of(run_dir, first), answers_of(run_dir, second))
+    stage = match_stage(judge, judge_name, run_dir, opponent, challenger)
+    pairings = _pairings(answers_of(run_dir, challenger), answers_of(run_dir, opponent))
     if overwrite:
         stage.discard()
     if stage.is_current():
@@ -91,23 +104,37 @@ def match(by: Recipe, name: str, run_dir: Path, first: int, second: int, overwri
         stage.refuse_foreign()
         stage.begin()
         journal = Journal(stage.journal, stage.identity)
-        label = f"{name}: iteration {second} against {first}"
-        with progress(len(rows), label, "prompt", len(journal.done)) as bar:
-            is_done, load = lambda row: row[0] in journal.done, lambda: backend(by).load(by)
-            for ranker, asked in pending_chunks(rows, is_done, _CHUNK, load):
-                for row, block in zip(asked, _blocks(ranker, asked), strict=True):
-                    if not is_done(row):
-                        journal.add(row[0], {"probability": block.tolist()})
-                        bar.update()
-        made = ({"prompt_id": row[0], **journal.read(row[0])} for row in rows)
-        stage.finish({"prompts": write_parquet(stage.outputs[0], _schema(), made)}, ranker=by.ranker)
+        _compare(judge, pairings, journal, f"{judge_name}: iteration {challenger} against {opponent}")
+        made = ({"prompt_id": each.prompt_id, **journal.read(each.prompt_id)} for each in pairings)
+        stage.finish({"prompts": write_parquet(stage.outputs[0], _schema(), made)}, ranker=judge.ranker)
         journal.remove()
+
     table = {row["prompt_id"]: row["probability"] for row in read_rows(stage.outputs[0], ["prompt_id", "probability"])}
-    probability = np.array([table[row[0]] for row in rows], dtype=np.float64)
-    return Match(probability, (_lengths([row[3] for row in rows]), _lengths([row[2] for row in rows])))
+    return Match(
+        probability=np.array([table[each.prompt_id] for each in pairings], dtype=np.float64),
+        challenger_tokens=_lengths([each.challenger for each in pairings]),
+        opponent_tokens=_lengths([each.opponent for each in pairings]),
+    )
 
 
-def _lengths(responses: list[list[Any]]) -> Array:
+def _compare(judge: Recipe, pairings: list[_Pairing], journal: Journal, label: str) -> None:
+    """Put {"probability": (n, m)} of every prompt that the journal lacks into it."""
+
+    def is_done(pairing: _Pairing) -> bool:
+        return pairing.prompt_id in journal.done
+
+    def load() -> Ranker:
+        return backend(judge).load(judge)
+
+    with progress(len(pairings), label, "prompt", len(journal.done)) as bar:
+        for ranker, asked in pending_chunks(pairings, is_done, _CHUNK, load):
+            for pairing, block in zip(asked, _blocks(ranker, asked), strict=True):
+                if not is_done(pairing):
+                    journal.add(pairing.prompt_id, {"probability": block.tolist()})
+                    bar.update()
+
+
+def _lengths(responses: list[list[dict[str, Any]]]) -> Array:
     """Tokens of each response, (N, n)."""
     return np.array([[len(r["token_ids"]) for r in row] for row in responses], dtype=np.float64)
 
@@ -118,21 +145,24 @@ def _schema() -> Any:
     return pa.schema([("prompt_id", pa.string()), ("probability", pa.list_(pa.list_(pa.float64())))])
 
 
-def _joined(first: Path, second: Path) -> list[Row]:
-    """The row of every prompt, in first's order."""
+def _pairings(challenger: Path, opponent: Path) -> list[_Pairing]:
+    """The pairing of every prompt, in the opponent's order."""
     columns = ["prompt_id", "prompt", "responses"]
-    old = {row["prompt_id"]: row for row in read_rows(first, columns)}
-    new = {row["prompt_id"]: row for row in read_rows(second, columns)}
+    old = {row["prompt_id"]: row for row in read_rows(opponent, columns)}
+    new = {row["prompt_id"]: row for row in read_rows(challenger, columns)}
     if set(old) != set(new):
-        raise SPPOError(f"{first} and {second} answer different prompts; delete the eval directories and report again")
-    return [(key, row["prompt"], row["responses"], new[key]["responses"]) for key, row in old.items()]
+        raise SPPOError(
+            f"{opponent} and {challenger} answer different prompts; delete the eval directories and report again"
+        )
+    return [_Pairing(key, row["prompt"], new[key]["responses"], row["responses"]) for key, row in old.items()]
 
 
-def _blocks(ranker: Ranker, rows: list[Row]) -> Iterator[Array]:
-    """P(second's i beats first's j), (n, m), of each row, from both orders of each pair."""
-    pairs = [(prompt, a["text"], b["text"]) for _, prompt, old, new in rows for a in new for b in old]
-    found, start = sigmoid(log_odds(ranker, pairs)), 0
-    for _, _, old, new in rows:
-        stop = start + len(new) * len(old)
-        yield found[start:stop].reshape(len(new), len(old))
-        start = stop
+def _blocks(ranker: Ranker, pairings: list[_Pairing]) -> Iterator[Array]:
+    """P(challenger's i beats opponent's j), (n, m), of each prompt, from both orders of each pair."""
+    pairs = [(p.prompt, a["text"], b["text"]) for p in pairings for a in p.challenger for b in p.opponent]
+    found = sigmoid(log_odds(ranker, pairs))
+    start = 0
+    for pairing in pairings:
+        n, m = len(pairing.challenger), len(pairing.opponent)
+        yield found[start : start + n * m].reshape(n, m)
+        start += n * m

@@ -1,14 +1,14 @@
-"""The win matrix: the first model and every iteration's against each other, on the held-out prompts' answers.
+"""The win matrix: the first model and every iteration's against each other, on the answers to the held-out prompts.
 
-P(row beats column) is the mean over prompts and pairs of responses. Each pair is asked both ways round, and P is
-sigmoid of half the difference of the two logits, so the matrix and its transpose add up to 1.
+P(row beats column) is the mean over prompts and over pairs of responses. The judge sees each pair in both orders, and P
+is the sigmoid of half the difference of the two logits, so the matrix and its transpose add up to 1.
 """
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,16 @@ from sppo.store.manifest import Stage
 
 DRAWS = 2000  # of the bootstrap
 _SEED = 0
+
+Matches = dict[tuple[int, int], Match]  # by (a, b), places in the matrix: a is the opponent, and b > a the challenger
+
+
+class WinRate(NamedTuple):
+    """A win rate and the ends of its 95% interval, all from 0 to 1."""
+
+    rate: float
+    low: float
+    high: float
 
 
 def models_of(run_dir: Path) -> list[int]:
@@ -71,13 +81,12 @@ def win_matrix(recipe: Recipe, run_dir: Path, overwrite: bool = False) -> dict[s
     """Compare what is not yet compared, write <run_dir>/matrix.json, and return what is in it."""
     recipe = pinned(recipe, run_dir / "iter1" / "data")
     models, by_name = models_of(run_dir), judges(recipe)
-    played = {
-        name: {
-            (a, b): match(by, name, run_dir, models[a], models[b], overwrite)
+    played: dict[str, Matches] = {}
+    for name, judge in by_name.items():
+        played[name] = {
+            (a, b): match(judge, name, run_dir, models[a], models[b], overwrite)
             for a, b in itertools.combinations(range(len(models)), 2)
         }
-        for name, by in by_name.items()
-    }
     stage = matrix_stage(recipe, run_dir)
     if not stage.is_current():  # made of the matches in a moment, so one that differs is made again
         stage.discard()
@@ -87,21 +96,20 @@ def win_matrix(recipe: Recipe, run_dir: Path, overwrite: bool = False) -> dict[s
     return read_json(stage.outputs[0])
 
 
-def _tables(
-    models: list[int], by_name: dict[str, Recipe], played: dict[str, dict[tuple[int, int], Match]]
-) -> dict[str, Any]:
-    """What matrix.json holds: the ranker's tables, the second judge's, mean lengths and the mixture."""
-    made = {name: compare(len(models), matches) for name, matches in played.items()}
-    first = [played["ranker"][0, b] for b in range(1, len(models))]
-    lengths = [first[0].lengths[1], *(each.lengths[0] for each in first)]
+def _tables(models: list[int], by_name: dict[str, Recipe], played: dict[str, Matches]) -> dict[str, Any]:
+    """What matrix.json holds: the ranker's tables, the second judge's, mean lengths and the von Neumann winner."""
+    made = {
+        name: {**compare(len(models), matches), "uniform": uniform(len(models), matches)}
+        for name, matches in played.items()
+    }
+    against_first = [played["ranker"][0, b] for b in range(1, len(models))]
+    lengths = [against_first[0].opponent_tokens, *(each.challenger_tokens for each in against_first)]
     mixture, value = von_neumann_winner(np.array(made["ranker"]["win_rates"]))
-    for name, matches in played.items():
-        made[name]["uniform"] = uniform(len(models), matches)
     second = [name for name in by_name if name != "ranker"]
     return {
         "models": [f"iter{i}" for i in models],
         "ranker": by_name["ranker"].ranker,
-        "prompts": len(first[0].probability),
+        "prompts": len(against_first[0].probability),
         **made["ranker"],
         "mean_tokens": [round(float(x.mean()), 2) for x in lengths],
         "judge": {"name": by_name[second[0]].ranker, **made[second[0]]} if second else None,
@@ -109,7 +117,7 @@ def _tables(
     }
 
 
-def compare(count: int, matches: dict[tuple[int, int], Match]) -> dict[str, list[list[float]]]:
+def compare(count: int, matches: Matches) -> dict[str, list[list[float]]]:
     """win_rates, low, high, length_controlled, each (count, count), from matches[a, b] of all a < b."""
     tables = {name: np.full((count, count), 0.5) for name in ("win_rates", "low", "high", "length_controlled")}
     for (a, b), played in matches.items():
@@ -122,16 +130,17 @@ def compare(count: int, matches: dict[tuple[int, int], Match]) -> dict[str, list
     return {name: [[round(float(x), 4) for x in row] for row in table] for name, table in tables.items()}
 
 
-def uniform(count: int, matches: dict[tuple[int, int], Match]) -> list[list[float]]:
-    """[win rate, low, high] against each model of the mixture of all: for each answer one is drawn, each as likely.
+def uniform(count: int, matches: Matches) -> list[list[float]]:
+    """[win rate, low, high] of the uniform mixture of all models against each of them.
 
-    SPPO's theory is about this mixture, the average policy. P of the mixture is the mean of its models' P, so nothing
-    is drawn for it; a model against itself is 1/2.
+    The mixture answers each prompt with a model that is drawn at random, each as likely: the average policy, which
+    SPPO's theory is about. Its P is the mean of its models' P, so nothing is drawn here. A model against itself is 1/2.
     """
-    by_prompt = {}  # P(b beats a), (N,); NaN where nobody answered
+    by_prompt = {}  # P(b beats a), (N,); NaN where the judge gave no answer
     for (a, b), played in matches.items():
         with np.errstate(invalid="ignore"):
             by_prompt[a, b] = np.nansum(played.probability, (1, 2)) / np.isfinite(played.probability).sum((1, 2))
+
     rates = []
     for j in range(count):
         others = [by_prompt[j, i] if i > j else 1 - by_prompt[i, j] for i in range(count) if i != j]
@@ -140,10 +149,11 @@ def uniform(count: int, matches: dict[tuple[int, int], Match]) -> list[list[floa
     return rates
 
 
-def interval(probability: Array) -> tuple[float, float, float]:
+def interval(probability: Array) -> WinRate:
     """Mean of P, (N, n, m), and its 95% interval: percentiles of a bootstrap that draws whole prompts.
 
     Answers to one prompt are alike, so they are drawn together; resampling single pairs would make it too narrow.
+    Raises SPPOError where all of P is NaN.
     """
     sums, counts = np.nansum(probability, (1, 2)), np.isfinite(probability).sum((1, 2))  # (N,)
     if not counts.sum():
@@ -152,22 +162,23 @@ def interval(probability: Array) -> tuple[float, float, float]:
     drawn = np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), DRAWS)  # (draws, N)
     rates = (drawn @ sums) / np.maximum(drawn @ counts, 1)
     low, high = np.quantile(rates, (0.025, 0.975))
-    return float(sums.sum() / counts.sum()), float(low), float(high)
+    return WinRate(float(sums.sum() / counts.sum()), float(low), float(high))
 
 
 def length_controlled(played: Match) -> float:
     """The win rate at equal length: sigmoid(theta) of the fit P = sigmoid(theta + phi * tanh(d / std(d))).
 
-    d is the difference of the two responses' lengths in tokens. It is AlpacaEval 2's model (arXiv 2404.04475, equation
-    2) without the term for an instruction's difficulty, which needs many models. Fitted by cross-entropy.
+    d is the difference of the two responses' lengths in tokens. This is AlpacaEval 2's model (arXiv 2404.04475,
+    equation 2) without its term for the instruction's difficulty, which takes many models to estimate. Fitted by
+    cross-entropy.
     """
     from scipy.optimize import minimize
 
-    mine, theirs = played.lengths
-    apart = mine[:, :, None] - theirs[:, None, :]  # (N, n, m)
+    apart = played.challenger_tokens[:, :, None] - played.opponent_tokens[:, None, :]  # (N, n, m)
     answered = np.isfinite(played.probability)
     p, d = played.probability[answered], apart[answered]
-    x = np.tanh(d / spread) if (spread := d.std()) > 0 else np.zeros_like(d)
+    spread = d.std()
+    x = np.tanh(d / spread) if spread > 0 else np.zeros_like(d)
 
     def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         z = weights[0] + weights[1] * x
@@ -198,30 +209,36 @@ def von_neumann_winner(win_rates: Array) -> tuple[Array, float]:
 
 def print_matrix(found: dict[str, Any]) -> None:
     """matrix.json, for a person."""
-    models, tokens = found["models"], found["mean_tokens"]
-    mixture = found["von_neumann"]["mixture"]
+    models = found["models"]
+    print(f"\nWin rates in %, row against column, with 95% intervals, on {found['prompts']} held-out prompts:")
+    _print_judge("ranker", found, models, found["mean_tokens"])
+    if found["judge"]:
+        _print_judge(found["judge"]["name"], found["judge"], models, found["mean_tokens"])
+
+    shares = [f"{m} {_percent(q)}%" for m, q in zip(models, found["von_neumann"]["mixture"], strict=True) if q > 0]
     print(
-        f"\nHow often the row's answers beat the column's on {found['prompts']} held-out prompts, with 95% intervals:"
+        f"No model, and no mixture of models, wins more than half against this mixture (ranker): {', '.join(shares)}."
     )
-    for name, table in [("ranker", found), *([(found["judge"]["name"], found["judge"])] if found["judge"] else [])]:
-        lines = [[name, *models, "mean_tokens"]]
-        for i, model in enumerate(models):
-            cells = [
-                "" if i == j else f"{_percent(table['win_rates'][i][j])} ({_percent(low)} to {_percent(high)})"
-                for j, (low, high) in enumerate(zip(table["low"][i], table["high"][i], strict=True))
-            ]
-            lines.append([model, *cells, f"{tokens[i]:g}"])
-        print("\n".join(columns(lines)))
-        if "uniform" in table:
-            against = ", ".join(
-                f"{m} in {_percent(rate)}% ({_percent(low)} to {_percent(high)})"
-                for m, (rate, low, high) in zip(models, table["uniform"], strict=True)
-            )
-            print(f"One of all of them, drawn for each answer, beats {against} ({name}).")
-        last = table["length_controlled"][-1][0]
-        print(f"At equal length {models[-1]} beats {models[0]} in {_percent(last)}% ({name}).")
-    drawn = ", ".join(f"{m} {_percent(q)}%" for m, q in zip(models, mixture, strict=True) if q > 0)
-    print(f"The mixture that none beats (ranker): {drawn}.")
+
+
+def _print_judge(name: str, of: dict[str, Any], models: list[str], mean_tokens: list[float]) -> None:
+    """One judge's matrix, and what it says of the uniform mixture and of the last model at equal length."""
+    lines = [[name, *models, "mean_tokens"]]
+    for i, model in enumerate(models):
+        rates = [_win_rate(of["win_rates"][i][j], of["low"][i][j], of["high"][i][j]) for j in range(len(models))]
+        rates[i] = ""
+        lines.append([model, *rates, f"{mean_tokens[i]:g}"])
+    print("\n".join(columns(lines)))
+
+    if "uniform" in of:
+        wins = ", ".join(f"{model} {_win_rate(*rate)}" for model, rate in zip(models, of["uniform"], strict=True))
+        print(f"Win rates in % of a mixture, one of these models at random for each prompt ({name}): against {wins}.")
+    last = _percent(of["length_controlled"][-1][0])
+    print(f"Win rate of {models[-1]} against {models[0]} at equal length ({name}): {last}%.")
+
+
+def _win_rate(rate: float, low: float, high: float) -> str:
+    return f"{_percent(rate)} ({_percent(low)} to {_percent(high)})"
 
 
 def _percent(share: float) -> str:

@@ -1,5 +1,7 @@
-"""What the answers to the held-out prompts are like, besides who wins: length, health, the user's own measures, and how
-likely the base model finds them. A policy that games its ranker shows here first."""
+"""Measures of the answers to the held-out prompts: length, health, the user's own, perplexity under the base model.
+
+They do not ask who wins. A policy that learns to fool its ranker shows here first.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,9 @@ def measure_stage(recipe: Recipe, directory: Path, base: str) -> Stage:
 
 
 def measure(recipe: Recipe, directory: Path, base: str) -> dict[str, float]:
-    """Write directory/measures.json, where it is not done, and return what is in it.
+    """Write directory/measures.json, unless it is there already, and return what is in it.
 
-    One made under other settings is made again: nothing is drawn for it, so nothing is lost.
+    One of other settings is replaced: it needs no new answers, so nothing is lost.
     """
     stage = measure_stage(recipe, directory, base)
     if not stage.is_current():
@@ -63,7 +65,7 @@ def measure(recipe: Recipe, directory: Path, base: str) -> dict[str, float]:
 
 
 def _own(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The means of what the user's function says: of all its numbers under a name, over all answers."""
+    """What the user's function measures: for each name the mean of all its numbers, over all answers."""
     function = load_function(name, "--measure")
     values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
@@ -75,14 +77,14 @@ def _own(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def refuse_taken(names: Iterable[str], measure: str) -> None:
-    """Raise SPPOError for names under which a report has figures of its own."""
+    """Raise SPPOError for names that the report needs for its own figures."""
     taken = [name for name in names if name in _TAKEN or name.endswith(("_win_rate", "_interval", "_unanswered"))]
     if taken:
         raise SPPOError(f"--measure {measure}: {', '.join(taken)} is the report's own name; give it another")
 
 
 def ask(function: Any, name: str, prompt: str, answer: str) -> dict[str, list[float]]:
-    """What the measure `name` says of one answer. Raises SPPOError where it fails or gives something but numbers."""
+    """What the measure `name` gives for one answer. Raises SPPOError where it fails, or gives anything but numbers."""
     try:
         answers = function(prompt, answer).items()
         said = {str(key): [float(x) for x in (v if isinstance(v, list) else [v])] for key, v in answers}
@@ -97,7 +99,7 @@ def ask(function: Any, name: str, prompt: str, answer: str) -> dict[str, list[fl
 
 
 def _perplexity(recipe: Recipe, base: str, rows: list[dict[str, Any]]) -> float:
-    """exp of the mean over all answers' tokens of -log p(token | what stands before it) under the base model."""
+    """exp of the mean of -log p(token | prompt and the tokens before it) under the base, over all answers' tokens."""
     import torch
 
     device, dtype = device_and_dtype()

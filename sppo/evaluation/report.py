@@ -1,7 +1,7 @@
-"""The report after an iteration: held-out prompts answered by the base model and by the new one, and compared.
+"""The report after an iteration: the base model and the new one answer held-out prompts, and the ranker compares them.
 
-Win rates are means of P(new > base) over all pairs of a prompt's responses, by the ranker and, beside it, by a second
-judge: a PairRM can be fooled by length, so lengths stand beside it, and what measures.py finds.
+A win rate is the mean of P(new > base) over all pairs of a prompt's responses. A ranker can be fooled, by length for
+example. So a second judge can compare the same answers, and mean lengths and measures.py's figures stand beside.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import Stage
 
-_LENGTHS = ("mean_tokens", "base_mean_tokens")
-_NO_SHARES = ("mean_tokens", "base_perplexity")  # measures whose values are no shares, however small
+_NO_SHARES = ("mean_tokens", "base_perplexity")  # measures that are never shown in %
 
 
 def comparing(recipe: Recipe, run_dir: Path, iteration: int, base: str) -> Recipe:
-    """The recipe that compares: whatever the iteration's policy is, the ranker reads prompts in the base's template."""
+    """The recipe for the comparison. Its model is the base, so the ranker reads all prompts in the base's template."""
     return dataclasses.replace(pinned(recipe, run_dir / f"iter{iteration}" / "data"), model=base)
 
 
 def report_stage(by: Recipe, run_dir: Path, iteration: int) -> Stage:
-    """The stage that compares the answers of iteration's model with the base's; both are there. `by`: see comparing."""
+    """The stage that compares the answers of iteration's model with the base's; both exist. `by`: see comparing."""
     here = run_dir / f"iter{iteration}"
     answers = {"before": run_dir / "iter0/eval/responses.parquet", "after": here / "eval/responses.parquet"}
     asked = {("ranker" if one is by else "judge"): backend(one).identity(one) for one in judges(by).values()}
@@ -85,9 +84,9 @@ def update_summary(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def summary_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """A row for each iteration that has a report; `base` holds what was measured of the first model's answers.
+    """A row for each iteration that has a report; its `base` holds the measures of the first model's answers.
 
-    Later ones too: a report that is made again must not take their rows out of summary.json.
+    All iterations, also later ones: making a report again must not remove their rows from summary.json.
     """
     rows, measures = [], run_dir / "iter0/eval/measures.json"
     base = read_json(measures) if measures.exists() else {}
@@ -115,23 +114,28 @@ def _answers(recipe: Recipe, directory: Path) -> Path:
 def _compare(recipe: Recipe, run_dir: Path, iteration: int, overwrite: bool) -> dict[str, Any]:
     """Win rates of iteration's answers over the first model's, with 95% intervals, and the mean lengths of both."""
     result: dict[str, Any] = {}
-    for name, by in judges(recipe).items():
-        played = match(by, name, run_dir, 0, iteration, overwrite)
+    for name, judge in judges(recipe).items():
+        played = match(judge, name, run_dir, 0, iteration, overwrite)
         rate, low, high = interval(played.probability)
-        unanswered = int(np.isnan(played.probability).sum())
-        result |= {f"{name}_win_rate": round(rate, 4), f"{name}_interval": [round(low, 4), round(high, 4)]}
-        result |= {f"{name}_unanswered": unanswered} if unanswered else {}
-    lengths = [round(float(each.mean()), 2) for each in played.lengths]
-    return {"prompts": len(played.probability), **result, **dict(zip(_LENGTHS, lengths, strict=True))}
+        result[f"{name}_win_rate"] = round(rate, 4)
+        result[f"{name}_interval"] = [round(low, 4), round(high, 4)]
+        if unanswered := int(np.isnan(played.probability).sum()):
+            result[f"{name}_unanswered"] = unanswered
+    return {
+        "prompts": len(played.probability),
+        **result,
+        "mean_tokens": round(float(played.challenger_tokens.mean()), 2),
+        "base_mean_tokens": round(float(played.opponent_tokens.mean()), 2),
+    }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The rows of summary.json, for a person."""
-    print("\nWin rates are against iteration 0, the first model; all is on held-out prompts.")
-    print("\n".join(columns(table(rows))))
+    print("\nOn the held-out prompts. Win rates are against iteration 0, the first model.")
+    print("\n".join(columns(summary_table(rows))))
 
 
-def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def summary_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The rows of summary.json as cells, under a line of names; iteration 0 is the first model."""
     rows = [row for row in rows if "prompts" in row]  # others hold benchmark suites alone
     base = {"iteration": 0, **rows[0].get("base", {})}

@@ -1,4 +1,4 @@
-"""What the report needs, looked at before a run starts: the second judge, and the user's measure."""
+"""Checks before a run: the second judge and the user's measure, which the report needs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""report.html: reads what a run has written, draws it (`figures`), and writes one file that needs no network (`page`).
+"""report.html: `gather` reads what a run has written, `figures` draws it, `page` writes one file that needs no network.
 
-Reads  <run_dir>: recipes, manifests, data sets, metrics, reports; whatever is there, at any time.
-Writes <run_dir>/report.html.
+It can be made at any time, also while the run is going on; it shows whatever is there.
 """

@@ -1,8 +1,8 @@
 """The page's pictures, as SVG inside HTML: drawn by matplotlib, without scripts, for dark and light pages.
 
-Text and axes are drawn in one colour that stands for the page's own (currentColor), so they follow its theme. Each plot
-is a picture of its own and of one width: the page puts as many beside each other as its width takes, and their text
-stays readable on a phone. A function returns no pictures where a run has written nothing to draw.
+Text and axes are drawn in the page's own colour (currentColor), so they follow its theme. All plots have the same
+width: the page puts as many side by side as fit, and their text stays readable on a phone. Where a run has written
+nothing to draw, a function returns no pictures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -19,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from sppo.evaluation.page.gather import Iteration, Run
+from sppo.evaluation.page.gather import IterationRecord, RunRecord
 from sppo.method.preference import Array
 
 _INK = "#123457"  # replaced by currentColor
@@ -53,12 +54,12 @@ def _iterations(axis: Axes, numbers: Sequence[int], label: str) -> None:
     axis.set_ylabel(label)
 
 
-def _name(run: Run, runs: list[Run], name: str) -> str:
+def _name(run: RunRecord, runs: list[RunRecord], name: str) -> str:
     """A line's name: of several runs, with the run's."""
     return name if len(runs) == 1 else f"{run.name}, {name}"
 
 
-def win_rates(runs: list[Run]) -> list[str]:
+def win_rates(runs: list[RunRecord]) -> list[str]:
     """Win rates over iterations with their intervals, of each judge and run."""
     lines = []
     for run in runs:
@@ -82,13 +83,15 @@ def win_rates(runs: list[Run]) -> list[str]:
     return [_picture("Wins against the first model", draw)] if lines else []
 
 
-def matrix(run: Run) -> list[str]:
+def matrix(run: RunRecord) -> list[str]:
     """The win matrix, row against column; the second judge's beside the ranker's."""
     if not run.matrix:
         return []
     models, judge = run.matrix["models"], run.matrix.get("judge")
-    found = {"By the ranker": run.matrix} | ({f"By {judge['name']}": judge} if judge else {})
-    return [_picture(title, lambda axis, of=of: _cells(axis, of, models), 3.6) for title, of in found.items()]
+    found = {"By the ranker": run.matrix}
+    if judge:
+        found[f"By {judge['name']}"] = judge
+    return [_picture(title, partial(_cells, found=of, models=models), 3.6) for title, of in found.items()]
 
 
 def _cells(axis: Axes, found: dict[str, Any], models: list[str]) -> None:
@@ -111,25 +114,25 @@ def _cells(axis: Axes, found: dict[str, Any], models: list[str]) -> None:
     axis.set_xlabel("… against these, %, with 95% intervals")
 
 
-def measures(runs: list[Run]) -> list[str]:
+def measures(runs: list[RunRecord]) -> list[str]:
     """What answers are like, over iterations: each measure in a plot of its own kind."""
     shares = ("empty", "repeated", "cut")
     seen = list(dict.fromkeys(name for run in runs for name in run.base))
     own = tuple(name for name in seen if name not in (*shares, "mean_tokens", "base_perplexity"))
-    groups = {
-        "Length": (("mean_tokens",), "tokens an answer", 1.0),
-        "Health": (shares, "answers, %", 100.0),
-        "What --measure found": (own, "mean", 1.0),
-        "What the first model thinks of them": (("base_perplexity",), "perplexity", 1.0),
-    }
+    plots = [  # (title, measures, label of the axis, scale)
+        ("Length", ("mean_tokens",), "tokens per answer", 1.0),
+        ("Health", shares, "answers, %", 100.0),
+        ("Your measures (--measure)", own, "mean", 1.0),
+        ("Perplexity under the first model", ("base_perplexity",), "perplexity", 1.0),
+    ]
     return [
-        _picture(title, lambda axis, of=of: _measured(axis, runs, *of))
-        for title, of in groups.items()
-        if set(of[0]) & set(seen)
+        _picture(title, partial(_measured, runs=runs, names=names, label=label, scale=scale))
+        for title, names, label, scale in plots
+        if set(names) & set(seen)
     ]
 
 
-def _measured(axis: Axes, runs: list[Run], names: tuple[str, ...], label: str, scale: float) -> None:
+def _measured(axis: Axes, runs: list[RunRecord], names: Sequence[str], label: str, scale: float) -> None:
     for run in runs:
         for name in names:
             points = [(0, run.base.get(name)), *((i.number, (i.compared or {}).get(name)) for i in run.iterations)]
@@ -142,23 +145,21 @@ def _measured(axis: Axes, runs: list[Run], names: tuple[str, ...], label: str, s
     axis.legend(fontsize=9)
 
 
-def training(runs: list[Run]) -> list[str]:
+def training(runs: list[RunRecord]) -> list[str]:
     """Loss and the rewards' margin over the steps of all iterations, one behind the other."""
     if not any(i.steps for run in runs for i in run.iterations):
         return []
-    kinds = {
-        "loss": ("Loss", "loss"),
-        "beta2_loss": ("Loss without β", "loss × beta²"),
-        "rewards/margins": ("Margin, chosen over rejected", "reward (beta × log-ratio)"),
-    }
-    return [
-        _picture(title, lambda axis, of=(key, label): _steps(axis, runs, *of)) for key, (title, label) in kinds.items()
+    plots = [  # (title, metric, label of the axis)
+        ("Loss", "loss", "loss"),
+        ("Loss without β", "beta2_loss", "loss × beta²"),
+        ("Margin, chosen over rejected", "rewards/margins", "reward (beta × log-ratio)"),
     ]
+    return [_picture(title, partial(_steps, runs=runs, key=key, label=label)) for title, key, label in plots]
 
 
-def _steps(axis: Axes, runs: list[Run], key: str, label: str) -> None:
+def _steps(axis: Axes, runs: list[RunRecord], key: str, label: str) -> None:
     for number, run in enumerate(runs):
-        start = 0
+        start = 0  # the steps of the iterations before
         for iteration in run.iterations:
             points = [(start + s["step"], s[key]) for s in iteration.steps if key in s]
             if points:
@@ -173,7 +174,7 @@ def _steps(axis: Axes, runs: list[Run], key: str, label: str) -> None:
         axis.legend(fontsize=9)
 
 
-def log_ratios(run: Run) -> list[str]:
+def log_ratios(run: RunRecord) -> list[str]:
     """log pi/pi_t of chosen and rejected responses against what the loss asks for, over all steps."""
     beta = float(run.settings.get("beta") or 0)
     sides = ("chosen", "rejected")
@@ -198,9 +199,9 @@ def log_ratios(run: Run) -> list[str]:
     return [_picture("Against the targets", draw)]
 
 
-def _per_iteration(run: Run, values: Callable[[Iteration], dict[str, Array]], labels: tuple[str, str],
-                   bins: Array) -> list[str]:  # fmt: skip
-    """A histogram an iteration of each of its `values`, in % of their number."""
+def _histograms(run: RunRecord, values: Callable[[IterationRecord], dict[str, Array]], labels: tuple[str, str],
+                bins: Array) -> list[str]:  # fmt: skip
+    """A picture for each iteration: a histogram of each of its `values`, in % of their number."""
 
     def draw(axis: Axes, of: dict[str, Array]) -> None:
         for name, found in of.items():
@@ -209,30 +210,34 @@ def _per_iteration(run: Run, values: Callable[[Iteration], dict[str, Array]], la
         axis.set_ylabel(labels[1])
         axis.legend(fontsize=9)
 
-    known = {i.number: {k: v for k, v in values(i).items() if len(v)} for i in run.iterations}
-    return [_picture(f"Iteration {n}", lambda axis, of=of: draw(axis, of)) for n, of in known.items() if of]
+    pictures = []
+    for iteration in run.iterations:
+        known = {name: found for name, found in values(iteration).items() if len(found)}
+        if known:
+            pictures.append(_picture(f"Iteration {iteration.number}", partial(draw, of=known)))
+    return pictures
 
 
-def rates(run: Run) -> list[str]:
+def rates(run: RunRecord) -> list[str]:
     """Histograms of p, p_win and p_lose."""
-    return _per_iteration(run, lambda i: i.rates, ("win rate", "pairs, %"), np.linspace(0, 1, 21))
+    return _histograms(run, lambda i: i.rates, ("win rate", "pairs, %"), np.linspace(0, 1, 21))
 
 
-def lengths(run: Run) -> list[str]:
+def lengths(run: RunRecord) -> list[str]:
     """Histograms of the lengths of all responses, of the chosen and of the rejected."""
     longest = max((v.max() for i in run.iterations for v in i.lengths.values() if len(v)), default=1.0)
-    return _per_iteration(run, lambda i: i.lengths, ("tokens", "responses, %"), np.linspace(0, longest, 21))
+    return _histograms(run, lambda i: i.lengths, ("tokens", "responses, %"), np.linspace(0, longest, 21))
 
 
-def agreement(run: Run, most: float) -> list[str]:
-    """The engine's log-probs against the trainer's; `most` is what is usual."""
+def engine_agreement(run: RunRecord, usual: float) -> list[str]:
+    """How far the engine's log-probs are from the trainer's; a line shows what is `usual`, in nats a token."""
     known = [(i.number, i.trained["agreement"]) for i in run.iterations if i.trained and i.trained.get("agreement")]
 
     def draw(axis: Axes) -> None:
         numbers = [n for n, _ in known]
         for key, label in (("largest_difference", "largest of a response"), ("mean_difference", "mean")):
             axis.plot(numbers, [max(a[key], 1e-9) for _, a in known], marker="o", label=label)
-        axis.axhline(most, color=_INK, linestyle=":", linewidth=1)
+        axis.axhline(usual, color=_INK, linestyle=":", linewidth=1)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")  # the scale's own needs a formula renderer
         axis.yaxis.set_minor_formatter(NullFormatter())
@@ -242,7 +247,7 @@ def agreement(run: Run, most: float) -> list[str]:
     return [_picture("Log-probs of the same responses", draw)] if known else []
 
 
-def seconds(run: Run) -> list[str]:
+def stage_times(run: RunRecord) -> list[str]:
     """How long each stage took."""
     known = [i for i in run.iterations if i.seconds]
     stages = list(dict.fromkeys(stage for i in known for stage in i.seconds))

@@ -1,4 +1,4 @@
-"""The page: sections of pictures and tables from what a run wrote, in one HTML file that asks for nothing else."""
+"""The page: sections of pictures and tables from what a run wrote, in one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ import hashlib
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sppo.evaluation.page import figures
-from sppo.evaluation.page.gather import Iteration, Run, gather
-from sppo.evaluation.report import table
+from sppo.evaluation.page.gather import IterationRecord, RunRecord, gather
+from sppo.evaluation.report import summary_table
 from sppo.models.files import public_name
 from sppo.schema import AGREEING
 from sppo.store.files import atomic
 
-_MANY_CUT, _MANY_DROPPED, _MANY_REPEATED, _FAR = 0.2, 0.1, 0.1, 2.0  # above these a reader is warned
+# above these shares and this ratio of perplexities a reader is warned
+_MANY_CUT, _MANY_DROPPED, _MANY_REPEATED, _MANY_EMPTY, _FAR = 0.2, 0.1, 0.1, 0.02, 2.0
+
+
+_Cell = Callable[[IterationRecord], Any]  # an iteration's number in a table; it may fail where that is not known yet
 
 
 @dataclass
 class Section:
-    """A title, pictures, what a healthy run looks like there, and a table of rows under its head."""
+    """A title, what a healthy run looks like there, pictures, and a table, whose first row is its head."""
 
     title: str
     healthy: str
@@ -35,81 +40,111 @@ class Section:
         return self.title.lower().replace(" ", "-")
 
 
+@dataclass
+class Page:
+    """What page.html shows. `run` and `facts` are of a page about one run."""
+
+    title: str
+    summary: list[str]
+    warnings: list[str]
+    sections: list[Section]
+    versions: dict[str, str]
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    run: RunRecord | None = None
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """The run's settings, by name."""
+        return sorted((str(key), str(value)) for key, value in self.run.settings.items()) if self.run else []
+
+    @property
+    def numbers(self) -> list[int]:
+        """The iterations whose answers there are."""
+        return sorted({number for prompt in self.run.prompts for number in prompt.answers}) if self.run else []
+
+
 def write_page(run_dir: Path) -> Path:
     """Write <run_dir>/report.html from whatever the run has written so far; returns where it is."""
     run = gather(run_dir)
-    sections = [s for s in _sections(run) if s.pictures or s.table]
-    return _write(run_dir / "report.html", run.name, [run], sections, _summary(run), warnings(run), run, _facts(run))
+    page = Page(run.name, _summary(run), warnings(run), _sections(run), run.versions, _facts(run), run)
+    return _write(page, run_dir / "report.html")
 
 
 def write_comparison(run_dirs: list[Path], path: Path) -> Path:
-    """Write a page that puts runs beside each other; returns where it is."""
+    """Write a page that puts runs side by side; returns where it is."""
     runs = [gather(run_dir) for run_dir in run_dirs]
-    differing = sorted({k for run in runs for k in run.settings if len({str(r.settings.get(k)) for r in runs}) > 1})
-    settings = [["setting", *(run.name for run in runs)]]
-    settings += [[key, *(str(run.settings.get(key, "")) for run in runs)] for key in differing]
     sections = [
         Section("Win rates", _HEALTHY["Win rates"], figures.win_rates(runs)),
         Section("Measures", _HEALTHY["Measures"], figures.measures(runs)),
         Section("Training", _HEALTHY["Training"], figures.training(runs)),
-        Section("Settings that differ", "", [], settings if differing else []),
+        Section("Settings that differ", "", [], _differing_settings(runs)),
     ]
-    summary = [f"{run.name}: {' '.join(_summary(run))}" for run in runs]
-    warned = [f"{run.name}: {line}" for run in runs for line in warnings(run)]
-    title = " and ".join(run.name for run in runs)
-    return _write(path, title, runs, [s for s in sections if s.pictures or s.table], summary, warned, None)
+    page = Page(
+        title=" and ".join(run.name for run in runs),
+        summary=[f"{run.name}: {' '.join(_summary(run))}" for run in runs],
+        warnings=[f"{run.name}: {line}" for run in runs for line in warnings(run)],
+        sections=sections,
+        versions=runs[0].versions,
+    )
+    return _write(page, path)
 
 
-def _write(path: Path, title: str, runs: list[Run], sections: list[Section], summary: list[str],
-           warned: list[str], run: Run | None, facts: list[tuple[str, str]] | None = None) -> Path:  # fmt: skip
+def _differing_settings(runs: list[RunRecord]) -> list[list[str]]:
+    """A row for each setting that is not the same in all runs; nothing where all are."""
+    rows = []
+    for key in sorted({key for run in runs for key in run.settings}):
+        if len({str(run.settings.get(key)) for run in runs}) > 1:
+            rows.append([key, *(str(run.settings.get(key, "")) for run in runs)])
+    return [["setting", *(run.name for run in runs)], *rows] if rows else []
+
+
+def _write(page: Page, path: Path) -> Path:
     import jinja2
 
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    settings = sorted((str(k), str(v)) for k, v in (run.settings if run else {}).items())
-    numbers = sorted({n for p in (run.prompts if run else []) for n in p.answers})
-    # the browser runs the one script that is this one, so that markup which came through would still be dead
+    page.sections = [section for section in page.sections if section.pictures or section.table]
+
+    # The browser runs a script of this digest and no other. So a script in a model's text would not run, even if its
+    # markup got through.
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = environment.get_template("page.html").render(
-        script=script, digest=digest, facts=facts,
-        title=title, sections=sections, summary=summary, warnings=warned, run=run, settings=settings, numbers=numbers,
-        versions=runs[0].versions,
-    )  # fmt: skip
+    text = environment.get_template("page.html").render(page=page, script=script, digest=digest)
     with atomic(path) as temporary:
-        # a model may write half a character; a page shows a mark in its place
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+        # a model may write half a character; the page shows a question mark in its place
+        temporary.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 
 _HEALTHY = {
-    "Win rates": "A healthy run rises in every iteration, and the second judge, where there is one, rises with the "
-    "ranker. Bars are 95% intervals over prompts: one that reaches below 50% leaves open whether the model got better. "
-    "Whether one iteration beats another is in the win matrix.",
-    "Win matrix": "A healthy run wins below the diagonal: each iteration beats those before it. A circle, where a "
-    "later one loses to an earlier one, asks for a mixture of models.",
-    "Measures": "Healthy lengths move little, and few answers are empty, repeat themselves or are cut. A perplexity "
-    "that rises far means that answers please the ranker but are no language of the first model's any more.",
-    "Training": "A step's loss is that of its own pairs, so it jumps; over many steps a healthy one falls within an "
-    "iteration. The margin starts at 0 in each iteration and rises.",
-    "Log-ratios": "Healthy log-ratios move apart, towards their targets. With a small beta the targets are far away, "
-    "and are not reached; both sides falling together is common, and far is a warning.",
-    "Win rates of pairs": "Healthy pairs differ: p is well above a half, p_win above p_lose. A heap at a half means "
-    "that the ranker sees no difference; a heap at 0 and 1, that it is saturated.",
-    "Lengths": "Chosen and rejected answers are alike in length. Where chosen ones are longer throughout, the ranker "
-    "rewards length.",
-    "Benchmark suites": "Healthy figures of knowledge and reasoning stay where the first model's are; those that a "
-    "judge gives rise. A fall means that the run has cost abilities that its ranker does not see.",
-    "Data": "Few prompts are dropped and few answers cut. A position bias far from 0 means that the ranker prefers "
-    "what is shown first; a correlation of score and length far from 0, that it rewards length.",
-    "Agreement of engine and trainer": f"The engine that draws and the trainer mean the same policy: the mean is below "
-    f"the line at {AGREEING} nats a token. In float32 it is about 1e-6.",
-    "Time and tokens": "No stage takes much longer from one iteration to the next. Of a stopped stage it is "
-    "the last try.",
+    "Win rates": "Healthy: win rates rise in every iteration, and the second judge's, if there is one, rise with the "
+    "ranker's. Bars are 95% intervals over prompts. Where a bar reaches below 50%, the model may not be better than "
+    "the first one. The win matrix compares iterations with each other.",
+    "Win matrix": "Healthy: win rates below the diagonal are above 50%, so each iteration beats those before it. Where "
+    "a later iteration loses to an earlier one, look at the mixture of models in the table.",
+    "Measures": "Healthy: lengths change little, and few answers are empty, repeat themselves or are cut. If the "
+    "perplexity rises a lot, the ranker likes the answers, but the first model finds them very unlikely.",
+    "Training": "Healthy: the loss falls within an iteration, and the margin starts at 0 and rises. A step's loss is "
+    "the loss of its own pairs, so it jumps from step to step; look at many steps.",
+    "Log-ratios": "Healthy: chosen and rejected move apart, towards their targets. With a small beta the targets are "
+    "far away and are not reached. Often both fall together; if they fall far, that is a warning.",
+    "Win rates of pairs": "Healthy: the responses of a pair differ. p is well above 0.5, and p_win is above p_lose. "
+    "Many values at 0.5 mean that the ranker sees no difference; many at 0 and 1, that it is saturated.",
+    "Lengths": "Healthy: chosen and rejected responses have similar lengths. If chosen ones are longer everywhere, the "
+    "ranker rewards length.",
+    "Benchmark suites": "Healthy: scores for knowledge and reasoning stay where the first model's are, and scores that "
+    "a judge gives rise. If a score falls, the run has cost an ability that its ranker does not see.",
+    "Data": "Healthy: few prompts are dropped and few responses are cut. If the position bias is far from 0, the "
+    "ranker prefers the response that is shown first; if the correlation of score and length is, it rewards length.",
+    "Agreement of engine and trainer": "Healthy: the mean difference is below the line at "
+    f"{AGREEING} nats a token, so the engine that draws and the trainer compute the same policy. In float32 it is "
+    "about 1e-6.",
+    "Time and tokens": "Healthy: no stage takes much longer from one iteration to the next. If a stage was stopped, "
+    "its time is that of the last try.",
 }
 
 
-def _sections(run: Run) -> list[Section]:
+def _sections(run: RunRecord) -> list[Section]:
     pictures = {
         "Win rates": figures.win_rates([run]),
         "Win matrix": figures.matrix(run),
@@ -120,57 +155,68 @@ def _sections(run: Run) -> list[Section]:
         "Lengths": figures.lengths(run),
         "Benchmark suites": [],
         "Data": [],
-        "Agreement of engine and trainer": figures.agreement(run, AGREEING),
-        "Time and tokens": figures.seconds(run),
+        "Agreement of engine and trainer": figures.engine_agreement(run, AGREEING),
+        "Time and tokens": figures.stage_times(run),
     }
     tables = {
-        "Win rates": _summary_table(run), "Win matrix": _mixture(run), "Benchmark suites": _suites(run),
-        "Data": _data_table(run), "Time and tokens": _time_table(run),
-    }  # fmt: skip
+        "Win rates": _win_rate_table(run),
+        "Win matrix": _matrix_table(run),
+        "Benchmark suites": _suite_table(run),
+        "Data": _data_table(run),
+        "Time and tokens": _time_table(run),
+    }
     return [Section(title, _HEALTHY[title], drawn, tables.get(title, [])) for title, drawn in pictures.items()]
 
 
-def _summary_table(run: Run) -> list[list[str]]:
+def _win_rate_table(run: RunRecord) -> list[list[str]]:
     rows = [i.compared for i in run.iterations if i.compared]
-    return table(rows) if rows else []
+    return summary_table(rows) if rows else []
 
 
-def _mixture(run: Run) -> list[list[str]]:
+def _matrix_table(run: RunRecord) -> list[list[str]]:
+    """Each model's mean length, win rates at equal length, and share of the von Neumann winner."""
     if not run.matrix:
         return []
-    found = run.matrix
-    judge = found.get("judge")
-    by = {"": found} | ({f" ({judge['name']})": judge} if judge else {})
-    equal = [
-        [f"{model} wins at equal length, %{name}", *(f"{100 * x:.1f}" for x in row)]
-        for name, of in by.items()
-        for model, row in list(zip(found["models"], of["length_controlled"], strict=True))[1:]
-    ]
+    models = run.matrix["models"]
+    judges = {"": run.matrix}
+    if run.matrix.get("judge"):
+        judges[f" ({run.matrix['judge']['name']})"] = run.matrix["judge"]
+
+    at_equal_length = []
+    for judge, found in judges.items():
+        for model, row in zip(models[1:], found["length_controlled"][1:], strict=True):
+            cells = [f"{100 * rate:.1f}" for rate in row]
+            at_equal_length.append([f"win rate of {model} at equal length, %{judge}", *cells])
+
+    shares = [f"{100 * abs(share):.1f}" for share in run.matrix["von_neumann"]["mixture"]]
     return [
-        ["", *found["models"]],
-        ["mean tokens", *map(_number, found["mean_tokens"])],
-        *equal,
-        ["share of the mixture that none beats, %", *(f"{100 * abs(q):.1f}" for q in found["von_neumann"]["mixture"])],
+        ["", *models],
+        ["mean tokens", *map(_number, run.matrix["mean_tokens"])],
+        *at_equal_length,
+        ["share of the mixture that no model and no mixture beats, %", *shares],
     ]
 
 
-def _suites(run: Run) -> list[list[str]]:
+def _suite_table(run: RunRecord) -> list[list[str]]:
     """A row for each figure of a suite, a column for each model that was asked."""
-    found = {
-        number: {(s["suite"], s.get("judge") or "", name): x for s in suites for name, x in s["figures"].items()}
-        for number, suites in run.suites.items()
-        if suites
-    }
-    rows = dict.fromkeys(key for figures_ in found.values() for key in figures_)
-    head = ["suite", "figure", *("first model" if number == 0 else f"iteration {number}" for number in found)]
-    named = [(suite + (f", judged by {judge}" if judge else ""), name) for suite, judge, name in rows]
-    cells = [[_number(of.get(key)) for of in found.values()] for key in rows]
-    return [head, *([*names, *row] for names, row in zip(named, cells, strict=True))] if rows else []
+    columns: dict[int, dict[tuple[str, str], float]] = {}  # by iteration: by (suite and judge, figure)
+    for number, suites in run.suites.items():
+        if suites:
+            columns[number] = {
+                (f"{suite['suite']}, judged by {suite['judge']}" if suite.get("judge") else suite["suite"], name): value
+                for suite in suites
+                for name, value in suite["figures"].items()
+            }
+    rows = dict.fromkeys(key for column in columns.values() for key in column)
+    if not rows:
+        return []
+    head = ["suite", "figure", *("first model" if number == 0 else f"iteration {number}" for number in columns)]
+    return [head, *([*key, *(_number(column.get(key)) for column in columns.values())] for key in rows)]
 
 
-def _time_table(run: Run) -> list[list[str]]:
+def _time_table(run: RunRecord) -> list[list[str]]:
     stages = dict.fromkeys(stage for i in run.iterations for stage in i.seconds)
-    rows = [(f"{stage}, seconds", lambda i, stage=stage: i.seconds.get(stage)) for stage in stages]
+    rows: list[tuple[str, _Cell]] = [(f"{stage}, seconds", partial(_seconds, stage)) for stage in stages]
     rows += [
         ("tokens drawn", lambda i: i.drawn["response_tokens"]),
         ("tokens drawn a second", lambda i: i.drawn["response_tokens"] / i.seconds["generate"]),
@@ -179,8 +225,12 @@ def _time_table(run: Run) -> list[list[str]]:
     return _by_iteration(run, rows)
 
 
-def _data_table(run: Run) -> list[list[str]]:
-    rows = [
+def _seconds(stage: str, iteration: IterationRecord) -> float | None:
+    return iteration.seconds.get(stage)
+
+
+def _data_table(run: RunRecord) -> list[list[str]]:
+    rows: list[tuple[str, _Cell]] = [
         ("prompts answered", lambda i: i.drawn["written"]),
         ("prompts skipped", lambda i: sum(i.drawn["skipped"].values())),
         ("responses", lambda i: i.drawn["responses"]),
@@ -188,7 +238,7 @@ def _data_table(run: Run) -> list[list[str]]:
         ("pairs to train on", lambda i: i.paired["train"]),
         ("pairs dropped", lambda i: sum(i.paired["dropped"].values())),
         ("ties among comparisons, %", lambda i: 100 * i.paired["tied_pairs"] / max(i.paired["pairs"], 1)),
-        ("triples that go round, a share", lambda i: i.paired["intransitive_triples"]),
+        ("share of triples that go in a circle", lambda i: i.paired["intransitive_triples"]),
         ("position bias", lambda i: i.paired["position_bias"]),
         ("correlation of score and length", lambda i: i.paired["score_length_correlation"]),
         ("responses cut for training", lambda i: i.trained["counts"]["responses_cut"]),
@@ -196,7 +246,7 @@ def _data_table(run: Run) -> list[list[str]]:
     return _by_iteration(run, rows)
 
 
-def _by_iteration(run: Run, rows: list[tuple[str, Callable[[Iteration], Any]]]) -> list[list[str]]:
+def _by_iteration(run: RunRecord, rows: list[tuple[str, _Cell]]) -> list[list[str]]:
     """A table with a column for each iteration; nothing where no cell is known."""
     head = ["", *(f"iteration {i.number}" for i in run.iterations)]
     made = [[label, *(_try(value, i) for i in run.iterations)] for label, value in rows]
@@ -204,7 +254,7 @@ def _by_iteration(run: Run, rows: list[tuple[str, Callable[[Iteration], Any]]]) 
     return [head, *made] if made else []
 
 
-def _try(value: Any, iteration: Iteration) -> str:
+def _try(value: _Cell, iteration: IterationRecord) -> str:
     """A cell; empty where the iteration has not come so far."""
     try:
         return _number(value(iteration))
@@ -212,11 +262,13 @@ def _try(value: Any, iteration: Iteration) -> str:
         return ""
 
 
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value + 0.0:.4g}"
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value + 0.0:.4g}"  # + 0.0: no -0
 
 
-def _summary(run: Run) -> list[str]:
+def _summary(run: RunRecord) -> list[str]:
     """What a reader should know first, in sentences."""
     done = [i.number for i in run.iterations if i.trained]
     wanted = run.settings.get("iterations", len(run.iterations))
@@ -233,31 +285,37 @@ def _summary(run: Run) -> list[str]:
         )
         said.append(f"Answers have {last['mean_tokens']:.0f} tokens; the first model's {last['base_mean_tokens']:.0f}.")
     else:
-        said.append("No iteration has been compared with the first model; --eval_prompts does that.")
+        said.append("No iteration has been compared with the first model: that takes --eval_prompts.")
     return said
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """What has changed from the first model to the last one that was compared: (what, from → to)."""
     rows = [i.compared for i in run.iterations if i.compared]
-    if not rows or len(cells := table(rows)) < 3:
+    cells = summary_table(rows) if rows else []
+    if len(cells) < 3:
         return []
-    first, last = ([c if not c or "%" in c else f"{float(c):.3g}" for c in cells[n]] for n in (1, -1))
+    names, first, *_, last = cells
     return [
-        (name, f"{before} → {after}")
-        for name, before, after in zip(cells[0], first, last, strict=True)
+        (name, f"{_short(before)} → {_short(after)}")
+        for name, before, after in zip(names, first, last, strict=True)
         if before and name != "iteration"
     ]
 
 
-def warnings(run: Run) -> list[str]:
+def _short(cell: str) -> str:
+    """A cell of the summary with three digits; a share stays as it is."""
+    return cell if not cell or "%" in cell else f"{float(cell):.3g}"
+
+
+def warnings(run: RunRecord) -> list[str]:
     """What a reader should look at, in sentences."""
-    said = [f"Left out, since it cannot be read: {message}" for message in run.unread]
+    said = [f"Left out, because it cannot be read: {message}" for message in run.unread]
     for i in run.iterations:
         row, where = i.compared or {}, f"Iteration {i.number}"
         apart = ((i.trained or {}).get("agreement") or {}).get("mean_difference", 0)
         if apart > AGREEING:
-            said.append(f"{where}: engine and trainer differ by {apart:.2g} nats a token about the policy.")
+            said.append(f"{where}: the engine's and the trainer's log-probs differ by {apart:.2g} nats a token.")
         if i.drawn and i.drawn["cut_at_maxlen"] > _MANY_CUT * i.drawn["responses"]:
             share = i.drawn["cut_at_maxlen"] / i.drawn["responses"]
             said.append(f"{where}: {share:.0%} of the responses are cut at maxlen; raise --maxlen.")
@@ -265,7 +323,7 @@ def warnings(run: Run) -> list[str]:
             said.append(f"{where}: {sum(i.paired['dropped'].values())} of {i.paired['prompts']} prompts give no pair.")
         if row.get("repeated", 0) > _MANY_REPEATED:
             said.append(f"{where}: {row['repeated']:.0%} of the held-out answers repeat themselves.")
-        if row.get("empty", 0) > 0.02:
+        if row.get("empty", 0) > _MANY_EMPTY:
             said.append(f"{where}: {row['empty']:.0%} of the held-out answers are empty.")
         if "base_perplexity" in row and row["base_perplexity"] > _FAR * run.base.get("base_perplexity", float("inf")):
             said.append(f"{where}: the first model finds the answers far less likely than its own.")

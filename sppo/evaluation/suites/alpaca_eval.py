@@ -1,7 +1,7 @@
 """AlpacaEval 2: how often a judge prefers our answers to GPT-4 Turbo's, by the alpaca-eval package.
 
-Prompts, order of the two answers, parsing and win rates are the package's. Ours are the answers' engine and the way to
-the judge, which keeps each judgement.
+The judge's prompts, the order of the two answers, parsing and win rates are the package's. Ours are the engine that
+draws the answers, and the connection to the judge, which keeps each judgement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import SPPOError
-from sppo.evaluation.suites.suite import Figures, Judge, Order, answers, fetch, figures_stage, finish, read_questions
+from sppo.evaluation.suites.suite import (
+    Figures,
+    Order,
+    SuiteJudge,
+    draw_answers,
+    figures_stage,
+    finish,
+    hub_files,
+    read_questions,
+)
 from sppo.rankers.chat_server import is_logprob
 from sppo.schema import content_id
 from sppo.store.files import atomic
@@ -26,13 +35,13 @@ FEWEST = 10  # questions for a length-controlled win rate
 OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
 
 
-def questions(order: Order) -> list[dict[str, Any]]:
+def load_questions(order: Order) -> list[dict[str, Any]]:
     """The instructions with the answers to compare with: {instruction, output, generator}.
 
     Raises SPPOError where they are nowhere, or a row lacks what it must have.
     """
     if not order.questions:
-        reference, _ = fetch(DATASET, "dataset", [REFERENCE, GAMED])
+        reference, _ = hub_files(DATASET, "dataset", [REFERENCE, GAMED])
         return json.loads(reference.read_text(encoding="utf-8"))
     rows = read_questions(Path(order.questions))
     for number, row in enumerate(rows, 1):
@@ -43,7 +52,7 @@ def questions(order: Order) -> list[dict[str, Any]]:
     return [{"generator": "reference", **row} for row in rows]
 
 
-def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
+def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> None:
     """Answer, let the judge compare, and write figures.json, model_outputs.json and annotations.json."""
     import alpaca_eval
     import pandas as pd
@@ -51,7 +60,7 @@ def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
 
     logging.getLogger().setLevel(logging.WARNING)  # the package sets it to INFO
     asked = {f"{n:04d}": [{"role": "user", "content": row["instruction"]}] for n, row in enumerate(rows)}
-    drawn = answers(order, asked, "alpaca_eval")
+    drawn = draw_answers(order, asked, "alpaca_eval")
     outputs = [
         {"instruction": row["instruction"], "output": text, "generator": order.name, "dataset": row.get("dataset", "")}
         for row, text in zip(rows, drawn.values(), strict=True)
@@ -73,7 +82,10 @@ def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
             single.fn_completions = completions(judge)
         return made
 
-    metric = length_controlled if order.questions else "get_length_controlled_winrate"
+    metric: Any = "get_length_controlled_winrate"  # the package's, for its own questions
+    metric_settings: dict[str, Any] = {"save_weights_dir": None}
+    if order.questions:
+        metric, metric_settings = length_controlled, {}
     with contextlib.redirect_stdout(None):
         table, annotations = alpaca_eval.evaluate(
             model_outputs=outputs,
@@ -85,13 +97,14 @@ def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
             precomputed_leaderboard=None,
             output_path=None,
             fn_metric=metric,
-            metric_kwargs={} if order.questions else {"save_weights_dir": None},
+            metric_kwargs=metric_settings,
             sort_by="win_rate",
             is_return_instead_of_print=True,
         )
     with atomic(order.out / ANNOTATIONS) as temporary:
         pd.DataFrame(annotations).to_json(temporary, orient="records", indent=1, force_ascii=False)
-    judged = sum(1 for a in annotations if a["preference"] == a["preference"] and a["preference"] is not None)
+
+    judged = int(pd.DataFrame(annotations)["preference"].notna().sum())
     if judged < len(rows):
         print(f"alpaca_eval: {len(rows) - judged} of {len(rows)} questions have no judgement and are left out")
     row = table.loc[order.name]
@@ -103,8 +116,8 @@ def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
     judge.forget()
 
 
-def completions(judge: Judge) -> Callable[..., dict[str, list[Any]]]:
-    """What alpaca-eval calls with the judge's prompts: the answers, from our journal or the server."""
+def completions(judge: SuiteJudge) -> Callable[..., dict[str, list[Any]]]:
+    """What alpaca-eval calls with the judge's prompts: it gives the answers, from our journal or from the server."""
     from alpaca_eval.utils import prompt_to_chatml
 
     def ask(prompts: list[str], model_name: str, **settings: Any) -> dict[str, list[Any]]:
@@ -116,7 +129,7 @@ def completions(judge: Judge) -> Callable[..., dict[str, list[Any]]]:
 
 
 def has_letter(choice: dict[str, Any]) -> bool:
-    """Whether the judge's first token has the log-prob of m or M, the names of the two answers, and no broken one."""
+    """Whether the judge's first token has valid log-probs, and one of m or M, the names of the two answers."""
     places = (choice.get("logprobs") or {}).get("content") or [{}]
     tops = places[0].get("top_logprobs") or []
     return any(top.get("token") in ("m", "M") for top in tops) and all(is_logprob(top.get("logprob")) for top in tops)
@@ -125,8 +138,8 @@ def has_letter(choice: dict[str, Any]) -> bool:
 def length_controlled(annotations: Any) -> dict[str, float]:
     """alpaca-eval's win rates for questions of one's own.
 
-    Its logistic regression on the difference of lengths, without the difficulty of the instruction, which is known of
-    the suite's own 805 alone; only for 10 questions and more.
+    The length-controlled one takes 10 questions or more. It is alpaca-eval's logistic regression on the difference of
+    lengths, without the term for the instruction's difficulty, which is known only for the suite's own 805.
     """
     import pandas as pd
     from alpaca_eval.metrics import get_winrate, glm_winrate
@@ -143,5 +156,5 @@ def length_controlled(annotations: Any) -> dict[str, float]:
     formula = glm_winrate.GLM_INFO["length_controlled_minimal"]["formula"]
     train, test = glm_winrate.make_dmatrix_for_model(data, equal, formula)
     model = glm_winrate.fit_LogisticRegressionCV(train, "preference", n_splits=5)
-    # at equal length all questions have one and the same prediction, so that it has no standard error of theirs
+    # at equal length the prediction is the same for all questions, so it has no standard error over them
     return found | {"length_controlled_winrate": 100 * model.predict_proba(test)[:, 1].mean()}

@@ -1,8 +1,8 @@
 """MT-Bench: a judge's marks from 1 to 10 for the answers to 80 questions of two turns each.
 
-A small faithful implementation: FastChat's own needs openai below 1, so it cannot stand beside vLLM; lighteval's
-draws every category greedily and takes no file of questions. The judge's prompts are FastChat's, as data, in
-mt_bench_prompts.json (Apache-2.0, lm-sys/FastChat, fastchat/llm_judge); so are temperatures and parsing.
+A small implementation that follows FastChat's. FastChat itself needs openai below 1, so it cannot be installed beside
+vLLM; lighteval's draws every category greedily and takes no file of questions. Temperatures, parsing and the judge's
+prompts are FastChat's; the prompts are in mt_bench_prompts.json (Apache-2.0, lm-sys/FastChat, fastchat/llm_judge).
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from statistics import fmean
 from typing import Any
 
 from sppo.command.errors import SPPOError
-from sppo.evaluation.suites.suite import Figures, Judge, Order, answers, fetch, figures_stage, finish, read_questions
+from sppo.evaluation.suites.suite import (
+    Figures,
+    Order,
+    SuiteJudge,
+    draw_answers,
+    figures_stage,
+    finish,
+    hub_files,
+    read_questions,
+    text_of,
+)
 from sppo.schema import Message, content_id
 from sppo.store.files import atomic, read_json
 
@@ -27,7 +37,7 @@ REFERENCED = ("math", "reasoning", "coding")  # categories whose judge sees a re
 JUDGEMENTS = "judgements.jsonl"
 
 
-def questions(order: Order) -> list[dict[str, Any]]:
+def load_questions(order: Order) -> list[dict[str, Any]]:
     """The questions: {question_id, category, turns (2)}, and `reference` (2) for maths, reasoning and coding.
 
     Raises SPPOError where they are nowhere, or a row lacks what it must have.
@@ -35,10 +45,13 @@ def questions(order: Order) -> list[dict[str, Any]]:
     if order.questions:
         rows = read_questions(Path(order.questions))
     else:
-        asked, said = fetch(SPACE, "space", [f"{DATA}/question.jsonl", f"{DATA}/reference_answer/gpt-4.jsonl"])
+        asked, said = hub_files(SPACE, "space", [f"{DATA}/question.jsonl", f"{DATA}/reference_answer/gpt-4.jsonl"])
         by_id = {row["question_id"]: row["choices"][0]["turns"] for row in read_questions(said)}
         rows = read_questions(asked)
-        rows = [row | ({"reference": by_id[key]} if (key := row["question_id"]) in by_id else {}) for row in rows]
+        for row in rows:
+            if row["question_id"] in by_id:
+                row["reference"] = by_id[row["question_id"]]
+
     where = f"--questions {order.questions}" if order.questions else SPACE
     for number, row in enumerate(rows, 1):
         if row.get("question_id") in (None, ""):
@@ -46,7 +59,7 @@ def questions(order: Order) -> list[dict[str, Any]]:
         about = f"{where}, question {row['question_id']}"
         if not isinstance(row.get("category"), str) or row["category"] not in TEMPERATURE:
             raise SPPOError(f"{about}: its category {row.get('category')!r} is none of {', '.join(TEMPERATURE)}")
-        for key in ("turns", *(("reference",) if row["category"] in REFERENCED else ())):
+        for key in ("turns", "reference") if row["category"] in REFERENCED else ("turns",):
             texts = row.get(key)
             if not isinstance(texts, list) or len(texts) != 2 or not all(isinstance(text, str) for text in texts):
                 raise SPPOError(f"{about}: its {key} must be a list of two texts")
@@ -55,7 +68,7 @@ def questions(order: Order) -> list[dict[str, Any]]:
     return rows
 
 
-def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
+def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> None:
     """Answer both turns, let the judge mark them, and write figures.json and judgements.jsonl."""
     drawn = two_turns(order, rows)
     prompts = read_json(Path(__file__).with_name("mt_bench_prompts.json"))
@@ -67,6 +80,7 @@ def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
         return
     stage.refuse_foreign()
     stage.begin()
+
     choices = judge.choices(requests, lambda choice: rating(text_of(choice)) is not None, "a rating like [[5]]")
     judged = [
         {"question_id": row["question_id"], "category": row["category"], "turn": turn}
@@ -76,6 +90,7 @@ def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
     for row, request, choice in zip(judged, requests, choices, strict=True):
         row |= {"rating": rating(text_of(choice)), "judgement": text_of(choice)}
         row["prompt"] = request["messages"][-1]["content"]
+
     with atomic(order.out / JUDGEMENTS) as temporary:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in judged]
         temporary.write_text("".join(lines), encoding="utf-8")
@@ -86,27 +101,32 @@ def run(order: Order, rows: list[dict[str, Any]], judge: Judge) -> None:
 def two_turns(order: Order, rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """The answers to both turns of each question, by its id; each category is drawn at its own temperature."""
     drawn: dict[str, list[str]] = {str(row["question_id"]): [] for row in rows}
-    for turn in (0, 1):
+    for turn in (1, 2):
         for temperature in sorted({TEMPERATURE[row["category"]] for row in rows}):
             asked: dict[str, list[Message]] = {}
             for row in rows:
                 if TEMPERATURE[row["category"]] == temperature:
                     key = str(row["question_id"])
-                    past = [m for u, a in zip(row["turns"], drawn[key], strict=False) for m in _turn(u, a)]
-                    asked[key] = [*past, {"role": "user", "content": row["turns"][turn]}]
-            name = f"turn{turn + 1}-t{temperature:g}"
-            for key, text in answers(order, asked, name, temperature=temperature, top_p=1.0).items():
+                    asked[key] = _conversation(row, drawn[key])
+            name = f"turn{turn}-t{temperature:g}"
+            for key, text in draw_answers(order, asked, name, temperature=temperature, top_p=1.0).items():
                 drawn[key].append(text)
     return drawn
 
 
-def _turn(user: str, assistant: str) -> list[Message]:
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+def _conversation(row: dict[str, Any], answered: list[str]) -> list[Message]:
+    """A question's turns so far with their answers, and the next turn."""
+    messages: list[Message] = []
+    for user, assistant in zip(row["turns"], answered, strict=False):
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return [*messages, {"role": "user", "content": row["turns"][len(answered)]}]
 
 
 def judge_request(prompts: dict[str, Any], row: dict[str, Any], said: list[str], turn: int) -> dict[str, Any]:
-    """What the judge is asked for one turn: the second with both turns in sight, referenced categories with answers."""
-    name = ("single-math-v1" if row["category"] in REFERENCED else "single-v1") + ("-multi-turn" if turn == 2 else "")
+    """What the judge is asked about one turn. It sees all turns so far, and in some categories a reference answer."""
+    name = "single-math-v1" if row["category"] in REFERENCED else "single-v1"
+    if turn == 2:
+        name += "-multi-turn"
     texts = {"question": row["turns"][0], "answer": said[0]}
     texts |= {f"question_{n}": text for n, text in enumerate(row["turns"], 1)}
     texts |= {f"answer_{n}": text for n, text in enumerate(said, 1)}
@@ -118,26 +138,21 @@ def judge_request(prompts: dict[str, Any], row: dict[str, Any], said: list[str],
     return {"messages": messages, "temperature": 0, "max_tokens": 2048}
 
 
-def text_of(choice: dict[str, Any]) -> str:
-    """What the judge wrote."""
-    return ((choice.get("message") or {}).get("content") or "") if choice else ""
-
-
 def rating(judgement: str) -> float | None:
-    """The first [[number]], else the first [number]; None without one, and outside 1 to 10."""
+    """The first [[number]], else the first [number]; None where there is none, or it is outside 1 to 10."""
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgement) or re.search(r"\[(\d+\.?\d*)\]", judgement)
     return float(found[1]) if found and 1 <= float(found[1]) <= 10 else None
 
 
 def figures_of(judged: list[dict[str, Any]]) -> Figures:
-    """Mean marks: of all, of each turn, of each category; how many answers have none."""
+    """Mean marks of all answers, of each turn and of each category, and how many answers have no mark."""
     marks: dict[str, list[float]] = defaultdict(list)
     for row in judged:
         if row["rating"] is not None:
             for name in ("score", f"turn_{row['turn']}", row["category"]):
                 marks[name].append(row["rating"])
-    order = ("score", "turn_1", "turn_2", *TEMPERATURE)
-    found: Figures = {name: fmean(marks[name]) for name in order if marks[name]}
+    names = ("score", "turn_1", "turn_2", *TEMPERATURE)
+    found: Figures = {name: fmean(marks[name]) for name in names if marks[name]}
     if missing := sum(row["rating"] is None for row in judged):
         print(f"mt_bench: {missing} of {len(judged)} answers have no rating and are left out")
     return {**found, "without_rating": missing}

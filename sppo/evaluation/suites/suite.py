@@ -1,4 +1,4 @@
-"""What the suites share: what was asked for, the answers, a judge whose judgements are kept, the figures' file."""
+"""What the suites share: what was asked for, the answers, the judge, reading questions, and writing figures.json."""
 
 from __future__ import annotations
 
@@ -37,20 +37,17 @@ _OTHER_JUDGE = (
 
 @dataclass
 class Order:
-    """What evaluate.sh was asked for. `out`: <output_dir>/suites/<suite>. `judge_model`: empty without a judge.
-
-    `mixture`: models beside the recipe's, one of all of which answers each question.
-    """
+    """What evaluate.sh was asked for."""
 
     suite: str
     recipe: Recipe
-    out: Path
-    questions: str
-    judge_url: str
-    judge_model: str
-    overwrite: bool
-    leaderboard: int = 1
-    mixture: tuple[str, ...] = ()
+    out: Path  # <output_dir>/suites/<suite>
+    questions: str = ""  # a file of one's own; empty: the suite's questions
+    judge_url: str = ""
+    judge_model: str = ""  # empty where the suite has no judge
+    overwrite: bool = False
+    leaderboard: int = 1  # of Open LLM
+    mixture: tuple[str, ...] = ()  # more models: for each question, one of all models is drawn to answer it
 
     @property
     def name(self) -> str:
@@ -59,12 +56,12 @@ class Order:
 
     @property
     def recipes(self) -> list[Recipe]:
-        """The recipe by which each model answers: --model_revision is the first's."""
+        """A recipe for each model that answers. --model_revision is the first model's."""
         others = [dataclasses.replace(self.recipe, model=model, model_revision="") for model in self.mixture]
         return [self.recipe, *others]
 
     def answered_by(self, question: str) -> int:
-        """Which of `recipes` answers a question: each is as likely, and the seed decides."""
+        """Which of `recipes` answers a question: the seed draws one, each as likely."""
         return random.Random(f"{self.recipe.seed} {question}").randrange(1 + len(self.mixture))
 
 
@@ -79,11 +76,11 @@ def is_iteration(model: Path) -> bool:
     return len(parts) == 3 and parts[2] == "model" and parts[1][:4] == "iter" and parts[1][4:].isdecimal()
 
 
-def answers(order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any) -> dict[str, str]:
+def draw_answers(order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any) -> dict[str, str]:
     """The model's answer to each conversation, by its id, drawn into <out>/answers/<name>; "" where there is none.
 
-    Of a mixture each model answers its share, in a directory of its own. `settings` win over the recipe's. What was
-    drawn before is kept.
+    Each model of a mixture answers its share, in a directory of its own. `settings` replace the recipe's. Answers that
+    are there already are kept.
     """
     found: dict[str, str] = {}
     for number, recipe in enumerate(order.recipes):
@@ -99,7 +96,7 @@ def answers(order: Order, conversations: dict[str, list[Message]], name: str, **
 def _drawn(
     order: Order, recipe: Recipe, conversations: dict[str, list[Message]], name: str, **settings: Any
 ) -> dict[str, str]:
-    """One model's answers, by id, of the conversations that it can read."""
+    """One model's answers, by id, to the conversations that are not too long for it."""
     out = order.out / "answers" / name
     prompts = out / "prompts.jsonl"
     lines = [json.dumps({"prompt_id": key, "prompt": value}) + "\n" for key, value in conversations.items()]
@@ -108,14 +105,19 @@ def _drawn(
             raise OtherWorkError(f"{out} holds answers to other questions.")
         with atomic(prompts) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
-    asked = {"prompts": str(prompts), "prompts_revision": "", "prompt_column": "prompt", "pairs": 1, **settings}
-    recipe = dataclasses.replace(recipe, **asked)
+    questions = {"prompts": str(prompts), "prompts_revision": "", "prompts_part": "0/1", "prompt_column": "prompt"}
+    recipe = dataclasses.replace(recipe, **questions, pairs=1, **settings)
     drawn = draw(recipe, out, order.out / "logs", name.replace("/", "-"), order.overwrite)
     return {row["prompt_id"]: row["responses"][0]["text"] for row in read_rows(drawn, ["prompt_id", "responses"])}
 
 
-class Judge:
-    """The judge of a suite. Every judgement is in a journal as soon as it is there, and is not paid for twice."""
+def text_of(choice: dict[str, Any]) -> str:
+    """What the judge wrote."""
+    return (choice.get("message") or {}).get("content") or ""
+
+
+class SuiteJudge:
+    """The judge of a suite. A journal keeps every judgement as soon as it arrives, so that none is paid for twice."""
 
     def __init__(self, order: Order) -> None:
         self.model = order.judge_model
@@ -166,15 +168,15 @@ class Judge:
             return {}
 
     def _no_answer(self, choice: dict[str, Any], wanted: str) -> SPPOError:
-        said = ((choice.get("message") or {}).get("content") or "") if choice else "an error, see above"
+        said = text_of(choice) if choice else "an error, see above"
         return SPPOError(f"the judge {self.model} answers no question with {wanted}, but: {said[:200]!r}")
 
     def forget(self) -> None:
-        """Remove the journal: all that was in it is in the suite's own files."""
+        """Remove the journal: the suite's own files hold all that was in it."""
         self._path.unlink(missing_ok=True)
 
 
-def fetch(repo: str, kind: str, names: list[str]) -> list[Path]:
+def hub_files(repo: str, kind: str, names: list[str]) -> list[Path]:
     """Files of a repository of the Hub, from its cache or the network. Raises SPPOError that says how to fetch them."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -196,11 +198,10 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
         return list(read_rows(path, open_parquet(path, []).schema_arrow.names))
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else list(map(json.loads, filter(str.strip, text.split("\n"))))
-        )
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise SPPOError(f"--questions {path}: not JSON ({error})") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
