@@ -60,7 +60,7 @@ def known_count(directory: Path) -> int:
     path = directory / COUNT
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
     except ValueError:  # no JSON, or no text
         found = None
