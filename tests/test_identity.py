@@ -269,8 +269,8 @@ def test_an_overwrite_with_fewer_shards_leaves_none_of_the_old(tmp_path: Path, r
     names = ["notes.txt", "shard-00000.manifest.json", "shard-00000.parquet", "shard-00007.txt", "shards.json"]
     assert sorted(p.name for p in (data / "ranking").iterdir()) == names
     recipe, rows = ranked(fresh, "longest", 1), list(read_rows(data / "responses.parquet", ["prompt_id", "responses"]))
-    found = best._ranked(recipe, data, rows)
-    assert found == best._ranked(recipe, fresh, rows)
+    found = best._choose(recipe, data, rows)
+    assert found == best._choose(recipe, fresh, rows)
     for row in rows:
         lengths = [len(response["text"]) for response in row["responses"]]
         assert lengths[found[row["prompt_id"]].index] == max(lengths)
@@ -298,7 +298,7 @@ def test_shards_of_two_rankers_are_not_joined(tmp_path: Path, rankers: None) -> 
     data = write_responses(tmp_path / "data", 8, 3)
     recipe = ranked(data, "longest", 2, [0])
     ranked(data, "shortest", 2, [1])
-    for join in (lambda: compute_prob(recipe, data, True), lambda: best._ranked(recipe, data, [])):
+    for join in (lambda: compute_prob(recipe, data, True), lambda: best._choose(recipe, data, [])):
         with pytest.raises(
             SPPOError, match=r"not of one ranker:\n  ranker\.ranker: .*longest\" there, .*shortest\" now"
         ):
