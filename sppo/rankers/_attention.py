@@ -7,6 +7,9 @@ by tile, with the running maximum and sum of arXiv 2205.14135.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -73,7 +76,9 @@ def attention(
         raise ValueError("a table is not contiguous: the kernel would read other rows")
     out = query.new_empty(batch, length, heads, size)
     precision = "ieee" if query.dtype == torch.float32 else "tf32"  # the latter is not used in half precision
-    _kernel[(triton.cdiv(length, _QUERIES), batch, heads)](
+    # Triton types a launch as the kernel itself, which has no num_warps and num_stages
+    launch = cast(Callable[..., object], _kernel[(triton.cdiv(length, _QUERIES), batch, heads)])
+    launch(
         query, key, value, to_position, of_position, rows, keep, out, scale, batch, length, to_position.shape[-1],
         heads, query.stride(1), query.stride(0), PRECISION=precision, D=size, QUERIES=_QUERIES, KEYS=_KEYS,
         num_warps=_WARPS, num_stages=_STAGES,

@@ -91,11 +91,13 @@ def _fastest_attention(device: torch.device, width: int, dtype: torch.dtype) -> 
     heads, batch, length, rows = 2, 3, 72, 24  # no multiple of a tile, and padding
     make = torch.Generator(device).manual_seed(0)
     whole = torch.randn(batch, length, 3, heads, width, generator=make, device=device).to(dtype)
+    query, key, value = whole.unbind(2)
     tables = torch.randn(2, heads, batch, length, rows, generator=make, device=device).to(dtype)
+    to_position, of_position = tables.unbind(0)
     row = torch.randint(rows, (2 * length - 1,), generator=make, device=device, dtype=torch.int32)
     keep = torch.ones(batch, length, device=device, dtype=torch.int64)
     keep[1, length // 2 :] = 0
-    asked = (*whole.unbind(2), *tables, row, keep, 0.1)
+    asked = (query, key, value, to_position, of_position, row, keep, 0.1)
     try:
         from sppo.rankers._attention import attention
 

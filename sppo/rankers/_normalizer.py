@@ -42,6 +42,7 @@ def _charsmap(model: Path) -> bytes:
     """The map in a SentencePiece model; empty where it has none."""
     from transformers.convert_slow_tokenizer import import_protobuf
 
-    proto = import_protobuf().ModelProto()
+    protobuf: Any = import_protobuf()  # its classes are made at run time
+    proto = protobuf.ModelProto()
     proto.ParseFromString(model.read_bytes())
     return proto.normalizer_spec.precompiled_charsmap

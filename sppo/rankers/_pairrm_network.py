@@ -90,8 +90,14 @@ class PairInputs:
         self.n_tasks: int = settings.get("n_tasks") or 1
 
         tokenizer = self.tokenizer
-        self.control_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | set(self.prefix_ids.values())
-        self.control_text = [t for t in [*tokenizer.all_special_tokens, *self.prefix_ids] if t != tokenizer.sep_token]
+        special = tokenizer.special_tokens_map  # every DeBERTa-v2 tokenizer has these three
+        self.sep_token = special["sep_token"]
+        ids = tokenizer.convert_tokens_to_ids([special["cls_token"], self.sep_token, special["unk_token"]])
+        assert isinstance(ids, list)  # a list for a list
+        self.cls_id, self.sep_id, self.unk_id = ids
+
+        self.control_ids = set(tokenizer.all_special_ids) - {self.unk_id} | set(self.prefix_ids.values())
+        self.control_text = [t for t in [*tokenizer.all_special_tokens, *self.prefix_ids] if t != self.sep_token]
         self.text_ids = lru_cache(maxsize=4096)(self._text_ids)  # a text stands in up to 2K pairs
 
     def _text_ids(self, text: str) -> list[int]:
@@ -99,14 +105,14 @@ class PairInputs:
 
         [SEP] becomes a space, as in llm-blender; a space parts the name of any other control token.
         """
-        text = text.replace(self.tokenizer.sep_token, " ")
+        text = text.replace(self.sep_token, " ")
         for name in self.control_text:
             text = text.replace(name, f"{name[0]} {name[1:]}")
         ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        return [self.tokenizer.unk_token_id if i in self.control_ids else i for i in ids]
+        return [self.unk_id if i in self.control_ids else i for i in ids]
 
     def _wrap(self, prefix: str, ids: list[int], limit: int) -> list[int]:
-        return [self.tokenizer.cls_token_id, self.prefix_ids[prefix], *ids[: limit - 3], self.tokenizer.sep_token_id]
+        return [self.cls_id, self.prefix_ids[prefix], *ids[: limit - 3], self.sep_id]
 
     def _candidate_limit(self, source_length: int) -> int:
         """candidate_maxlength and half of what the pair's own source left over of source_maxlength."""

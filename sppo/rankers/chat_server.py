@@ -20,9 +20,10 @@ from sppo.command.importing import is_installed
 from sppo.command.values import require_plain_address
 
 if TYPE_CHECKING:
-    from openai import APIError, OpenAI
+    from openai import APIError, APIStatusError, OpenAI
 
-Item, Answer = TypeVar("Item"), TypeVar("Answer")
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 _GRACE = 5  # seconds to wait for each further answer once a question has failed
 TOO_MUCH = (400, 413, 422)  # statuses of a request that is refused for what it holds: too long, or filtered
@@ -144,7 +145,7 @@ class ChatServer:
         status, where = getattr(error, "status_code", None), f"the judge at {self.url}"
         if not isinstance(error, self.openai.APIError):
             return SPPOError(f"{where} is no OpenAI-compatible server; {self.url_flag} usually ends in /v1")
-        if status and 300 <= status < 400:
+        if isinstance(error, self.openai.APIStatusError) and 300 <= error.status_code < 400:
             return SPPOError(
                 f"{where} answers HTTP {status} and points to {self._points_to(error)}; prompts are sent to no other "
                 f"address by themselves. If that is the judge, pass it as {self.url_flag}"
@@ -162,7 +163,7 @@ class ChatServer:
             "see to the server and run the same command to go on"
         )
 
-    def _points_to(self, error: APIError) -> str:
+    def _points_to(self, error: APIStatusError) -> str:
         """Where a redirect leads, without what may be secret in it."""
         aim = urlsplit(urljoin(self.url, error.response.headers.get("location", "")))
         return f"{aim.scheme}://{aim.netloc.rpartition('@')[2]}{aim.path}"

@@ -20,7 +20,7 @@ from sppo.recipe import Recipe
 from sppo.schema import Message, Pair, prompt_text
 from sppo.store.files import digest
 
-Function = Callable[[str, str, str], float]
+Function = Callable[..., Any]  # the user's: what it takes and returns shows only when it is called
 
 
 def load_function(name: str, flag: str) -> Function:
@@ -78,9 +78,10 @@ def source_file(name: str, flag: str) -> Path:
         return Path(inspect.getfile(inspect.unwrap(function)))
     except TypeError:  # an object that can be called, a functools.partial, a function written in C
         module = sys.modules[name.partition(":")[0]]
-    if not getattr(module, "__file__", None):
+    file = getattr(module, "__file__", None)
+    if not file:
         raise UsageError(f"{flag} {name}: it is built into Python; name a function in a file of your own")
-    return Path(module.__file__)
+    return Path(file)
 
 
 def fetch(recipe: Recipe) -> str:

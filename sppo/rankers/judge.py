@@ -144,7 +144,7 @@ class JudgeRanker:
         try:
             verdict = read_answer(self._ask(client, pair))
         except self.server.failures as error:
-            if getattr(error, "status_code", None) not in TOO_MUCH:
+            if not isinstance(error, self.server.openai.APIStatusError) or error.status_code not in TOO_MUCH:
                 raise self.server.failure(error) from None
             self.server.note(f"a pair was refused and its prompt is set aside: {self.server.words(error)}")
             return math.nan

@@ -35,12 +35,12 @@ def load_blender(directory: Path, device: str) -> Any:
         raise SPPOError(
             f"ranker {directory}: llm-blender reads only llm-blender/PairRM's layout; use --ranker_backend pairrm"
         )
-    import transformers
+    from huggingface_hub import constants
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import hub
 
-    if not hasattr(transformers.utils.hub, "TRANSFORMERS_CACHE"):
-        transformers.utils.hub.TRANSFORMERS_CACHE = transformers.utils.hub.constants.HF_HUB_CACHE
-    if not hasattr(transformers.PreTrainedTokenizerBase, "batch_encode_plus"):
-        transformers.PreTrainedTokenizerBase.batch_encode_plus = transformers.PreTrainedTokenizerBase.__call__
+    _put_back(hub, "TRANSFORMERS_CACHE", constants.HF_HUB_CACHE)
+    _put_back(PreTrainedTokenizerBase, "batch_encode_plus", PreTrainedTokenizerBase.__call__)
     try:
         import llm_blender
         from llm_blender.blender import blender_utils
@@ -61,6 +61,12 @@ def load_blender(directory: Path, device: str) -> Any:
     restore_normalizer(blender.ranker_tokenizer, base)
     load_strictly(blender.ranker, directory)
     return blender
+
+
+def _put_back(owner: object, name: str, value: object) -> None:
+    """Set an attribute that llm-blender wants, where transformers does not have it."""
+    if not hasattr(owner, name):
+        setattr(owner, name, value)
 
 
 def _from_config(model_type: str, model_name: str, **_: Any) -> Any:

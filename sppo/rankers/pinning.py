@@ -29,8 +29,9 @@ def _read_pin(data_dir: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     written = read_json(path)
-    pin = {key: written.get(key) for key in ("ranker", "asked", "revision")} if isinstance(written, dict) else {}
-    if not pin or None in pin.values() or written.get("check") != content_id(pin):
+    found = written if isinstance(written, dict) else {}
+    pin = {key: found[key] for key in ("ranker", "asked", "revision") if isinstance(found.get(key), str)}
+    if len(pin) < 3 or found.get("check") != content_id(pin):
         raise SPPOError(f"{path} is damaged; delete it and run preload.py again")
     return pin
 

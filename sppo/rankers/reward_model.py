@@ -28,7 +28,7 @@ from sppo.schema import Message, Pair
 from sppo.store.files import read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Key = tuple[str, str]  # (prompt as JSON, response): what has one score
 _CLASSIFIER = "AutoModelForSequenceClassification"
@@ -58,14 +58,16 @@ class RewardModel:
         self.context = min(getattr(text, "max_position_embeddings", None) or longest, longest)
         self.read = lru_cache(maxsize=2048)(self._read)  # count_cut and logits both want it
         self.model = self._network(dtype)
-        self.rows: int = self.model.get_input_embeddings().num_embeddings
+        embeddings = self.model.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        self.rows = embeddings.num_embeddings
         pad = getattr(text, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < self.rows else None
-        self._exact: nn.Module | None = None  # in float32, made when it is needed
+        self._exact: PreTrainedModel | None = None  # in float32, made when it is needed
 
-    def _network(self, dtype: torch.dtype) -> nn.Module:
+    def _network(self, dtype: torch.dtype) -> PreTrainedModel:
         """The network, its last layer in float32: bfloat16 would round a reward of 20 to eighths."""
-        network = _load_strictly(self.directory, dtype).to(self.device).eval()
+        network = _load_strictly(self.directory, self.device, dtype).eval()
         head = getattr(network, "score", None) or getattr(network, "classifier", None)
         if isinstance(head, nn.Linear):
             head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
@@ -137,7 +139,7 @@ class RewardModel:
         return self._forward(self._exact, [ids])[0]
 
     @torch.inference_mode()
-    def _forward(self, network: nn.Module, inputs: list[list[int]]) -> list[float]:
+    def _forward(self, network: PreTrainedModel, inputs: list[list[int]]) -> list[float]:
         """One reward for each input, in one batch."""
         ids, mask = self.padded(network, inputs)
         try:
@@ -148,7 +150,7 @@ class RewardModel:
                 f"lower --batch_tokens {self.batch_tokens} and run the same command to go on"
             ) from None
 
-    def padded(self, network: nn.Module, inputs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(self, network: PreTrainedModel, inputs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, attention_mask), both (B, T), padded on the right.
 
         Decoders read their reward at the last token that is not config.pad_token_id. Without one they read the last
@@ -195,7 +197,7 @@ def _open_reward_model(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     return config, tokenizer
 
 
-def _load_strictly(directory: Path, dtype: torch.dtype) -> nn.Module:
+def _load_strictly(directory: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """The network. A weight missing, left over or of another shape is an error: it would be random, or lost."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -216,7 +218,7 @@ def _load_strictly(directory: Path, dtype: torch.dtype) -> nn.Module:
     wrong = [f"{what.replace('_', ' ')} {sorted(map(str, found))[:4]}" for what, found in report.items() if found]
     if wrong:
         raise SPPOError(f"ranker {directory} does not fit a {type(network).__name__}: {'; '.join(wrong)}")
-    return network
+    return network.to(device)
 
 
 def fetch(recipe: Recipe) -> str:
