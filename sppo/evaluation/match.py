@@ -103,7 +103,7 @@ def match(
     else:
         stage.refuse_foreign()
         stage.begin()
-        journal = Journal(stage.journal, stage.identity)
+        journal = stage.open_journal()
         _compare(judge, pairings, journal, f"{judge_name}: iteration {challenger} against {opponent}")
         made = ({"prompt_id": each.prompt_id, **journal.read(each.prompt_id)} for each in pairings)
         stage.finish({"prompts": write_parquet(stage.outputs[0], _schema(), made)}, ranker=judge.ranker)

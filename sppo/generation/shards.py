@@ -120,8 +120,7 @@ def _begin(source: Source, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> 
         request.logps = request.prompt_id in source.sampled
 
     stage.begin()
-    assert stage.journal is not None
-    journal = Journal(stage.journal, stage.identity)
+    journal = stage.open_journal()
     first = next(iter(journal.done), None)
     if first is not None and "prompt_token_ids" not in journal.read(first):
         raise SPPOError(f"{journal.path} is of an older version; move it away, and its prompts are drawn again")

@@ -17,7 +17,7 @@ from typing import Any
 
 from sppo.command.errors import OtherWorkError, SPPOError
 from sppo.store.files import changed, digest, read_json, write_json
-from sppo.store.journal import differences, refuse_another
+from sppo.store.journal import Journal, differences, refuse_another
 from sppo.store.locks import SHARED, Held, hold
 
 MANIFEST = "sppo_manifest.json"  # the manifest in a directory that is an output as a whole
@@ -186,6 +186,11 @@ class Stage:
             if path is not None:
                 path.unlink(missing_ok=True)
         held.write("")
+
+    def open_journal(self) -> Journal:
+        """The journal of what is made so far, of a stage that has one. Raises SPPOError as Journal does."""
+        assert self.journal is not None, f"{self.name} keeps no journal"
+        return Journal(self.journal, self.identity)
 
     def remove_leftovers(self) -> None:
         """Delete the marker and the journal that a kill behind the manifest has left, where that can be written to.

@@ -12,25 +12,29 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import NullFormatter
 
 from sppo.evaluation.page.gather import IterationRecord, RunRecord
 from sppo.method.preference import Array
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 _INK = "#123457"  # replaced by currentColor
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for all kinds of sight
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "sppo", "font.family": "sans-serif", "font.size": 11, "text.color": _INK,
     "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.titlesize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "grid.color": _INK,
     "grid.alpha": 0.15, "axes.grid": True, "axes.facecolor": "none", "figure.facecolor": "none",
-    "axes.prop_cycle": mpl.cycler(color=COLOURS), "text.parse_math": False,
+    "axes.prop_cycle": cycler(color=COLOURS), "text.parse_math": False,
 }  # fmt: skip
 
 
@@ -135,7 +139,7 @@ def measures(runs: list[RunRecord]) -> list[str]:
 def _measured(axis: Axes, runs: list[RunRecord], names: Sequence[str], label: str, scale: float) -> None:
     for run in runs:
         for name in names:
-            points = [(0, run.base.get(name)), *((i.number, (i.compared or {}).get(name)) for i in run.iterations)]
+            points = [(0, run.base.get(name)), *((i.number, i.compared.get(name)) for i in run.iterations)]
             known = [(x, scale * y) for x, y in points if y is not None]
             if known:
                 axis.plot(*zip(*known, strict=True), marker="o", label=_name(run, runs, name))
@@ -205,7 +209,8 @@ def _histograms(run: RunRecord, values: Callable[[IterationRecord], dict[str, Ar
 
     def draw(axis: Axes, of: dict[str, Array]) -> None:
         for name, found in of.items():
-            axis.hist(found, bins, weights=np.full(len(found), 100 / len(found)), label=name, histtype="step", lw=1.5)
+            weights = np.full(len(found), 100 / len(found))
+            axis.hist(found, bins.tolist(), weights=weights, label=name, histtype="step", lw=1.5)
         axis.set_xlabel(labels[0])
         axis.set_ylabel(labels[1])
         axis.legend(fontsize=9)
@@ -231,7 +236,7 @@ def lengths(run: RunRecord) -> list[str]:
 
 def engine_agreement(run: RunRecord, usual: float) -> list[str]:
     """How far the engine's log-probs are from the trainer's; a line shows what is `usual`, in nats a token."""
-    known = [(i.number, i.trained["agreement"]) for i in run.iterations if i.trained and i.trained.get("agreement")]
+    known = [(i.number, i.trained["agreement"]) for i in run.iterations if i.trained.get("agreement")]
 
     def draw(axis: Axes) -> None:
         numbers = [n for n, _ in known]

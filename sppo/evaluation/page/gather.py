@@ -1,4 +1,6 @@
-"""What a run has written, as plain records. The run may be going on, or may have stopped: what is missing is None.
+"""What a run has written, as plain records.
+
+The run may be going on, or may have stopped: what is missing is empty or None.
 
 A file that is damaged, or that disappears while it is read, is left out and named in RunRecord.unread. A run that could
 make the file again must not end because its page cannot be drawn.
@@ -33,13 +35,13 @@ class IterationRecord:
     """One iteration's work."""
 
     number: int
-    drawn: dict[str, Any] | None = None  # counts of the responses
-    paired: dict[str, Any] | None = None  # counts and statistics of the training set
+    drawn: dict[str, Any] = field(default_factory=dict)  # counts of the responses
+    paired: dict[str, Any] = field(default_factory=dict)  # counts and statistics of the training set
     rates: dict[str, Array] = field(default_factory=dict)  # p, p_win and p_lose of the pairs, each (N,)
     lengths: dict[str, Array] = field(default_factory=dict)  # tokens of all, chosen and rejected responses, each (n,)
     steps: list[dict[str, Any]] = field(default_factory=list)  # the training's metrics, a record a step
-    trained: dict[str, Any] | None = None  # the model's manifest
-    compared: dict[str, Any] | None = None  # the row of summary.json
+    trained: dict[str, Any] = field(default_factory=dict)  # the model's manifest
+    compared: dict[str, Any] = field(default_factory=dict)  # the row of summary.json
     seconds: dict[str, float] = field(default_factory=dict)  # by stage; of shards that ran side by side, the longest
 
 
@@ -77,7 +79,7 @@ def gather(run_dir: Path) -> RunRecord:
     recipe = run_dir / f"iter{numbers[0]}" / "recipe.yaml"
     settings = reader.read(recipe, lambda: read_yaml(recipe.read_text(encoding="utf-8"))) or {}
     rows = {row["iteration"]: row for row in reader.json(run_dir / "summary.json") or [] if "prompts" in row}
-    iterations = [_iteration(run_dir / f"iter{i}", i, rows.get(i), reader) for i in numbers]
+    iterations = [_iteration(run_dir / f"iter{i}", i, rows.get(i, {}), reader) for i in numbers]
     suites = {i: _suites(run_dir / f"iter{i}", reader) for i in [0, *numbers]}
     manifests = [reader.json(path) or {} for path in sorted(run_dir.rglob("*manifest.json"))]
     commands = reader.text(run_dir / "logs" / "commands.log") or ""
@@ -129,12 +131,12 @@ _STAGES = {  # by the name that the page shows: the manifests of the stage
 }
 
 
-def _iteration(here: Path, number: int, row: dict[str, Any] | None, reader: _Reader) -> IterationRecord:
+def _iteration(here: Path, number: int, row: dict[str, Any], reader: _Reader) -> IterationRecord:
     data, model = here / "data", here / "model"
     found = IterationRecord(number, compared=row)
-    found.drawn = (reader.json(data / "responses.manifest.json") or {}).get("counts")
-    found.paired = (reader.json(data / "train.manifest.json") or {}).get("counts")
-    found.trained = reader.json(model / "sppo_manifest.json")
+    found.drawn = (reader.json(data / "responses.manifest.json") or {}).get("counts") or {}
+    found.paired = (reader.json(data / "train.manifest.json") or {}).get("counts") or {}
+    found.trained = reader.json(model / "sppo_manifest.json") or {}
 
     pairs = data / "train.parquet"
     if found.paired and (known := reader.read(pairs, lambda: _pairs(pairs))):

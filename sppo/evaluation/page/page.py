@@ -312,8 +312,8 @@ def warnings(run: RunRecord) -> list[str]:
     """What a reader should look at, in sentences."""
     said = [f"Left out, because it cannot be read: {message}" for message in run.unread]
     for i in run.iterations:
-        row, where = i.compared or {}, f"Iteration {i.number}"
-        apart = ((i.trained or {}).get("agreement") or {}).get("mean_difference", 0)
+        row, where = i.compared, f"Iteration {i.number}"
+        apart = (i.trained.get("agreement") or {}).get("mean_difference", 0)
         if apart > AGREEING:
             said.append(f"{where}: the engine's and the trainer's log-probs differ by {apart:.2g} nats a token.")
         if i.drawn and i.drawn["cut_at_maxlen"] > _MANY_CUT * i.drawn["responses"]:

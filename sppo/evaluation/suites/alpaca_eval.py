@@ -76,23 +76,25 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
     with atomic(order.out / OUTPUTS) as temporary:
         temporary.write_text(json.dumps(outputs, ensure_ascii=False, indent=1), encoding="utf-8")
 
-    def annotator(**settings: Any) -> annotators.PairwiseAnnotator:
-        made = annotators.PairwiseAnnotator(caching_path=None, **settings)
-        for single in made.annotators.values():
-            single.fn_completions = completions(judge)
-        return made
+    class Annotator(annotators.PairwiseAnnotator):
+        """The package's, which asks `judge` and keeps no cache of its own."""
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(caching_path=None, **settings)
+            for single in self.annotators.values():
+                single.fn_completions = completions(judge)
 
     metric: Any = "get_length_controlled_winrate"  # the package's, for its own questions
     metric_settings: dict[str, Any] = {"save_weights_dir": None}
     if order.questions:
         metric, metric_settings = length_controlled, {}
     with contextlib.redirect_stdout(None):
-        table, annotations = alpaca_eval.evaluate(
+        made = alpaca_eval.evaluate(
             model_outputs=outputs,
             reference_outputs=rows,
             annotators_config=ANNOTATOR,
             name=order.name,
-            Annotator=annotator,
+            Annotator=Annotator,
             annotation_kwargs={"chunksize": None},
             precomputed_leaderboard=None,
             output_path=None,
@@ -101,10 +103,12 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
             sort_by="win_rate",
             is_return_instead_of_print=True,
         )
+    assert made is not None  # because of is_return_instead_of_print
+    table, annotations = made[0], pd.DataFrame(made[1])
     with atomic(order.out / ANNOTATIONS) as temporary:
-        pd.DataFrame(annotations).to_json(temporary, orient="records", indent=1, force_ascii=False)
+        annotations.to_json(temporary, orient="records", indent=1, force_ascii=False)
 
-    judged = int(pd.DataFrame(annotations)["preference"].notna().sum())
+    judged = len(annotations.dropna(subset=["preference"]))
     if judged < len(rows):
         print(f"alpaca_eval: {len(rows) - judged} of {len(rows)} questions have no judgement and are left out")
     row = table.loc[order.name]
@@ -145,8 +149,7 @@ def length_controlled(annotations: Any) -> dict[str, float]:
     from alpaca_eval.metrics import get_winrate, glm_winrate
 
     found = get_winrate(annotations)
-    frame = pd.DataFrame(annotations)
-    frame = frame[frame["preference"].notna()]
+    frame = pd.DataFrame(annotations).dropna(subset=["preference"])
     apart = (frame["output_1"].str.len() - frame["output_2"].str.len()).astype(float)
     if len(frame) < FEWEST or not apart.std():
         return found

