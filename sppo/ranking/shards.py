@@ -133,8 +133,7 @@ def _rank_shard(recipe: Recipe, stage: Stage, shard: int, load: Callable[[], Ran
     responses = path.parent.parent / "responses.parquet"
     (start, stop), total = stage.settings["rows"], open_parquet(responses, []).metadata.num_rows
     stage.begin()
-    assert stage.journal is not None  # rank_stage gives every shard one
-    journal = Journal(stage.journal, stage.identity)
+    journal = stage.open_journal()
     print(f"rank: rows {start} to {stop} of {total}: {len(journal.done)} in the journal", flush=True)
 
     # every prompt's logits into the journal
