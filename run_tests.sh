@@ -6,6 +6,7 @@
 #   bash run_tests.sh [--all | --gpu] [pytest's arguments]
 # Exit codes: 0 all passed, else that of what failed.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' run_tests.sh; exit 0 ;; esac
 apt() { # Debian packages, while pip installs its own; where they cannot be had, their tests say so

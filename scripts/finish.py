@@ -1,8 +1,8 @@
 """The end of a run: its table, its page, and what could not be pushed. scripts/run.sh calls this last.
 
-    python scripts/finish.py --run_dir runs/x
+    python scripts/finish.py --model M --prompts prompts.jsonl --run_dir runs/x ...      the drivers' flags
 
-Reads   <run_dir>: recipes, summary.json, matrix.json, and the notes of pushes that failed.
+Reads   <run_dir>: summary.json, matrix.json, and the notes of pushes that failed.
 Writes  <run_dir>/report.html, where something is newer than it.
 Exit codes: 0 done, 1 something could not be pushed (it names the commands), 2 wrong use, 130 interrupted.
 """
@@ -14,16 +14,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import cli
 from sppo.command.errors import SPPOError, run_main
-from sppo.recipe import load_recipe
 
 
 def main() -> None:
-    _, recipe = cli.parse(cli.make_parser(__doc__, ["run_dir"]))
-    run_dir = cli.require_dir("--run_dir", recipe.run_dir)
     from sppo.hub.push import unpushed
+    from sppo.plan import driver_parser
+    from sppo.run import opened
     from sppo.store.files import read_json
 
-    run = load_recipe(run_dir / "iter1" / "recipe.yaml")
+    _, recipe = cli.parse(driver_parser(__doc__))
+    run = opened(recipe)
+    run_dir = Path(run.run_dir)
     if run.eval_prompts:
         from sppo.evaluation.report import print_table
 
@@ -42,7 +43,7 @@ def main() -> None:
     print(f"page: {page}")
 
     print(f"done: the last model is {run_dir / f'iter{run.iterations}' / 'model'}")
-    if left := unpushed(run_dir):
+    if run.org and (left := unpushed(run_dir)):
         lines = ["all is made and here, but not all is on the Hub; to push the rest, run:", *left]
         raise SPPOError("\n  ".join(lines))
 

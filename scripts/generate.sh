@@ -11,7 +11,7 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-case " $* " in *" --help "*) show_help "$root/scripts/generate.sh" scripts/generate.py; exit 0 ;; esac
+if asks_for_help "$@"; then show_help "$root/scripts/generate.sh" scripts/generate.py; exit 0; fi
 export SPPO_CHILD=1 # killed, this script leaves nothing running
 
 run scripts/generate.py "$@" --only_prompts             # reads the prompts once, before all shards want them

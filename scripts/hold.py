@@ -14,13 +14,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import cli
-from sppo.command.errors import run_main
+from sppo.command.errors import SPPOError, run_main
 from sppo.store.files import hold_for_caller
 
 
 def main() -> None:
-    _, recipe = cli.parse(cli.make_parser(__doc__, ["run_dir"]))
-    hold_for_caller(cli.require_dir("--run_dir", recipe.run_dir), channel=9, pid=os.getppid())
+    parser = cli.make_parser(__doc__, ["run_dir"])
+    parser.add_argument("--plan", type=Path, help="what plan.py has written: its recipes must still be there")
+    args, recipe = cli.parse(parser)
+    run_dir = cli.require_dir("--run_dir", recipe.run_dir)
+    hold_for_caller(run_dir, channel=9, pid=os.getppid())
+    if args.plan:
+        from sppo.run import digest_of_recipes
+
+        _, planned, *recipes = args.plan.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        if digest_of_recipes([Path(path) for path in recipes]) != planned:
+            raise SPPOError(f"another start has planned {run_dir} otherwise meanwhile; run the same command again")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 # Needs Python 3.11 to 3.14 (PYTHON=... names one), or uv, which then brings one. Run again, it does nothing.
 # Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 what=${1:-core}
 case $what in

@@ -12,7 +12,7 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-case " $* " in *" --help "*) show_help "$root/scripts/pipeline.sh" sppo/run_sppo.py; exit 0 ;; esac
+if asks_for_help "$@"; then show_help "$root/scripts/pipeline.sh" sppo/run_sppo.py; exit 0; fi
 export SPPO_CHILD=1 # killed, this script leaves nothing running
 
 run scripts/launch.py sppo/run_sppo.py "$@" # accelerate launch

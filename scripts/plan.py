@@ -22,8 +22,6 @@ def main() -> None:
     from sppo.plan import driver_parser, plan
 
     parser = driver_parser(__doc__)
-    parser.add_argument("--dry_run", action="store_true", help="preflight, print what would be run, and stop")
-    parser.add_argument("--skip_preflight", action="store_true", help="start without scripts/doctor.py's checks")
     parser.add_argument("--plan", type=Path, help="for run.sh: a file for the run's directory and the recipes to run")
     args, recipe = cli.parse(parser)
     plan(recipe, args, sys.argv[1:])

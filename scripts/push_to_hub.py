@@ -44,11 +44,13 @@ def main() -> None:
             raise UsageError("--output_dir or --model_dir is missing: what to push")
     if not recipe.name:
         raise UsageError("--name is missing: the name on the Hub")
-    from sppo.hub.push import command, note_failure, push_data, push_model
+    from sppo.hub.push import command, note_push, push_data, push_model
 
     data_dir = Path(recipe.data_dir) if "data_dir" in places else None
     model_dir = Path(recipe.model_dir) if "model_dir" in places else None
     what = (recipe.org, recipe.name, recipe.public)
+    again = shlex.join(command(*what, data_dir, model_dir))
+    note_push([data_dir, model_dir], again)
     try:
         if data_dir:
             push_data(data_dir, *what)
@@ -57,10 +59,8 @@ def main() -> None:
     except UsageError:
         raise
     except SPPOError as error:
-        again = shlex.join(command(*what, data_dir, model_dir))
-        note_failure([data_dir, model_dir], again)
         raise SPPOError(f"{error}\nNothing here is lost. To push it, run:\n  {again}") from None
-    note_failure([data_dir, model_dir], "")
+    note_push([data_dir, model_dir], "")
 
 
 if __name__ == "__main__":

@@ -12,54 +12,61 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-case " $* " in *" --help "*) show_help "$root/scripts/run.sh" scripts/plan.py; exit 0 ;; esac
+if asks_for_help "$@"; then show_help "$root/scripts/run.sh" scripts/plan.py; exit 0; fi
 # killed, this script leaves nothing running; in a run a push may fail (see env.sh), and there is no --overwrite
 export SPPO_CHILD=1 SPPO_RUN=1 SPPO_NO_OVERWRITE=1
 
-# Look at everything first: flags, preflight, each iteration's recipe. What is left comes back in a file.
-plan=$(mktemp)
+# shellcheck disable=SC2059 # the formats are ours
+say() { { printf "$@"; } 2> /dev/null || true; } # also where nobody reads what is said
+trap : PIPE
+
+# A step of the run: what it does, and how long that took.
 doing=''
-ended() {
-  local code=$?
-  rm -f "$plan" ${held:+"$run_dir/.lock.owner"}
-  [ -n "$doing" ] || return 0
-  if [ "$code" = 130 ] && [ -e "$SPPO_STOP" ]; then
-    echo "=== $doing: stopped, as asked; run the same command to go on from here"
-  elif [ "$code" != 0 ]; then
-    echo "=== $doing: failed; run the same command again to go on from here" >&2
-  fi
-}
-trap ended EXIT
-run scripts/plan.py "$@" --plan="$plan"
-IFS= read -r run_dir < "$plan" || exit 0 # a dry run, or a job that is submitted
-
-# One run at a time in a directory: the lock lasts as long as this script.
-exec 9>> "$run_dir/.lock"
-run scripts/hold.py --run_dir="$run_dir"
-held=true
-SPPO_STOP=${SPPO_STOP:-$(cd "$run_dir" && pwd)/stop}
-export SPPO_STOP
-
 step() {
   local began=$SECONDS
   doing=$1
   shift
-  printf '\n=== %s\n' "$doing"
+  say '\n=== %s\n' "$doing"
   "$@"
-  echo "=== $doing: $((SECONDS - began)) s"
+  say '=== %s: %s s\n' "$doing" $((SECONDS - began))
 }
+
+plan=$(mktemp)
+ended() {
+  local code=$?
+  rm -f "$plan" ${held:+"$run_dir/.lock.owner"}
+  if [ "$code" = 130 ] && [ -e "${SPPO_STOP:-}" ]; then
+    say '=== %s: stopped, as asked; run the same command to go on from here\n' "$doing"
+  elif [ "$code" != 0 ] && [ -n "$doing" ]; then
+    say '=== %s: failed; run the same command again to go on from here\n' "$doing" >&2
+  fi
+}
+trap ended EXIT
+
+# Look at everything first: flags, preflight, each iteration's recipe. What is left comes back in a file: the run's
+# directory, a digest of the recipes, and a recipe a line. It is empty after a dry run, and where a job is submitted.
+run scripts/plan.py "$@" --plan="$plan"
+IFS= read -r run_dir < "$plan" || exit 0
+
+# One run at a time in a directory: the lock lasts as long as this script.
+exec 9>> "$run_dir/.lock"
+run scripts/hold.py --run_dir="$run_dir" --plan="$plan"
+held=true
+SPPO_STOP=${SPPO_STOP:-$(cd "$run_dir" && pwd)/stop}
+export SPPO_STOP
+exec 3< <(tail -n +3 "$plan")
 
 recipe=''
 while IFS= read -r next <&3; do
   recipe=$next
-  iteration=$(basename "$(dirname "$recipe")") && iteration="iteration ${iteration#iter}"
+  name=$(basename "$(dirname "$recipe")")
   # sourced, so that they are this very process: what they start ends with it
-  step "$iteration: generate" source "$root/scripts/generate.sh" --recipe "$recipe"
-  step "$iteration: train" source "$root/scripts/pipeline.sh" --recipe "$recipe"
-  step "$iteration: report" run scripts/report.py --recipe "$recipe"
-done 3< <(tail -n +2 "$plan")
+  step "iteration ${name#iter}: generate" source "$root/scripts/generate.sh" --recipe "$recipe"
+  step "iteration ${name#iter}: train" source "$root/scripts/pipeline.sh" --recipe "$recipe"
+  step "iteration ${name#iter}: report" run scripts/report.py --recipe "$recipe"
+done
 if [ -n "$recipe" ] && grep -q '^evaluate: true' "$recipe"; then
   step "win matrix" run scripts/win_matrix.py --run_dir "$run_dir"
 fi
 doing=''
-run scripts/finish.py --run_dir "$run_dir" # the table, the page, and what is not on the Hub
+run scripts/finish.py "$@" # the table, the page, and what is not on the Hub

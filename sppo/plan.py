@@ -21,8 +21,12 @@ from sppo.store.files import exclusive, has_begun
 
 
 def driver_parser(doc: str | None) -> cli.Parser:
-    """The flags of the drivers: every setting."""
-    return cli.make_parser(doc, [field.name for field in dataclasses.fields(Recipe)])
+    """The flags of the drivers: every setting, and what the preflight is to do."""
+    parser = cli.make_parser(doc, [field.name for field in dataclasses.fields(Recipe)])
+    parser.prog = "bash scripts/run.sh"
+    parser.add_argument("--dry_run", action="store_true", help="preflight, print what would be run, and stop")
+    parser.add_argument("--skip_preflight", action="store_true", help="start without scripts/doctor.py's checks")
+    return parser
 
 
 def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
@@ -58,12 +62,14 @@ def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     with exclusive(run_dir):
         if old_request:
             asked.unlink(missing_ok=True)
-        # the win matrix reads the first one
-        for mine in recipes[:1] + left if left and whole.evaluate else left:
+        # the win matrix reads the first one, and so does who makes a report by hand
+        is_first_read = whole.evaluate or not run.path_of(recipes[0]).exists()
+        for mine in recipes[:1] + left if left and is_first_read else left:
             run.write(mine)
         _note_command(run_dir, argv)
+        planned = run.digest_of_recipes([run.path_of(mine) for mine in left])
     if args.plan:
-        lines = [run_dir, *map(run.path_of, left)]
+        lines = [run_dir, planned, *map(run.path_of, left)]
         args.plan.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
 
 

@@ -16,7 +16,7 @@ from sppo.command.errors import OtherWorkError, SPPOError, UsageError
 from sppo.hub.push import check_name
 from sppo.launch.devices import devices, groups
 from sppo.recipe import Recipe, load_recipe, parse_part, require_pairs
-from sppo.store.files import atomic, read_json
+from sppo.store.files import atomic, digest_of, read_json
 from sppo.store.manifest import Stage
 from sppo.store.shards import Slice, known_count
 
@@ -29,7 +29,10 @@ def opened(recipe: Recipe) -> Recipe:
     require_pairs(recipe)
     for key in _OF_A_DRIVER:
         if getattr(recipe, key) != getattr(Recipe, key):
-            raise UsageError(f"--{key} is for one iteration by hand; a run sets it for each of its iterations")
+            raise UsageError(
+                f"--{key} {getattr(recipe, key)!r} is for one iteration by hand; a run sets it for each of its "
+                "iterations. A --recipe that an iteration has written is for generate.sh, pipeline.sh and report.py"
+            )
     name = recipe.name or Path(recipe.model).name
     if recipe.launcher == "local":
         groups(devices(recipe.gpus), recipe.world_size)
@@ -39,7 +42,10 @@ def opened(recipe: Recipe) -> Recipe:
         raise UsageError("--evaluate needs --eval_prompts, the held-out prompts on which the models are compared")
     if recipe.org:
         check_name(recipe.org, f"{name}-iter{recipe.iterations}")
-    return dataclasses.replace(recipe, name=name, run_dir=recipe.run_dir or str(Path("runs") / name))
+    run_dir = recipe.run_dir or str(Path("runs") / name)
+    if "\n" in run_dir or run_dir.startswith("-"):
+        raise UsageError(f"--run_dir {run_dir!r} begins with - or has more than one line; name it by its whole path")
+    return dataclasses.replace(recipe, name=name, run_dir=run_dir)
 
 
 def iteration(recipe: Recipe, number: int) -> Recipe:
@@ -82,6 +88,11 @@ def write(recipe: Recipe) -> None:
     text = yaml.safe_dump(dataclasses.asdict(pinned(recipe, _first_data(recipe))), sort_keys=False)
     with atomic(path_of(recipe)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def digest_of_recipes(paths: list[Path]) -> str:
+    """What tells the recipes that a start has written from those of a start beside it."""
+    return digest_of(b"".join(path.read_bytes() for path in paths))
 
 
 def of_run(recipe: Recipe) -> Recipe:

@@ -23,6 +23,7 @@ from huggingface_hub import DatasetCard, ModelCard, constants
 from huggingface_hub.utils import close_session
 
 from sppo.command.errors import run_main
+from sppo.hub.push import unpushed
 from sppo.pairing.training_set import compute_prob
 from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json
@@ -490,3 +491,16 @@ def test_a_push_without_a_place_is_wrong_use(command: list[str], message: str) -
     done = tiny.run(*command)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
+
+
+def test_a_push_that_fails_in_any_way_is_named_at_the_end_of_the_run(tmp_path: Path) -> None:
+    """An error of the disk too, for which push_to_hub.py has no words of its own."""
+    data = tmp_path / "iter1" / "data"
+    for name in ("train.parquet", "test.parquet"):
+        (data / name).mkdir(parents=True)
+    (data / "train.manifest.json").write_text("{}")
+    command = ["scripts/push_to_hub.py", "--what=data", f"--output_dir={data}", "--org=me", "--name=x-iter1"]
+    assert tiny.run(*command, SPPO_RUN="1").returncode == 1
+    (left,) = unpushed(tmp_path)
+    assert f"--output_dir={data}" in left
+    assert "--org=me" in left

@@ -19,6 +19,7 @@ from sppo.launch import cores, machine
 from sppo.launch.devices import devices, groups
 from sppo.launch.logs import last_lines, progress_line, show_failure
 from sppo.launch.watch import run_shards
+from sppo.run import digest_of_recipes
 
 
 def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,3 +368,29 @@ def test_one_process_on_a_cpu_has_the_environment_that_accelerate_gives(monkeypa
     assert command[2:] == ["--beta=0.1"]
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"):
         assert ours[name] == expected[name], name
+
+
+def test_a_second_start_does_not_run_with_the_settings_of_the_first(tmp_path: Path) -> None:
+    """Between plan.py and hold.py another start can write its recipes into the same directory."""
+    recipe, plan = tmp_path / "run" / "iter1" / "recipe.yaml", tmp_path / "plan"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("maxlen: 21\n")
+    plan.write_text(f"{tmp_path / 'run'}\n{digest_of_recipes([recipe])}\n{recipe}\n")
+    line = f'exec 9>> "{tmp_path}/run/.lock"; {sys.executable} scripts/hold.py --run_dir={tmp_path}/run --plan={plan}'
+    assert tiny.run("bash", "-c", line).returncode == 0
+    recipe.write_text("maxlen: 22\n")
+    refused = tiny.run("bash", "-c", line)
+    assert refused.returncode == 1
+    assert "another start has planned" in refused.stderr
+
+
+def test_what_is_started_by_a_script_that_is_dead_already_ends_at_once() -> None:
+    """A kill may come while Python starts, before it can ask to be told of its parent's death."""
+    assert tiny.run("scripts/combine_generate.py", "--output_dir=x", SPPO_PARENT="1").returncode == 130
+
+
+def test_bash_scripts_find_the_project_and_know_a_flag_from_a_value() -> None:
+    assert "one process a GPU" not in tiny.succeed("scripts/generate.sh", "--help", CDPATH=f".:{tiny.ROOT}")
+    done = tiny.run("scripts/generate.sh", "--system_prompt", "read the --help page", "--model=m")
+    assert done.returncode == 2
+    assert "--output_dir (--out_path) is missing" in done.stderr

@@ -39,7 +39,9 @@ WEIRD = 'it\'s a "name"; $(touch pwned) & `touch pwned` ünï'
 SECRETS = {"HF_TOKEN": "hf_" + "s" * 34, "OPENAI_API_KEY": "sk-" + "s" * 20, "WANDB_API_KEY": "w" * 40}
 
 
-def drive(models: Path, directory: Path, driver: str, family: str, *flags: str, **env: str) -> Path:
+def drive(
+    models: Path, directory: Path, driver: str, family: str, *flags: str, is_read: bool = True, **env: str
+) -> Path:
     """The driver, with names that a careless script would run, and secrets that a careless one would write down."""
     prompts, run = directory / f"{WEIRD}.jsonl", directory / WEIRD
     model = directory / f"{WEIRD} {family}"
@@ -49,7 +51,8 @@ def drive(models: Path, directory: Path, driver: str, family: str, *flags: str, 
     command = [driver, "--model", str(model), "--prompts", str(prompts), "--ranker", str(models / "PairRM")]
     command += ["--recipe", "recipes/sppo/demo.yaml", "--maxlen", "24", "--run_dir", str(run), "--gpus", "none"]
     more = ["--iterations", "2", "--pairs", "3", "--learning_rate", "1e-3", *flags]
-    shown = tiny.succeed(*command, *more, **SECRETS, **env)
+    deaf = [] if is_read else ["bash", "-c", 'bash "$@" 2>&1 | true; exit ${PIPESTATUS[0]}', "bash"]
+    shown = tiny.succeed(*deaf, *command, *more, **SECRETS, **env)
     assert not list(tiny.ROOT.rglob("pwned"))
     assert not list(directory.rglob("pwned"))
     written = [shown.encode(), *(p.read_bytes() for p in run.rglob("*") if p.is_file())]
@@ -112,7 +115,8 @@ def test_the_loop_with_transformers(models: Path, tmp_path: Path, network: dict[
     assert mtimes(run) == before
     assert sorted(run.rglob("*.log")) == logs  # and no stage was started to find that out
     (run / "iter2" / "data" / "ranking" / "shard-00000.parquet").unlink()
-    drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3")  # what is gone is made again, and the same
+    # what is gone is made again, and the same, also where nobody reads what is said
+    drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3", is_read=False)
     assert {path for path, time in mtimes(run).items() if before[path] != time} == {
         str(run / "iter2" / "data" / "ranking" / "shard-00000.parquet")
     }

@@ -119,7 +119,8 @@ def pids(run: Path, name: bytes) -> list[int]:
     found = []
     for path in tiny.processes(run, name):
         with contextlib.suppress(OSError):
-            if path.read_bytes().split(b"\0")[0].endswith(b"python"):
+            program, script, *_ = path.read_bytes().split(b"\0")
+            if program.endswith(b"python") or script.endswith(b"scripts/run.sh"):
                 found.append(int(path.parent.name))
     return found
 

@@ -146,6 +146,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     os.environ.update(search_path())  # for all that this command starts
     if CHILD in os.environ:
         die_with_parent()
+    parent = os.environ.pop("SPPO_PARENT", "")
+    if parent and os.getppid() != int(parent):  # it was killed before it could be heard of
+        os._exit(INTERRUPTED)
     if sys.version_info < OLDEST_PYTHON:
         sys.exit(_use_venv("is too old: Python {}.{} or newer is needed".format(*OLDEST_PYTHON)))
     signal.signal(signal.SIGTERM, _terminated)

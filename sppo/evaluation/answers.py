@@ -58,4 +58,4 @@ def call(command: list[str], name: str, **more: str) -> None:
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
     if done.returncode:
-        raise SPPOError(f"{name} failed:\n{done.stdout}")
+        raise SPPOError(f"{name} failed, see above\n{done.stdout}".strip())

@@ -33,8 +33,11 @@ def command(org: str, name: str, public: bool, output_dir: Path | None = None, m
     return [*made, *flags(org=org, name=name), *(["--public"] if public else [])]
 
 
-def note_failure(places: list[Path | None], again: str) -> None:
-    """Keep, beside each place in a run, the command that pushes it, for the end of the run; with "" it is pushed."""
+def note_push(places: list[Path | None], again: str) -> None:
+    """Keep, beside each place of a run, the command that pushes it, until it is pushed: then `again` is "".
+
+    The end of the run names what is left, however the push failed.
+    """
     for place in filter(None, places):
         note = place.absolute().parent / f"unpushed-{place.name}.txt"
         if not again:

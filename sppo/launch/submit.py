@@ -25,7 +25,8 @@ def sbatch_command(recipe: Recipe, argv: list[str]) -> list[str]:
         theirs = shlex.split(recipe.sbatch)
     except ValueError as error:
         raise UsageError(f"--sbatch {recipe.sbatch}: not flags as a shell takes them ({error})") from None
-    return [*words, *theirs, str(SCRIPT), "bash", str(ROOT / "scripts" / "run.sh"), *argv]
+    asked = [word for word in argv if word != "--dry_run"]
+    return [*words, *theirs, str(SCRIPT), "bash", str(ROOT / "scripts" / "run.sh"), *asked]
 
 
 def submit(recipe: Recipe, argv: list[str], dry_run: bool) -> None:
