@@ -31,8 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import worlds  # noqa: E402
 from worlds import DEVICE  # noqa: E402
 
+from sppo.launch.devices import matrix_rate  # noqa: E402
 from sppo.method.preference import mean_scores  # noqa: E402
-from sppo.preflight.plan import matrix_rate  # noqa: E402
 from sppo.rankers._pairrm_network import PairRM  # noqa: E402
 from sppo.rankers.llm_blender import load_blender  # noqa: E402
 from sppo.ranking.shards import prompt_logits  # noqa: E402

@@ -289,7 +289,7 @@ def measure(name: str, contestant: str, world: Path) -> dict[str, float]:
 
 
 def compare(name: str, rounds: int) -> None:
-    from sppo.preflight.plan import matrix_rate
+    from sppo.launch.devices import matrix_rate
 
     with tempfile.TemporaryDirectory() as made:
         world = Path(made)

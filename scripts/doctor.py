@@ -19,8 +19,8 @@ from sppo.command.errors import FAILED, run_main
 
 
 def main() -> int:
+    from sppo.iterations import opened
     from sppo.plan import driver_parser, preflight
-    from sppo.run import opened
 
     _, recipe = cli.parse(driver_parser(__doc__))
     return FAILED if preflight(opened(recipe)) else 0

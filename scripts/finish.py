@@ -18,8 +18,8 @@ from sppo.command.errors import SPPOError, run_main
 
 def main() -> None:
     from sppo.hub.push import unpushed
+    from sppo.iterations import opened
     from sppo.plan import driver_parser
-    from sppo.run import opened
     from sppo.store.files import read_json
 
     _, recipe = cli.parse(driver_parser(__doc__))

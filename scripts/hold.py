@@ -25,7 +25,7 @@ def main() -> None:
     run_dir = cli.require_dir("--run_dir", recipe.run_dir)
     hold_for_caller(run_dir, channel=9, pid=os.getppid())
     if args.plan:
-        from sppo.run import digest_of_recipes
+        from sppo.iterations import digest_of_recipes
 
         _, planned, *recipes = args.plan.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         if digest_of_recipes([Path(path) for path in recipes]) != planned:

@@ -53,7 +53,7 @@ def _recipe(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Recipe, bo
 
     They are those of --recipe, else of the first recipe.
     """
-    from sppo.run import of_run, path_of
+    from sppo.iterations import of_run, path_of
 
     first = Path(args.run_dir or "") / "iter1" / "recipe.yaml"
     is_by_hand = args.run_dir and args.iteration is not None and not args.recipe

@@ -10,7 +10,7 @@ import shlex
 import time
 from pathlib import Path
 
-from sppo import cli, run
+from sppo import cli, iterations
 from sppo.command import stopping
 from sppo.command.errors import NO_OVERWRITE, UsageError
 from sppo.launch.devices import CPU
@@ -35,7 +35,7 @@ def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     args: dry_run, skip_preflight, plan (see scripts/plan.py); argv: the flags, as they were given. Raises
     OtherWorkError where the run would meet work of other settings, SystemExit where the preflight says no.
     """
-    whole = run.opened(recipe)
+    whole = iterations.opened(recipe)
     run_dir = Path(whole.run_dir)
     os.environ[NO_OVERWRITE] = "1"
     argv = [word for word in argv if not word.startswith("--plan=")]
@@ -49,10 +49,10 @@ def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     with exclusive(run_dir) if has_begun(run_dir) else contextlib.nullcontext():
         asked = stop_file(run_dir)
         old_request = asked.exists()  # one that comes during the preflight is for this start
-        recipes = run.iterations(whole)
-        run.refuse_foreign(recipes, whole)
+        recipes = iterations.recipes_of(whole)
+        iterations.refuse_foreign(recipes, whole)
         _require_held_out(whole)
-        left = run.left(recipes, whole)
+        left = iterations.left(recipes, whole)
         problems = 0 if args.skip_preflight else preflight(whole)
         if args.dry_run:
             _print_commands(left)
@@ -63,13 +63,13 @@ def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
         if old_request:
             asked.unlink(missing_ok=True)
         # the win matrix reads the first one, and so does who makes a report by hand
-        is_first_read = whole.evaluate or not run.path_of(recipes[0]).exists()
+        is_first_read = whole.evaluate or not iterations.path_of(recipes[0]).exists()
         for mine in recipes[:1] + left if left and is_first_read else left:
-            run.write(mine)
+            iterations.write(mine)
         _note_command(run_dir, argv)
-        planned = run.digest_of_recipes([run.path_of(mine) for mine in left])
+        planned = iterations.digest_of_recipes([iterations.path_of(mine) for mine in left])
     if args.plan:
-        lines = [run_dir, planned, *map(run.path_of, left)]
+        lines = [run_dir, planned, *map(iterations.path_of, left)]
         args.plan.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
 
 
@@ -88,7 +88,7 @@ def _require_held_out(whole: Recipe) -> None:
 
 def preflight(whole: Recipe) -> int:
     """Look at everything that an opened recipe needs, and print it; returns how many problems there are."""
-    from sppo.preflight.report import open_run, report
+    from sppo.preflight.verdict import open_run, report
 
     opened = open_run(whole)
     os.environ["CUDA_VISIBLE_DEVICES"] = CPU  # what is tried here is tried on the CPU; the GPUs stay free
@@ -98,7 +98,7 @@ def preflight(whole: Recipe) -> int:
 def _print_commands(left: list[Recipe]) -> None:
     """What a run would do: its recipes are written when it begins."""
     for recipe in left:
-        path = shlex.quote(str(run.path_of(recipe)))
+        path = shlex.quote(str(iterations.path_of(recipe)))
         print(f"iteration {recipe.iteration}: {recipe.model} answers {recipe.prompts}, and becomes {recipe.model_dir}:")
         print(f"  bash scripts/generate.sh --recipe {path}")
         print(f"  bash scripts/pipeline.sh --recipe {path}")

@@ -15,12 +15,12 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from sppo import cli, run
+from sppo import cli, iterations
 from sppo.command.errors import SPPOError, UsageError
 from sppo.models import chat
 from sppo.plan import driver_parser
 from sppo.preflight import generation, machine, training
-from sppo.preflight import report as doctor
+from sppo.preflight import verdict as doctor
 from sppo.preflight.facts import Facts, Machines, Run
 from sppo.preflight.findings import Findings, size
 from sppo.preflight.gather import gather
@@ -51,7 +51,7 @@ def flags_of(models: Path, tmp_path: Path, *more: str | Path) -> list[str]:
 
 def opened(models: Path, tmp_path: Path, *more: str | Path) -> Run:
     _, recipe = cli.parse(driver_parser(""), flags_of(models, tmp_path, *more))
-    return doctor.open_run(run.opened(recipe))
+    return doctor.open_run(iterations.opened(recipe))
 
 
 def examined(models: Path, tmp_path: Path, *more: str | Path) -> Found:

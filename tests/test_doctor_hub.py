@@ -15,14 +15,14 @@ from sppo.preflight.findings import size
 
 ASK_THE_HUB = """
 import sys
-from sppo import cli, run
+from sppo import cli, iterations
 from sppo.plan import driver_parser
-from sppo.preflight import report as doctor
+from sppo.preflight import verdict as doctor
 from sppo.command.errors import SPPOError
 from sppo.preflight.hub import check_hub
 _, recipe = cli.parse(driver_parser(""), sys.argv[1:])
 try:
-    for finding in check_hub(doctor.open_run(run.opened(recipe))):
+    for finding in check_hub(doctor.open_run(iterations.opened(recipe))):
         print(finding.level, finding.text)
 except SPPOError as error:
     print("no", error)

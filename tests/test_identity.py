@@ -25,7 +25,7 @@ from bad_input import call
 from test_ranking import write_responses
 
 from sppo import cli
-from sppo import run as runs
+from sppo import iterations as runs
 from sppo.command.errors import SPPOError, UsageError
 from sppo.evaluation import best, report
 from sppo.evaluation.matrix import match_stages, win_matrix
@@ -429,7 +429,7 @@ def training_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 
 def report_identity(recipe: Recipe, world: Path) -> list[Stage]:
-    """As sppo/run.py asks whether an iteration's report is done."""
+    """As sppo/iterations.py asks whether an iteration's report is done."""
     run = world / "run"
     drawing = replace(recipe, prompts=recipe.eval_prompts, pairs=recipe.eval_pairs)
     by = report.comparing(recipe, run, 1, recipe.model)

@@ -15,11 +15,11 @@ import pytest
 import tiny
 
 from sppo.command.errors import SPPOError, UsageError
+from sppo.iterations import digest_of_recipes
 from sppo.launch import cores, machine
 from sppo.launch.devices import devices, groups
 from sppo.launch.logs import last_lines, progress_line, show_failure
 from sppo.launch.watch import run_shards
-from sppo.run import digest_of_recipes
 
 
 def test_devices_are_taken_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:

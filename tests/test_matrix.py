@@ -15,8 +15,8 @@ import tiny
 from sppo.command.errors import SPPOError
 from sppo.evaluation.match import Match
 from sppo.evaluation.matrix import compare, interval, length_controlled, matrix_stage, uniform, von_neumann_winner
+from sppo.iterations import is_done
 from sppo.recipe import load_recipe
-from sppo.run import is_done
 from sppo.schema import responses_schema
 from sppo.store.files import read_json
 

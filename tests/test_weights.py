@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from sppo import cli, rankers, run, run_sppo
+from sppo import cli, iterations, rankers, run_sppo
 from sppo.command import stopping
 from sppo.command.errors import INTERRUPTED, SPPOError, _terminated
 from sppo.evaluation.suites import open_llm
@@ -31,7 +31,7 @@ from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
 from sppo.models.vllm import check_vllm
 from sppo.plan import driver_parser
-from sppo.preflight import report
+from sppo.preflight import verdict
 from sppo.rankers import reward_model
 from sppo.recipe import Recipe
 from sppo.training import reference, train
@@ -260,7 +260,7 @@ def problems(model: Path, tmp_path: Path, *more: str) -> list[str]:
     ]
     flags += [f"--recipe={tiny.ROOT / 'recipes/sppo/demo.yaml'}", "--gpus=none", f"--run_dir={tmp_path / 'run'}"]
     _, recipe = cli.parse(driver_parser(""), [*flags, *more])
-    found = report.examine(report.gather(report.open_run(run.opened(recipe))))
+    found = verdict.examine(verdict.gather(verdict.open_run(iterations.opened(recipe))))
     return [f.text for findings in found.values() for f in findings if f.level == "no"]
 
 

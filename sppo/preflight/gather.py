@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from sppo.command.errors import SPPOError
 from sppo.launch.cores import main_memory
-from sppo.preflight import generation, machine, plan, ranking, training
+from sppo.preflight import generation, hours, machine, ranking, training
 from sppo.preflight.facts import Facts, Machines, Run
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def gather(run: Run) -> Facts:
     facts.prompts = learn("prompts", generation.read_prompts, run, model, facts.tokenizer) or []
     if run.reports:
         facts.held_out = learn("report", generation.read_held_out, run, model, facts.tokenizer)
-    facts.work = learn("plan", plan.count_work, run, facts.prompts, facts.training) or []
+    facts.work = learn("plan", hours.count_work, run, facts.prompts, facts.training) or []
     if run.generates:
         facts.ranker = learn("ranker", ranking.look_at_ranker, run)
     return facts

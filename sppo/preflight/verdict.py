@@ -1,8 +1,8 @@
 """The preflight: everything that can be known before GPU time is spent.
 
 gather.py looks at the run, the checks of each stage (generation.py, training.py, ...) say what they find in that, and
-plan.py puts the work into numbers. All checks are done, also where one of them fails, and only the work that is left is
-checked. Nothing is written: the findings, the plan, and a yes or a no are printed.
+hours.py puts the work into numbers. All checks are done, also where one of them fails, and only the work that is left
+is checked. Nothing is written: the findings, the plan, and a yes or a no are printed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sppo.launch.devices import CPU, devices
 from sppo.launch.script import open_launcher
-from sppo.preflight import plan
+from sppo.preflight import hours
 from sppo.preflight.facts import Facts, Iteration, Run
 from sppo.preflight.findings import Finding, Findings, no
 from sppo.preflight.gather import gather, trouble
@@ -20,7 +20,7 @@ from sppo.recipe import Recipe
 
 
 def open_run(recipe: Recipe) -> Run:
-    """The run that an opened recipe (see run.opened) asks for, and what of it is left."""
+    """The run that an opened recipe (see iterations.opened) asks for, and what of it is left."""
     run_dir, left = Path(recipe.run_dir), []
     for i in range(1, recipe.iterations + 1):
         here = run_dir / f"iter{i}"
@@ -89,7 +89,7 @@ def report(run: Run) -> int:
             print(f"  {finding.level:<4}  {finding.text}")
     if facts.work:
         print("plan")
-        print("\n".join(f"  {line}" for line in plan.table(facts.work, run.recipe, plan.hours(facts))))
+        print("\n".join(f"  {line}" for line in hours.table(facts.work, run.recipe, hours.hours(facts))))
     problems = sum(finding.level == "no" for findings in found.values() for finding in findings)
     counted = f"{problems} problem{'s' if problems > 1 else ''}"
     print(f"ready: no: {counted}, see above" if problems else "ready: yes", flush=True)

@@ -71,7 +71,7 @@ def iteration(recipe: Recipe, number: int) -> Recipe:
     return mine
 
 
-def iterations(recipe: Recipe) -> list[Recipe]:
+def recipes_of(recipe: Recipe) -> list[Recipe]:
     """The recipe of every iteration of an opened run, in order."""
     return [iteration(recipe, number) for number in range(1, recipe.iterations + 1)]
 
