@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from sppo import cli
@@ -69,7 +69,7 @@ def _opened(recipe: Recipe, name: str, logs: Path) -> Launcher:
     return launcher
 
 
-def _only_launcher(shards_dir: Path):  # noqa: ANN202 - a context manager of two kinds
+def _only_launcher(shards_dir: Path) -> AbstractContextManager[None]:
     """Hold the lock on the shards in a directory. Nobody can be making shards where nobody can write."""
     if shards_dir.exists() and not os.access(shards_dir, os.W_OK):
         return nullcontext()
