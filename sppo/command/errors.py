@@ -26,6 +26,8 @@ _ADVICE = {
 }
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 OLDEST_PYTHON = (3, 11)
+PARENT = "SPPO_PARENT"  # set by scripts/env.sh: the bash script that starts this one
+RUN = "SPPO_RUN"  # set by run.sh: a push that fails does not end a run
 CHILD = "SPPO_CHILD"  # set by generate.sh, pipeline.sh and evaluation/answers.py for what they start
 
 
@@ -146,7 +148,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     os.environ.update(search_path())  # for all that this command starts
     if CHILD in os.environ:
         die_with_parent()
-    parent = os.environ.pop("SPPO_PARENT", "")
+    parent = os.environ.pop(PARENT, "")
     if parent and os.getppid() != int(parent):  # it was killed before it could be heard of
         os._exit(INTERRUPTED)
     if sys.version_info < OLDEST_PYTHON:

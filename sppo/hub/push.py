@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.cli import flags
-from sppo.command.errors import SPPOError, UsageError
+from sppo.command.errors import RUN, SPPOError, UsageError
 from sppo.command.search_path import ROOT
 from sppo.hub.data_card import data_card
 from sppo.hub.upload import Files, Record, upload
@@ -42,7 +42,7 @@ def note_push(places: list[Path | None], again: str) -> None:
         note = place.absolute().parent / f"unpushed-{place.name}.txt"
         if not again:
             note.unlink(missing_ok=True)
-        elif "SPPO_RUN" in os.environ:
+        elif RUN in os.environ:
             note.write_text(f"{again}\n", encoding="utf-8")
 
 

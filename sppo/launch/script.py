@@ -17,7 +17,6 @@ from sppo.launch.watch import Launcher, run_shards, run_training
 from sppo.recipe import KEYS, Recipe
 from sppo.store.locks import alone
 
-SCRIPT = ROOT / "scripts" / "launch.py"
 _SHARDS = {"scripts/generate.py": "responses", "scripts/rank.py": "ranking"}  # where in $DATA their shards appear
 _TRAINING = "sppo/run_sppo.py"
 
