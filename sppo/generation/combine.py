@@ -21,7 +21,7 @@ from sppo.store.shards import known_count, shard_paths
 
 def combine_stage(output_dir: Path, numgpu: int, pairs: int) -> Stage:
     """The stage that makes $DATA/responses.parquet of the shards 0..numgpu-1, which are there."""
-    shards = [shard_paths(output_dir / "responses", i)[0] for i in range(numgpu)]
+    shards = [shard_paths(output_dir / "responses", i).parquet for i in range(numgpu)]
     return Stage(
         "combine",
         output_dir / "responses.manifest.json",
@@ -86,7 +86,7 @@ def _finished_shards(directory: Path, numgpu: int) -> list[dict[str, Any]]:
     known = known_count(directory)
     if numgpu < known:
         raise SPPOError(f"{directory} is made in {known} shards, so there are some beyond --numgpu {numgpu}")
-    paths = [shard_paths(directory, i)[1] for i in range(numgpu)]
+    paths = [shard_paths(directory, i).manifest for i in range(numgpu)]
     absent = [str(path) for path in paths if not path.exists()]
     if absent:
         raise SPPOError(f"shards that are not finished: {', '.join(absent)}; run generate.py for them")

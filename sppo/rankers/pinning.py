@@ -73,7 +73,7 @@ def _refuse_another(pin: dict[str, str], data_dir: Path) -> None:
         return
     there = _read_pin(data_dir)
     if not there:
-        manifests = [manifest for _, manifest, _ in (shard_paths(ranking, number) for number in begun)]
+        manifests = [shard_paths(ranking, number).manifest for number in begun]
         rankers = sorted(read_manifest(manifest)["ranker"] for manifest in manifests if manifest.exists())
         there = {"ranker": rankers[0]} if rankers else {}
     if changed := differences(there, {key: pin[key] for key in there}):

@@ -7,6 +7,7 @@ import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.store.files import read_json, write_json
@@ -131,7 +132,15 @@ def end_overwriting(directory: Path) -> None:
         note.unlink()
 
 
-def shard_paths(directory: Path, shard: int) -> tuple[Path, Path, Path]:
-    """(Parquet, manifest, journal) of a shard."""
+class ShardPaths(NamedTuple):
+    """The files of one shard."""
+
+    parquet: Path
+    manifest: Path
+    journal: Path
+
+
+def shard_paths(directory: Path, shard: int) -> ShardPaths:
+    """Where the files of a shard are."""
     stem = f"shard-{shard:05d}"
-    return directory / f"{stem}.parquet", directory / f"{stem}.manifest.json", directory / f"{stem}.journal"
+    return ShardPaths(*(directory / f"{stem}{suffix}" for suffix in (".parquet", ".manifest.json", ".journal")))
