@@ -90,7 +90,7 @@ def test_a_function_ranks_and_what_it_cannot_answer_is_counted(tmp_path: Path) -
     assert rows["p1"]["logits"] == [[float(len(a) - len(b)) for b in texts] for a in texts]
     assert max(asked(log).values()) == 1
     done = tiny.run("scripts/rank.py", "--output_dir", data, "--ranker", "asked:logit", "--pairs", "3", **env)
-    assert "is done" in done.stdout
+    assert "rank: done: " in done.stdout
     function_ranker(tmp_path, unanswered="another function")
     refused = tiny.run("scripts/rank.py", "--output_dir", data, "--ranker", "asked:logit", "--pairs", "3", **env)
     assert refused.returncode == 1  # the same name, another function
@@ -203,7 +203,7 @@ def test_the_released_commands_work_as_they_stand(models: Path, tmp_path: Path) 
     tiny.succeed(*draw)
     tiny.succeed(*rank, out)
     with_model = tiny.succeed(*rank, out, "--model", models / "llama3")
-    assert "is done" in with_model  # the model was the same
+    assert "rank: done: " in with_model  # the model was the same
     tiny.succeed("scripts/compute_prob.py", "--output_dir", out, "--pairs=2")
     assert len(pq.read_table(out / "train.parquet")) + len(pq.read_table(out / "test.parquet")) > 0
 

@@ -65,13 +65,8 @@ def best_of_n(recipe: Recipe, out: Path, overwrite: bool, load_prompts: Callable
 
     recipe = pinned(recipe, out)
     stage = best_stage(recipe, out)
-    if overwrite:
-        stage.discard()
-    if stage.is_current():
-        stage.remove_leftovers()
-        print(f"best_of_n: done: {stage.outputs[0]}")
+    if not stage.make_ready(overwrite):
         return
-    stage.refuse_foreign()
 
     launch(recipe, "rank", out / "logs", "rank", overwrite)
     stage.begin()

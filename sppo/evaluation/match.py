@@ -96,12 +96,7 @@ def match(
     """
     stage = match_stage(judge, judge_name, run_dir, opponent, challenger)
     pairings = _pairings(answers_of(run_dir, challenger), answers_of(run_dir, opponent))
-    if overwrite:
-        stage.discard()
-    if stage.is_current():
-        stage.remove_leftovers()
-    else:
-        stage.refuse_foreign()
+    if stage.make_ready(overwrite):
         stage.begin()
         journal = stage.open_journal()
         _compare(judge, pairings, journal, f"{judge_name}: iteration {challenger} against {opponent}")

@@ -46,15 +46,10 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
         if manifest["outputs"].get(name) != stage.inputs[name]:
             raise SPPOError(f"{directory / name} changed after it was written; delete it and run generate.py again")
 
-    path = stage.outputs[0]
-    if overwrite:
-        stage.discard()
-    if stage.is_current():
-        stage.remove_leftovers()
-        print(f"combine: done: {path}")
+    if not stage.make_ready(overwrite):
         return
-    stage.refuse_foreign()
     stage.begin()
+    path = stage.outputs[0]
     written = write_parquet(path, responses_schema(), _rows(directory, list(stage.inputs), pairs))
     skipped = [one for manifest in manifests for one in manifest["skipped"]]
     reasons = dict(Counter(one["reason"] for one in skipped))

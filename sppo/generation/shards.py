@@ -52,26 +52,15 @@ def generate_shards(
     """
     source = Source.of(recipe, part, output_dir)
     directory = output_dir / "responses"
-    missing = []
-    for shard in shards:
-        stage = source.stage(output_dir, shard)
-        if overwrite:
-            stage.discard()
-        if stage.is_current():
-            stage.remove_leftovers()
-            print(f"generate: shard {shard.data_frac} is done: {stage.outputs[0]}")
-        else:
-            stage.refuse_foreign()
-            missing.append(stage)
-
+    stages = [source.stage(output_dir, shard) for shard in shards]
+    missing = [stage for stage in stages if stage.make_ready(overwrite)]
     if missing:
         source.keep(output_dir)
         lay_out(directory, shards[0].count(source.total), overwrite)
         first, last = shards[0].data_frac, shards[-1].data_frac
         _generate(source, missing, f"shard {first}" if first == last else f"shards {first} to {last}", world_size)
 
-    rows = source.stage(output_dir, shards[0]).settings["rows"]
-    if len(shards) == shards[0].numgpu == 1 and rows == [0, source.total]:
+    if len(shards) == shards[0].numgpu == 1 and stages[0].settings["rows"] == [0, source.total]:
         combine(output_dir, 1, recipe.pairs, overwrite)
 
 

@@ -56,12 +56,8 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     schema = responses_columns(responses)
     stage = pairing_stage(recipe, output_dir)
     check_rankings(shards, responses, stage.inputs["responses"])
-    if not overwrite:
-        if stage.is_current():
-            stage.remove_leftovers()
-            print(f"compute_prob: done: {train}")
-            return
-        stage.refuse_foreign()
+    if not overwrite and not stage.make_ready():
+        return
     rankings = Rankings(shards, recipe.pairs)
     if not len(rankings):
         raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")

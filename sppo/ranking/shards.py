@@ -103,28 +103,17 @@ def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite:
     """
     responses = require_responses(output_dir)
     responses_columns(responses)
-    directory, total = output_dir / "ranking", open_parquet(responses, []).metadata.num_rows
+    total = open_parquet(responses, []).metadata.num_rows
     named = _with_ranker_and_model(recipe, output_dir)
 
-    # both once, for the first shard that is not done
     @functools.cache
     def load() -> Ranker:
         return rankers.backend(named).load(named)
 
-    @functools.cache
-    def note_count() -> None:
-        lay_out(directory, parts[0].count(total), overwrite)
-
     for part in parts:
         stage = rank_stage(recipe, output_dir, part)
-        if overwrite:
-            stage.discard()
-        if stage.is_current():
-            stage.remove_leftovers()
-            print(f"rank: shard {part.data_frac} is done: {stage.outputs[0]}")
-        else:
-            stage.refuse_foreign()
-            note_count()
+        if stage.make_ready(overwrite):
+            lay_out(output_dir / "ranking", part.count(total), overwrite)
             _rank_shard(named, stage, part.data_frac, load)
 
 

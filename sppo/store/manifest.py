@@ -105,6 +105,11 @@ class Stage:
         """While the stage is at work, and after a kill: its identity. Who is at work holds a lock on it."""
         return self.manifest.with_name(self.manifest.name + ".started")
 
+    @property
+    def _made(self) -> Path:
+        """What messages call the work: its first file, or the directory that it is as a whole."""
+        return self.outputs[0] if self.outputs else self.manifest.parent
+
     # What a stage asks. None of these writes or deletes anything.
 
     def is_current(self) -> bool:
@@ -172,6 +177,20 @@ class Stage:
 
     # What a stage does.
 
+    def make_ready(self, overwrite: bool = False) -> bool:
+        """Make ready for the work, or say that it is done; returns whether there is any to do.
+
+        overwrite: what is here goes first (see discard). Raises SPPOError as refuse_foreign does.
+        """
+        if overwrite:
+            self.discard()
+        if self.is_current():
+            self.remove_leftovers()
+            print(f"{self.name}: done: {self._made}")
+            return False
+        self.refuse_foreign()
+        return True
+
     def discard(self) -> None:
         """Delete what is here, for --overwrite. Raises SPPOError where another process is making it.
 
@@ -233,8 +252,9 @@ class Stage:
             try:
                 self._held = hold(self._marker)
             except BlockingIOError:
-                what = self.outputs[0] if self.outputs else self.manifest.parent
-                raise SPPOError(f"{self.name}: another process is making {what}; wait for it or stop it") from None
+                raise SPPOError(
+                    f"{self.name}: another process is making {self._made}; wait for it or stop it"
+                ) from None
         return self._held
 
     def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:

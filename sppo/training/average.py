@@ -32,11 +32,8 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
     for policy in others:
         _refuse_different(first, policy, shapes)
     stage = Stage("average", target / MANIFEST, [], {"models": [policy.identity() for policy in policies]}, {})
-    if not overwrite:
-        if stage.is_current():
-            print(f"average: done: {output_dir}")
-            return
-        stage.refuse_foreign()
+    if not overwrite and not stage.make_ready():
+        return
     with appearing(target, stage.name) as final:
         copy_files(first.weights, final, ("config.json", "generation_config.json", "model.safetensors.index.json"))
         copy_tokenizer(first.tokenizer_dir, final)

@@ -67,11 +67,8 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
     ]
     inputs = {"answers": content_id(outputs), "reference": content_id(rows)}
     stage = figures_stage(order, inputs, {"annotator": ANNOTATOR}, (OUTPUTS, ANNOTATIONS))
-    if order.overwrite:
-        stage.discard()
-    if stage.is_current():
+    if not stage.make_ready(order.overwrite):
         return
-    stage.refuse_foreign()
     stage.begin()
     with atomic(order.out / OUTPUTS) as temporary:
         temporary.write_text(json.dumps(outputs, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -74,11 +74,8 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
     prompts = read_json(Path(__file__).with_name("mt_bench_prompts.json"))
     requests = [judge_request(prompts, row, drawn[str(row["question_id"])], turn) for row in rows for turn in (1, 2)]
     stage = figures_stage(order, {"requests": content_id(requests)}, {}, (JUDGEMENTS,))
-    if order.overwrite:
-        stage.discard()
-    if stage.is_current():
+    if not stage.make_ready(order.overwrite):
         return
-    stage.refuse_foreign()
     stage.begin()
 
     choices = judge.choices(requests, lambda choice: rating(text_of(choice)) is not None, "a rating like [[5]]")

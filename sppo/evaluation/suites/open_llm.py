@@ -106,11 +106,8 @@ def run_suite(order: Order, tasks: list[tuple[LeaderboardTask, Any]], judge: Sui
 
     policy = policy_of(order.recipe)
     stage = tasks_stage(order, policy, [task.name for task, _ in tasks])
-    if order.overwrite:
-        stage.discard()
-    if stage.is_current():
+    if not stage.make_ready(order.overwrite):
         return
-    stage.refuse_foreign()
     identity = {"model": stage.inputs["model"], "engine": "VLLM" if _uses_vllm(order.recipe, policy) else "HFLM"}
     journal = Journal(order.out / "answers.journal", identity, order.overwrite)
     stage.begin()
