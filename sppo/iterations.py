@@ -7,7 +7,7 @@ generate.sh, pipeline.sh and the report, each with that iteration's recipe.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -110,57 +110,43 @@ def of_run(recipe: Recipe) -> Recipe:
 # What is left to do
 
 
-def is_done(groups_of_stages: Iterable[list[Stage]], *files: Path) -> bool:
-    """Whether all stages are current, and `files` are there. Writes nothing."""
-    if not all(path.exists() for path in files):
-        return False
-    try:
-        return all(stage.is_current() for group in groups_of_stages for stage in group)
-    except (SPPOError, FileNotFoundError):  # what they stand on is not there, or not whole
-        return False
-
-
-def is_iteration_done(recipe: Recipe, run: Recipe) -> bool:
-    """Whether an iteration's data, model and report are there as its recipe asks. With --org the scripts decide."""
-    here = path_of(recipe).parent
-    data, model = Path(recipe.data_dir) / "train.manifest.json", Path(recipe.model_dir) / "sppo_manifest.json"
-    if recipe.org or not is_done(data_stages(recipe), data) or not is_done(training_stages(recipe), model):
-        return False
-    report = (here / "eval" / "report.manifest.json", Path(recipe.run_dir) / "summary.json")
-    return not recipe.eval_prompts or is_done(report_stages(recipe, run), *report)
-
-
 def left(recipes: list[Recipe], run: Recipe) -> list[Recipe]:
-    """The iterations that have work left; where nothing but the win matrix is left, the last one."""
-    found = [recipe for recipe in recipes if not is_iteration_done(recipe, run)]
-    matrix = Path(run.run_dir) / "matrix.json"
-    if not found and run.evaluate and not is_done(matrix_stages(run), matrix):
-        found = recipes[-1:]
+    """The iterations that have work left; where nothing but the win matrix is left, the last one. Writes nothing.
+
+    Raises OtherWorkError where the run would meet work of other settings, as far as the stages stand: what is made of
+    files that are missing or damaged is known when these are made again.
+    """
+    found: list[Recipe] = []
+    stands = True  # all that is looked at so far
+    for recipe in recipes:
+        steps = [data_stages(recipe), training_stages(recipe)]
+        if run.eval_prompts:
+            steps.append(report_stages(recipe, run))
+        is_whole = all(is_done(step, refuse=stands) for step in steps)
+        stands = stands and is_whole
+        if recipe.org or not is_whole:  # the scripts know what is pushed
+            found.append(recipe)
+    if run.evaluate and stands and not is_done(matrix_stages(run), refuse=True):
+        return found or recipes[-1:]
     return found
 
 
-def refuse_foreign(recipes: list[Recipe], run: Recipe) -> None:
-    """Raise OtherWorkError where the run would meet work of other settings. Asks, before anything is written.
-
-    As far as the stages stand: what is made of files that are missing or damaged is known when these are made again.
-    """
-    steps = []
-    for recipe in recipes:
-        steps += [data_stages(recipe), training_stages(recipe)]
-        steps += [report_stages(recipe, run)] if run.eval_prompts else []
-    if run.evaluate:
-        steps.append(matrix_stages(run))
-    for step in steps:
-        try:
-            for group in step:
+def is_done(step: Stages, refuse: bool = False) -> bool:
+    """Whether all stages are current. Writes nothing. refuse: raises OtherWorkError for work of other settings."""
+    try:
+        for group in step:
+            if refuse:
                 for stage in group:
                     stage.refuse_others()
-                if not all(stage.is_current() for stage in group):
-                    return
-        except (OtherWorkError, UsageError):
+            if not all(stage.is_current() for stage in group):
+                return False
+        return True
+    except (OtherWorkError, UsageError):
+        if refuse:
             raise
-        except (SPPOError, FileNotFoundError):
-            return
+        return False
+    except (SPPOError, FileNotFoundError):  # what they stand on is not there, or not whole
+        return False
 
 
 # The stages of one iteration, from its recipe

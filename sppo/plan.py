@@ -50,7 +50,6 @@ def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
         asked = stop_file(run_dir)
         old_request = asked.exists()  # one that comes during the preflight is for this start
         recipes = iterations.recipes_of(whole)
-        iterations.refuse_foreign(recipes, whole)
         _require_held_out(whole)
         left = iterations.left(recipes, whole)
         problems = 0 if args.skip_preflight else preflight(whole)
