@@ -96,7 +96,7 @@ def timings(model: Path, asked: Path, pairs: int, maxlen: int, ways: list[str], 
     tokenizer = policy.tokenizer()
     stops = policy.stop_ids(tokenizer)
     requests = to_requests(recipe, policy, tokenizer, load_prompts(recipe.prompts, recipe)).requests
-    llm = vllm.start(policy, recipe, max(len(r.token_ids) + r.max_new_tokens for r in requests), 1)
+    llm = vllm.start(policy, recipe, max(len(r.token_ids) + r.max_new_tokens for r in requests))
     inputs = [TokensPrompt(prompt_token_ids=list(r.token_ids)) for r in requests]
 
     def sampling(n: int, seed: int | None) -> SamplingParams:
@@ -182,7 +182,7 @@ def memory_of(count: int, stage: str) -> None:
         )
         chat.load_tokenizer(model)
 
-        def canned(_: str, __: Any, ___: Any, ____: Any, requests: list[Request], *_____: Any) -> Iterator[Any]:
+        def canned(_: str, __: Any, ___: Any, ____: Any, requests: list[Request]) -> Iterator[Any]:
             for request in requests:
                 yield request, [Response(list(range(10, 210)), "length") for _ in range(recipe.pairs)]
 
@@ -190,7 +190,7 @@ def memory_of(count: int, stage: str) -> None:
         if stage == "prompts":
             load_prompts(recipe.prompts, recipe)
         elif stage == "shard":
-            generate_shards(recipe, Path(scratch) / "out", [Slice(0, 0)], (0, 1), 1, False)
+            generate_shards(recipe, Path(scratch) / "out", [Slice(0, 0)], False)
         print(f"PEAK {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
 
 

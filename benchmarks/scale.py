@@ -37,7 +37,7 @@ SITE = """
 import atexit, os, re, sys, types
 
 
-def draw(policy, recipe, stop_ids, requests, world_size):
+def draw(policy, recipe, stop_ids, requests):
     from sppo.generation.engines import Response
     for request in requests:
         length, start = int(os.environ["SPPO_SCALE_TOKENS"]), request.seed % 200 + 20

@@ -5,8 +5,7 @@
 Reads   the model (Hub id or directory) and the prompts (Hub id, directory, .parquet, .jsonl or .csv).
 Writes  <output_dir>/responses/shard-<data_frac>.parquet and its manifest; while it works, a journal beside them,
         from which a killed run goes on. A shard that holds all prompts needs no combine_generate.py: then
-        <output_dir>/responses.parquet is written too. Of 20,000 prompts or more in a file, <output_dir>/prompts.parquet
-        keeps them, so that each shard reads its own alone.
+        <output_dir>/responses.parquet is written too.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import cli
 from sppo.command.errors import UsageError, run_main
-from sppo.recipe import KEYS, parse_part, require_pairs
+from sppo.recipe import KEYS, require_pairs
 
 
 def main() -> None:
@@ -38,16 +37,14 @@ def main() -> None:
     from sppo.generation.source import Source
     from sppo.store.shards import Slice, parse_shards
 
-    part = parse_part(recipe.prompts_part)
     if args.only_prompts:
-        source = Source.of(recipe, part, data_dir)
+        source = Source.of(recipe)
         if not args.overwrite:
             source.refuse_others(data_dir, args.frac_len)
-        source.keep(data_dir)
-        print(f"generate: {source.total} prompts")
+        print(f"generate: {len(source.prompts)} prompts")
         return
     shards = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]
-    generate_shards(recipe, data_dir, shards, part, recipe.world_size, args.overwrite)
+    generate_shards(recipe, data_dir, shards, args.overwrite)
 
 
 if __name__ == "__main__":

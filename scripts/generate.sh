@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 if asks_for_help "$@"; then show_help "$root/scripts/generate.sh" scripts/generate.py; exit 0; fi
 export SPPO_CHILD=1 # killed, this script leaves nothing running
 
-run scripts/generate.py "$@" --only_prompts             # reads the prompts once, before all shards want them
+run scripts/generate.py "$@" --only_prompts             # the flags, the prompts and what is here, before any shard
 run scripts/launch.py scripts/generate.py "$@"          # K responses a prompt: one process a GPU, or on a cluster
 run scripts/combine_generate.py "$@"                    # -> responses.parquet
 run scripts/preload.py "$@"                             # the ranker, once, before all shards want it

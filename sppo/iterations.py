@@ -15,7 +15,7 @@ import yaml
 from sppo.command.errors import OtherWorkError, SPPOError, UsageError
 from sppo.hub.push import check_name
 from sppo.launch.devices import devices, groups
-from sppo.recipe import Recipe, load_recipe, parse_part, require_pairs
+from sppo.recipe import Recipe, load_recipe, require_pairs
 from sppo.store.files import atomic, digest_of, read_json
 from sppo.store.manifest import Stage
 from sppo.store.shards import Slice, known_count
@@ -160,7 +160,7 @@ def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
     count = known_count(data_dir / "responses")
     if not count:
         raise SPPOError(f"{data_dir} is not begun")
-    source = Source.of(recipe, parse_part(recipe.prompts_part), data_dir)
+    source = Source.of(recipe)
     yield [source.stage(data_dir, Slice(0, i, count)) for i in range(count)]
     yield [combine_stage(data_dir, count, recipe.pairs)]
 

@@ -174,9 +174,9 @@ def test_a_turn_that_a_template_would_leave_out_is_counted(models: Path, tmp_pat
         ),
     ):
         template.write_text(text)
-        source = Source.of(recipe, (0, 1), tmp_path)
+        source = Source.of(recipe)
         tokenizer = source.policy.tokenizer()
-        made = to_requests(recipe, source.policy, tokenizer, source.rows(0, 2))
+        made = to_requests(recipe, source.policy, tokenizer, source.prompts[0:2])
         requests, skipped = made.requests, made.skipped
         assert [s["reason"] for s in skipped] == expected
         assert len(requests) == 2 - len(expected)
@@ -218,8 +218,8 @@ def test_a_prompt_in_the_models_own_template_is_not_templated_again(models: Path
     fine = ["~user~ what does this mean?", "Why? ~~\n~assistant~ ", "~user~ ~~\n~assistant~ and ~~"]
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in [*texts, *fine]])
     recipe = Recipe(model=str(model), prompts=str(path))
-    source = Source.of(recipe, (0, 1), tmp_path)
-    made = to_requests(recipe, source.policy, tokenizer, source.rows(0, 5))
+    source = Source.of(recipe)
+    made = to_requests(recipe, source.policy, tokenizer, source.prompts[0:5])
     requests, skipped = made.requests, made.skipped
     assert [s["reason"] for s in skipped] == ["in a chat template already"] * 2
     assert len(requests) == 3

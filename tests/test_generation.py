@@ -45,7 +45,7 @@ def recipe(models: Path, tmp_path: Path) -> Recipe:
 
 def generate(recipe: Recipe, out: Path, shards: int) -> list[dict[str, Any]]:
     for i in reversed(range(shards)):  # order decides nothing
-        generate_shards(recipe, out, [Slice(0, i, shards)], (0, 1), 1, False)
+        generate_shards(recipe, out, [Slice(0, i, shards)], False)
     combine(out, shards, recipe.pairs, False)
     return pq.read_table(out / "responses.parquet").to_pylist()
 
@@ -92,7 +92,7 @@ def test_more_shards_than_prompts_and_wrong_slices(recipe: Recipe, tmp_path: Pat
 def test_a_missing_a_foreign_or_a_stale_shard_is_never_combined(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for i in range(2):
-        generate_shards(recipe, out, [Slice(0, i, 3)], (0, 1), 1, False)
+        generate_shards(recipe, out, [Slice(0, i, 3)], False)
     with pytest.raises(SPPOError, match="not finished.*shard-00002"):
         combine(out, 3, 3, False)
     with pytest.raises(SPPOError, match="made in 3 shards, so there are some beyond --numgpu 2"):
@@ -101,11 +101,11 @@ def test_a_missing_a_foreign_or_a_stale_shard_is_never_combined(recipe: Recipe, 
     with pytest.raises(SPPOError, match="end at row 16 of 24"):
         combine(out, 2, 3, False)
     recipe.temperature = 0.9
-    generate_shards(recipe, out, [Slice(0, 2, 3)], (0, 1), 1, False)
+    generate_shards(recipe, out, [Slice(0, 2, 3)], False)
     with pytest.raises(SPPOError, match="differ in temperature"):
         combine(out, 3, 3, False)
     with pytest.raises(SPPOError, match=r"settings\.temperature: 1\.0 there, 0\.9 now"):
-        generate_shards(recipe, out, [Slice(0, 0, 3)], (0, 1), 1, False)
+        generate_shards(recipe, out, [Slice(0, 0, 3)], False)
     assert not (out / "responses.parquet").exists()
 
 
@@ -235,7 +235,7 @@ def test_vllm_gives_the_same_whatever_the_shards(
 ) -> None:
     """On the CPU build, in float32: 1, 2, 3 and 5 shards, in any order, and duplicates differ."""
     pytest.importorskip("vllm")
-    engine = vllm.start(open_policy(recipe.model), recipe, 256, 1)
+    engine = vllm.start(open_policy(recipe.model), recipe, 256)
     monkeypatch.setattr(vllm, "start", lambda *_: engine)
     recipe.engine = "vllm"
 

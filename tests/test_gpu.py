@@ -224,7 +224,7 @@ def requests_of(model: Path, count: int) -> tuple[Any, set[int], list[Request]]:
 
 def drawn(engine: Any, policy: Any, stops: set[int], requests: list[Request], **settings: Any) -> dict[str, Any]:
     recipe = Recipe(pairs=3, maxlen=24, temperature=1.0, top_p=1.0, gpu_memory_utilization=0.1, **settings)
-    return {r.prompt_id: answers for r, answers in engine.draw(policy, recipe, stops, requests, 1)}
+    return {r.prompt_id: answers for r, answers in engine.draw(policy, recipe, stops, requests)}
 
 
 def largest_gap(policy: Any, requests: list[Request], answers: dict[str, Any]) -> float:
@@ -274,7 +274,7 @@ def test_vllm_draws_the_same_whatever_the_neighbours(models: Path, tmp_path: Pat
     model = tiny.lora(models / "llama3", tmp_path / "lora") if adapted else models / "llama3"
     policy, stops, requests = requests_of(model, 24)
     recipe = Recipe(pairs=3, maxlen=24, temperature=1.0, top_p=1.0, gpu_memory_utilization=0.1)
-    llm = vllm.start(policy, recipe, 400, 1)
+    llm = vllm.start(policy, recipe, 400)
 
     def draw(some: list[Request]) -> dict[str, Any]:
         return {r.prompt_id: answers for r, answers in vllm.draw_from(llm, policy, recipe, stops, some)}
@@ -296,8 +296,8 @@ def test_vllm_over_two_gpus(models: Path) -> None:
     from sppo.generation.engines import vllm
 
     policy, stops, requests = requests_of(models / "llama3", 8)
-    recipe = Recipe(pairs=2, maxlen=16, gpu_memory_utilization=0.1)
-    answers = {r.prompt_id: a for r, a in vllm.draw(policy, recipe, stops, requests, 2)}
+    recipe = Recipe(pairs=2, maxlen=16, gpu_memory_utilization=0.1, world_size=2)
+    answers = {r.prompt_id: a for r, a in vllm.draw(policy, recipe, stops, requests)}
     assert largest_gap(policy, requests, answers) < 0.25
 
 

@@ -50,7 +50,7 @@ def generated(models: Path, directory: Path, prompts: list[str]) -> tuple[dict[s
     source = tiny.write_jsonl(directory / "p.jsonl", [{"prompt": p, "prompt_id": p[:50]} for p in prompts])
     recipe = Recipe(model=str(models / "llama3"), prompts=str(source), pairs=2, maxlen=6, engine="transformers")
     for i in range(3):
-        generate_shards(recipe, directory, [Slice(0, i, 3)], (0, 1), 1, False)
+        generate_shards(recipe, directory, [Slice(0, i, 3)], False)
     combine(directory, 3, 2, False)
     rows = pq.read_table(directory / "responses.parquet").to_pylist()
     for response in (r for row in rows for r in row["responses"]):

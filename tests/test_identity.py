@@ -283,11 +283,11 @@ def test_generation_overwritten_with_fewer_shards_is_a_fresh_run(models: Path, t
     prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"Why {i}?"} for i in range(7)])
     recipe = Recipe(model=str(models / "llama3"), prompts=str(prompts), pairs=2, maxlen=4, engine="transformers")
     data, fresh = tmp_path / "data", tmp_path / "fresh"
-    generate_shards(recipe, data, [Slice(0, i, 3) for i in range(3)], (0, 1), 1, False)
+    generate_shards(recipe, data, [Slice(0, i, 3) for i in range(3)], False)
     combine(data, 3, 2, False)
     recipe.temperature = 1.5
-    generate_shards(recipe, data, [Slice(0, 0)], (0, 1), 1, True)
-    generate_shards(recipe, fresh, [Slice(0, 0)], (0, 1), 1, False)
+    generate_shards(recipe, data, [Slice(0, 0)], True)
+    generate_shards(recipe, fresh, [Slice(0, 0)], False)
     assert sorted(p.name for p in (data / "responses").iterdir()) == sorted(
         p.name for p in (fresh / "responses").iterdir()
     )
@@ -421,7 +421,7 @@ def rank_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 
 def drawn_identity(recipe: Recipe, world: Path) -> list[Stage]:
-    return [Source.of(recipe, (0, 1), world / "new").stage(world / "new", Slice(0, 0))]
+    return [Source.of(recipe).stage(world / "new", Slice(0, 0))]
 
 
 def training_identity(recipe: Recipe, world: Path) -> list[Stage]:
@@ -642,7 +642,7 @@ def finished(models: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     recipe = runs.iteration(runs.opened(cli.parse(driver_parser(""), words[1:])[1]), 1)
     words.append("--skip_preflight")
     data, model = run / "iter1" / "data", run / "iter1" / "model"
-    generate_shards(recipe, data, [Slice(0, 0)], (0, 1), 1, False)
+    generate_shards(recipe, data, [Slice(0, 0)], False)
     rank_shards(recipe, data, [Slice(0, 0)], False)
     compute_prob(recipe, data, False)
     shutil.copytree(models / "llama3", model)
@@ -769,7 +769,7 @@ def test_a_prompt_without_a_best_response_is_counted_and_has_an_entry(
     out = tmp_path / "out"
 
     def drawn(*_: Any) -> Path:
-        generate_shards(recipe, out, [Slice(0, 0)], (0, 1), 1, False)
+        generate_shards(recipe, out, [Slice(0, 0)], False)
         return out / "responses.parquet"
 
     monkeypatch.setattr(best, "draw", drawn)

@@ -75,14 +75,14 @@ def test_what_the_policy_read_is_kept_with_what_it_said(
     out = tmp_path / "data"
 
     def run() -> None:
-        generate_shards(recipe, out, [Slice(0, 0)], (0, 1), 1, False)
+        generate_shards(recipe, out, [Slice(0, 0)], False)
 
     day(1)
     with monkeypatch.context() as patch:
         killed_after(3, patch)
         with pytest.raises(KeyboardInterrupt):
             run()
-    stage = Source.of(recipe, (0, 1), out).stage(out, Slice(0, 0))
+    stage = Source.of(recipe).stage(out, Slice(0, 0))
     journal = Journal(stage.journal, stage.identity)
     drawn = dict.fromkeys(journal.done)
     journal.close()
@@ -99,12 +99,12 @@ def test_a_journal_without_what_the_policy_read_is_refused(models: Path, tmp_pat
     """An older version's: the template may make other token ids of the prompt today."""
     prompts = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Why?", "prompt_id": "p"}])
     recipe = Recipe(model=str(models / "llama3"), prompts=str(prompts), pairs=2, maxlen=4, engine="transformers")
-    stage = Source.of(recipe, (0, 1), tmp_path).stage(tmp_path, Slice(0, 0))
+    stage = Source.of(recipe).stage(tmp_path, Slice(0, 0))
     journal = Journal(stage.journal, stage.identity)
     journal.add("p", {"responses": [{"text": "kept", "token_ids": [50, 51], "finish_reason": "length"}] * 2})
     journal.close()
     with pytest.raises(SPPOError, match="shard-00000.journal is of an older version; move it away"):
-        generate_shards(recipe, tmp_path, [Slice(0, 0)], (0, 1), 1, False)
+        generate_shards(recipe, tmp_path, [Slice(0, 0)], False)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def paired(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("paired")
     prompts = tiny.write_jsonl(out / "p.jsonl", [{"prompt": f"Why is {n} None?"} for n in range(6)])
     recipe = Recipe(model=str(models / "llama3"), prompts=str(prompts), pairs=3, maxlen=12, engine="transformers")
-    generate_shards(recipe, out, [Slice(0, 0)], (0, 1), 1, False)
+    generate_shards(recipe, out, [Slice(0, 0)], False)
     names = [row["prompt_id"] for row in pq.read_table(out / "responses.parquet").to_pylist()]
     (out / "ranking").mkdir()
     logits = [[0.0, 2.0, -1.0], [-2.0, 0.0, 1.0], [3.0, 0.5, 0.0]]

@@ -17,7 +17,7 @@ from sppo.generation.source import Source
 from sppo.generation.templating import Templated, to_requests
 from sppo.models import chat
 from sppo.models.files import public_name
-from sppo.recipe import Recipe
+from sppo.recipe import Recipe, parse_part
 from sppo.schema import responses_schema
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage
@@ -42,29 +42,26 @@ class _Shard:
         return [request for request in self.prompts.requests if request.prompt_id not in self.journal.done]
 
 
-def generate_shards(
-    recipe: Recipe, output_dir: Path, shards: list[Slice], part: tuple[int, int], world_size: int, overwrite: bool
-) -> None:
+def generate_shards(recipe: Recipe, output_dir: Path, shards: list[Slice], overwrite: bool) -> None:
     """Write $DATA/responses/shard-<data_frac>.parquet for each of `shards`, with one engine.
 
     Finished prompts of an earlier, killed try are kept. A shard that holds all prompts is the only one:
     $DATA/responses.parquet is made of it at once.
     """
-    source = Source.of(recipe, part, output_dir)
-    directory = output_dir / "responses"
+    source = Source.of(recipe)
+    total = len(source.prompts)
     stages = [source.stage(output_dir, shard) for shard in shards]
     missing = [stage for stage in stages if stage.make_ready(overwrite)]
     if missing:
-        source.keep(output_dir)
-        lay_out(directory, shards[0].count(source.total), overwrite)
+        lay_out(output_dir / "responses", shards[0].count(total), overwrite)
         first, last = shards[0].data_frac, shards[-1].data_frac
-        _generate(source, missing, f"shard {first}" if first == last else f"shards {first} to {last}", world_size)
+        _generate(source, missing, f"shard {first}" if first == last else f"shards {first} to {last}")
 
-    if len(shards) == shards[0].numgpu == 1 and stages[0].settings["rows"] == [0, source.total]:
+    if len(shards) == shards[0].numgpu == 1 and stages[0].settings["rows"] == [0, total]:
         combine(output_dir, 1, recipe.pairs, overwrite)
 
 
-def _generate(source: Source, stages: list[Stage], label: str, world_size: int) -> None:
+def _generate(source: Source, stages: list[Stage], label: str) -> None:
     """Draw what the shards' journals do not hold, and write each shard as soon as it is whole."""
     recipe, policy, engine = source.recipe, source.policy, stages[0].settings["engine"]
     tokenizer = policy.tokenizer()
@@ -82,7 +79,7 @@ def _generate(source: Source, stages: list[Stage], label: str, world_size: int) 
 
     tokens = 0
     with progress(len(shard_of), label, "prompt", len(shard_of) - len(requests)) as bar:
-        for request, responses in finished_responses(engine, policy, recipe, stop_ids, requests, world_size):
+        for request, responses in finished_responses(engine, policy, recipe, stop_ids, requests):
             if len(responses) != recipe.pairs:
                 found = f"{len(responses)} responses, not {recipe.pairs}"
                 raise SPPOError(f"the engine gave {found}, to {request.prompt_id}")
@@ -99,10 +96,10 @@ def _generate(source: Source, stages: list[Stage], label: str, world_size: int) 
 
 def _begin(source: Source, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> _Shard:
     """Template a shard's prompts and open its journal. Raises SPPOError where no prompt of all can be answered."""
-    start, stop = stage.settings["rows"]
-    prompts = to_requests(source.recipe, source.policy, tokenizer, source.rows(start, stop))
+    (start, stop), total = stage.settings["rows"], len(source.prompts)
+    prompts = to_requests(source.recipe, source.policy, tokenizer, source.prompts[start:stop])
     source.policy.check_tokens(max((max(request.token_ids) for request in prompts.requests), default=0))
-    if not prompts.requests and stop - start == source.total:  # a shard among others may have none
+    if not prompts.requests and stop - start == total:  # a shard among others may have none
         reasons = dict(Counter(one["reason"] for one in prompts.skipped))
         raise SPPOError(f"no prompt can be answered; skipped: {reasons}")
     for request in prompts.requests:
@@ -117,7 +114,7 @@ def _begin(source: Source, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> 
     shard.missing = len(shard.left)
     counts = f"{shard.missing} to do, {len(prompts.requests) - shard.missing} in the journal"
     print(
-        f"generate: rows {start} to {stop} of {source.total}: {counts}, {len(prompts.skipped)} skipped; "
+        f"generate: rows {start} to {stop} of {total}: {counts}, {len(prompts.skipped)} skipped; "
         f"engine {stage.settings['engine']}",
         flush=True,
     )
@@ -147,7 +144,7 @@ def _finish(source: Source, shard: _Shard, identity: str) -> None:
     start, stop = stage.settings["rows"]
     summary = {"prompts": stop - start, **counts, "skipped": dict(Counter(one["reason"] for one in skipped))}
     read = ("prompts", "prompts_revision", "prompt_column", "prompt_split")
-    origin = {**{k: getattr(recipe, k) for k in read}, "part": list(source.part)}
+    origin = {**{k: getattr(recipe, k) for k in read}, "part": list(parse_part(recipe.prompts_part))}
     names = {"model": public_name(recipe.model), "prompts": public_name(recipe.prompts)}  # for the Hub
     stage.finish(summary, model=recipe.model, source=origin, names=names, skipped=skipped)
     shard.journal.remove()

@@ -1,6 +1,6 @@
 """The engines that draw responses, one file each: vLLM, and transformers' generate where vLLM is not installed.
 
-An engine has one function, `draw(policy, recipe, stop_ids, requests, world_size)`. It yields each request with its K
+An engine has one function, `draw(policy, recipe, stop_ids, requests)`. It yields each request with its K
 responses as soon as all of them are finished. Another engine is another file here, and a name in recipe.py (`engine`).
 """
 
@@ -61,11 +61,9 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 
 def finished_responses(
-    engine: str, policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int
+    engine: str, policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request]
 ) -> Finished:
     """All requests' responses from the engine of that name, in the order in which prompts finish."""
     if not requests:
         return iter(())
-    return importlib.import_module(f"sppo.generation.engines.{engine}").draw(
-        policy, recipe, stop_ids, requests, world_size
-    )
+    return importlib.import_module(f"sppo.generation.engines.{engine}").draw(policy, recipe, stop_ids, requests)

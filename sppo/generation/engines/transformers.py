@@ -19,8 +19,8 @@ BATCH, _BUCKET = 64, 16
 DOUBLE = 2 << 30
 
 
-def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int = 1) -> Finished:
-    """K responses a request, on one device: `world_size` is vLLM's.
+def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request]) -> Finished:
+    """K responses a request, on one device: --world_size is vLLM's.
 
     Sampling is inverse-CDF on one uniform number per (prompt seed, k, position), so which batch a prompt
     stands in decides nothing but the last bits of its logits. On a CPU small models run in float64, where those bits

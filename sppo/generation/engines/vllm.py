@@ -15,15 +15,15 @@ from sppo.recipe import Recipe
 _QUEUE = 1024
 
 
-def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], world_size: int) -> Finished:
-    """K responses a request, from one engine over `world_size` GPUs."""
+def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request]) -> Finished:
+    """K responses a request, from one engine over --world_size GPUs."""
     longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
-    return draw_from(start(policy, recipe, longest, world_size), policy, recipe, stop_ids, requests)
+    return draw_from(start(policy, recipe, longest), policy, recipe, stop_ids, requests)
 
 
-def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
+def start(policy: Policy, recipe: Recipe, longest: int) -> Any:
     """A vLLM engine for sequences of up to `longest` tokens, prompt and response together."""
-    prepare_vllm(world_size)
+    prepare_vllm(recipe.world_size)
     import_networks("vllm")
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -45,7 +45,7 @@ def start(policy: Policy, recipe: Recipe, longest: int, world_size: int) -> Any:
         load_format="safetensors",
         trust_remote_code=policy.remote_code,
         max_model_len=longest,
-        tensor_parallel_size=world_size,
+        tensor_parallel_size=recipe.world_size,
         enable_prefix_caching=True,
         generation_config="vllm",  # sampling is the recipe's alone
         logprobs_mode="raw_logprobs",  # before temperature and top_p
