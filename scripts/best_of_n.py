@@ -12,7 +12,6 @@ chosen response of the training set.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -30,10 +29,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16, help="responses a prompt (%(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="where all of it is written")
     parser.add_argument("--overwrite", action="store_true", help="rank and choose again; the responses stay")
-    parser.add_argument("--knockout", action="store_true", help=argparse.SUPPRESS)  # to say what to do instead
     args, recipe = cli.parse(parser)
-    if args.knockout:
-        raise UsageError("unknown flag --knockout: leave it out; all responses are compared, by as many GPUs as --gpus")
     if args.n < 2:
         raise UsageError(f"--n {args.n}: at least 2 responses can be compared")
     recipe = dataclasses.replace(recipe, pairs=args.n)

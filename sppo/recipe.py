@@ -329,7 +329,8 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
 def _require_consistent(recipe: Recipe) -> None:
     """Raises UsageError for settings that contradict each other, whatever is done with them."""
     require_plain_address("--ranker_url", recipe.ranker_url)
-    require_whole_hold_out(recipe)
+    if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
+        raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     parse_part(recipe.prompts_part)
     if recipe.temperature < 0.01 and recipe.pairs > 1:
         raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
@@ -354,12 +355,6 @@ def parse_part(text: str) -> tuple[int, int]:
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         raise UsageError(f"--prompts_part {text!r}: two numbers like 0/3, the first below the second")
     return int(numbers[1]), int(numbers[2])
-
-
-def require_whole_hold_out(recipe: Recipe) -> None:
-    """Raises UsageError for a hold-out of a part of a prompt."""
-    if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
-        raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
 
 
 def require_pairs(recipe: Recipe) -> None:

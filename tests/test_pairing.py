@@ -313,7 +313,6 @@ def add_shard(rows: Callable[[Rows], Rows]) -> Callable[[Path], None]:
         (replace_column("prompt_id", lambda r: ["id0", None, "id2", "id3", "id4", "id5"]), {}, "without a prompt_id"),
         (replace_column("prompt", lambda r: ["a string"] * 6), {}, "column prompt is string, not a list of {content"),
         (replace_column("responses", lambda r: [[{"answer": "a"}] * 3] * 6), {}, r"not a list of \{text\}"),
-        (lambda out: None, {"test_size": 2.5}, "a whole number of prompts"),
         (lambda out: None, {"test_size": 6}, "nothing to train on: there are 6 prompts"),
         (lambda out: None, {"test_size": 0.99}, "nothing to train on"),
     ],

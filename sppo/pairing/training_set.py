@@ -15,7 +15,7 @@ from sppo.command.progress import progress
 from sppo.method import preference, winrates
 from sppo.pairing.join import Rankings, hash64, prompt_ids
 from sppo.pairing.statistics import Statistics
-from sppo.recipe import Recipe, require_whole_hold_out
+from sppo.recipe import Recipe
 from sppo.schema import content_id, training_schema
 from sppo.store.files import atomic_together, digest
 from sppo.store.manifest import Stage
@@ -83,7 +83,6 @@ def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray
     import pyarrow as pa
 
     size = recipe.test_size
-    require_whole_hold_out(recipe)
     total = open_parquet(responses, []).metadata.num_rows
     rows, contents = np.empty(total, dtype=np.int64), np.zeros(total if size else 0, dtype=np.uint64)
     fields = [f for f in training_schema() if f.name == "prompt_id" or (size and f.name == "prompt")]
