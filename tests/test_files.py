@@ -17,7 +17,7 @@ from sppo.command.errors import SPPOError
 from sppo.models.files import model_identity
 from sppo.store.files import atomic, exclusive
 from sppo.store.journal import Journal
-from sppo.store.locks import machine
+from sppo.store.locks import hold, machine
 from sppo.store.manifest import Stage, await_written
 
 IDENTITY = {"inputs": {"a": 1}, "settings": {}}
@@ -74,24 +74,24 @@ def test_a_file_that_another_machine_wrote_is_waited_for(tmp_path: Path, monkeyp
 
 
 def test_a_disk_without_locks_has_an_owner_file_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS without a lock server, Lustre without flock: it said "another process is writing" of nobody."""
+    """NFS without a lock server, Lustre without flock: it said that another process was at work, of nobody."""
 
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    journal, owner = Journal(tmp_path / "j", IDENTITY), tmp_path / "j.owner"
-    with pytest.raises(SPPOError, match="another process is writing"):
-        Journal(tmp_path / "j", IDENTITY)
-    journal.close()
+    held, owner = hold(tmp_path / "j"), tmp_path / "j.owner"
+    with pytest.raises(BlockingIOError):
+        hold(tmp_path / "j")
+    held.release()
     assert not owner.exists()
     dead = subprocess.Popen(["true"])
     dead.wait()
     owner.write_text(json.dumps({"machine": machine(), "pid": dead.pid}))  # killed: it gives way
-    Journal(tmp_path / "j", IDENTITY).close()
+    hold(tmp_path / "j").release()
     owner.write_text(json.dumps({"machine": "another", "pid": 1}))
     with pytest.raises(SPPOError, match=r"j\.owner: a process of another machine.*delete this file"):
-        Journal(tmp_path / "j", IDENTITY)
+        hold(tmp_path / "j")
     owner.unlink()
     with exclusive(tmp_path), pytest.raises(SPPOError, match="another process is at work in"), exclusive(tmp_path):
         pass

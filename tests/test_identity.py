@@ -75,7 +75,7 @@ def test_a_journal_of_another_identity_is_refused_by_name_and_kept(tmp_path: Pat
     ):
         Journal(path, OTHERS)
     assert path.read_bytes() == written
-    mine = Journal(path, OURS)  # the refused one holds no lock
+    mine = Journal(path, OURS)
     assert {key: mine.read(key) for key in mine.done} == {"p0": {"n": 0}, "p1": {"n": 1}}
     mine.close()
     dropped = Journal(path, OTHERS, overwrite=True)

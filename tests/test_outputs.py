@@ -54,7 +54,6 @@ from sppo.store.directories import (
     working,
 )
 from sppo.store.files import atomic, digest, exclusive, read_json, write_json
-from sppo.store.journal import Journal
 from sppo.store.locks import Held, alone, hold
 from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.average import average
@@ -368,7 +367,6 @@ def test_on_a_cluster_a_lock_of_a_dead_machine_is_waited_for_and_on_one_machine_
         ".lock": exclusive(tmp_path).__enter__,
         "launch.lock": alone(tmp_path / "launch.lock", "is at work").__enter__,
         "m.json.started": begun,
-        "j": lambda: Journal(tmp_path / "j", {}).close(),
         "model.partial/sppo.work": lambda: refuse_busy(tmp_path / "model"),
         "another.partial/sppo.work": working(tmp_path / "another").__enter__,
     }
@@ -376,7 +374,7 @@ def test_on_a_cluster_a_lock_of_a_dead_machine_is_waited_for_and_on_one_machine_
     began = time.monotonic()
     with pytest.raises(SPPOError, match="another process is at work in"), exclusive(tmp_path):
         pass
-    for name in ("m.json.started", "j", "model.partial/sppo.work"):
+    for name in ("m.json.started", "model.partial/sppo.work"):
         with pytest.raises(SPPOError, match="another process is"):
             places[name]()
     assert time.monotonic() - began < 1

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import OtherWorkError, SPPOError
-from sppo.store.locks import lock
 
 
 class Journal:
@@ -18,28 +17,21 @@ class Journal:
 
     A line is a checksum, the item's key and its JSON. The first line holds the identity (inputs and settings) that the
     items were made under. The identity is part of every line's checksum, so items of another identity are not taken. A
-    damaged line (the last one before a kill) is dropped, and its item is made again. Only offsets are in memory.
+    damaged line (the last one before a kill) is dropped, and its item is made again. Only offsets are in memory. Who
+    writes it holds a lock: its stage's, or its directory's.
 
     Raises SPPOError where it holds items of another identity, and leaves them as they are. `advice`: what the message
     says one can do. overwrite: such items are deleted instead; those of this identity are kept.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], overwrite: bool = False, advice: str = "") -> None:
+        if not overwrite:
+            refuse_another(path, identity, advice)
         self.path = path
         self.done: dict[str, int] = {}
         self.dropped = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BufferedRandom = open(path, "a+b")  # noqa: SIM115 - held until close() or remove()
-        try:
-            self._owner = lock(self._file, path)
-        except BlockingIOError:
-            raise SPPOError(f"another process is writing {path}; wait for it or stop it") from None
-        try:
-            if not overwrite:
-                refuse_another(path, identity, advice)
-        except SPPOError:
-            self._release()
-            raise
         self._scan(identity)
 
     def _scan(self, identity: dict[str, Any]) -> None:
@@ -90,17 +82,12 @@ class Journal:
     def close(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._release()
+        self._file.close()
 
     def remove(self) -> None:
         """Delete the journal: the shard exists under its final name, so nobody needs it."""
-        self._release()
-        self.path.unlink(missing_ok=True)
-
-    def _release(self) -> None:
         self._file.close()
-        if self._owner:
-            self._owner.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def refuse_another(path: Path, identity: dict[str, Any], advice: str = "") -> None:
