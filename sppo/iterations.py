@@ -71,11 +71,6 @@ def iteration(recipe: Recipe, number: int) -> Recipe:
     return mine
 
 
-def recipes_of(recipe: Recipe) -> list[Recipe]:
-    """The recipe of every iteration of an opened run, in order."""
-    return [iteration(recipe, number) for number in range(1, recipe.iterations + 1)]
-
-
 def path_of(recipe: Recipe) -> Path:
     """Where an iteration's recipe is written."""
     return Path(recipe.run_dir) / f"iter{recipe.iteration}" / "recipe.yaml"

@@ -49,7 +49,7 @@ def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
     with exclusive(run_dir) if has_begun(run_dir) else contextlib.nullcontext():
         asked = stop_file(run_dir)
         old_request = asked.exists()  # one that comes during the preflight is for this start
-        recipes = iterations.recipes_of(whole)
+        recipes = [iterations.iteration(whole, number) for number in range(1, whole.iterations + 1)]
         _require_held_out(whole)
         left = iterations.left(recipes, whole)
         problems = 0 if args.skip_preflight else preflight(whole)

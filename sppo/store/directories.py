@@ -213,16 +213,14 @@ def clear(work: Path) -> None:
 
 
 def delete(directory: Path) -> None:
-    """Delete a work directory of ours, or a directory in one. The marker goes last, so that a kill leaves it ours."""
-    _require_ours(directory)
-    if (directory / MARKER).exists():
-        clear(directory)
+    """Delete a directory in a work directory of ours."""
+    _require_ours(directory.parent)
     _remove(directory)
 
 
-def _require_ours(directory: Path) -> None:
-    if not any((path / MARKER).exists() for path in (directory, directory.parent)):
-        raise SPPOError(f"{directory} is no work directory of this project and is not deleted; move it away")
+def _require_ours(work: Path) -> None:
+    if not (work / MARKER).exists():
+        raise SPPOError(f"{work} is no work directory of this project and is not emptied; move it away")
 
 
 def _remove(path: Path) -> None:

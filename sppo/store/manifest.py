@@ -117,11 +117,8 @@ class Stage:
         if not self.manifest.is_file():
             return False
         written = read_manifest(self.manifest)
-        return not self._differences(written) and bool(written["outputs"]) and not self._changed(written)
-
-    def _changed(self, written: dict[str, Any]) -> list[str]:
-        """Names of the outputs that a manifest lists and that are missing or not as they were written."""
-        return changed(self.manifest.parent, written["outputs"])
+        outputs = written["outputs"]
+        return bool(outputs) and not self._differences(written) and not changed(self.manifest.parent, outputs)
 
     def _differences(self, other: dict[str, Any]) -> list[str]:
         """What differs between `other`, which holds inputs and settings, and this stage: a line each."""
@@ -240,7 +237,7 @@ class Stage:
 
     def _keep_changed(self, written: dict[str, Any]) -> None:
         """Move outputs that changed since they were written out of the way: somebody may have edited them."""
-        for name in self._changed(written):
+        for name in changed(self.manifest.parent, written["outputs"]):
             path = self.manifest.parent / name
             if path.is_file():
                 kept = path.with_name(f"{path.name}.changed")
@@ -257,7 +254,7 @@ class Stage:
                 ) from None
         return self._held
 
-    def finish(self, counts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def finish(self, counts: dict[str, Any], **more: Any) -> None:
         """Write the manifest: the outputs are complete from here on."""
         manifest = {
             "stage": self.name,
@@ -274,4 +271,3 @@ class Stage:
         if self._held is not None:
             self._held.release()
             self._held = None
-        return manifest

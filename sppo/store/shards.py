@@ -127,9 +127,7 @@ def overwriting(directory: Path, wanted: int, slots: int) -> tuple[str, int]:
 
 def end_overwriting(directory: Path) -> None:
     """All shards stand: another --overwrite makes all of them again."""
-    note = directory / OVERWRITING
-    if note.exists():
-        note.unlink()
+    (directory / OVERWRITING).unlink(missing_ok=True)
 
 
 class ShardPaths(NamedTuple):
