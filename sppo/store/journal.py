@@ -29,7 +29,6 @@ class Journal:
             refuse_another(path, identity, advice)
         self.path = path
         self.done: dict[str, int] = {}
-        self.dropped = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BufferedRandom = open(path, "a+b")  # noqa: SIM115 - held until close() or remove()
         self._scan(identity)
@@ -37,11 +36,11 @@ class Journal:
     def _scan(self, identity: dict[str, Any]) -> None:
         self._salt = json.dumps(identity, sort_keys=True).encode()
         self._file.seek(0)
-        header, end = self._file.readline(), self._file.tell()
+        header, end, dropped = self._file.readline(), self._file.tell(), 0
         for line in self._file:
             item = _decode(line, self._salt)
             if item is None:
-                self.dropped += 1
+                dropped += 1
             else:
                 self.done[item["key"]] = end
             end += len(line)
@@ -53,8 +52,8 @@ class Journal:
         self._file.seek(-1, os.SEEK_END)
         if self._file.read(1) != b"\n":
             self._file.write(b"\n")  # close the line that the kill left open
-        if self.dropped:
-            print(f"{self.path}: {self.dropped} damaged lines are dropped and made again")
+        if dropped:
+            print(f"{self.path}: {dropped} damaged lines are dropped and made again")
 
     def _append(self, item: dict[str, Any], salt: bytes) -> int:
         body = json.dumps(item, ensure_ascii=True, separators=(",", ":")).encode()

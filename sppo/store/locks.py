@@ -1,8 +1,8 @@
 """A lock on a file, also where the disk has none: some shared disks (NFS without a lock server, Lustre) lack flock.
 
 Not by the package filelock. Without flock it takes the locked file's own existence for the lock, and ours is there
-anyway: a journal, a marker. It does so for ENOSYS alone, while NFS says ENOLCK. Its record cannot name another process
-than its own, or say that another machine's has to be deleted by hand. What is left for it is one call of flock.
+anyway: a marker, with what is in it. It does so for ENOSYS alone, while NFS says ENOLCK. Its record cannot name another
+process than its own, or say that another machine's has to be deleted by hand. What is left for it is one call of flock.
 """
 
 from __future__ import annotations
