@@ -110,7 +110,9 @@ def timings(model: Path, asked: Path, pairs: int, maxlen: int, ways: list[str], 
         with tempfile.TemporaryDirectory() as scratch:
             journal = Journal(Path(scratch) / "journal", {})
             with progress(len(requests), "ours", "prompt") as bar:
-                shards._draw(vllm.draw_from(llm, policy, recipe, stops, requests), tokenizer, journal, recipe, bar)
+                for request, responses in vllm.draw_from(llm, policy, recipe, stops, requests):
+                    journal.add(request.prompt_id, shards._kept(request, responses, tokenizer))
+                    bar.update()
             answers = [journal.read(r.prompt_id)["responses"] for r in requests]
             journal.remove()
         return sum(len(a["token_ids"]) for answer in answers for a in answer)
