@@ -167,16 +167,14 @@ def is_held(path: Path) -> bool:
     To ask is to try: the lock is taken for a moment.
     """
     try:
-        handle = open(path, "r+", encoding="utf-8")  # noqa: SIM115 - closed by release()
+        with open(path, "r+", encoding="utf-8") as handle:
+            owner = lock(handle, path)
     except FileNotFoundError:
         return False
-    owner = None
-    try:
-        owner = lock(handle, path)
     except BlockingIOError:
         return True
-    finally:
-        Held(path, handle, owner).release()
+    if owner:
+        owner.unlink(missing_ok=True)
     return False
 
 
@@ -200,11 +198,9 @@ def alone(path: Path, what: str, keep: bool = False) -> Iterator[None]:
 
 def _remove_if_of(owner: Path, mine: str) -> None:
     """Remove an owner's file where it is still this process's: one that ends without letting go leaves none behind."""
-    try:
+    with suppress(OSError):
         if owner.read_text(encoding="utf-8") == mine:
             owner.unlink()
-    except OSError:
-        pass
 
 
 def _remove_if_dead(owner: Path) -> None:
