@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from sppo.models import chat
 from sppo.models.frames import in_own_template, reads_as
+from sppo.recipe import Recipe
 from sppo.schema import BeyondTextError, Message, as_messages, beyond_text, with_own_system, written_out
 from sppo.training.dataset import RATES, WITHOUT_RATES
 
@@ -48,24 +49,28 @@ class Row:
 class Reading:
     """How rows become token ids, and what is counted on the way.
 
-    tokenizer_identity: of `tokenizer`. as_written: whether the file is byte for byte what compute_prob.py wrote, so
-    that text and token ids need not be compared.
+    as_written: whether the file is byte for byte what compute_prob.py wrote, so that text and token ids need not be
+    compared.
     """
 
+    recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_identity: str
     stop_ids: set[int]
-    template_kwargs: dict[str, Any]
     as_written: bool
-    counts: Counter[str]
+    counts: Counter[str] = field(default_factory=Counter)
 
-    def row(self, values: dict[str, Any], loss_type: str) -> Row:
-        """A row of the file for a loss. `values`: the row's columns.
+    def __post_init__(self) -> None:
+        self.tokenizer_identity = chat.tokenizer_identity(self.tokenizer)
+        self.template_kwargs = self.recipe.chat_template_kwargs
+
+    def row(self, values: dict[str, Any]) -> Row:
+        """A row of the file for the recipe's loss. `values`: the row's columns.
 
         Raises BeyondTextError for a row that cannot be used whole, and ValueError for one that cannot be trained on.
         """
         if more := beyond_text(values):
             raise BeyondTextError(more)
+        loss_type = self.recipe.loss_type
         if loss_type == "sppo_all":
             return self._all_responses(values)
         try:
