@@ -22,7 +22,7 @@ if $help && [ ! -x "$here/.venv/bin/python" ]; then
   exit 0
 fi
 if $dry_run && [ ! -e "$run/$made" ]; then
-  echo "$name: $run/$made is not made yet; without --dry_run this makes all that the run needs first"
+  echo "$name: $run/${made%/*} is not made yet; without --dry_run this makes all that the run needs first"
   exit 0
 fi
 
