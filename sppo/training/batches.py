@@ -61,10 +61,6 @@ class Batches(Dataset):
         """Rows, as the Trainer expects of a data set."""
         return len(self.data)
 
-    def __getitems__(self, micro_batch: MicroBatch) -> Batch:
-        """What a DataLoader calls with what its sampler gives."""
-        return self.make(micro_batch)
-
     def make(self, micro_batch: MicroBatch) -> Batch:
         """The batch of these rows."""
         data, rows = self.data, micro_batch.rows
@@ -101,6 +97,8 @@ class Batches(Dataset):
             "counted": len(rows) if micro_batch.counted else 0,
             "step_rows": micro_batch.step_rows,
         }
+
+    __getitems__ = make  # what a DataLoader calls with what its sampler gives
 
 
 @dataclass(eq=False)
