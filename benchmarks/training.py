@@ -166,7 +166,7 @@ def ours(world: Path, scratch: Path, size: dict[str, int], options: dict[str, An
         "max_length": size.get("max_length", 1024),
         **({"use_peft": "true", "lora_r": size["lora"], "lora_alpha": size["lora"]} if "lora" in size else {}),
     }
-    trainer, _ = make_trainer(prepare(load_recipe(None, flags), 1))
+    trainer = make_trainer(prepare(load_recipe(None, flags), 1))
 
     def run() -> float:
         warm(trainer.model)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     from sppo.training.train import train
 
-    with training.at_work() if os.environ.get("RANK", "0") == "0" else nullcontext(True) as is_left:
+    with training.at_work() as is_left:
         if not is_left:
             print(f"train: done: {training.output_dir}")
             return

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--shards_dir", type=Path)
     split = sys.argv.index("--")
     args, recipe = cli.parse(parser, sys.argv[1:split])
-    launcher = open_launcher(recipe, args.stage)
+    launcher = open_launcher(recipe)
     if recipe.launcher != "local":
         check_machines(launcher, args.logs)
     here = args.shards_dir

@@ -36,7 +36,9 @@ def test_a_flag_wins_over_the_recipe(tmp_path: Path) -> None:
     assert recipe.model == "x=y=z"
 
 
-SCRIPTS = sorted(p for p in (tiny.ROOT / "scripts").iterdir() if p.name not in ("env.sh", "install.sh", "__pycache__"))
+SCRIPTS = sorted(
+    p for p in (tiny.ROOT / "scripts").iterdir() if p.name not in ("env.sh", "begin.sh", "install.sh", "__pycache__")
+)
 SCRIPTS += [tiny.ROOT / "sppo" / "run_sppo.py", *tiny.ROOT.glob("run_sppo_[lmg]*.sh")]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 _LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
@@ -36,7 +35,9 @@ def explain(error: Exception) -> Trouble:
     if isinstance(error, OfflineModeIsEnabled):
         return Trouble("HF_HUB_OFFLINE is set", "unset it, or push nothing")
 
-    causes = list(_causes(error))  # an upload's own error is the cause of a RuntimeError
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None:  # an upload's own error is the cause of a RuntimeError
+        causes.append(cause)
     refusal = next((e for e in causes if isinstance(e, HfHubHTTPError)), None)
     if refusal is not None:
         return _of_answer(
@@ -56,14 +57,6 @@ def _of_answer(status: int, retry_after: str, said: str) -> Trouble:
         advice = "check --org, and that the token (HF_TOKEN, or `hf auth login`) is valid and may write there"
         return Trouble(f"the Hub refuses ({status}): {said}", advice)
     return Trouble(f"the Hub refuses ({status}): {said}")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what caused it, what caused that."""
-    following: BaseException | None = error
-    while following is not None:
-        yield following
-        following = following.__cause__
 
 
 def _plain(error: BaseException) -> str:

@@ -73,20 +73,29 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _whole(manifest: Path, maker: str) -> dict[str, Any]:
+    """What a manifest says. Raises SPPOError where it is not there, or its outputs are not what was written."""
+    if not manifest.exists():
+        raise SPPOError(f"{manifest} does not exist, so there is nothing whole to push; run {maker} first")
+    written = read_manifest(manifest)
+    if names := changed(manifest.parent, written["outputs"]):
+        raise SPPOError(
+            f"{manifest.parent}: {', '.join(names)} changed since it was written, or is gone, so nothing was pushed; "
+            f"run {maker} again, or what else made it"
+        )
+    return written
+
+
 def push_data(output_dir: Path, org: str, name: str, public: bool) -> None:
     """Push $DATA to <org>/data-<name>_generated and <org>/synthetic_data_<name>_score, one commit each.
 
     Raises SPPOError when the Hub refuses or stays out of reach. What arrived is remembered in $DATA/pushed.json.
     """
     check_name(org, name)
-    train, test, manifest = (output_dir / n for n in ("train.parquet", "test.parquet", "train.manifest.json"))
-    for path in (train, test, manifest):
-        if not path.exists():
-            raise SPPOError(f"{path} does not exist; run compute_prob.py first")
-    made, found = read_json(manifest), {p.name: digest(p) for p in (train, test)}
-    if made["outputs"] != found:
-        raise SPPOError(f"{train} or {test.name} is not what {manifest.name} describes; run compute_prob.py again")
-    tag = tag_of(name, found["train.parquet"])
+    train, test = output_dir / "train.parquet", output_dir / "test.parquet"
+    made = _whole(output_dir / "train.manifest.json", "compute_prob.py")
+    of_train, of_test = (made["outputs"][path.name] for path in (train, test))
+    tag = tag_of(name, of_train)
     record = output_dir / "pushed.json"
     in_train, in_test = (f"data/{split}-00000-of-00001.parquet" for split in ("train", "test"))
     lock = alone(output_dir / "pushed.json.lock", f"pushes {output_dir}")
@@ -94,7 +103,7 @@ def push_data(output_dir: Path, org: str, name: str, public: bool) -> None:
         # all responses of all prompts, in one split
         repo = f"{org}/data-{name}_generated"
         card = data_card(repo, tag, ["train"], output_dir).encode()
-        digests = {in_train: "+".join(found.values()), "README.md": sha256(card)}
+        digests = {in_train: f"{of_train}+{of_test}", "README.md": sha256(card)}
         generated = Record(record, repo, "dataset", public, digests)
         if not generated.is_done():
             both = Path(scratch) / "both.parquet"
@@ -104,7 +113,7 @@ def push_data(output_dir: Path, org: str, name: str, public: bool) -> None:
         # the training set as it is
         repo = f"{org}/synthetic_data_{name}_score"
         card = data_card(repo, tag, ["train", "test"], output_dir).encode()
-        digests = {in_train: found["train.parquet"], in_test: found["test.parquet"], "README.md": sha256(card)}
+        digests = {in_train: of_train, in_test: of_test, "README.md": sha256(card)}
         scored = Record(record, repo, "dataset", public, digests)
         if not scored.is_done():
             upload(scored, {"README.md": card, in_train: train, in_test: test}, tag)
@@ -116,15 +125,7 @@ def push_model(model_dir: Path, org: str, name: str, public: bool) -> None:
     What arrived is remembered beside the model, in pushed-<its name>.json. Raises SPPOError as push_data.
     """
     check_name(org, name)
-    manifest = model_dir / MANIFEST
-    if not manifest.exists():
-        raise SPPOError(f"{manifest} does not exist, so no finished training wrote {model_dir}; run pipeline.sh first")
-    written = read_manifest(manifest)
-    if names := changed(model_dir, written["outputs"]):
-        raise SPPOError(
-            f"{model_dir}: {', '.join(names)} changed since it was written, or is gone, so nothing was pushed; the "
-            "command that made the model mends it"
-        )
+    written = _whole(model_dir / MANIFEST, "pipeline.sh")
     files: Files = {name: _without_paths(model_dir / name) for name in _model_files(model_dir, written)}
     files[MANIFEST] = _with_digests(files)
     digests = {n: digest(content) if isinstance(content, Path) else sha256(content) for n, content in files.items()}

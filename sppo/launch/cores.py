@@ -24,12 +24,10 @@ def own(index: int, shards: int) -> list[int]:
 
 
 def main_memory() -> int:
-    """Bytes of main memory that can be had, by the kernel's count and the container's limit; 0 where unknown."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return 0
+    """Bytes of main memory that can be had, by the kernel's count and the container's limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return min(free, int(text)) if text.isdigit() else free

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from sppo.launch.cores import own
 from sppo.launch.devices import CPU, devices, groups, refuse_absent
-from sppo.launch.nodes import Answer
-from sppo.launch.processes import environment, start, stop
+from sppo.launch.processes import start, stop
 from sppo.recipe import Recipe
 
 
 class Launcher:
     """See watch.Launcher. Its tasks are processes."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.gpus = devices(recipe.gpus)
         self.groups = groups(self.gpus, recipe.world_size)
         refuse_absent(self.gpus)
@@ -37,15 +35,6 @@ class Launcher:
     def train(self, part: list[str], machines: int, log: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "sppo.launch.machine", "--rank", "0", "--peer", "127.0.0.1", *part]
         return start(command, ",".join(filter(None, self.gpus)), log)
-
-    def count(self) -> int:
-        return 1
-
-    def survey(self, command: list[str], give_up: Callable[[], None]) -> list[Answer]:
-        done = subprocess.run(
-            [*command, "--rank", "0"], capture_output=True, text=True, env=environment(None), check=False
-        )
-        return [Answer("this machine", done.returncode, done.stdout, done.stderr)]
 
     def stop(self, tasks: list[subprocess.Popen[bytes]]) -> None:
         stop(tasks)

@@ -100,7 +100,8 @@ def show_ends(logs: list[Path], name: str) -> None:
     """The last words of every log of a stage that is done; of many, the last one's."""
     if len(logs) > _FEW:
         print(f"{name}: {len(logs)} processes are done; the last says:")
-    for log in logs[-1:] if len(logs) > _FEW else logs:
+        logs = logs[-1:]
+    for log in logs:
         print(last_words(log) or (last_lines(log, 1) or [f"{name}: done"])[0].strip(), flush=True)
 
 

@@ -34,24 +34,21 @@ _PATIENCE = 300  # seconds in which machine 0 must have come
 _PLAIN = {"compute_environment", "distributed_type", "num_machines", "num_processes", "mixed_precision", "use_cpu"}
 
 
-def own_address(peer: str) -> str:
-    """The address under which this machine reaches `peer`, and so is reached from there. No packet is sent."""
-    with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))
-        return probe.getsockname()[0]
-
-
-def free_port(address: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
+def listening(peer: str) -> socket.socket:
+    """A free port of this machine, at the address under which it reaches `peer`, and so is reached from there."""
+    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))  # no packet is sent
+        address = probe.getsockname()[0]
+    return socket.create_server((address, 0), family=family)
 
 
 def meet(meeting: Path, rank: int, peer: str) -> tuple[str, int]:
     """(address, port) of machine 0. Raises SPPOError where it does not come."""
     if rank == 0:
-        address = own_address(peer)
-        write_json(meeting, {"address": address, "port": free_port(address)})
+        with listening(peer) as server:
+            address, port = server.getsockname()[:2]
+        write_json(meeting, {"address": address, "port": port})
     deadline = time.monotonic() + _PATIENCE
     while not meeting.exists():
         if time.monotonic() > deadline:

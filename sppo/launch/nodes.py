@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from sppo.command.errors import SPPOError, run_main
 from sppo.command.search_path import ROOT
 from sppo.launch.cores import main_memory
 from sppo.launch.devices import list_gpus
-from sppo.launch.machine import own_address
+from sppo.launch.machine import listening
 from sppo.store.files import read_json, write_json
 from sppo.store.manifest import versions
 
@@ -38,26 +39,24 @@ _ABSENT = "absent"  # in the meeting directory: some machine will not come
 
 @dataclass
 class Answer:
-    """What came of the look at one machine: the exit code, and what was printed. `gone`: it left the cluster."""
+    """What came of the look at one machine."""
 
     node: str
-    code: int
-    out: str
-    said: str  # on stderr
-    gone: bool = False
+    done: subprocess.CompletedProcess[str]
+    gone: bool = False  # it left the cluster meanwhile
 
 
 def look(launcher: Any, directory: Path, measure: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """(what each machine of a launcher found, one line for each thing that is wrong).
 
-    `directory`: on the shared disk. launcher.survey(command, give_up) runs a command with --rank on each machine, and
-    calls give_up when one cannot. Where a machine leaves the cluster meanwhile, all are looked at again.
+    `directory`: on the shared disk. launcher.survey(command, give_up) runs a command with --count and --rank on each
+    machine, gives its Answers, and calls give_up when one cannot. Where a machine leaves meanwhile, all are looked at
+    again.
     """
     for _ in range(_TRIES):
         with tempfile.TemporaryDirectory(prefix=".nodes-", dir=directory, ignore_cleanup_errors=True) as meeting:
             Path(meeting).chmod(0o777)
-            command = [sys.executable, "-m", "sppo.launch.nodes", "--count", str(launcher.count())]
-            command += ["--meeting", meeting, *["--measure"] * measure]
+            command = [sys.executable, "-m", "sppo.launch.nodes", "--meeting", meeting, *["--measure"] * measure]
             give_up = lambda here=meeting: (Path(here) / _ABSENT).touch()  # noqa: E731 - the others need not wait
             answers = launcher.survey(command, give_up)
         if not any(answer.gone for answer in answers):
@@ -65,9 +64,9 @@ def look(launcher: Any, directory: Path, measure: bool = False) -> tuple[list[di
         time.sleep(_PAUSE)
     found, wrong = [], []
     for answer in answers:
-        lines = answer.out.strip().splitlines()
-        if answer.code or not lines:
-            reason = (answer.said.strip().splitlines() or [f"code {answer.code}"])[-1]
+        code, lines = answer.done.returncode, answer.done.stdout.strip().splitlines()
+        if code or not lines:
+            reason = (answer.done.stderr.strip().splitlines() or [f"code {code}"])[-1]
             if "sppo.launch" in reason or "No module named 'sppo'" in reason:
                 reason = f"the project's directory {ROOT} is not there"
             wrong.append(f"{answer.node}: cannot be used: {reason}")
@@ -121,9 +120,7 @@ def _gpus() -> list[list[Any]]:
 
 def meet_all(meeting: Path, rank: int, count: int, peer: str) -> tuple[list[str], bool]:
     """(what is wrong with the ways to the other machines, whether one did not come)."""
-    with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET) as server:
-        server.bind((own_address(peer), 0))
-        server.listen(count)
+    with listening(peer) as server:
         address, port = server.getsockname()[:2]
         try:
             write_json(meeting / f"{rank}.json", {"address": address, "port": port, "host": platform.node()})

@@ -27,7 +27,7 @@ def environment(device: str | None, threads: int = 0) -> dict[str, str]:
 def start(
     command: list[str],
     device: str | None,
-    log: Path | None,
+    log: Path,
     threads: int = 0,
     cores: list[int] | None = None,
     dies_by: int = signal.SIGKILL,
@@ -43,20 +43,16 @@ def start(
         if cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)
 
-    output = open(log, "wb") if log else None  # noqa: SIM115 - closed below
-    try:
+    with open(log, "wb") as output:
         return subprocess.Popen(
             command,
             env=environment(device, threads),
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT if output else None,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=prepare,
         )
-    finally:
-        if output:
-            output.close()
 
 
 def stop(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sppo.command.errors import SPPOError, UsageError
+from sppo.command.errors import SPPOError, UsageError, first_line
 from sppo.command.importing import is_installed
 from sppo.command.search_path import search_path
 from sppo.launch.devices import CPU
@@ -28,12 +29,10 @@ _TRIES = 5  # of a task whose machine dies
 _NOTICED = 30.0  # seconds after a rank's failure in which Ray would tell that another rank's machine has died
 # variables that a task gets from here; all others are its machine's own
 _TRAVEL = ("SPPO_", "HF_", "OMP_", "MKL_", "NCCL_", "GLOO_", "TORCH_", "VLLM_", "TOKENIZERS_", "WANDB_", "OPENAI_")
-_FRESH = 5.0  # seconds for which what the cluster has is not asked again
 
 
-def run_command(argv: list[str], env: dict[str, str], log: str, directory: str) -> tuple[int, str, str]:
-    """On a machine of the cluster: a command in a directory to its end, into a log or, without one, into what is
-    returned.
+def run_command(argv: list[str], env: dict[str, str], log: str, directory: str) -> subprocess.CompletedProcess[str]:
+    """On a machine of the cluster: a command in a directory to its end, into a log if it has one, else returned.
 
     It travels to the machine as it stands here, so it uses nothing of this project. The command ends with this task,
     and for GPUs it sees those that Ray gave the task.
@@ -54,19 +53,25 @@ def run_command(argv: list[str], env: dict[str, str], log: str, directory: str) 
     path = os.pathsep.join([env["PYTHONPATH"], *theirs])
     own = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # Ray sets it to num_cpus
     environment = {**own, **env, "PYTHONPATH": path}
-    with contextlib.ExitStack() as opened:
-        out: Any = opened.enter_context(open(log, "ab")) if log else subprocess.PIPE
+    with open(log or os.devnull, "ab") as file:
         try:
             process = subprocess.Popen(
-                argv, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT if log else subprocess.PIPE, start_new_session=True, preexec_fn=die_with_task,
-            )  # fmt: skip
+                argv,
+                cwd=directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file if log else subprocess.PIPE,
+                stderr=file if log else subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=die_with_task,
+            )
         except OSError as error:
-            if log:
-                out.write(f"error: {error}; is the project in the same directory on this machine?\n".encode())
-            return 127, "", str(error)
+            file.write(f"error: {error}; is the project in the same directory on this machine?\n".encode())
+            return subprocess.CompletedProcess(argv, 127, "", str(error))
         try:
-            texts = process.communicate()
+            out, err = process.communicate()
         except BaseException:  # cancelled
             for signum in (signal.SIGTERM, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError):
@@ -74,38 +79,17 @@ def run_command(argv: list[str], env: dict[str, str], log: str, directory: str) 
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
             raise
-    said = [(text or b"").decode("utf-8", "replace") for text in texts]
-    return process.returncode, said[0], said[1]
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
-class Shard:
-    """A Task: what Ray runs once, on whatever machine."""
+class Tasks:
+    """A watch.Task: a shard, or a training's part on each machine. Where a machine dies all of it is started again.
 
-    def __init__(self, ref: Any) -> None:
-        self.refs = [ref]
-
-    def poll(self) -> int | None:
-        import ray
-        from ray.exceptions import RayError
-
-        done, _ = ray.wait(self.refs, timeout=0)
-        if not done:
-            return None
-        try:
-            return ray.get(done[0])[0]
-        except RayError as error:
-            print(f"launch: Ray gives the task up: {str(error).strip().splitlines()[0]}", file=sys.stderr, flush=True)
-            return 1
-
-
-class Training:
-    """A Task: one part on each machine. Where a machine dies all parts are started again.
-
-    The other ranks may fail of its death before Ray tells of it.
+    The other ranks of a training may fail of a machine's death before Ray tells of it.
     """
 
-    def __init__(self, begin: Callable[[], list[Any]], end: Callable[[list[Any]], None]) -> None:
-        self.begin, self.end, self.tries = begin, end, 1
+    def __init__(self, begin: Callable[[], list[Any]]) -> None:
+        self.begin, self.tries = begin, 1
         self.refs, self.failed = begin(), 0.0
 
     def poll(self) -> int | None:
@@ -114,38 +98,39 @@ class Training:
 
         done, running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0)
         try:
-            codes = [ray.get(ref)[0] for ref in done]
+            codes = [ray.get(ref).returncode for ref in done]
         except RayError as error:
-            return self._again(str(error).strip().splitlines()[0])
+            return self._again(first_line(error))
         failure = next(filter(None, codes), 0)
         if failure and running:
             self.failed = self.failed or time.monotonic()
             if time.monotonic() < self.failed + _NOTICED:
                 return None
-            self.end(running)
+            _cancel(running)
         return failure if failure or not running else None
 
     def _again(self, why: str) -> int | None:
         if self.tries == _TRIES:
+            print(f"launch: Ray gives the task up: {why}", file=sys.stderr, flush=True)
             return 1
         self.tries += 1
-        print(f"train: a machine is lost ({why}); training starts again from its newest checkpoint", flush=True)
-        self.end(self.refs)
+        print(f"launch: a machine is lost ({why}); its work starts again from what is kept", flush=True)
+        _cancel(self.refs)
         self.refs, self.failed = self.begin(), 0.0
         return None
 
 
 class Launcher:
-    """See watch.Launcher. Its tasks are Shard and Training."""
+    """See watch.Launcher. Its tasks are Tasks."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         if not is_installed("ray"):
             raise SPPOError("--launcher ray: Ray is not installed; pip install '.[ray]'")
         import ray
         from ray._private import worker
 
         os.environ[SHARED] = "1"
-        self.recipe, self.name, self.cpu = recipe, name, recipe.gpus != "auto"
+        self.recipe, self.cpu = recipe, recipe.gpus != "auto"
         address = recipe.ray_address
         host, _, port = address.rpartition(":")
         try:
@@ -160,9 +145,7 @@ class Launcher:
             # else the last words of raylets come here, whatever log_to_driver says
             worker._worker_logs_enabled = False
         except (OSError, RuntimeError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise SPPOError(f"--ray_address {address}: no Ray cluster ({why}); `ray start` one") from None
-        self.asked, self.known = 0.0, []
+            raise SPPOError(f"--ray_address {address}: no Ray cluster ({first_line(error)}); `ray start` one") from None
         if not self._nodes():
             need = "CPUs" if self.cpu else "GPUs; --gpus none runs on its CPUs"
             raise UsageError(f"--launcher ray: the cluster has no {need}")
@@ -171,25 +154,17 @@ class Launcher:
         """The machines of the cluster that can do work, as Ray describes them."""
         import ray
 
-        if time.monotonic() - self.asked > _FRESH:
-            kind = "CPU" if self.cpu else "GPU"
-            alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
-            self.known = sorted(alive, key=lambda node: node["NodeID"])
-            self.asked = time.monotonic()
-        return self.known
-
-    def _of_a_node(self) -> int:
-        """Slots of the machine that has the fewest."""
-        if self.cpu:
-            return len(self.recipe.gpus.split(","))
-        return min(int(node["Resources"]["GPU"]) for node in self._nodes()) // self.recipe.world_size
+        kind = "CPU" if self.cpu else "GPU"
+        alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
+        return sorted(alive, key=lambda node: node["NodeID"])
 
     def slots(self) -> int:
         if self.cpu:
-            return len(self._nodes()) * self._of_a_node()
+            return len(self._nodes()) * len(self.recipe.gpus.split(","))
         return sum(int(node["Resources"]["GPU"]) // self.recipe.world_size for node in self._nodes())
 
-    def _submit(self, argv: list[str], log: str, **options: Any) -> Any:
+    def _submit(self, argv: list[str], log: Path | None, **options: Any) -> Any:
+        """Let Ray run a command. A machine's death ends it: Tasks starts it again."""
         import ray
         from ray import cloudpickle
 
@@ -197,14 +172,12 @@ class Launcher:
         env |= search_path()
         env |= {"CUDA_VISIBLE_DEVICES": ""} if self.cpu else {}
         cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        remote = ray.remote(run_command).options(name=self.name, **options)
-        return remote.remote(argv, env, log, os.getcwd())
+        remote = ray.remote(run_command).options(name=log.stem if log else "look", max_retries=0, **options)
+        return remote.remote(argv, env, str(log.absolute()) if log else "", os.getcwd())
 
-    def start(self, command: list[str], slot: int, log: Path) -> Shard:
-        share = {"num_cpus": 1} if self.cpu else {"num_gpus": self.recipe.world_size, "num_cpus": 1}
-        return Shard(
-            self._submit(command, str(log.absolute()), **share, max_retries=_TRIES - 1, scheduling_strategy="SPREAD")
-        )
+    def start(self, command: list[str], slot: int, log: Path) -> Tasks:
+        gpus = 0 if self.cpu else self.recipe.world_size
+        return Tasks(lambda: [self._submit(command, log, num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")])
 
     def machines(self) -> tuple[int, list[str]]:
         nodes = self.recipe.nodes or len(self._nodes())
@@ -212,7 +185,7 @@ class Launcher:
             return nodes, [CPU] * len(self.recipe.gpus.split(","))
         return nodes, [str(i) for i in range(min(int(node["Resources"]["GPU"]) for node in self._nodes()))]
 
-    def train(self, part: list[str], machines: int, log: Path) -> Training:
+    def train(self, part: list[str], machines: int, log: Path) -> Tasks:
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -221,56 +194,49 @@ class Launcher:
         share: dict[str, float] = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
         meeting = Path(part[part.index("--meeting") + 1])
         peer = ray.util.get_node_ip_address()
-        groups: list[Any] = []
+        groups: list[Any] = []  # this try's
 
         def begin() -> list[Any]:
             meeting.unlink(missing_ok=True)
+            if groups:
+                remove_placement_group(groups.pop())
             groups.append(placement_group([share] * machines, strategy="STRICT_SPREAD"))
-            if not groups[-1].wait(2):
+            if not groups[0].wait(2):
                 print(f"train: waiting for {machines} machines with {share}", flush=True)
             refs = []
             for rank in range(machines):
-                where = PlacementGroupSchedulingStrategy(groups[-1], placement_group_bundle_index=rank)
+                where = PlacementGroupSchedulingStrategy(groups[0], placement_group_bundle_index=rank)
                 words = [sys.executable, "-m", "sppo.launch.machine", "--rank", str(rank), "--peer", peer, *part]
                 name = log if rank == 0 else log.with_suffix(f".machine{rank}.log")
-                need = {"num_cpus": 1, "num_gpus": gpus} if gpus else {"num_cpus": 1}
-                refs.append(self._submit(words, str(name.absolute()), **need, max_retries=0, scheduling_strategy=where))
+                refs.append(self._submit(words, name, num_cpus=1, num_gpus=gpus, scheduling_strategy=where))
             return refs
 
-        def end(refs: list[Any]) -> None:
-            _cancel(refs)
-            remove_placement_group(groups[-1])
-
-        return Training(begin, end)
-
-    def count(self) -> int:
-        return len(self._nodes())
+        return Tasks(begin)
 
     def survey(self, command: list[str], give_up: Callable[[], None]) -> list[Answer]:
         import ray
         from ray.exceptions import RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        peer, refs = ray.util.get_node_ip_address(), {}
-        for rank, node in enumerate(self._nodes()):
+        peer, nodes, refs = ray.util.get_node_ip_address(), self._nodes(), {}
+        gpus = 1 if "--measure" in command and not self.cpu else 0
+        for rank, node in enumerate(nodes):
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            need = {} if self.cpu else {"num_gpus": 1 if "--measure" in command else 0}
-            words = [*command, "--rank", str(rank), "--peer", peer]
-            refs[self._submit(words, "", num_cpus=0, **need, max_retries=0, scheduling_strategy=where)] = node
+            words = [*command, "--count", str(len(nodes)), "--rank", str(rank), "--peer", peer]
+            refs[self._submit(words, None, num_cpus=0, num_gpus=gpus, scheduling_strategy=where)] = node
         answers, waiting = {}, list(refs)
         while waiting:
             (done,), waiting = ray.wait(waiting)
             name = f"{refs[done]['NodeManagerHostname']} ({refs[done]['NodeManagerAddress']})"
             try:
-                answers[done] = Answer(name, *ray.get(done))
+                answers[done] = Answer(name, ray.get(done))
             except RayError as error:
-                answers[done] = Answer(name, 1, "", str(error).strip().splitlines()[0], gone=True)
-                self.asked = 0.0
-            if answers[done].code:
+                answers[done] = Answer(name, subprocess.CompletedProcess([], 1, "", first_line(error)), gone=True)
+            if answers[done].done.returncode:
                 give_up()
         return [answers[ref] for ref in refs]
 
-    def stop(self, tasks: list[Shard | Training]) -> None:
+    def stop(self, tasks: list[Tasks]) -> None:
         _cancel([ref for task in tasks for ref in task.refs])
 
 

@@ -21,9 +21,9 @@ _SHARDS = {"scripts/generate.py": "responses", "scripts/rank.py": "ranking"}  # 
 _TRAINING = "sppo/run_sppo.py"
 
 
-def open_launcher(recipe: Recipe, name: str) -> Launcher:
+def open_launcher(recipe: Recipe) -> Launcher:
     """The launcher that a recipe names. Raises UsageError, or SPPOError where its cluster is not there."""
-    return importlib.import_module(f"sppo.launch.{recipe.launcher}").Launcher(recipe, name)
+    return importlib.import_module(f"sppo.launch.{recipe.launcher}").Launcher(recipe)
 
 
 def launch(argv: list[str], doc: str | None) -> None:
@@ -43,7 +43,7 @@ def launch(argv: list[str], doc: str | None) -> None:
     if is_training:
         model_dir = cli.require_dir("--output_dir", recipe.model_dir)
         _refuse_useless_push(recipe, cli.given(parser, args))
-        launcher = _opened(recipe, "train", logs := args.logs or model_dir.parent / "logs")
+        launcher = _opened(recipe, logs := args.logs or model_dir.parent / "logs")
         run_training(launcher, recipe, args.overwrite, logs, argv[1:])
         return
 
@@ -52,17 +52,17 @@ def launch(argv: list[str], doc: str | None) -> None:
     data_dir = cli.data_dir_of(recipe)
     if stage != "generate":
         recipe = dataclasses.replace(recipe, world_size=1)
-    name, shards_dir = label or stage, data_dir / _SHARDS[script]
-    launcher = _opened(recipe, name, logs := args.logs or data_dir.parent / "logs")
+    shards_dir = data_dir / _SHARDS[script]
+    launcher = _opened(recipe, logs := args.logs or data_dir.parent / "logs")
     command = [sys.executable, str(ROOT / script), *argv[1:]]
     if stage != "generate" and args.frac_len:
         command.append("--frac_len=0")  # it is generation's: the rows are those of all its shards
     with _only_launcher(shards_dir):
-        run_shards(launcher, recipe.shards, shards_dir, logs, name, command)
+        run_shards(launcher, recipe.shards, shards_dir, logs, label or stage, command)
 
 
-def _opened(recipe: Recipe, name: str, logs: Path) -> Launcher:
-    launcher = open_launcher(recipe, name)
+def _opened(recipe: Recipe, logs: Path) -> Launcher:
+    launcher = open_launcher(recipe)
     if recipe.launcher != "local":
         check_machines(launcher, logs)
     return launcher

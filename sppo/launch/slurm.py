@@ -42,7 +42,7 @@ def _gpus_on_node() -> int:
 class Launcher:
     """See watch.Launcher. Its tasks are srun's processes, which end with the code of what they run."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         if not in_allocation():
             raise UsageError("--launcher slurm works inside an allocation (salloc, sbatch), and this is none")
         if not shutil.which("srun"):
@@ -51,7 +51,7 @@ class Launcher:
         nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"])
         if recipe.nodes > nodes:
             raise UsageError(f"--nodes {recipe.nodes}: the allocation has {nodes}")
-        self.nodes, self.name = recipe.nodes or nodes, name
+        self.nodes = recipe.nodes or nodes
         if recipe.gpus == "auto":
             count = _gpus_on_node()
             if not count:
@@ -68,34 +68,29 @@ class Launcher:
     def slots(self) -> int:
         return self.nodes * self.here
 
-    def _srun(self, nodes: int, slots: int, gpus: int, job: str) -> list[str]:
-        """srun for one task on each of so many nodes. A step gets its share of a node's cores, and all of its memory.
+    def _step(self, command: list[str], nodes: int, slots: int, gpus: int, log: Path) -> subprocess.Popen[bytes]:
+        """A job step, one task on each of so many nodes. It gets its share of a node's cores, and all of its memory.
 
         What the job asked for is in srun's environment too, so that each number has to be said again.
         """
+        on_cpu = self.gpus[0] == CPU
         cores = max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", 1)) // slots)
         words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--exact", "--mem=0"]
-        words += [f"--cpus-per-task={cores}", "--kill-on-bad-exit=1", "--unbuffered", f"--job-name={job}"]
-        words += [f"--gpus-per-node={gpus}"] if gpus else []
-        return [*words, "bash", "-c", _ON_NODE, str(ROOT)]
+        words += [f"--cpus-per-task={cores}", "--kill-on-bad-exit=1", "--unbuffered", f"--job-name={log.stem}"]
+        words += [] if on_cpu else [f"--gpus-per-node={gpus}"]
+        words += ["bash", "-c", _ON_NODE, str(ROOT), *command]
+        # srun, asked to end, ends what it runs; killed, it would leave it
+        return start(words, CPU if on_cpu else None, log, dies_by=signal.SIGTERM)
 
     def start(self, command: list[str], slot: int, log: Path) -> subprocess.Popen[bytes]:
-        on_cpu = self.gpus[0] == CPU
-        words = self._srun(1, self.here, 0 if on_cpu else self.world_size, log.stem)
-        # srun, asked to end, ends what it runs; killed, it would leave it
-        return start([*words, *command], CPU if on_cpu else None, log, dies_by=signal.SIGTERM)
+        return self._step(command, 1, self.here, self.world_size, log)
 
     def machines(self) -> tuple[int, list[str]]:
         return self.nodes, self.gpus
 
     def train(self, part: list[str], machines: int, log: Path) -> subprocess.Popen[bytes]:
-        on_cpu = self.gpus[0] == CPU
-        words = self._srun(machines, 1, 0 if on_cpu else len(self.gpus), "train")
-        words += [sys.executable, "-m", "sppo.launch.machine", *part]  # Slurm tells it its rank and its peer
-        return start(words, CPU if on_cpu else None, log, dies_by=signal.SIGTERM)
-
-    def count(self) -> int:
-        return self.nodes
+        command = [sys.executable, "-m", "sppo.launch.machine", *part]  # Slurm tells it its rank and its peer
+        return self._step(command, machines, 1, len(self.gpus), log)
 
     def survey(self, command: list[str], give_up: Callable[[], None]) -> list[Answer]:
         listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
@@ -103,12 +98,14 @@ class Launcher:
         where = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--mem=0", "--immediate=60", "--job-name=look"]
 
         def ask(rank: int, name: str) -> Answer:
-            words = [*where, f"--nodelist={name}", "bash", "-c", _ON_NODE, str(ROOT), *command, "--rank", str(rank)]
+            words = [*where, f"--nodelist={name}", "bash", "-c", _ON_NODE, str(ROOT), *command]
+            words += ["--count", str(len(names)), "--rank", str(rank)]
             done = subprocess.run(words, capture_output=True, text=True, env=environment(None), check=False)
             if done.returncode:
                 give_up()
             said = [line for line in done.stderr.splitlines() if not line.startswith("srun: error: ")]
-            return Answer(name, done.returncode, done.stdout, "\n".join(said or done.stderr.splitlines()))
+            done.stderr = "\n".join(said) or done.stderr
+            return Answer(name, done)
 
         with ThreadPoolExecutor(len(names)) as pool:
             return list(pool.map(ask, range(len(names)), names))

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -19,7 +18,6 @@ from sppo.command.errors import INTERRUPTED, SPPOError
 from sppo.command.stopping import end_if_asked, stop_asked
 from sppo.launch.devices import CPU
 from sppo.launch.logs import new_log, progress_line, show_ends, show_failure
-from sppo.launch.nodes import Answer
 from sppo.recipe import Recipe
 from sppo.store.directories import check_place, refuse_busy
 from sppo.store.locks import SHARED
@@ -57,14 +55,6 @@ class Launcher(Protocol):
 
     def train(self, part: list[str], machines: int, log: Path) -> Any:
         """Start `python -m sppo.launch.machine <part>` on each machine, with --rank and --peer; returns a Task."""
-        ...
-
-    def count(self) -> int:
-        """How many machines there are to look at."""
-        ...
-
-    def survey(self, command: list[str], give_up: Callable[[], None]) -> list[Answer]:
-        """Run a command, with --rank, on each machine; give_up() as soon as one machine cannot."""
         ...
 
     def stop(self, tasks: list[Any]) -> None:
@@ -115,23 +105,6 @@ class _Watch:
                 print(self._line, flush=True)
 
 
-class ShardQueue:
-    """The shards that nobody has begun yet, handed out in groups: each process loads its model once for its group.
-
-    The first groups take a half of what is left for all slots together. Later groups are smaller, so that a slow
-    machine keeps nobody waiting at the end.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.waiting = list(range(count))
-
-    def next(self, slots: int) -> list[int]:
-        """The next group, when `slots` processes can be at work."""
-        take = max(1, len(self.waiting) // (2 * slots))
-        group, self.waiting = self.waiting[:take], self.waiting[take:]
-        return group
-
-
 def run_shards(
     launcher: Launcher, wanted: int, shards_dir: Path | None, logs: Path, stage: str, command: list[str]
 ) -> None:
@@ -149,21 +122,24 @@ def run_shards(
     elif shards_dir:
         count = shard_count(shards_dir, wanted, slots)
 
-    queue = ShardQueue(count)
+    waiting = list(range(count))
     with _Watch(launcher, stage) as watch:
-        while queue.waiting or watch.running:
+        while waiting or watch.running:
             watch.look()
             end_if_asked()
-            slots = launcher.slots() if queue.waiting else 0
+            slots = launcher.slots() if waiting else 0
             for slot in range(slots):
-                if queue.waiting and slot not in watch.running:
-                    group = queue.next(slots)
+                if waiting and slot not in watch.running:
+                    # many shards at first: a process loads its model once for all of its own. Then fewer and fewer, so
+                    # that a slow machine keeps nobody waiting at the end
+                    take = max(1, len(waiting) // (2 * slots))
+                    group, waiting = waiting[:take], waiting[take:]
                     log = new_log(logs, f"{stage}-{group[0]}")
                     which = str(group[0]) if len(group) == 1 else f"{group[0]} to {group[-1]}"
                     argv = [*command, "--data_frac", ",".join(map(str, group)), "--numgpu", str(count)]
                     watch.add(slot, launcher.start(argv, slot, log), f"{stage} {which}", log)
-            if not watch.running and queue.waiting:
-                left = len(queue.waiting)
+            if waiting and not watch.running:
+                left = len(waiting)
                 raise SPPOError(f"{stage}: no machine is left for {left} shards; the same command goes on from here")
             time.sleep(_PAUSE)
 

@@ -31,7 +31,7 @@ def open_run(recipe: Recipe) -> Run:
             left.append(Iteration(i, data, training, report))
     if recipe.launcher == "local":
         return Run(recipe, devices(recipe.gpus), left)
-    cluster = open_launcher(recipe, "look") if left else None
+    cluster = open_launcher(recipe) if left else None
     machines, gpus = cluster.machines() if cluster else (1, [CPU])
     return Run(recipe, gpus, left, machines, cluster)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, TypedDict, cast
 
 import numpy as np
@@ -60,10 +61,6 @@ class Batches(Dataset):
         """Rows, as the Trainer expects of a data set."""
         return len(self.data)
 
-    def __getitems__(self, micro_batch: MicroBatch) -> Batch:
-        """What a DataLoader calls with what its sampler gives."""
-        return self.make(micro_batch)
-
     def make(self, micro_batch: MicroBatch) -> Batch:
         """The batch of these rows."""
         data, rows = self.data, micro_batch.rows
@@ -101,7 +98,10 @@ class Batches(Dataset):
             "step_rows": micro_batch.step_rows,
         }
 
+    __getitems__ = make  # what a DataLoader calls with what its sampler gives
 
+
+@dataclass(eq=False)
 class MicroBatches(Sampler):
     """One rank's micro-batches of an epoch: each row once, in an order that seed and epoch decide.
 
@@ -113,13 +113,14 @@ class MicroBatches(Sampler):
     not count.
     """
 
-    def __init__(
-        self, lengths: np.ndarray, batch: int, accumulate: int, seed: int, ranks: int, rank: int, group: bool
-    ) -> None:
-        """lengths: (N,), tokens of each row. batch: rows of a micro-batch, on average where they go by length."""
-        self.lengths, self.batch, self.accumulate = lengths, batch, accumulate
-        self.seed, self.ranks, self.rank, self.group = seed, ranks, rank, group
-        self.epoch = 0
+    lengths: np.ndarray  # (N,), tokens of each row
+    batch: int  # rows of a micro-batch, on average where they go by length
+    accumulate: int
+    seed: int
+    ranks: int
+    rank: int
+    group: bool
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -1,20 +1,17 @@
 """The training set: rows of train.parquet, or of anybody's preference data, as token ids within their budgets.
 
-`read_row` makes a row's token ids, `fit` cuts them to their budgets, `TrainingSet.from_examples` puts them together.
+`read_row` makes a row's token ids, `fit` cuts them to their budgets, a TrainingSet holds them all.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from sppo.command.errors import SPPOError
-from sppo.models import chat
 from sppo.recipe import Recipe
 from sppo.schema import BeyondTextError
 from sppo.store.parquet import read_rows
@@ -38,43 +35,23 @@ class Example(NamedTuple):
     drawn_logps: list[float]  # the engine's log-prob of each whole response; NaN where it is not known
 
 
-class Budgets(NamedTuple):
-    """How many tokens a row may have. A prompt that is cut keeps its bos_id: no policy reads without it."""
-
-    max_prompt_length: int
-    max_length: int  # of prompt and response together
-    bos_id: int | None
-
-
-@dataclass
 class TrainingSet:
     """Token ids and win rates of N rows. All S responses of all rows are numbered through, row by row."""
 
-    prompts: list[tuple[Ids, ...]]  # N; see Example
-    responses: list[tuple[Ids, ...]]  # N
-    win_rates: torch.Tensor  # (N, 3), float32: p, p_win, p_lose, as in the losses
-    sequence_rates: torch.Tensor  # (S,), float32: P(response > policy)
-    pair: list[tuple[int, int]]  # N
-    counts: dict[str, int]  # what was cut, left out and so on, for the manifest
-    drawn_logps: np.ndarray  # (S,): the engine's log-prob of each whole response; NaN where it is not known
-
-    @classmethod
-    def from_examples(cls, examples: list[Example], counts: dict[str, int]) -> TrainingSet:
-        """Rows as one training set. `counts`: what was counted while they were read."""
-        pair_rates = [[e.p, e.win_rates[e.pair[0]], e.win_rates[e.pair[1]]] for e in examples]
-        return cls(
-            prompts=[e.prompts for e in examples],
-            responses=[e.responses for e in examples],
-            win_rates=torch.tensor(pair_rates, dtype=torch.float32),
-            sequence_rates=torch.tensor([rate for e in examples for rate in e.win_rates], dtype=torch.float32),
-            pair=[e.pair for e in examples],
-            counts=counts,
-            drawn_logps=np.array([logp for e in examples for logp in e.drawn_logps]),
-        )
-
-    def __post_init__(self) -> None:
+    def __init__(self, examples: list[Example], counts: dict[str, int]) -> None:
+        """counts: what was cut, left out and so on, for the manifest."""
+        self.counts = counts
+        self.prompts = [e.prompts for e in examples]
+        self.responses = [e.responses for e in examples]
+        self.pair = [e.pair for e in examples]
+        self.drawn_logps = np.array([logp for e in examples for logp in e.drawn_logps])  # (S,)
         # (N + 1,): the number of each row's first response
-        self.first = np.concatenate([[0], np.cumsum([len(row) for row in self.responses])])
+        self.first = np.concatenate([[0], np.cumsum([len(e.responses) for e in examples])])
+
+        # (N, 3), float32: p, p_win, p_lose, as in the losses; (S,), float32: P(response > policy)
+        pair_rates = [[e.p, e.win_rates[e.pair[0]], e.win_rates[e.pair[1]]] for e in examples]
+        self.win_rates = torch.tensor(pair_rates, dtype=torch.float32)
+        self.sequence_rates = torch.tensor([rate for e in examples for rate in e.win_rates], dtype=torch.float32)
 
     def __len__(self) -> int:
         """N."""
@@ -105,30 +82,27 @@ def load_training_set(
     counted; for `sppo_all` so is an empty response, and a row with no other. Raises SPPOError for win rates outside
     [0, 1], what is no text, and conversations that the template refuses.
     """
-    counts: Counter[str] = Counter()
-    identity = chat.tokenizer_identity(tokenizer)
-    reading = Reading(tokenizer, identity, stop_ids, recipe.chat_template_kwargs, is_as_written(path), counts)
-    budgets = Budgets(recipe.max_prompt_length, recipe.max_length, cast(int | None, tokenizer.bos_token_id))
-
+    reading = Reading(recipe, tokenizer, stop_ids, is_as_written(path))
     there = open_dataset(path, recipe).schema_arrow.names
     needed = columns(recipe.loss_type)
     more = [name for name in GENERATED if name in there and name not in needed]
 
     examples = []
     for number, values in enumerate(read_rows(path, needed + more)):
-        row = read_row(reading, values, recipe.loss_type, f"{path}, row {number}")
+        row = read_row(reading, values, f"{path}, row {number}")
         if row is not None:
-            examples.append(fit(row, budgets, counts))
+            examples.append(fit(row, reading))
+    counts = reading.counts
     if not examples:
         raise SPPOError(f"{path} has no rows to train on" + (f"; {dict(+counts)}" if +counts else ""))
     counts["rows"] = len(examples)
-    return TrainingSet.from_examples(examples, dict(counts))
+    return TrainingSet(examples, dict(counts))
 
 
-def read_row(reading: Reading, values: dict[str, Any], loss_type: str, where: str) -> Row | None:
+def read_row(reading: Reading, values: dict[str, Any], where: str) -> Row | None:
     """The row; None for one that is left out, and counted. Raises SPPOError, which says `where` the row is."""
     try:
-        row = reading.row(values, loss_type)
+        row = reading.row(values)
     except BeyondTextError as error:
         reading.counts[f"rows_left_out ({error})"] += 1
         return None
@@ -145,16 +119,17 @@ def read_row(reading: Reading, values: dict[str, Any], loss_type: str, where: st
     return row
 
 
-def fit(row: Row, budgets: Budgets, counts: Counter[str]) -> Example:
+def fit(row: Row, reading: Reading) -> Example:
     """The row with what is too long cut, and counted.
 
     Only a prompt of more than max_prompt_length tokens is cut, on the left. Each response, by itself, is cut on the
     right to what its prompt leaves of max_length.
     """
+    counts = reading.counts
     prompts, responses, drawn_logps = [], [], []
     for tokens in row.responses:
-        prompt = _fit_prompt(tokens.prompt, budgets, counts)
-        room = budgets.max_length - len(prompt)
+        prompt = _fit_prompt(tokens.prompt, reading)
+        room = reading.recipe.max_length - len(prompt)
         counts["responses_cut"] += len(tokens.response) > room
         counts["response_tokens_cut"] += max(0, len(tokens.response) - room)
         prompts.append(np.array(prompt, np.int32))
@@ -166,13 +141,14 @@ def fit(row: Row, budgets: Budgets, counts: Counter[str]) -> Example:
     return Example(tuple(prompts), tuple(responses), row.win_rates, row.p, row.pair, drawn_logps)
 
 
-def _fit_prompt(prompt: list[int], budgets: Budgets, counts: Counter[str]) -> list[int]:
-    """The prompt's last tokens, behind its BOS where it has one."""
-    if len(prompt) <= budgets.max_prompt_length:
+def _fit_prompt(prompt: list[int], reading: Reading) -> list[int]:
+    """The prompt's last tokens, behind its BOS where it has one: no policy reads without it."""
+    most = reading.recipe.max_prompt_length
+    if len(prompt) <= most:
         return prompt
-    counts["prompts_cut"] += 1
-    head = prompt[:1] if prompt[0] == budgets.bos_id else []
-    return head + prompt[len(prompt) - budgets.max_prompt_length + len(head) :]
+    reading.counts["prompts_cut"] += 1
+    head = prompt[:1] if prompt[0] == reading.tokenizer.bos_token_id else []
+    return head + prompt[len(prompt) - most + len(head) :]
 
 
 def _drawn_logp(tokens: Tokens) -> float:

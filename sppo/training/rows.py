@@ -7,15 +7,15 @@ text that they spell, those ids are used. Otherwise, and for other tools' data, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from sppo.models import chat
 from sppo.models.frames import in_own_template, reads_as
+from sppo.recipe import Recipe
 from sppo.schema import BeyondTextError, Message, as_messages, beyond_text, with_own_system, written_out
 from sppo.training.dataset import RATES, WITHOUT_RATES
 
@@ -48,24 +48,28 @@ class Row:
 class Reading:
     """How rows become token ids, and what is counted on the way.
 
-    tokenizer_identity: of `tokenizer`. as_written: whether the file is byte for byte what compute_prob.py wrote, so
-    that text and token ids need not be compared.
+    as_written: whether the file is byte for byte what compute_prob.py wrote, so that text and token ids need not be
+    compared.
     """
 
+    recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_identity: str
     stop_ids: set[int]
-    template_kwargs: dict[str, Any]
     as_written: bool
-    counts: Counter[str]
+    counts: Counter[str] = field(default_factory=Counter)
 
-    def row(self, values: dict[str, Any], loss_type: str) -> Row:
-        """A row of the file for a loss. `values`: the row's columns.
+    def __post_init__(self) -> None:
+        self.tokenizer_identity = chat.tokenizer_identity(self.tokenizer)
+        self.template_kwargs = self.recipe.chat_template_kwargs
+
+    def row(self, values: dict[str, Any]) -> Row:
+        """A row of the file for the recipe's loss. `values`: the row's columns.
 
         Raises BeyondTextError for a row that cannot be used whole, and ValueError for one that cannot be trained on.
         """
         if more := beyond_text(values):
             raise BeyondTextError(more)
+        loss_type = self.recipe.loss_type
         if loss_type == "sppo_all":
             return self._all_responses(values)
         try:
@@ -78,7 +82,7 @@ class Reading:
 
     def _pair(self, values: dict[str, Any]) -> list[Tokens]:
         """The chosen and the rejected response."""
-        generated: list[dict[str, Any] | None] = [None, None]
+        generated: list[dict[str, Any]] = []
         indices = [values.get("chosen_index"), values.get("rejected_index")]
         if self._has_prompt_ids(values) and None not in indices:
             generated = [values["responses"][i] for i in indices]
@@ -106,16 +110,13 @@ class Reading:
         if not kept:
             return Row([], [], 0.5)
         rates = [sum(probability[i]) / k for i in kept]
-        generated = [responses[i] for i in kept]
-
-        has_prompt_ids = self._has_prompt_ids(values)
-        if self.as_written and has_prompt_ids and _have_ids(generated):
+        generated = [responses[i] for i in kept] if self._has_prompt_ids(values) else []
+        if self.as_written and _have_ids(generated):
             tokens = self._as_generated(values, generated)
         else:
             prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
             _refuse_edited_pair(values, prompt)
-            answers = [response["text"] for response in generated]
-            tokens = self._compared(values, prompt, answers, generated if has_prompt_ids else [])
+            tokens = self._compared(values, prompt, [responses[i]["text"] for i in kept], generated)
 
         best, worst = int(np.argmax(rates)), int(np.argmin(rates))
         return Row(tokens, rates, probability[kept[best]][kept[worst]], (best, worst))
@@ -125,17 +126,13 @@ class Reading:
         is_ours = values.get("tokenizer") == self.tokenizer_identity
         return is_ours and bool(values.get("prompt_token_ids") and values.get("responses"))
 
-    def _as_generated(self, values: dict[str, Any], responses: Sequence[dict[str, Any]]) -> list[Tokens]:
+    def _as_generated(self, values: dict[str, Any], responses: list[dict[str, Any]]) -> list[Tokens]:
         """The token ids that the policy read and wrote, without a look at any text."""
         self.counts["rows_from_generated_ids"] += 1
         return [Tokens(values["prompt_token_ids"], r["token_ids"], r.get("logps")) for r in responses]
 
     def _compared(
-        self,
-        values: dict[str, Any],
-        prompt: list[Message],
-        answers: list[str],
-        generated: Sequence[dict[str, Any] | None],
+        self, values: dict[str, Any], prompt: list[Message], answers: list[str], generated: list[dict[str, Any]]
     ) -> list[Tokens]:
         """Token ids of each answer: those that were generated where the text is still theirs, else the template's.
 
@@ -211,7 +208,7 @@ class Reading:
         return ids
 
 
-def _have_ids(responses: Sequence[dict[str, Any] | None]) -> TypeGuard[Sequence[dict[str, Any]]]:
+def _have_ids(responses: list[dict[str, Any]]) -> bool:
     """Whether there are responses, each with the token ids that were generated."""
     return bool(responses) and all(response and response.get("token_ids") for response in responses)
 

@@ -35,12 +35,16 @@ USUAL = {"optim": ("rmsprop", "adamw_torch"), "lr_scheduler_type": ("linear", "c
 NEED_MORE = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau")
 
 
+def is_first_rank() -> bool:
+    """Whether this is rank 0 of a training, or its only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass
 class Training:
     """A training as it was asked for, before anything heavy is loaded."""
 
     recipe: Recipe
-    iteration: int
     overwrite: bool
     source: Policy
     anchor: Policy | None  # with --anchor: what it pulls towards
@@ -59,18 +63,17 @@ class Training:
     def is_done(self) -> bool:
         """Whether output_dir holds this very training's model. Raises SPPOError if it, or what a killed try left, holds
         another's, and for a directory that may not be replaced."""
-        if os.environ.get("RANK", "0") == "0" and not self.overwrite:
-            self._restore()
-        if not self.overwrite and self.stage.is_current():
-            if os.environ.get("RANK", "0") == "0":
-                print(f"train: done: {self.output_dir}")
-                sweep(self.output_dir)
-            return True
         if not self.overwrite:
+            if is_first_rank():
+                self._restore()
+            if self.stage.is_current():
+                if is_first_rank():
+                    print(f"train: done: {self.output_dir}")
+                    sweep(self.output_dir)
+                return True
             self.stage.refuse_foreign()
-        refuse_unknown(self.output_dir, self.stage.name)
-        if not self.overwrite:
             refuse_another(self.work, self.stage)
+        refuse_unknown(self.output_dir, self.stage.name)
         return False
 
     def refuse_others(self) -> None:
@@ -104,11 +107,14 @@ class Training:
 
     @contextmanager
     def at_work(self) -> Iterator[bool]:
-        """Hold the work directory, from before anything in it is deleted until the model is in place: for rank 0.
+        """Hold the work directory, from before anything in it is deleted until the model is in place: rank 0 for all.
 
         Whether anything is left to do: not where another process has made this model since is_done. Raises SPPOError
         where one is making it, and where one has made it and other ranks wait for this one.
         """
+        if not is_first_rank():
+            yield True
+            return
         with working(self.output_dir):
             is_made = not self.overwrite and self.stage.is_current()
             if is_made and self.processes > 1:
@@ -134,25 +140,17 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
             raise SPPOError(f"--anchor_model {recipe.anchor_model} has another vocabulary than {recipe.model}")
     path = dataset_file(asked, recipe)
     refuse_overlap(output_dir, [part for part in (source.weights, source.adapter) if part])
-    stage = Stage(
-        "train",
-        output_dir / MANIFEST,
-        [],
-        inputs={
-            **{"model": source.identity(), "dataset": digest(path)},
-            **({"anchor": anchor.identity()} if anchor else {}),
-        },
-        settings={
-            "global_batch_size": recipe.batch_size * steps * processes,
-            **{k: getattr(recipe, k) for k in IDENTITY if k != "anchor" or recipe.anchor},  # older runs have none
-            # its loss couples the rows of a micro-batch; which rows those are, the global batch and this decide
-            **({"batch_size": recipe.batch_size} if recipe.loss_type == "kto_pair" else {}),
-        },
-    )
+    inputs = {"model": source.identity(), "dataset": digest(path)}
+    settings = {"global_batch_size": recipe.batch_size * steps * processes}
+    settings |= {k: getattr(recipe, k) for k in IDENTITY if k != "anchor" or recipe.anchor}  # older runs have none
+    if anchor:
+        inputs["anchor"] = anchor.identity()
+    if recipe.loss_type == "kto_pair":
+        # its loss couples the rows of a micro-batch; which rows those are, the global batch and this decide
+        settings["batch_size"] = recipe.batch_size
+    stage = Stage("train", output_dir / MANIFEST, [], inputs, settings)
     name = asked if asked.count("/") == 1 and not Path(asked).exists() else path.name
-    return Training(
-        recipe, recipe.iteration, overwrite, source, anchor, path, name, output_dir, processes, steps, stage
-    )
+    return Training(recipe, overwrite, source, anchor, path, name, output_dir, processes, steps, stage)
 
 
 def check_flags(recipe: Recipe) -> None:

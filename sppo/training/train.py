@@ -25,7 +25,7 @@ from sppo.training.checkpoints import (
 )
 from sppo.training.network import check_frozen, disable_dropout, lora_and_quantization, unsharded
 from sppo.training.save import finish
-from sppo.training.settings import Training, check_machine
+from sppo.training.settings import Training, check_machine, is_first_rank
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,11 +42,12 @@ def train(training: Training) -> None:
     from sppo.training.ranks import Stopped, broadcast_checkpoint
 
     check_machine(training.recipe)
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = is_first_rank()
     # rank 0 decides for all: a shared disk may not yet show the others what it shows this one
     checkpoint = _prepare_work(training) if is_first else None
     with heard():
-        trainer, data = make_trainer(training)
+        trainer = make_trainer(training)
+    data = trainer.batches.data
     checkpoint = broadcast_checkpoint(trainer.accelerator, training.work, checkpoint)
     if is_first:
         print(f"train: {_plan(training, data, checkpoint)}")
@@ -70,7 +71,7 @@ def train(training: Training) -> None:
             print(f"train: stopped, as asked; {kept}", flush=True)
         leave(INTERRUPTED)
     if is_first:
-        metrics = {"iteration": training.iteration, **_summary(training.work / "metrics.jsonl")}
+        metrics = {"iteration": training.recipe.iteration, **_summary(training.work / "metrics.jsonl")}
         metrics["agreement"] = trainer.agreement
         with unsharded(trainer.args.deepspeed_plugin):  # this rank alone loads a network here
             finish(training, metrics, data)
@@ -118,8 +119,8 @@ def _summary(metrics: Path) -> dict[str, float]:
     return {**mean, **{k: v for k, v in lines[-1].items() if k.startswith(("rewards/", "logps/"))}}
 
 
-def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
-    """The trainer with model, data and reference table, ready to train, and its data set."""
+def make_trainer(training: Training) -> SPPOTrainer:
+    """The trainer with model, data and reference table, ready to train."""
     import torch
     import transformers
 
@@ -160,7 +161,7 @@ def make_trainer(training: Training) -> tuple[SPPOTrainer, TrainingSet]:
     if training.anchor:
         anchor_table = LogProbTable(reference_key(training.anchor.identity(), data, **how), homes, "anchor")
         anchor = Anchor(training.anchor, anchor_table, dtype, recipe.attn_implementation)
-    return SPPOTrainer(model, args, recipe, data, pad_id, table, is_lean, anchor), data
+    return SPPOTrainer(model, args, recipe, data, pad_id, table, is_lean, anchor)
 
 
 def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[Any, bool]:
