@@ -390,6 +390,17 @@ def test_memory_against_an_8b_model(
         assert any(re.search(f"^{expected}", text) for text in found), found
 
 
+def test_an_engine_that_is_not_installed_ends_in_a_verdict(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hours need the engine's name: without vLLM they raised, and the last line was an error."""
+    monkeypatch.setattr("sppo.generation.engines.is_installed", lambda _: False)
+    assert doctor.report(opened(models, tmp_path, "--engine=vllm"))
+    shown = capsys.readouterr().out
+    assert "--engine vllm: vLLM is not installed; pip install" in shown
+    assert shown.rstrip().endswith("see above")
+
+
 def test_an_anchor_that_is_nowhere_is_named_before_anything_is_drawn(models: Path, tmp_path: Path) -> None:
     found = examined(models, tmp_path, "--anchor=0.1", "--anchor_model", tmp_path / "nowhere")
     assert "nowhere" in only_no(found)

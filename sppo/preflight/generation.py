@@ -30,23 +30,17 @@ _LOOKED_AT = 20_000  # prompts of a set that are tokenised here
 _ANSWER = "sppo-answer-probe"
 
 
-def model_now(run: Run) -> tuple[str, str]:
-    """(name, revision) of the model that the first iteration with work left starts from."""
-    first = run.left[0].number
-    if first == 1:
-        return run.recipe.model, run.recipe.model_revision
-    return str(run.run_dir / f"iter{first - 1}" / "model"), ""
-
-
 def look_at_model(run: Run) -> Look[Model]:
     """The model that the first iteration with work left starts from. Raises SPPOError where it cannot be read."""
     from huggingface_hub import constants
 
-    name, revision = model_now(run)
-    code = run.recipe.trust_remote_code
+    name, revision, code = run.recipe.model, run.recipe.model_revision, run.recipe.trust_remote_code
     offline = constants.HF_HUB_OFFLINE  # then weights that are not in the cache would never come
-    if run.reports and name != run.recipe.model:
-        open_policy(run.recipe.model, run.recipe.model_revision, code, offline)
+    first = run.left[0].number
+    if first > 1:
+        if run.reports:  # which compare with the first model
+            open_policy(name, revision, code, offline)
+        name, revision = str(run.run_dir / f"iter{first - 1}" / "model"), ""
     policy = open_policy(name, revision, code, offline)
     raw = read_json(policy.weights / "config.json")
 

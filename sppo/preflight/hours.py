@@ -71,8 +71,11 @@ def _from_data(run: Run, i: Iteration) -> Work:
 def hours(
     run: Run, works: list[Work], machines: Machines, model: Model | None, ranker: Ranker | None
 ) -> dict[int, list[float]]:
-    """Rough hours of generating, ranking and training of each iteration; none where model or devices are not known."""
-    if model is None or not any(work.prompts for work in works):
+    """Rough hours of generating, ranking and training of each iteration.
+
+    None where the model cannot be loaded or the devices are not known.
+    """
+    if model is None or not model.loads or not any(work.prompts for work in works):
         return {}
     rate = machines.rate or (matrix_rate() if run.cpu else 0)
     if not rate:

@@ -13,8 +13,7 @@ from packaging.requirements import Requirement
 
 from sppo.command.search_path import ROOT
 from sppo.generation.engines import pick_engine
-from sppo.launch import cores
-from sppo.launch.cores import main_memory
+from sppo.launch.cores import allowed, main_memory
 from sppo.launch.devices import list_gpus
 from sppo.launch.nodes import look
 from sppo.launch.processes import environment
@@ -73,7 +72,7 @@ def look_at_gpus(run: Run) -> Look[Machines]:
     """This machine: its memory, its GPUs, and how fast they compute. Raises SPPOError without nvidia-smi's word."""
     found = Machines(main_memory())
     if run.cpu:
-        yield ok(f"none is used; the CPU has {len(cores.allowed())} cores and {size(found.memory)} of free memory")
+        yield ok(f"none is used; the CPU has {len(allowed())} cores and {size(found.memory)} of free memory")
         return found
     listed = list_gpus()
     for name in run.gpus:

@@ -16,7 +16,7 @@ from sppo.launch.devices import CPU, devices
 from sppo.launch.script import open_launcher
 from sppo.preflight import hours
 from sppo.preflight.facts import Iteration, Machines, Run
-from sppo.preflight.findings import Finding, Look, no
+from sppo.preflight.findings import Finding, Look, many, no
 from sppo.recipe import Recipe
 
 T = TypeVar("T")
@@ -134,6 +134,5 @@ def report(run: Run) -> int:
         print("plan")
         print("\n".join(f"  {line}" for line in examined.plan))
     problems = sum(finding.level == "no" for findings in examined.found.values() for finding in findings)
-    counted = f"{problems} problem{'s' if problems > 1 else ''}"
-    print(f"ready: no: {counted}, see above" if problems else "ready: yes", flush=True)
+    print(f"ready: no: {many(problems, 'problem')}, see above" if problems else "ready: yes", flush=True)
     return problems
