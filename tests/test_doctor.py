@@ -10,6 +10,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import tiny
@@ -21,14 +22,15 @@ from sppo.models import chat
 from sppo.plan import driver_parser
 from sppo.preflight import generation, machine, training
 from sppo.preflight import verdict as doctor
-from sppo.preflight.facts import Facts, Machines, Run
-from sppo.preflight.findings import Findings, size
-from sppo.preflight.gather import gather
-from sppo.preflight.memory import model_bytes
+from sppo.preflight.facts import Machines, Run
+from sppo.preflight.findings import Look, size
+from sppo.preflight.hours import count_work
+from sppo.preflight.memory import data_bytes, model_bytes
 from sppo.store.files import exclusive
 from sppo.store.manifest import version_of
 
 Found = list[tuple[str, str]]
+T = TypeVar("T")
 
 
 def flags_of(models: Path, tmp_path: Path, *more: str | Path) -> list[str]:
@@ -55,8 +57,17 @@ def opened(models: Path, tmp_path: Path, *more: str | Path) -> Run:
 
 
 def examined(models: Path, tmp_path: Path, *more: str | Path) -> Found:
-    found = doctor.examine(gather(opened(models, tmp_path, *more)))
+    found = doctor.examine(opened(models, tmp_path, *more)).found
     return [(f.level, f.text) for findings in found.values() for f in findings]
+
+
+def value_of(look: Look[T]) -> T:
+    """What a look returns."""
+    while True:
+        try:
+            next(look)
+        except StopIteration as end:
+            return end.value
 
 
 def only_no(found: Found) -> str:
@@ -252,7 +263,7 @@ def test_versions_are_compared_with_the_pins(models: Path, tmp_path: Path, monke
     monkeypatch.setattr(machine.metadata, "requires", lambda _: wanted)
     (tmp_path / "requirements.lock").write_text(f"pyarrow==1.0 ; a marker\npyyaml=={version_of('pyyaml')}\n")
     monkeypatch.setattr(machine, "ROOT", tmp_path)
-    found = [(f.level, f.text) for f in machine.check_versions(opened(models, tmp_path))]
+    found = found_by(machine.check_versions(opened(models, tmp_path)))
     assert only_no(found).startswith("no-such-package is not installed; pip install 'no-such-package==2'")
     assert [text for level, text in found if level == "note" and "known to work with ==1.0" in text]
     assert [
@@ -270,11 +281,12 @@ def test_a_disk_that_is_too_small(models: Path, tmp_path: Path, monkeypatch: pyt
         assert size(free) in found[0]
         assert level == "ok" or "Make room, or use another --run_dir" in found[0]
     # 2 iterations x (40 prompts x 3 responses x 24 tokens x 40 bytes + 40 x 4000) and 2 models of 4 bytes a number
-    facts = gather(opened(models, tmp_path))
-    assert sum(generation.data_bytes(work, work.most_tokens) for work in facts.work) == 2 * (
-        40 * 3 * 24 * 40 + 40 * 4000
-    )
-    assert model_bytes(facts.recipe, facts.shape, facts.training.config) == 4 * facts.shape.parameters
+    run = opened(models, tmp_path)
+    model, config = value_of(generation.look_at_model(run)), value_of(training.look_at_config(run))
+    prompts = value_of(generation.look_at_prompts(run, model, model.policy.tokenizer()))
+    works = value_of(count_work(run, prompts, 16))
+    assert sum(data_bytes(work, work.most_tokens) for work in works) == 2 * (40 * 3 * 24 * 40 + 40 * 4000)
+    assert model_bytes(run.recipe, model.shape, config.content) == 4 * model.shape.parameters
     (tmp_path / "file").touch()
     found = only_no(examined(models, tmp_path, "--run_dir", tmp_path / "file" / "run"))
     assert "a file stands where a directory should be" in found
@@ -311,16 +323,15 @@ def eight_billion(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return directory
 
 
-def found_by(look: Callable[..., Findings], known: Run | Facts) -> Found:
-    return [(f.level, f.text) for f in look(known)]
+def found_by(look: Look[Any]) -> Found:
+    return [(f.level, f.text) for f in look]
 
 
 def test_gpus_that_do_not_exist_or_that_pytorch_cannot_use(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(tmp_path, monkeypatch, (80, 79), (80, 79))
-    run = opened(models, tmp_path, "--gpus=GPU-1111,5")
-    found = found_by(machine.check_gpus, Facts(run, machine.look_at_machines(run)))
+    found = found_by(machine.look_at_gpus(opened(models, tmp_path, "--gpus=GPU-1111,5")))
     assert ("ok", "GPU GPU-1111: NVIDIA Test, 79.0 GiB of 80.0 GiB free") in found
     wrong = [text for level, text in found if level == "no"]
     assert "GPU 5 does not exist; nvidia-smi shows 0, 1. Change --gpus" in wrong[0]
@@ -328,7 +339,7 @@ def test_gpus_that_do_not_exist_or_that_pytorch_cannot_use(
         assert re.search(r"PyTorch cannot use GPU GPU-1111: torch \S+ finds no CUDA\.", wrong[1])
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
     with pytest.raises(SPPOError, match="NVIDIA-SMI has failed.*--gpus none"):
-        machine.look_at_machines(opened(models, tmp_path, "--gpus=0"))
+        found_by(machine.look_at_gpus(opened(models, tmp_path, "--gpus=0")))
 
 
 @pytest.mark.parametrize(
@@ -369,13 +380,25 @@ def test_memory_against_an_8b_model(
         pytest.skip("vLLM is not installed")
     flags = ["--model", eight_billion, "--gpus", ",".join(cards), "--batch_size=2", "--global_batch_size=64"]
     run = opened(models, tmp_path, *flags, "--gradient_checkpointing=true", "--engine=vllm", *more)
-    facts = Facts(run, Machines(0), generation.look_at_model(run), training=training.look_at_training(run))
-    facts.machines.cards = {name: (total << 30, free << 30) for name, (total, free) in cards.items()}
-    facts.prompts = generation.read_prompts(run, facts.model, facts.model.policy.tokenizer())
-    found = found_by(generation.check_memory, facts) + found_by(training.check_memory, facts)
+    machines = Machines(0, {name: (total << 30, free << 30) for name, (total, free) in cards.items()})
+    model, config = value_of(generation.look_at_model(run)), value_of(training.look_at_config(run))
+    prompts = value_of(generation.look_at_prompts(run, model, model.policy.tokenizer()))
+    found = found_by(generation.check_memory(run, machines, model.shape, prompts))
+    found += found_by(training.check_memory(run, machines, model.shape, config))
     found = [f"{level} {text}" for level, text in found]
     for expected in said:
         assert any(re.search(f"^{expected}", text) for text in found), found
+
+
+def test_an_engine_that_is_not_installed_ends_in_a_verdict(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hours need the engine's name: without vLLM they raised, and the last line was an error."""
+    monkeypatch.setattr("sppo.generation.engines.is_installed", lambda _: False)
+    assert doctor.report(opened(models, tmp_path, "--engine=vllm"))
+    shown = capsys.readouterr().out
+    assert "--engine vllm: vLLM is not installed; pip install" in shown
+    assert shown.rstrip().endswith("see above")
 
 
 def test_an_anchor_that_is_nowhere_is_named_before_anything_is_drawn(models: Path, tmp_path: Path) -> None:
@@ -395,12 +418,11 @@ def test_only_what_is_left_is_looked_at(models: Path, tmp_path: Path) -> None:
     (data / "responses.manifest.json").write_text('{"counts": {"response_tokens": 2000}}')
     flags = ["--iterations=1", "--prompts=gone.jsonl", "--ranker=gone:gone", "--org=me"]  # nobody needs them any more
     run = opened(models, tmp_path, *flags)
-    facts = gather(run)
-    found = doctor.examine(facts)
-    assert not [f.text for findings in found.values() for f in findings if f.level == "no"]
-    (work,) = facts.work
-    assert (work.responses(3), work.comparisons(3), work.rows, work.steps) == (0, 0, 50, 4)
-    assert generation.data_bytes(work, 2000) == 0
+    examined = doctor.examine(run)
+    assert not [f.text for findings in examined.found.values() for f in findings if f.level == "no"]
+    assert re.search(r"iteration 1 +0 +0 +0 +0 +50 +4 ", examined.plan[1])
+    (work,) = value_of(count_work(run, [], 16))
+    assert data_bytes(work, 2000) == 0
     with exclusive(tmp_path / "run"):  # somebody is at work on it
         done = tiny.run("scripts/run.sh", *flags_of(models, tmp_path, *flags))
     assert done.returncode == 1

@@ -47,7 +47,7 @@ def test_all_that_can_be_called_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
     for name, logit in (("whole", 2.0), ("double", 4.0), ("c", None)):
         recipe = Recipe(ranker=f"callables:{name}")
         assert function.identity(recipe)["source"] == digest(path)
-        assert function.fetch(recipe) == str(path)
+        assert function.fetch(recipe) == path
         ranker = function.load(recipe)
         if logit is not None:
             assert list(ranker.logits([([USER], "abc", "a")])) == [(0, logit)]

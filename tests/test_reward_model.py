@@ -141,7 +141,7 @@ def test_half_precision_keeps_differences_and_asks_again_what_overflows(
     rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranker = RewardModel(rewards / "llama", "cpu", 4096, torch.bfloat16)
-    scores = torch.tensor([score for _, score in ranker._scores([(json.dumps(PROMPTS[0]), r) for r in "abcdef"])])
+    scores = torch.tensor([*ranker._scores([(json.dumps(PROMPTS[0]), r) for r in "abcdef"]).values()])
     assert not torch.equal(scores, scores.bfloat16().float())  # the last layer did not round them
     pairs = [(PROMPTS[0], "a", "b")]
     expected = dict(RewardModel(rewards / "llama", "cpu", 4096).logits(pairs))[0]

@@ -8,7 +8,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -121,12 +120,8 @@ def test_the_preflight_says_where_a_template_writes_the_day(
     model = shutil.copytree(models / "llama3", tmp_path / "dated")
     (model / "chat_template.jinja").write_text(template)
     policy = open_policy(str(model))
-    facts = SimpleNamespace(
-        model=SimpleNamespace(policy=policy),
-        tokenizer=policy.tokenizer(),
-        recipe=Recipe(chat_template_kwargs=kwargs),
-    )
-    assert any("writes the day into each prompt" in finding.text for finding in check_template(facts)) == says
+    found = check_template(policy, policy.tokenizer(), kwargs)
+    assert any("writes the day into each prompt" in finding.text for finding in found) == says
 
 
 WITH_DEFAULT = (  # as Qwen-2.5: a system turn of the template's own where a conversation has none

@@ -260,7 +260,7 @@ def problems(model: Path, tmp_path: Path, *more: str) -> list[str]:
     ]
     flags += [f"--recipe={tiny.ROOT / 'recipes/sppo/demo.yaml'}", "--gpus=none", f"--run_dir={tmp_path / 'run'}"]
     _, recipe = cli.parse(driver_parser(""), [*flags, *more])
-    found = verdict.examine(verdict.gather(verdict.open_run(iterations.opened(recipe))))
+    found = verdict.examine(verdict.open_run(iterations.opened(recipe))).found
     return [f.text for findings in found.values() for f in findings if f.level == "no"]
 
 

@@ -1,21 +1,26 @@
-"""What the preflight's checks say: findings, and numbers in words."""
+"""What the preflight's looks say: findings, and numbers in words.
+
+A look is a generator that yields Findings. It may return what later looks need.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass
 class Finding:
-    """What a check found. ok: as it should be; note: the run goes on, but look; no: the run would fail."""
+    """What a look found. ok: as it should be; note: the run goes on, but look; no: the run would fail."""
 
     level: Literal["ok", "note", "no"]
     text: str
 
 
-Findings = Iterator[Finding]
+Look: TypeAlias = Generator[Finding, None, T]
 
 
 def ok(text: str) -> Finding:

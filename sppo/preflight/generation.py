@@ -1,10 +1,10 @@
-"""What generation needs, looked at before a run starts: model, chat template, prompts, memory, time."""
+"""Generation, looked at before a run starts: model, chat template, prompts, memory."""
 
 from __future__ import annotations
 
 from collections import Counter
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.generation.engines import pick_engine
@@ -17,40 +17,32 @@ from sppo.models.loading import empty_network, load_config
 from sppo.models.policy import Policy, adapter_base, open_policy
 from sppo.models.shape import Shape, stored_bytes
 from sppo.models.vllm import check_vllm
-from sppo.preflight.facts import RUNTIME, Facts, Model, PromptSet, Run, Work
-from sppo.preflight.findings import Finding, Findings, fits, many, no, note, ok, parameters_text, size
+from sppo.preflight.facts import Machines, Model, PromptSet, Run
+from sppo.preflight.findings import Finding, Look, fits, many, no, note, ok, parameters_text, size
+from sppo.preflight.memory import RUNTIME
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _LOOKED_AT = 20_000  # prompts of a set that are tokenised here
 _ANSWER = "sppo-answer-probe"
-# The share of the device's matrix rate that drawing reaches. CPU: measured (docs/benchmarks.md); GPU: a guess.
-_SHARE = {("vllm", "cpu"): 0.29, ("transformers", "cpu"): 0.08, ("vllm", "gpu"): 0.10, ("transformers", "gpu"): 0.02}
-# A token of a response is on disk in the journal (JSON), its shard, responses.parquet and train.parquet.
-_TOKEN_BYTES = 40
-_ROW_BYTES = 4000  # of a prompt beside its responses: its text, four times, its matrix, its pair
 
 
-def model_now(run: Run) -> tuple[str, str]:
-    """(name, revision) of the model that the first iteration with work left starts from."""
-    first = run.left[0].number
-    if first == 1:
-        return run.recipe.model, run.recipe.model_revision
-    return str(run.run_dir / f"iter{first - 1}" / "model"), ""
-
-
-def look_at_model(run: Run) -> Model:
+def look_at_model(run: Run) -> Look[Model]:
     """The model that the first iteration with work left starts from. Raises SPPOError where it cannot be read."""
     from huggingface_hub import constants
 
-    name, revision = model_now(run)
-    code = run.recipe.trust_remote_code
+    name, revision, code = run.recipe.model, run.recipe.model_revision, run.recipe.trust_remote_code
     offline = constants.HF_HUB_OFFLINE  # then weights that are not in the cache would never come
-    if run.reports and name != run.recipe.model:
-        open_policy(run.recipe.model, run.recipe.model_revision, code, offline)
+    first = run.left[0].number
+    if first > 1:
+        if run.reports:  # which compare with the first model
+            open_policy(name, revision, code, offline)
+        name, revision = str(run.run_dir / f"iter{first - 1}" / "model"), ""
     policy = open_policy(name, revision, code, offline)
     raw = read_json(policy.weights / "config.json")
-    kind = raw.get("model_type", "a model of no known type")
 
     # an adapter's weights are few: those of its base count
     source, revision = adapter_base(policy.adapter) if policy.adapter else (name, revision)
@@ -63,7 +55,18 @@ def look_at_model(run: Run) -> Model:
         count = stored // stored_bytes(raw)
     else:
         count = parameters(weight_shapes(policy.weights))
-    return Model(name, kind, policy, Shape.of(raw, count), to_download, _refusal(run, name, kind, policy))
+
+    kind, context = raw.get("model_type", "a model of no known type"), policy.context()
+    shown = f"{name}: {kind}, {parameters_text(count)}, context {context or 'unknown'}"
+    shown += f", with the adapter {policy.adapter}" if policy.adapter else ""
+    shown += f", {size(to_download)} to download" if to_download else ""
+    yield ok(shown)
+    refusal = _refusal(run, name, kind, policy)
+    if refusal:
+        yield no(refusal)
+    if run.trains and context and run.recipe.max_length > context:
+        yield note(f"--max_length {run.recipe.max_length} is beyond the model's context of {context} tokens")
+    return Model(policy, Shape.of(raw, count), to_download, loads=not refusal)
 
 
 def _refusal(run: Run, name: str, kind: str, policy: Policy) -> str:
@@ -83,28 +86,14 @@ def _refusal(run: Run, name: str, kind: str, policy: Policy) -> str:
     return ""
 
 
-def check_model(facts: Facts) -> Findings:
-    model, recipe = facts.model, facts.recipe
-    if model is None:
-        return
-    context = model.policy.context()
-    shown = f"{model.name}: {model.kind}, {parameters_text(model.shape.parameters)}, context {context or 'unknown'}"
-    shown += f", with the adapter {model.policy.adapter}" if model.policy.adapter else ""
-    shown += f", {size(model.to_download)} to download" if model.to_download else ""
-    yield ok(shown)
-    if model.refused:
-        yield no(model.refused)
-    if facts.run.trains and context and recipe.max_length > context:
-        yield note(f"--max_length {recipe.max_length} is beyond the model's context of {context} tokens")
+def look_at_tokenizer(run: Run, model: Model) -> Look[PreTrainedTokenizerBase]:
+    """The model's tokenizer, with a look at its chat template."""
+    tokenizer = model.policy.tokenizer()
+    yield from check_template(model.policy, tokenizer, run.recipe.chat_template_kwargs)
+    return tokenizer
 
 
-def check_template(facts: Facts) -> Findings:
-    if facts.model is None:
-        yield note("not checked: the model cannot be read")
-        return
-    tokenizer, kwargs = facts.tokenizer, facts.recipe.chat_template_kwargs
-    if tokenizer is None:
-        return
+def check_template(policy: Policy, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> Look[None]:
     user = [{"role": "user", "content": "What is two plus two?"}]
     try:
         ids = chat.prompt_ids(tokenizer, user, kwargs)
@@ -120,7 +109,7 @@ def check_template(facts: Facts) -> Findings:
         yield note("the template does not render an assistant's answer as it is; data of other tools may not train")
         return
     yield _header(prompt, bare, before)
-    yield from _end(facts.model.policy, tokenizer, behind)
+    yield from _end(policy, tokenizer, behind)
     days = datetime(2024, 7, 26), datetime(2025, 8, 27)
     if len({chat.render(tokenizer, user, True, {**kwargs, "strftime_now": day.strftime}) for day in days}) > 1:
         yield note(
@@ -131,7 +120,7 @@ def check_template(facts: Facts) -> Findings:
     yield ok(f"a system turn is {system}")
 
 
-def _bos(tokenizer: Any, ids: list[int]) -> Findings:
+def _bos(tokenizer: Any, ids: list[int]) -> Look[None]:
     bos = tokenizer.bos_token_id
     count = next((i for i, token in enumerate(ids) if token != bos), len(ids)) if bos is not None else 0
     plain = tokenizer("two")["input_ids"]
@@ -163,7 +152,7 @@ def _header(prompt: str, bare: str, before: str) -> Finding:
     return note("the template renders a prompt differently once it is answered; data of other tools may not train")
 
 
-def _end(policy: Policy, tokenizer: Any, behind: str) -> Findings:
+def _end(policy: Policy, tokenizer: Any, behind: str) -> Look[None]:
     """Whether what the template puts behind an answer is what stops generation."""
     stops = policy.stop_ids(tokenizer)
     names = tokenizer.convert_ids_to_tokens(sorted(stops))
@@ -179,7 +168,7 @@ def _end(policy: Policy, tokenizer: Any, behind: str) -> Findings:
         )
 
 
-def read_prompts(run: Run, model: Model | None, tokenizer: Any) -> list[PromptSet]:
+def look_at_prompts(run: Run, model: Model | None, tokenizer: Any) -> Look[list[PromptSet]]:
     """The prompts of the iterations whose data is to be made; a set that several draw from is read once."""
     shared: dict[tuple[str, tuple[int, int]], list[int]] = {}
     for i in run.left:
@@ -189,28 +178,32 @@ def read_prompts(run: Run, model: Model | None, tokenizer: Any) -> list[PromptSe
             shared.setdefault((source, part), []).append(i.number)
     sets = []
     for (source, part), numbers in shared.items():
+        made = PromptSet(source, numbers)
         try:
-            sets.append(_read(run.recipe, source, part, numbers, model, tokenizer))
+            _read(made, run.recipe, part, model, tokenizer)
         except SPPOError as error:
-            sets.append(PromptSet(source, numbers, unreadable=str(error)))
+            yield no(f"{made.which}: {error}")
+            continue
+        sets.append(made)
+        text = f"{made.which}: {made.total} prompts in {source}"
+        if made.skipped:
+            text += f"; {len(made.skipped)} skipped: {_reasons(made)}"
+        if not made.usable:
+            yield no(f"{text}. None is left to answer")
+            continue
+        yield note(text) if made.skipped else ok(text)
+        yield from _cuts(run.recipe, made)
     return sets
 
 
-def read_held_out(run: Run, model: Model | None, tokenizer: Any) -> PromptSet:
-    """The prompts of the report. Raises SPPOError for what cannot be read."""
-    return _read(run.recipe, run.recipe.eval_prompts, (0, 1), [], model, tokenizer)
-
-
-def _read(
-    recipe: Recipe, source: str, part: tuple[int, int], numbers: list[int], model: Model | None, tokenizer: Any
-) -> PromptSet:
-    """The prompts as generation will see them. Raises SPPOError for what cannot be read."""
-    prompts = load_prompts(source, recipe, part)
-    made = PromptSet(source, numbers, len(prompts))
+def _read(made: PromptSet, recipe: Recipe, part: tuple[int, int], model: Model | None, tokenizer: Any) -> None:
+    """Read the prompts as generation will see them. Raises SPPOError for what cannot be read."""
+    prompts = load_prompts(made.source, recipe, part)
+    made.total = len(prompts)
     if model is None or tokenizer is None:  # at least whether they can be read
         made.skipped = [p.skip for p in prompts if p.skip]
         made.usable = len(prompts) - len(made.skipped)
-        return made
+        return
     made.every = every = -(-len(prompts) // _LOOKED_AT)
     templated = to_requests(recipe, model.policy, tokenizer, prompts[::every])
     made.lengths = [len(r.token_ids) for r in templated.requests]
@@ -219,32 +212,15 @@ def _read(
     made.conversations = list(templated.conversations.values())
     for one in templated.skipped:
         made.skipped += [one["reason"]] * every
-    return made
-
-
-def check_prompts(facts: Facts) -> Findings:
-    for made in facts.prompts:
-        which = f"iteration {', '.join(map(str, made.iterations))}"
-        if made.unreadable:
-            yield no(f"{which}: {made.unreadable}")
-            continue
-        text = f"{which}: {made.total} prompts in {made.source}"
-        if made.skipped:
-            text += f"; {len(made.skipped)} skipped: {_reasons(made)}"
-        if not made.usable:
-            yield no(f"{text}. None is left to answer")
-            continue
-        yield note(text) if made.skipped else ok(text)
-        yield from _cuts(facts.recipe, which, made)
 
 
 def _reasons(made: PromptSet) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in Counter(made.skipped).most_common(5))
 
 
-def _cuts(recipe: Recipe, which: str, made: PromptSet) -> Findings:
+def _cuts(recipe: Recipe, made: PromptSet) -> Look[None]:
     """What the stages' limits cut of the prompts and of the responses that may come."""
-    limit = recipe.max_prompt_length
+    which, limit = made.which, recipe.max_prompt_length
     if not made.lengths:
         return
     if made.every > 1:
@@ -264,60 +240,53 @@ def _cuts(recipe: Recipe, which: str, made: PromptSet) -> Findings:
         yield note(f"{which}: {short} prompts leave less than --maxlen {recipe.maxlen} tokens of the model's context")
 
 
-def check_held_out(facts: Facts) -> Findings:
-    """The held-out prompts, where a report is asked for."""
-    made = facts.held_out
-    if made is None:
-        return
+def check_held_out(recipe: Recipe, model: Model | None, tokenizer: Any) -> Look[None]:
+    """The prompts of the report."""
+    made = PromptSet(recipe.eval_prompts, [])
+    _read(made, recipe, (0, 1), model, tokenizer)
     if not made.usable:
         yield no(f"--eval_prompts {made.source}: none of {made.total} can be answered: {_reasons(made)}")
         return
     text = f"{made.total} held-out prompts"
     text += f", {len(made.skipped)} skipped: {_reasons(made)}" if made.skipped else ""
-    k = facts.recipe.eval_pairs
+    k = recipe.eval_pairs
     text += f"; {made.usable * k} responses a model, {2 * made.usable * k * k} comparisons a report"
     yield note(text) if made.skipped else ok(text)
 
 
-def check_memory(facts: Facts) -> Findings:
-    if facts.shape is None:
-        yield note("not compared with the model, which cannot be read")
-    elif not facts.run.cpu and not facts.machines.cards:
-        yield note("not compared with the model: that of the GPUs is not known")
-    elif facts.run.generates:
-        fit = _fits_main_memory if facts.run.cpu else _fits_gpus
-        yield fit(facts, facts.shape)
+def check_memory(run: Run, machines: Machines, shape: Shape, prompts: list[PromptSet]) -> Look[None]:
+    # of the longest sequence, as far as the prompts are known
+    longest = max((max(made.lengths) for made in prompts if made.lengths), default=run.recipe.max_prompt_length)
+    tokens = longest + run.recipe.maxlen
+    if run.cpu:
+        yield _fits_main_memory(run, machines, shape, tokens)
+    elif machines.cards:
+        yield _fits_gpus(run.recipe, machines, shape, tokens)
 
 
-def _longest(facts: Facts) -> int:
-    """Tokens of the longest sequence, as far as the prompts are known."""
-    longest = max((made.longest for made in facts.readable), default=facts.recipe.max_prompt_length)
-    return longest + facts.recipe.maxlen
-
-
-def _fits_main_memory(facts: Facts, shape: Shape) -> Finding:
-    shards = len(facts.run.gpus) // facts.recipe.world_size
-    vllm = pick_engine(facts.recipe.engine) == "vllm"
+def _fits_main_memory(run: Run, machines: Machines, shape: Shape, tokens: int) -> Finding:
+    shards = len(run.gpus) // run.recipe.world_size
+    vllm = pick_engine(run.recipe.engine) == "vllm"
     number = 4 if vllm or shape.parameters * shape.bytes > DOUBLE else 8  # bytes
     certain = number * shape.parameters * shards
-    more = (1 << 30) * shards if vllm else shape.cache(BATCH * _longest(facts), number) * shards
+    more = (1 << 30) * shards if vllm else shape.cache(BATCH * tokens, number) * shards
     parts = f"weights in {many(shards, 'process')} and up to {{}} of keys and values"
     advice = "Take a smaller model, --maxlen or machine"
-    return fits("generation", certain, more, facts.machines.memory, parts, advice)
+    return fits("generation", certain, more, machines.memory, parts, advice)
 
 
-def _fits_gpus(facts: Facts, shape: Shape) -> Finding:
-    world_size, cards = facts.recipe.world_size, facts.machines.cards
+def _fits_gpus(recipe: Recipe, machines: Machines, shape: Shape, tokens: int) -> Finding:
+    world_size, cards = recipe.world_size, machines.cards
     if shape.heads % world_size:
         return no(f"--world_size {world_size} does not divide the model's {shape.heads} attention heads")
     certain = 2 * shape.parameters / world_size
     parts = "weights on each GPU and {} for keys and values and the runtime"
-    if pick_engine(facts.recipe.engine) != "vllm":
+    if pick_engine(recipe.engine) != "vllm":
         free = min(free for _, free in cards.values())
-        more = shape.cache(BATCH * _longest(facts)) + RUNTIME
+        more = shape.cache(BATCH * tokens) + RUNTIME
         return fits("generation", certain, more, free, parts, "Lower --maxlen, or take vLLM with a --world_size")
 
-    share = facts.recipe.gpu_memory_utilization
+    share = recipe.gpu_memory_utilization
     for name, (total, free) in cards.items():
         if free < share * total:
             return no(
@@ -325,18 +294,5 @@ def _fits_gpus(facts: Facts, shape: Shape) -> Finding:
                 f"what uses it, or --gpu_memory_utilization {int(100 * free / total) / 100:g}"
             )
     room = min(share * total for total, _ in cards.values())
-    more = shape.cache(_longest(facts)) / world_size + RUNTIME  # one sequence at a time, at the least
+    more = shape.cache(tokens) / world_size + RUNTIME  # one sequence at a time, at the least
     return fits("generation", certain, more, room, parts, f"Try --world_size {2 * world_size}, or lower --maxlen")
-
-
-def data_bytes(work: Work, tokens: int) -> int:
-    """Bytes of an iteration's data on disk, with so many tokens in its responses."""
-    return _TOKEN_BYTES * tokens + _ROW_BYTES * work.prompts if work.generate else 0
-
-
-def drawing_seconds(work: Work, run: Run, parameters: int, rate: float) -> float:
-    """Rough seconds of drawing the iteration's responses, at so many FLOPs a second."""
-    if not work.generate:
-        return 0.0
-    flops = 2 * parameters * (work.prompt_tokens + work.response_tokens(run.recipe))
-    return flops / (rate * _SHARE[pick_engine(run.recipe.engine), "cpu" if run.cpu else "gpu"])

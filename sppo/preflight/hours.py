@@ -6,48 +6,56 @@ matrix rate.
 
 from __future__ import annotations
 
-from sppo.command.errors import SPPOError
+import math
+
 from sppo.command.progress import columns
+from sppo.generation.engines import pick_engine
 from sppo.launch.devices import matrix_rate
-from sppo.preflight import generation, memory, ranking
-from sppo.preflight.facts import TYPICAL_RESPONSE, Facts, Iteration, PromptSet, Run, Training, Work
+from sppo.preflight.facts import TYPICAL_RESPONSE, Iteration, Machines, Model, PromptSet, Ranker, Run, Work
+from sppo.preflight.findings import Look, no
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
 
+# The share of the matrix rate that a stage reaches. Drawing on a GPU: a guess; the others are measured
+# (docs/benchmarks.md, docs/gpu.md).
+_SHARES = {
+    "cpu": {"vllm": 0.29, "transformers": 0.08, "rank": 0.7, "train": 0.35},
+    "gpu": {"vllm": 0.10, "transformers": 0.02, "rank": 0.28, "train": 0.3},
+}
 
-def count_work(run: Run, prompts: list[PromptSet], training: Training | None) -> list[Work]:
-    """What each iteration has to do, as far as its prompts are known. Raises SPPOError where nothing is left to train.
 
-    From its prompts, or, where its data is made, from what that holds.
+def count_work(run: Run, prompts: list[PromptSet], batch: int) -> Look[list[Work]]:
+    """What each iteration has to do, as far as its prompts are known; from its data, where that is made.
+
+    batch: pairs a step; 0 where that is not known.
     """
-    readable = [made for made in prompts if not made.unreadable]
-    sets = {number: made for made in readable for number in made.iterations}
-    work = []
+    sets = {number: made for made in prompts for number in made.iterations}
+    works = []
     for i in run.left:
         if i.data and i.number in sets:
-            one = _from_prompts(run.recipe, i, sets[i.number])
+            work = _from_prompts(run.recipe, i, sets[i.number])
         elif i.training and not i.data:
-            one = _from_data(run, i)
+            work = _from_data(run, i)
         else:
             continue
-        if training and training.accumulation and i.training:
-            one.steps = memory.steps(one.rows, run.recipe, training.processes, training.accumulation)
-        work.append(one)
-    return work
+        if batch and i.training:
+            work.steps = math.ceil(math.ceil(work.rows / batch) * run.recipe.num_train_epochs)
+        works.append(work)
+    held_out = next((work.prompts for work in works if work.prompts and not work.rows), 0)
+    if held_out:
+        yield no(f"--test_size {run.recipe.test_size:g} holds all {held_out} prompts out; nothing is trained on")
+    return works
 
 
 def _from_prompts(recipe: Recipe, i: Iteration, made: PromptSet) -> Work:
-    rows = memory.training_rows(made.usable, recipe.test_size)
-    if made.usable and not rows:
-        raise SPPOError(f"--test_size {recipe.test_size:g} holds all {made.usable} prompts out; nothing is trained on")
+    share = recipe.test_size < 1
+    held_out = round(recipe.test_size * made.usable) if share else int(recipe.test_size)
     return Work(
-        iteration=i.number,
-        generate=True,
-        train=i.training,
+        iteration=i,
         prompts=made.usable,
         prompt_tokens=made.every * sum(made.lengths),
         most_tokens=recipe.pairs * made.every * sum(made.rooms),
-        rows=rows,
+        rows=max(0, made.usable - held_out),
     )
 
 
@@ -57,26 +65,66 @@ def _from_data(run: Run, i: Iteration) -> Work:
     manifest = data / "responses.manifest.json"  # not there where another tool made the responses
     counts = read_json(manifest)["counts"] if manifest.exists() else {}
     tokens = counts.get("response_tokens", rows * run.recipe.pairs * TYPICAL_RESPONSE)
-    return Work(i.number, generate=False, train=True, prompts=rows, most_tokens=tokens, rows=rows)
+    return Work(i, prompts=rows, most_tokens=tokens, rows=rows)
 
 
-def hours(facts: Facts) -> dict[int, list[float]]:
-    """Rough hours of generating, ranking and training of each iteration; none where model or devices are not known."""
-    if facts.shape is None or not any(work.prompts for work in facts.work):
+def hours(
+    run: Run, works: list[Work], machines: Machines, model: Model | None, ranker: Ranker | None
+) -> dict[int, list[float]]:
+    """Rough hours of generating, ranking and training of each iteration.
+
+    None where the model cannot be loaded or the devices are not known.
+    """
+    if model is None or not model.loads or not any(work.prompts for work in works):
         return {}
-    rate = facts.machines.rate or (matrix_rate() if facts.run.cpu else 0)
+    rate = machines.rate or (matrix_rate() if run.cpu else 0)
     if not rate:
         return {}
-    size = facts.shape.parameters
+    shares, parameters = _SHARES["cpu" if run.cpu else "gpu"], model.shape.parameters
+
+    def in_hours(flops: float, stage: str) -> float:
+        return flops / (rate * shares[stage]) / 3600
+
     spent = {}
-    for work in facts.work:
-        seconds = [
-            generation.drawing_seconds(work, facts.run, size, rate),
-            ranking.ranking_seconds(work, facts.run, facts.ranker, rate),
-            memory.training_seconds(work, facts.run, size, rate),
-        ]
-        spent[work.iteration] = [s / 3600 for s in seconds]
+    for work in works:
+        draw = rank = train = 0.0
+        if work.iteration.data:
+            draw = in_hours(_drawing(work, run.recipe, parameters), pick_engine(run.recipe.engine))
+            rank = in_hours(_ranking(work, run.recipe, ranker), "rank")
+        if work.iteration.training:
+            train = in_hours(_training(work, run.recipe, parameters), "train")
+        spent[work.iteration.number] = [draw, rank, train]
     return spent
+
+
+def _drawing(work: Work, recipe: Recipe, parameters: int) -> float:
+    """FLOPs of drawing an iteration's responses."""
+    return 2 * parameters * (work.prompt_tokens + work.response_tokens(recipe))
+
+
+def _ranking(work: Work, recipe: Recipe, ranker: Ranker | None) -> float:
+    """FLOPs of ranking them: a PairRM reads every ordered pair, a reward model every response once.
+
+    0 where the ranker's size is not known.
+    """
+    if ranker is None:
+        return 0.0
+    k, tokens = recipe.pairs, work.response_tokens(recipe)
+    if ranker.kind == "reward_model":
+        read = k * work.prompt_tokens + tokens
+    else:
+        read = k * (k - 1) * work.prompt_tokens + 2 * (k - 1) * tokens
+    return 2 * ranker.parameters * read
+
+
+def _training(work: Work, recipe: Recipe, parameters: int) -> float:
+    """FLOPs of training on its pairs."""
+    prompts = max(1, work.prompts)
+    mean = work.response_tokens(recipe) / (prompts * recipe.pairs)
+    sequences = work.rows * (recipe.pairs if recipe.loss_type == "sppo_all" else 2)
+    length = min(work.prompt_tokens / prompts + mean, recipe.max_length)
+    passes = 3 + recipe.gradient_checkpointing  # forward, twice that backward, and what is recomputed
+    return 2 * (passes * recipe.num_train_epochs + 1) * parameters * sequences * length  # + the reference's pass
 
 
 def table(works: list[Work], recipe: Recipe, spent: dict[int, list[float]]) -> list[str]:
@@ -87,7 +135,7 @@ def table(works: list[Work], recipe: Recipe, spent: dict[int, list[float]]) -> l
     numbers = [_counts(work, recipe) for work in works]
     lines = [header]
     for work, counts in zip(works, numbers, strict=True):
-        lines.append(_line(f"iteration {work.iteration}", counts, spent.get(work.iteration)))
+        lines.append(_line(f"iteration {work.iteration.number}", counts, spent.get(work.iteration.number)))
     if len(works) > 1:
         total = [sum(column) for column in zip(*numbers, strict=True)]
         lines.append(_line("all", total, [sum(part) for part in zip(*spent.values(), strict=True)]))
@@ -97,9 +145,10 @@ def table(works: list[Work], recipe: Recipe, spent: dict[int, list[float]]) -> l
 def _counts(work: Work, recipe: Recipe) -> list[int]:
     """The numbers of an iteration's line: 0 where that part is done."""
     drawn, trained = [0, 0, 0, 0], [0, 0]
-    if work.generate:
-        drawn = [work.prompts, work.responses(recipe.pairs), work.comparisons(recipe.pairs), work.most_tokens]
-    if work.train:
+    if work.iteration.data:
+        responses = work.prompts * recipe.pairs
+        drawn = [work.prompts, responses, responses * (recipe.pairs - 1), work.most_tokens]
+    if work.iteration.training:
         trained = [work.rows, work.steps]
     return [*drawn, *trained]
 

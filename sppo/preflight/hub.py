@@ -5,10 +5,11 @@ from __future__ import annotations
 from sppo.command.errors import SPPOError
 from sppo.hub.errors import explain
 from sppo.preflight.facts import Run
-from sppo.preflight.findings import Findings, no, note, ok
+from sppo.preflight.findings import Look, no, note, ok
+from sppo.store.files import has_begun
 
 
-def check_hub(run: Run) -> Findings:
+def check_hub(run: Run) -> Look[None]:
     if not run.recipe.org or not (run.makes_data or (run.recipe.push_model and run.trains)):
         return
     from huggingface_hub import HfApi
@@ -18,7 +19,7 @@ def check_hub(run: Run) -> Findings:
         me = HfApi().whoami()
     except Exception as error:  # noqa: BLE001 - whatever the HTTP library raises where there is no network
         trouble = explain(error)
-        if trouble.passes and run.has_begun:
+        if trouble.passes and has_begun(run.run_dir):  # what passes by itself must not end it
             yield note(f"--org {org}: {trouble.text}; the run goes on, and names at its end what is not pushed")
             return
         raise SPPOError(f"--org {org}: {trouble}") from None

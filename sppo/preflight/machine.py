@@ -13,17 +13,16 @@ from packaging.requirements import Requirement
 
 from sppo.command.search_path import ROOT
 from sppo.generation.engines import pick_engine
-from sppo.launch import cores
-from sppo.launch.cores import main_memory
-from sppo.launch.devices import GPU, list_gpus
+from sppo.launch.cores import allowed, main_memory
+from sppo.launch.devices import list_gpus
 from sppo.launch.nodes import look
 from sppo.launch.processes import environment
-from sppo.preflight.facts import Facts, Machines, Run
-from sppo.preflight.findings import Findings, many, no, note, ok, size
-from sppo.preflight.generation import data_bytes
-from sppo.preflight.memory import checkpoint_bytes, model_bytes
+from sppo.preflight.facts import Machines, Model, Run, Work
+from sppo.preflight.findings import Look, many, no, note, ok, size
+from sppo.preflight.memory import checkpoint_bytes, data_bytes, model_bytes
 from sppo.store.directories import check_place, check_writable, refuse_unknown, target_of
 from sppo.store.manifest import version_of
+from sppo.training.launching import AccelerateConfig
 
 
 def requirements() -> list[Requirement]:
@@ -38,7 +37,7 @@ def tested() -> dict[str, str]:
     return dict(line.partition(" ")[0].split("==", 1) for line in lines if "==" in line.partition(" ")[0])
 
 
-def check_versions(run: Run) -> Findings:
+def check_versions(run: Run) -> Look[None]:
     engine = pick_engine(run.recipe.engine) if run.generates else "transformers"
     try:
         wanted_versions = requirements()
@@ -69,95 +68,66 @@ def check_versions(run: Run) -> Findings:
         yield note("generation by transformers is many times slower than by vLLM; pip install '.[vllm]'")
 
 
-def look_at_machines(run: Run) -> Machines:
-    """The machine, or each of a cluster's: memory, GPUs, and how fast they compute. Raises SPPOError."""
-    if run.cluster is not None:
-        return _look_at_cluster(run)
+def look_at_gpus(run: Run) -> Look[Machines]:
+    """This machine: its memory, its GPUs, and how fast they compute. Raises SPPOError without nvidia-smi's word."""
     found = Machines(main_memory())
     if run.cpu:
+        yield ok(f"none is used; the CPU has {len(allowed())} cores and {size(found.memory)} of free memory")
         return found
-    found.listed = list_gpus()
+    listed = list_gpus()
     for name in run.gpus:
-        matches = _matches(name, found.listed)
-        if len(matches) == 1 and not name.startswith("MIG-"):
-            found.cards[name] = matches[0].memory, matches[0].free
+        matches = [gpu for gpu in listed if name == gpu.index or (len(name) > 4 and gpu.uuid.startswith(name))]
+        if name.startswith("MIG-"):
+            yield note(f"{name}: the memory of a MIG slice is not checked")
+        elif len(matches) != 1:
+            there = ", ".join(gpu.index for gpu in listed)
+            yield no(f"GPU {name} does not exist; nvidia-smi shows {there}. Change --gpus or CUDA_VISIBLE_DEVICES")
+        else:
+            (gpu,) = matches
+            yield ok(f"GPU {name}: {gpu.name}, {size(gpu.free)} of {size(gpu.memory)} free")
+            found.cards[name] = gpu.memory, gpu.free
     if found.cards:
-        rate, found.rate_trouble = _rate_of_gpu(next(iter(found.cards)))
+        rate = yield from _rate_of_gpu(next(iter(found.cards)))
         found.rate = rate * len(run.gpus)
     return found
 
 
-def _look_at_cluster(run: Run) -> Machines:
-    nodes, troubles = look(run.cluster, existing(run.run_dir), measure=True)
-    if not nodes:
-        return Machines(main_memory(), node_troubles=troubles)
-    memory = min(node["memory"] for node in nodes)
-    rate = min(node["rate"] for node in nodes) * run.machines * len(run.gpus)
-    found = Machines(memory, rate=rate, nodes=nodes, node_troubles=troubles)
-    if not run.cpu:
-        for node in nodes:
-            for i, (_, total, free) in enumerate(node["gpus"]):
-                found.cards[f"{node['node']} GPU {i}"] = total, free
-    return found
-
-
-def _matches(name: str, listed: list[GPU]) -> list[GPU]:
-    """The GPUs of that index, or whose UUID begins so."""
-    return [gpu for gpu in listed if name == gpu.index or (len(name) > 4 and gpu.uuid.startswith(name))]
-
-
-def _rate_of_gpu(name: str) -> tuple[float, str]:
-    """(FLOPs a second of the GPU's matrix products, why PyTorch cannot use it). In a process of its own."""
+def _rate_of_gpu(name: str) -> Look[float]:
+    """FLOPs a second of the GPU's matrix products, in a process of its own; 0 where PyTorch cannot use it."""
     code = "from sppo.launch.devices import matrix_rate; import torch; print(torch.cuda.is_available(), matrix_rate())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(name), check=False, timeout=600
     )
     words = (done.stdout.splitlines() or [""])[-1].split()
     if done.returncode or words[0] != "True":
-        return 0.0, (done.stderr.strip().splitlines() or [f"torch {version_of('torch')} finds no CUDA"])[-1]
-    return float(words[1]), ""
-
-
-def check_machines(facts: Facts) -> Findings:
-    """The machines of a cluster: the same packages and code on each, the run's directory, ports, GPUs, memory."""
-    machines = facts.machines
-    for trouble in machines.node_troubles:
-        yield no(trouble)
-    for node in machines.nodes:
-        cards = Counter(name for name, _, _ in node["gpus"])
-        shown = ", ".join(f"{count} x {name}" for name, count in cards.items()) or "no GPU"
-        yield ok(f"{node['node']}: {shown}, {size(node['memory'])} of free main memory")
-    if machines.nodes and not machines.node_troubles:
-        seen = existing(facts.run.run_dir)
-        yield ok(f"{many(len(machines.nodes), 'machine')} with the same packages and code see {seen} and each other")
-
-
-def check_gpus(facts: Facts) -> Findings:
-    run, machines = facts.run, facts.machines
-    if run.cluster is not None:
-        return
-    if run.cpu:
-        yield ok(f"none is used; the CPU has {len(cores.allowed())} cores and {size(machines.memory)} of free memory")
-        return
-    if not machines.listed:
-        return
-    for name in run.gpus:
-        matches = _matches(name, machines.listed)
-        if name.startswith("MIG-"):
-            yield note(f"{name}: the memory of a MIG slice is not checked")
-        elif len(matches) != 1:
-            there = ", ".join(gpu.index for gpu in machines.listed)
-            yield no(f"GPU {name} does not exist; nvidia-smi shows {there}. Change --gpus or CUDA_VISIBLE_DEVICES")
-        else:
-            yield ok(f"GPU {name}: {matches[0].name}, {size(matches[0].free)} of {size(matches[0].memory)} free")
-
-    first = next(iter(machines.cards), "")
-    if machines.rate_trouble:
+        trouble = (done.stderr.strip().splitlines() or [f"torch {version_of('torch')} finds no CUDA"])[-1]
         advice = "Install torch's CUDA build and a driver that fits it"
-        yield no(f"PyTorch cannot use GPU {first}: {machines.rate_trouble}. {advice}")
-    elif machines.cards:
-        tflops = machines.rate / len(run.gpus) / 1e12
-        yield ok(f"PyTorch uses GPU {first}: {tflops:.0f} TFLOPS of bfloat16 matrix products")
+        yield no(f"PyTorch cannot use GPU {name}: {trouble}. {advice}")
+        return 0.0
+    rate = float(words[1])
+    yield ok(f"PyTorch uses GPU {name}: {rate / 1e12:.0f} TFLOPS of bfloat16 matrix products")
+    return rate
+
+
+def look_at_cluster(run: Run) -> Look[Machines]:
+    """The machines of a cluster: the same packages and code on each, the run's directory, ports, GPUs, memory."""
+    shared = existing(run.run_dir)
+    nodes, troubles = look(run.cluster, shared, measure=True)
+    for trouble in troubles:
+        yield no(trouble)
+    if not nodes:
+        return Machines(main_memory())
+    found = Machines(min(node["memory"] for node in nodes))
+    found.rate = min(node["rate"] for node in nodes) * run.machines * len(run.gpus)
+    for node in nodes:
+        kinds = Counter(name for name, _, _ in node["gpus"])
+        shown = ", ".join(f"{count} x {name}" for name, count in kinds.items()) or "no GPU"
+        yield ok(f"{node['node']}: {shown}, {size(node['memory'])} of free main memory")
+        for i, (_, total, free) in enumerate([] if run.cpu else node["gpus"]):
+            found.cards[f"{node['node']} GPU {i}"] = total, free
+    if not troubles:
+        yield ok(f"{many(len(nodes), 'machine')} with the same packages and code see {shared} and each other")
+    return found
 
 
 def existing(path: Path) -> Path:
@@ -168,7 +138,7 @@ def existing(path: Path) -> Path:
     return path
 
 
-def check_outputs(run: Run) -> Findings:
+def check_outputs(run: Run) -> Look[None]:
     """Whether what is left to be made can be written: directories are writable, and none stands in a file's place."""
     directories, files = [], [run.run_dir / "report.html"]
     if run.reports:
@@ -190,15 +160,21 @@ def check_outputs(run: Run) -> Findings:
         yield no(f"{', '.join(taken)}: a directory stands where a file is to be written; move it away")
 
 
-def check_disk(facts: Facts) -> Findings:
+def check_disk(run: Run, model: Model | None, config: AccelerateConfig | None, works: list[Work]) -> Look[None]:
     """Whether there is room for what the run writes, and for the model that is still to be downloaded."""
     from huggingface_hub import constants
 
-    here, cache = existing(facts.run.run_dir), existing(Path(constants.HF_HUB_CACHE))
-    usual = sum(data_bytes(work, work.response_tokens(facts.recipe)) for work in facts.work)
-    most = sum(data_bytes(work, work.most_tokens) for work in facts.work)
-    models, checkpoints = _trained_bytes(facts)
-    fetched = facts.model.to_download if facts.model else 0
+    here, cache = existing(run.run_dir), existing(Path(constants.HF_HUB_CACHE))
+    usual = sum(data_bytes(work, work.response_tokens(run.recipe)) for work in works)
+    most = sum(data_bytes(work, work.most_tokens) for work in works)
+    models = checkpoints = 0
+    if model and config:
+        models = sum(i.training for i in run.left) * model_bytes(run.recipe, model.shape, config.content)
+        steps = max((work.steps for work in works), default=0)
+        saves = (steps - 1) // run.recipe.save_steps if steps else 2
+        # an older checkpoint is deleted when the newer one is whole, so there are two for a moment
+        checkpoints = min(2, saves) * checkpoint_bytes(run.recipe, model.shape, config.content)
+    fetched = model.to_download if model else 0
     fetched_here = fetched if here.stat().st_dev == cache.stat().st_dev else 0
 
     needed = usual + models + checkpoints + fetched_here
@@ -218,15 +194,3 @@ def check_disk(facts: Facts) -> Findings:
         room = shutil.disk_usage(cache).free
         text = f"{size(fetched)} to download into {cache}; {size(room)} are free"
         yield ok(text) if fetched <= room else no(f"{text}. Make room, or set HF_HOME")
-
-
-def _trained_bytes(facts: Facts) -> tuple[int, int]:
-    """Bytes of (the models that are trained, the checkpoints that are there at once)."""
-    recipe, shape, training = facts.recipe, facts.shape, facts.training
-    if shape is None or training is None:
-        return 0, 0
-    models = sum(i.training for i in facts.run.left) * model_bytes(recipe, shape, training.config)
-    steps = max((work.steps for work in facts.work), default=0)
-    saves = (steps - 1) // recipe.save_steps if steps else 2
-    # an older checkpoint is deleted when the newer one is whole, so there are two for a moment
-    return models, min(2, saves) * checkpoint_bytes(recipe, shape, training.config)

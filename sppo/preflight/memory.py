@@ -1,28 +1,19 @@
-"""What a training takes: rows, steps, bytes of memory and of disk."""
+"""What a training takes of memory, and a run of disk, in bytes."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from sppo.models.shape import Shape
-from sppo.preflight.facts import Run, Work
+from sppo.preflight.facts import Work
 from sppo.recipe import Recipe
 
-# The share of the device's matrix rate that training reaches, measured: docs/benchmarks.md, docs/gpu.md.
-_SHARE = {"cpu": 0.35, "gpu": 0.3}
+RUNTIME = 2 << 30  # bytes of a GPU that CUDA, kernels and buffers take beside what is counted
 # State that an optimiser keeps for each trained number, in bytes; any other keeps two float32, as Adam.
 _STATE = {"rmsprop": 4, "sgd": 0, "adagrad": 4, "adafactor": 1, "lion_32bit": 4}
-
-
-def training_rows(prompts: int, test_size: float) -> int:
-    """Rows of train.parquet, if no pair is dropped."""
-    return max(0, prompts - (round(test_size * prompts) if test_size < 1 else int(test_size)))
-
-
-def steps(rows: int, recipe: Recipe, processes: int, accumulate: int) -> int:
-    """Optimiser steps of one iteration's training."""
-    return math.ceil(math.ceil(rows / (recipe.batch_size * accumulate * processes)) * recipe.num_train_epochs)
+# A token of a response is on disk in the journal (JSON), its shard, responses.parquet and train.parquet.
+_TOKEN_BYTES = 40
+_ROW_BYTES = 4000  # of a prompt beside its responses: its text, four times, its matrix, its pair
 
 
 def trained_numbers(recipe: Recipe, shape: Shape) -> int:
@@ -42,15 +33,12 @@ def _zero_stage(config: dict[str, Any]) -> int:
     return (config.get("deepspeed_config") or {}).get("zero_stage", 0)
 
 
-class TrainingMemory(NamedTuple):
-    """Bytes of memory that one process of a training takes."""
+def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], processes: int) -> tuple[int, int]:
+    """Bytes that each process takes under an accelerate config: (what stays, what comes and goes).
 
-    fixed: int  # weights, gradients and the optimiser's state
-    passing: int  # what comes and goes: activations, or the anchor's weights before the first step
-
-
-def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], processes: int) -> TrainingMemory:
-    """What training takes under an accelerate config (`config`, as read) with so many processes."""
+    What stays is weights, gradients and the optimiser's state. What comes and goes is activations, or the anchor's
+    weights before the first step.
+    """
     trained, state = trained_numbers(recipe, shape), state_bytes(recipe.optim)
     zero = _zero_stage(config)
     is_mixed = config.get("mixed_precision") == "bf16"
@@ -85,7 +73,7 @@ def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], proces
     anchor = 0
     if recipe.anchor:
         anchor = (2 if is_mixed and (zero or recipe.use_peft) else 4) * shape.parameters
-    return TrainingMemory(int(fixed), int(max(anchor, fp32_bucket + activations)))
+    return int(fixed), int(max(anchor, fp32_bucket + activations))
 
 
 def checkpoint_bytes(recipe: Recipe, shape: Shape, config: dict[str, Any]) -> int:
@@ -106,14 +94,6 @@ def model_bytes(recipe: Recipe, shape: Shape, config: dict[str, Any]) -> int:
     return shape.bytes * shape.parameters
 
 
-def training_seconds(work: Work, run: Run, parameters: int, rate: float) -> float:
-    """Rough seconds of training on the iteration's pairs, at so many FLOPs a second."""
-    if not work.train:
-        return 0.0
-    recipe, prompts = run.recipe, max(1, work.prompts)
-    mean = work.response_tokens(recipe) / (prompts * recipe.pairs)
-    sequences = work.rows * (recipe.pairs if recipe.loss_type == "sppo_all" else 2)
-    length = min(work.prompt_tokens / prompts + mean, recipe.max_length)
-    passes = 3 + recipe.gradient_checkpointing  # forward, twice that backward, and what is recomputed
-    flops = 2 * (passes * recipe.num_train_epochs + 1) * parameters * sequences * length  # + the reference's pass
-    return flops / (rate * _SHARE["cpu" if run.cpu else "gpu"])
+def data_bytes(work: Work, tokens: int) -> int:
+    """An iteration's data on disk, with so many tokens in its responses."""
+    return _TOKEN_BYTES * tokens + _ROW_BYTES * work.prompts if work.iteration.data else 0

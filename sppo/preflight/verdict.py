@@ -1,22 +1,25 @@
 """The preflight: everything that can be known before GPU time is spent.
 
-gather.py looks at the run, the checks of each stage (generation.py, training.py, ...) say what they find in that, and
-hours.py puts the work into numbers. All checks are done, also where one of them fails, and only the work that is left
-is checked. Nothing is written: the findings, the plan, and a yes or a no are printed.
+The files of the stages (generation.py, training.py, ...) look at the run, and hours.py puts the work into numbers. All
+looks are done, also where one of them fails, and only the work that is left is looked at. Nothing is written: the
+findings, the plan, and a yes or a no are printed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from sppo.command.errors import SPPOError
+from sppo.launch.cores import main_memory
 from sppo.launch.devices import CPU, devices
 from sppo.launch.script import open_launcher
 from sppo.preflight import hours
-from sppo.preflight.facts import Facts, Iteration, Run
-from sppo.preflight.findings import Finding, Findings, no
-from sppo.preflight.gather import gather, trouble
+from sppo.preflight.facts import Iteration, Machines, Run
+from sppo.preflight.findings import Finding, Look, many, no
 from sppo.recipe import Recipe
+
+T = TypeVar("T")
 
 
 def open_run(recipe: Recipe) -> Run:
@@ -36,41 +39,82 @@ def open_run(recipe: Recipe) -> Run:
     return Run(recipe, gpus, left, machines, cluster)
 
 
-def examine(facts: Facts) -> dict[str, list[Finding]]:
-    """Every check's findings, by group, in the order in which they are shown."""
+class Examined:
+    """What the looks at a run have found, by group, in the order in which it is shown, and the lines of the plan."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Finding]] = {}
+        self.plan: list[str] = []
+
+    def learn(self, group: str, look: Look[T]) -> T | None:
+        """Look, and return what later looks need; None where that cannot be learned, and then a finding says why."""
+        findings = self.found.setdefault(group, [])
+        try:
+            while True:
+                findings.append(next(look))
+        except StopIteration as end:
+            return end.value
+        except SPPOError as error:
+            findings.append(no(str(error)))
+        except Exception as error:  # noqa: BLE001 - a fault of one look must not hide what the others find
+            said = f"{type(error).__name__}: {error}"
+            findings.append(no(f"this check failed itself ({said}); --skip_preflight starts without the preflight"))
+        return None
+
+
+def examine(run: Run) -> Examined:
+    """Look at everything that the rest of a run needs."""
     from sppo.preflight import evaluation, generation, hub, machine, ranking, training
 
-    run = facts.run
-    checks: list[tuple[str, Callable[..., Findings], Run | Facts]] = [
-        ("versions", machine.check_versions, run),
-        ("machines", machine.check_machines, facts),
-        ("GPUs", machine.check_gpus, facts),
-        ("model", generation.check_model, facts),
-        ("chat template", generation.check_template, facts),
-        ("training", training.check_settings, facts),
-        ("training", training.check_batches, facts),
-        ("prompts", generation.check_prompts, facts),
-        ("memory", generation.check_memory, facts),
-        ("memory", training.check_memory, facts),
-        ("disk", machine.check_outputs, run),
-        ("disk", machine.check_disk, facts),
-        ("ranker", ranking.check_ranker, facts),
-        ("report", generation.check_held_out, facts),
-        ("report", evaluation.check_judge, run),
-        ("report", evaluation.check_measure, run),
-        ("Hub", hub.check_hub, run),
-        ("ports", training.check_ports, run),
-    ]
-    found: dict[str, list[Finding]] = {group: [] for group, _, _ in checks}
-    for group, troubles in facts.troubles.items():
-        found.setdefault(group, []).extend(map(no, troubles))
-    for group, check, known in checks:
-        try:
-            for finding in check(known):
-                found[group].append(finding)
-        except Exception as error:  # noqa: BLE001 - one check's own trouble must not hide what the others find
-            found[group].append(no(trouble(error, check)))
-    return found
+    recipe, examined = run.recipe, Examined()
+    learn = examined.learn
+
+    # what the run stands on
+    learn("versions", machine.check_versions(run))
+    if run.cluster is None:
+        machines = learn("GPUs", machine.look_at_gpus(run))
+    else:
+        machines = learn("machines", machine.look_at_cluster(run))
+    machines = machines or Machines(main_memory())
+
+    # the model, how it is trained, and what it is asked
+    tokenizer = config = batch = ranker = None
+    model = learn("model", generation.look_at_model(run))
+    if model:
+        tokenizer = learn("chat template", generation.look_at_tokenizer(run, model))
+    if run.trains:
+        learn("training", training.check_settings(run, model))
+        config = learn("training", training.look_at_config(run))
+    if config:
+        batch = learn("training", training.look_at_batch(recipe, config))
+    prompts = learn("prompts", generation.look_at_prompts(run, model, tokenizer)) or []
+
+    # what it takes
+    work = learn("training", hours.count_work(run, prompts, batch or 0)) or []
+    if model and run.generates:
+        learn("memory", generation.check_memory(run, machines, model.shape, prompts))
+    if model and config:
+        learn("memory", training.check_memory(run, machines, model.shape, config))
+    learn("disk", machine.check_outputs(run))
+    learn("disk", machine.check_disk(run, model, config, work))
+
+    # what answers and takes what is made
+    if run.generates:
+        ranker = learn("ranker", ranking.look_at_ranker(run))
+    if ranker:
+        learn("ranker", ranking.check_ranker(run, ranker, machines, tokenizer, prompts))
+    if run.reports:
+        learn("report", generation.check_held_out(recipe, model, tokenizer))
+        learn("report", evaluation.check_judge(recipe))
+        learn("report", evaluation.check_measure(recipe))
+    learn("Hub", hub.check_hub(run))
+    if run.trains:
+        learn("ports", training.check_ports())
+
+    if work:
+        spent = hours.hours(run, work, machines, model, ranker)
+        examined.plan = hours.table(work, recipe, spent)
+    return examined
 
 
 def report(run: Run) -> int:
@@ -80,17 +124,15 @@ def report(run: Run) -> int:
         return 0
     numbers = ", ".join(str(i.number) for i in run.left)
     print(f"preflight: {run.run_dir}: iterations with work left: {numbers}", flush=True)
-    facts = gather(run)
-    found = examine(facts)
-    for group, findings in found.items():
+    examined = examine(run)
+    for group, findings in examined.found.items():
         if findings:
             print(group)
         for finding in findings:
             print(f"  {finding.level:<4}  {finding.text}")
-    if facts.work:
+    if examined.plan:
         print("plan")
-        print("\n".join(f"  {line}" for line in hours.table(facts.work, run.recipe, hours.hours(facts))))
-    problems = sum(finding.level == "no" for findings in found.values() for finding in findings)
-    counted = f"{problems} problem{'s' if problems > 1 else ''}"
-    print(f"ready: no: {counted}, see above" if problems else "ready: yes", flush=True)
+        print("\n".join(f"  {line}" for line in examined.plan))
+    problems = sum(finding.level == "no" for findings in examined.found.values() for finding in findings)
+    print(f"ready: no: {many(problems, 'problem')}, see above" if problems else "ready: yes", flush=True)
     return problems

@@ -3,9 +3,9 @@
 `--ranker_backend reward-model` is the module reward_model.py in here. A further backend is one further file, and one
 further choice of `ranker_backend` in sppo/recipe.py. It has
 
-    fetch(recipe) -> str        gets what it needs (weights into the cache, a server's word) and says where that is
-    identity(recipe) -> dict    what decides its logits; a ranking made under another identity is not kept
-    load(recipe) -> Ranker      ready to answer
+    fetch(recipe) -> Path | str    gets what it needs (weights into the cache, a server's word), says where that is
+    identity(recipe) -> dict       what decides its logits; a ranking made under another identity is not kept
+    load(recipe) -> Ranker         ready to answer
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from sppo.command.errors import SPPOError
 from sppo.models.loading import disable_cudnn_attention, loading
 from sppo.rankers._deberta import speed_up
 from sppo.rankers._normalizer import restore_normalizer
-from sppo.rankers._pairrm_files import ranker_base
 from sppo.rankers.batching import batches
+from sppo.rankers.pairrm import ranker_base
 from sppo.schema import Message, Pair, prompt_text
 from sppo.store.files import read_json
 

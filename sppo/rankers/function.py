@@ -84,14 +84,14 @@ def source_file(name: str, flag: str) -> Path:
     return Path(file)
 
 
-def fetch(recipe: Recipe) -> str:
+def fetch(recipe: Recipe) -> Path:
     """The file that the function stands in."""
-    return str(source_file(recipe.ranker, "--ranker"))
+    return source_file(recipe.ranker, "--ranker")
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The function's name and the text of its module."""
-    return {"backend": "function", "ranker": recipe.ranker, "source": digest(source_file(recipe.ranker, "--ranker"))}
+    return {"backend": "function", "ranker": recipe.ranker, "source": digest(fetch(recipe))}
 
 
 def load(recipe: Recipe) -> FunctionRanker:

@@ -71,8 +71,8 @@ class Verdict(NamedTuple):
     is_hard: bool = False
 
 
-def letter_logps(place: dict[str, Any]) -> tuple[float, float] | None:
-    """(log P("A"), log P("B")) at one token of an answer, each over all spellings of the letter.
+def _letter_logit(place: dict[str, Any]) -> float | None:
+    """log P("A") - log P("B") at one token of an answer, each over all spellings of the letter.
 
     A letter that is not listed is taken to be as likely as the least likely token that is. None where the server lists
     no alternatives to what was said. NaN where one of its log-probs is not a valid number: without that token the rest
@@ -80,14 +80,14 @@ def letter_logps(place: dict[str, Any]) -> tuple[float, float] | None:
     """
     tops = place.get("top_logprobs") or []
     if not all(is_logprob(top["logprob"]) for top in tops):
-        return math.nan, math.nan
+        return math.nan
     listed = [(_letter(top["token"]), top["logprob"]) for top in tops if top["logprob"] > _UNLISTED]
     if len(listed) < 2:
         return None
     least = min(logp for _, logp in listed)
     of_a = [logp for letter, logp in listed if letter == "A"] or [least]
     of_b = [logp for letter, logp in listed if letter == "B"] or [least]
-    return float(np.logaddexp.reduce(of_a)), float(np.logaddexp.reduce(of_b))
+    return float(np.logaddexp.reduce(of_a) - np.logaddexp.reduce(of_b))
 
 
 def read_answer(completion: dict[str, Any]) -> Verdict:
@@ -97,8 +97,8 @@ def read_answer(completion: dict[str, Any]) -> Verdict:
     for place in places:
         letter = _letter(place["token"])
         if letter in ("A", "B"):
-            logps = letter_logps(place)
-            return Verdict(logps[0] - logps[1]) if logps else _hard(letter)
+            logit = _letter_logit(place)
+            return _hard(letter) if logit is None else Verdict(logit)
     if places:
         return Verdict(math.nan)
 

@@ -16,9 +16,8 @@ from sppo.command.errors import SPPOError
 from sppo.models.loading import loading
 from sppo.rankers import pairrm
 from sppo.rankers._normalizer import restore_normalizer
-from sppo.rankers._pairrm_files import fetch_ranker, ranker_base
 from sppo.rankers._pairrm_network import PairInputs, load_strictly
-from sppo.rankers.pairrm import fetch, prompt_renderer
+from sppo.rankers.pairrm import fetch, prompt_renderer, ranker_base
 from sppo.recipe import Recipe
 from sppo.schema import Pair
 from sppo.store.files import read_json
@@ -117,6 +116,6 @@ def load(recipe: Recipe) -> LLMBlender:
     """llm-blender on the GPU if there is one, else on the CPU."""
     import torch
 
-    directory = fetch_ranker(recipe)
+    directory = fetch(recipe)
     blender = load_blender(directory, "cuda" if torch.cuda.is_available() else "cpu")
     return LLMBlender(blender, PairInputs(directory, prompt_renderer(recipe)))

@@ -99,37 +99,25 @@ class RewardModel:
         return any(reading.prompt_cut for reading in found) + sum(reading.response_cut for reading in found)
 
     def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
-        """(index, r(first) - r(second)) of every pair, as soon as both are scored; NaN where a text has no score."""
+        """(index, r(first) - r(second)) of every pair; NaN where a text has no score."""
         keys = [tuple((json.dumps(prompt), text) for text in texts) for prompt, *texts in pairs]
-        users: dict[Key, set[int]] = {}
-        for index, both in enumerate(keys):
-            for key in both:
-                users.setdefault(key, set()).add(index)
-        scores: dict[Key, float] = {}
-        for key, score in self._scores(list(users)):
-            scores[key] = score
-            for index in users[key]:
-                first, second = keys[index]
-                if first in scores and second in scores:
-                    yield index, scores[first] - scores[second]
+        scores = self._scores(list(dict.fromkeys(key for both in keys for key in both)))
+        for index, (first, second) in enumerate(keys):
+            yield index, scores[first] - scores[second]
 
-    def _scores(self, keys: list[Key]) -> Iterator[tuple[Key, float]]:
-        """Every key's reward, longest texts first: sorted by length and packed to batch_tokens, so little is padding.
+    def _scores(self, keys: list[Key]) -> dict[Key, float]:
+        """Every key's reward, NaN where it has none. Sorted by length and packed to batch_tokens: little is padding.
 
         A reward that is not finite in half precision is asked again alone in float32.
         """
-        inputs: dict[Key, list[int]] = {}
-        for key in keys:
-            ids = self.read(*key).ids
-            if ids:
-                inputs[key] = ids
-            else:
-                yield key, nan
+        scores = dict.fromkeys(keys, nan)
+        inputs = {key: ids for key in keys if (ids := self.read(*key).ids)}
         readable = list(inputs)
         for batch in batches([len(ids) for ids in inputs.values()], self.batch_tokens):
             chosen = [readable[i] for i in batch]
             for key, score in zip(chosen, self._forward(self.model, [inputs[k] for k in chosen]), strict=True):
-                yield key, score if isfinite(score) else self._exactly(inputs[key])
+                scores[key] = score if isfinite(score) else self._exactly(inputs[key])
+        return scores
 
     def _exactly(self, ids: list[int]) -> float:
         if self.model.dtype == torch.float32:
@@ -221,11 +209,11 @@ def _load_strictly(directory: Path, device: str, dtype: torch.dtype) -> PreTrain
     return network.to(device)
 
 
-def fetch(recipe: Recipe) -> str:
+def fetch(recipe: Recipe) -> Path:
     """The reward model's directory, in the cache after this. Raises SPPOError where it is none."""
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
     _open_reward_model(directory)
-    return str(directory)
+    return directory
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
