@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from sppo.rankers import backend
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.schema import Message, prompt_text
-from sppo.store.files import atomic, digest
+from sppo.store.files import atomic, digest, write_json
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import read_rows, write_parquet
 from sppo.store.rankings import check_rankings, ranking_files
@@ -151,19 +151,19 @@ def _write(paths: list[Path], chosen: list[tuple[Row, Best]]) -> None:
     schema = pa.schema([("prompt_id", pa.string()), ("prompt", pa.list_(message)), ("response", pa.string()),
                         ("index", pa.int32()), ("win_rate", pa.float64())])  # fmt: skip
 
-    def rows() -> Iterator[Row]:
-        for row, best in chosen:
-            yield {
-                "prompt_id": row["prompt_id"],
-                "prompt": row["prompt"],
-                "response": _texts(row)[best.index],
-                "index": best.index,
-                "win_rate": best.win_rate,
-            }
-
-    write_parquet(paths[0], schema, rows())
+    rows = [
+        {
+            "prompt_id": row["prompt_id"],
+            "prompt": row["prompt"],
+            "response": _texts(row)[best.index],
+            "index": best.index,
+            "win_rate": best.win_rate,
+        }
+        for row, best in chosen
+    ]
+    write_parquet(paths[0], schema, rows)
     with atomic(paths[1]) as temporary, open(temporary, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _write_alpaca(path: Path, chosen: list[tuple[Row, Best]], prompts: Prompts, generator: str) -> None:
@@ -177,5 +177,4 @@ def _write_alpaca(path: Path, chosen: list[tuple[Row, Best]], prompts: Prompts, 
         for key, prompt in prompts.items()
         if prompt
     ]
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_json(path, entries)
