@@ -415,7 +415,7 @@ def report_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 
 def matrix_identity(recipe: Recipe, world: Path) -> list[Stage]:
-    return match_stages(recipe, world / "run")
+    return list(match_stages(recipe, world / "run").values())
 
 
 def best_identity(recipe: Recipe, world: Path) -> list[Stage]:
@@ -585,7 +585,7 @@ def test_a_changed_judge_leaves_no_old_report(tmp_path: Path, rankers: None, mon
     with pytest.raises(SPPOError, match=r"match: (.|\n)*inputs\.ranker\.source: (.|\n)*--overwrite"):
         made(shorter)
     assert {path: path.read_bytes() for path in files} == before
-    assert not all(stage.is_current() for stage in match_stages(recipe, run))
+    assert not all(stage.is_current() for stage in match_stages(recipe, run).values())
     assert not report.report_stage(report.comparing(recipe, run, 1, "base"), run, 1).is_current()
     assert made(shorter, overwrite=True) == (0.0, 0.0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from sppo.command.errors import SPPOError
-from sppo.command.search_path import ROOT
 from sppo.evaluation.answers import call, draw, launch, settings
 from sppo.method.preference import probability
 from sppo.method.winrates import ordering_score
@@ -58,10 +56,7 @@ def best_of_n(recipe: Recipe, out: Path, overwrite: bool, load_prompts: Callable
     """
     recipe = dataclasses.replace(recipe, data_dir=str(out), prompts_part="0/1")
     responses = draw(recipe, out, out / "logs", "generate")
-    preload = [sys.executable, str(ROOT / "scripts/preload.py"), *settings(recipe, "preload")]
-    if overwrite:
-        preload.append("--overwrite")
-    call(preload, "preload")
+    call("preload", settings(recipe, "preload"), "preload", overwrite)
 
     recipe = pinned(recipe, out)
     stage = best_stage(recipe, out)
