@@ -66,10 +66,9 @@ def win_rates(runs: list[RunRecord]) -> list[str]:
     """Win rates over iterations with their intervals, of each judge and run."""
     lines = []
     for run in runs:
-        rows = [i.compared for i in run.iterations if i.compared]
-        for key in [k for k in (rows[0] if rows else {}) if k.endswith("_win_rate")]:
+        for key in [k for k in (run.compared[0] if run.compared else {}) if k.endswith("_win_rate")]:
             name = key.removesuffix("_win_rate")
-            points = [(r["iteration"], r[key], r[f"{name}_interval"]) for r in rows if key in r]
+            points = [(r["iteration"], r[key], r[f"{name}_interval"]) for r in run.compared if key in r]
             lines.append((_name(run, runs, name), points))
 
     def draw(axis: Axes) -> None:

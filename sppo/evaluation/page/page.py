@@ -138,7 +138,7 @@ _HEALTHY = {
 
 def _sections(run: RunRecord) -> list[Section]:
     return [
-        Section("Win rates", figures.win_rates([run]), _win_rate_table(run)),
+        Section("Win rates", figures.win_rates([run]), summary_table(run.compared)),
         Section("Win matrix", figures.matrix(run), _matrix_table(run)),
         Section("Measures", figures.measures([run])),
         Section("Training", figures.training([run])),
@@ -149,11 +149,6 @@ def _sections(run: RunRecord) -> list[Section]:
         Section("Data", [], _data_table(run)),
         Section("Time and tokens", [], _time_table(run)),
     ]
-
-
-def _win_rate_table(run: RunRecord) -> list[list[str]]:
-    rows = [i.compared for i in run.iterations if i.compared]
-    return summary_table(rows) if rows else []
 
 
 def _matrix_table(run: RunRecord) -> list[list[str]]:
@@ -259,9 +254,8 @@ def _summary(run: RunRecord) -> list[str]:
     wanted = run.settings.get("iterations", len(run.iterations))
     name = public_name(str(run.settings.get("model", "the first model")))
     said = [f"{name}: {len(done)} of {wanted} iterations are trained."]
-    rows = [i.compared for i in run.iterations if i.compared]
-    if rows:
-        last = rows[-1]
+    if run.compared:
+        last = run.compared[-1]
         low, high = last["ranker_interval"]
         said.append(
             f"Iteration {last['iteration']} wins {100 * last['ranker_win_rate']:.1f}% of comparisons with the first "
@@ -275,11 +269,9 @@ def _summary(run: RunRecord) -> list[str]:
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """What has changed from the first model to the last one that was compared: (what, from → to)."""
-    rows = [i.compared for i in run.iterations if i.compared]
-    cells = summary_table(rows) if rows else []
-    if len(cells) < 3:
+    if not run.compared:
         return []
-    names, first, *_, last = cells
+    names, first, *_, last = summary_table(run.compared)
     return [
         (name, f"{_short(before)} → {_short(after)}")
         for name, before, after in zip(names, first, last, strict=True)
