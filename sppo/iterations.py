@@ -212,7 +212,7 @@ def matrix_stages(run: Recipe) -> Stages:
     """The stages of win_matrix.py."""
     from sppo.evaluation.matrix import match_stages, matrix_stage
 
-    yield match_stages(run, Path(run.run_dir))
+    yield list(match_stages(run, Path(run.run_dir)).values())
     yield [matrix_stage(run, Path(run.run_dir))]
 
 

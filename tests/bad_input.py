@@ -62,10 +62,6 @@ def call(command: list[str], environment: dict[str, str | None]) -> tuple[int, s
     return code, said.getvalue()
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
 @dataclass
 class World:
     """A case's own directory and the tiny models."""

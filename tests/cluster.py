@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tiny import wait_until
 
 SLURM = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
 
@@ -170,13 +171,6 @@ def slurm(root: Path, nodes: int = 3, gpus: int = 0) -> Iterator[Slurm]:
         yield made
     finally:
         made.end()
-
-
-def wait_until(moment: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not moment():
-        assert time.monotonic() < deadline, "that moment did not come"
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny  # noqa: E402
+from stub_server import Stub  # noqa: E402
 
 HEAR = """
 import os
@@ -54,6 +55,15 @@ def network(tmp_path: Path) -> Iterator[dict[str, str]]:
     heard.unlink()
     yield environment
     assert not heard.exists(), heard.read_text()
+
+
+@pytest.fixture
+def stub() -> Iterator[tuple[type[Stub], str]]:
+    """A chat server, and its address."""
+    pytest.importorskip("openai")
+    made = type("Made", (Stub,), {"asked": []})
+    with tiny.serving(made) as address:
+        yield made, f"{address}/v1"
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from bad_input import FINAL, World, call, contents, edit, pickled, remove, sharded, truncate, weights, write
+from bad_input import FINAL, World, call, edit, pickled, remove, sharded, truncate, weights, write
 
 Case = tuple[str, Callable[[World], list[str]], int, str]
 LINE = b'{"prompt": "a"}\n'
@@ -394,12 +394,12 @@ def test_bad_input(case: Case, models: Path, tmp_path: Path, monkeypatch: pytest
     _, make, code, message = case
     monkeypatch.chdir(tiny.ROOT)
     command = make(World(tmp_path, models, monkeypatch))
-    before = contents(tmp_path)
+    before = tiny.contents(tmp_path)
     found, said = call(command, {})
     if (found, "Traceback" in said, message in said) != (code, False, True):
         pytest.fail(f"exit code {found}, not {code} with {message!r}:\n{said[-3000:]}", pytrace=False)
     assert not re.search("secret|hf_a|sk-a|api_key=s", said), "a password is shown"
-    after = contents(tmp_path)
+    after = tiny.contents(tmp_path)
     assert {name: after.get(name) for name in before} == before, "something that was there is lost"
     assert not [n for n in after if n not in before and n.endswith(FINAL)], "half an output under its final name"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +160,7 @@ def test_killed_while_it_ranks_it_goes_on_to_the_same_end(world: Path, done: Pat
     (world / "slow").touch()
     process = tiny.start(*command(world, out), slow=out, log=tmp_path / "log", PYTHONPATH=str(world))
     journal = out / "ranking" / "shard-00000.journal"
-    tiny.wait_for(process, lambda: journal.exists() and len(journal.read_bytes().splitlines()) > 3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    tiny.wait_until(lambda: not tiny.processes(out))
+    tiny.kill_when(process, lambda: journal.exists() and len(journal.read_bytes().splitlines()) > 3, out)
     (world / "slow").unlink()
     assert not (out / "best.parquet").exists()
     kept, before = len(journal.read_bytes().splitlines()) - 1, asked(world)

@@ -101,10 +101,7 @@ def kill_in(stage: Moment, words: list[str], run: Path, delay: float) -> bool:
     process = tiny.start(*words, slow=run, log=Path(f"{run}.log"))
     tiny.wait_for(process, lambda: at_work(run, stage) or is_done(run, stage))
     until = time.monotonic() + delay
-    tiny.wait_for(process, lambda: is_done(run, stage) or time.monotonic() > until)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    tiny.wait_until(lambda: not tiny.processes(run), 60)  # all that it started dies with it
+    tiny.kill_when(process, lambda: is_done(run, stage) or time.monotonic() > until, run)
     return not is_done(run, stage)
 
 

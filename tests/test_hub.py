@@ -123,10 +123,6 @@ def push(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], her
     return run
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
 def table(card: str, title: str) -> dict[str, str]:
     """The rows of a card's table, by their first cell."""
     part = card.partition(f"| {title} |")[2].partition("\n\n")[0]
@@ -301,7 +297,7 @@ REFUSALS = {
 def test_a_failure_costs_nothing_local(
     hub: Hub, push: Push, here: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    before = contents(here)
+    before = tiny.contents(here)
     if trouble == "another's token":
         monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     elif trouble == "no token":
@@ -325,7 +321,7 @@ def test_a_failure_costs_nothing_local(
     assert "hf_wrong" not in shown
     assert hub_server.SIGNATURE not in shown
     assert len(waits) == (3 if trouble == "nobody there" else 0)
-    assert contents(here) == before
+    assert tiny.contents(here) == before
     assert shown.rstrip().splitlines()[-1].endswith("--org=me --name=x-iter1")
 
 
@@ -346,7 +342,7 @@ def test_a_model_arrives_without_what_is_private(hub: Hub, push: Push, here: Pat
     config |= {"name_or_path": str(models / "llama3"), "special_tokens_map_file": "/home/me/cache/map.json"}
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     as_trained(model, "tokenizer_config.json")
-    before = contents(here)
+    before = tiny.contents(here)
     code, shown = push(what="--model_dir")
     assert code == 0, shown
     repo = hub.repos[MODEL]
@@ -370,7 +366,7 @@ def test_a_model_arrives_without_what_is_private(hub: Hub, push: Push, here: Pat
     for name, content in repo.files.items():
         for private in (str(here), str(models), "/tmp/", TOKEN):  # noqa: S108
             assert private.encode() not in content, name
-    after = contents(here)
+    after = tiny.contents(here)
     assert set(after) - set(before) == {"pushed-model.json"}  # beside the model: its identity stays
     assert before.pop("unpushed-model.txt")  # of the run's own push, which failed
     assert {name: after[name] for name in after if name != "pushed-model.json"} == before
@@ -435,7 +431,7 @@ def test_the_loop_goes_on_when_the_hub_refuses(made: tuple[Path, str], tmp_path:
         assert not any(repo.private for repo in hub.repos.values())  # the loop's --public
     for record in (run / "iter1" / "data" / "pushed.json", run / "iter1" / "pushed-model.json"):
         record.unlink()
-    for text in (shown, *(c.decode(errors="replace") for c in contents(run).values())):
+    for text in (shown, *(c.decode(errors="replace") for c in tiny.contents(run).values())):
         assert TOKEN not in text
     assert not [p for root in (run.parent, tmp_path, tiny.ROOT) for p in root.glob("**/pwned")]
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from bad_input import call
+from stub_server import Stub, says
 from test_ranking import write_responses
 
 from sppo import cli
@@ -116,37 +115,11 @@ def test_a_damaged_first_line_keeps_what_fits(tmp_path: Path, damage: str) -> No
     other.close()
 
 
-class Server(BaseHTTPRequestHandler):
-    """A judge's server that rates each answer with 5, and fails once it has given `credit` answers."""
-
-    asked: list[dict[str, Any]]
-    credit: int
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_POST(self) -> None:
-        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        body: dict[str, Any] = {"error": {"message": "no credit"}}
-        if len(self.asked) <= self.credit:
-            message = {"role": "assistant", "content": "Rating: [[5]]"}
-            body = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-        data = json.dumps(body).encode()
-        self.send_response(200 if "choices" in body else 403)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[type[Server], str]]:
-    made = type("Made", (Server,), {"asked": [], "credit": 3})
-    with tiny.serving(made) as address:
-        yield made, f"{address}/v1"
-
-
-def test_another_judge_does_not_drop_what_is_paid_for(tmp_path: Path, server: tuple[type[Server], str]) -> None:
+def test_another_judge_does_not_drop_what_is_paid_for(tmp_path: Path, stub: tuple[type[Stub], str]) -> None:
     """MT-Bench, stopped under judge A: B is refused with both names, and A's command asks for the rest alone."""
-    said, url = server
+    server, url = stub
+    rated = (200, says("Rating: [[5]]"))
+    server.behave = lambda n: rated if n < 3 else (403, {"error": {"message": "no credit"}})
     requests = [{"messages": [{"role": "user", "content": f"answer {n}"}], "temperature": 0} for n in range(8)]
 
     def judged(name: str, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -158,17 +131,18 @@ def test_another_judge_does_not_drop_what_is_paid_for(tmp_path: Path, server: tu
     with pytest.raises(SPPOError, match="check OPENAI_API_KEY"):
         judged("A")
     journal = tmp_path / "judgements.journal"
-    written, said.credit, before = journal.read_bytes(), 10**6, len(said.asked)
+    written, before = journal.read_bytes(), len(server.asked)
     assert written.count(b"\n") == 1 + 3
     with pytest.raises(
         SPPOError, match=r'judge: "A" there, "B" now(.|\n)*--judge_model(.|\n)*--output_dir(.|\n)*--overwrite'
     ):
         judged("B")
-    assert (journal.read_bytes(), len(said.asked)) == (written, before)
+    assert (journal.read_bytes(), len(server.asked)) == (written, before)
+    server.behave = lambda n: rated
     assert len(judged("A")) == 8
-    assert len(said.asked) - before == 8 - 3
+    assert len(server.asked) - before == 8 - 3
     assert len(judged("B", overwrite=True)) == 8
-    assert [request["model"] for request in said.asked[-8:]] == ["B"] * 8
+    assert [request["model"] for request in server.asked[-8:]] == ["B"] * 8
 
 
 # shards
@@ -441,7 +415,7 @@ def report_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 
 def matrix_identity(recipe: Recipe, world: Path) -> list[Stage]:
-    return match_stages(recipe, world / "run")
+    return list(match_stages(recipe, world / "run").values())
 
 
 def best_identity(recipe: Recipe, world: Path) -> list[Stage]:
@@ -611,7 +585,7 @@ def test_a_changed_judge_leaves_no_old_report(tmp_path: Path, rankers: None, mon
     with pytest.raises(SPPOError, match=r"match: (.|\n)*inputs\.ranker\.source: (.|\n)*--overwrite"):
         made(shorter)
     assert {path: path.read_bytes() for path in files} == before
-    assert not all(stage.is_current() for stage in match_stages(recipe, run))
+    assert not all(stage.is_current() for stage in match_stages(recipe, run).values())
     assert not report.report_stage(report.comparing(recipe, run, 1, "base"), run, 1).is_current()
     assert made(shorter, overwrite=True) == (0.0, 0.0)
 

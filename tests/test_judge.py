@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from preferences import data_directory
+from stub_server import Stub, says
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.rankers import judge
@@ -144,70 +141,6 @@ def test_vllm_refuses_a_wrong_key_and_a_wrong_name(vllm: tuple[str, Path], monke
 
 
 # a small server that fails as it is told
-
-
-class Stub(BaseHTTPRequestHandler):
-    """Answers with `behave(n)` of the n-th question: (status, body) or (status, body, seconds to wait before)."""
-
-    protocol_version = "HTTP/1.1"
-    behave: Callable[[int], tuple]
-    asked: list[dict[str, Any]]
-    now = peak = left = 0  # under way, at most, given up by whoever asked
-    lock = threading.Lock()
-
-    def do_GET(self) -> None:  # noqa: N802 - the base class's name
-        self.answer(200, {"object": "list", "data": [{"id": "tiny-judge", "object": "model"}]})
-
-    def do_POST(self) -> None:  # noqa: N802
-        stub, body = type(self), json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with stub.lock:
-            stub.asked.append(body)
-            number = len(stub.asked) - 1
-            stub.now += 1
-            stub.peak = max(stub.peak, stub.now)
-        status, value, *wait = stub.behave(number)
-        gone = bool(wait) and bool(select.select([self.connection], [], [], wait[0])[0])  # nothing more is ever sent
-        with stub.lock:
-            stub.now -= 1
-            stub.left += gone
-        self.answer(status, value)
-
-    def answer(self, status: int, value: Any) -> None:
-        content = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("Content-Type", "application/json" if not isinstance(value, str) else "text/html")
-            self.end_headers()
-            self.wfile.write(content)
-        except OSError:  # whoever asked has gone
-            self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def stub() -> Iterator[tuple[type[Stub], str]]:
-    pytest.importorskip("openai")
-    Stub.asked, Stub.now, Stub.peak, Stub.left = [], 0, 0, 0
-    with tiny.serving(Stub) as address:
-        yield Stub, f"{address}/v1"
-
-
-def says(text: str, *tops: dict[str, float]) -> dict[str, Any]:
-    """A chat completion; `tops`: the likeliest tokens at each place, the first of them the one that was said."""
-    content = [
-        {
-            "token": next(iter(top)),
-            "logprob": next(iter(top.values())),
-            "bytes": None,
-            "top_logprobs": [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in top.items()],
-        }
-        for top in tops
-    ]
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    return {"object": "chat.completion", "choices": [{**choice, "logprobs": {"content": content} if tops else None}]}
 
 
 GOOD = (200, says("A", {"A": -0.1, "B": -2.6}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +177,7 @@ def test_a_killed_comparison_goes_on(run: Path) -> None:
         answers(run, iteration, 4 + iteration, prompts=400)
     words = command(run)
     process = tiny.start(*words, slow=run, log=run.parent / "log", PYTHONPATH=str(run.parent))
-    tiny.wait_for(process, lambda: any(p.stat().st_size > 9000 for p in run.glob("iter1/eval/*.journal")))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    tiny.kill_when(process, lambda: any(p.stat().st_size > 9000 for p in run.glob("iter1/eval/*.journal")))
     (run.parent / "slow").unlink()
     killed = len(asked(run))
     tiny.succeed(*words, PYTHONPATH=str(run.parent))

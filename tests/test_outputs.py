@@ -60,11 +60,6 @@ from sppo.training.average import average
 from sppo.training.settings import Training
 
 
-def state(directory: Path) -> dict[str, bytes]:
-    """Every file and its content."""
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
 @pytest.fixture(autouse=True)
 def like_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On NFS a deleted file that is still open stays in its directory, under another name, so that this cannot go."""
@@ -111,7 +106,7 @@ def test_a_directory_with_other_files_is_refused_and_nothing_in_it_is_touched(
     two = [str(shutil.copytree(trained, run / f"iter{i}" / "model")) for i in (1, 2)]
     (tmp_path / "thesis" / "chapters").mkdir(parents=True)
     (tmp_path / "thesis" / "chapters" / "one.tex").write_text("years of work")
-    before = state(tmp_path)
+    before = tiny.contents(tmp_path)
     refusals: list[tuple[Path, type[SPPOError], str]] = [
         (tmp_path / "thesis", SPPOError, "did not make: chapters/one.tex"),
         (run, UsageError, "holds .*, a model that is read"),
@@ -129,11 +124,11 @@ def test_a_directory_with_other_files_is_refused_and_nothing_in_it_is_touched(
                 average(two, where, overwrite)
             with pytest.raises(SPPOError, match=r"did not make|a model that is read|the current|have no config"):
                 train(models, data, where, *["--overwrite"] * overwrite, model=run / "iter1" / "model")
-            assert state(tmp_path) == before
+            assert tiny.contents(tmp_path) == before
     other = shutil.copytree(trained, tmp_path / "other")
     with pytest.raises(SPPOError, match="the work of another stage, train"):
         average(two, other, overwrite=True)
-    assert state(other) == state(trained)
+    assert tiny.contents(other) == tiny.contents(trained)
 
 
 def test_a_file_that_came_into_a_finished_model_is_not_lost(
@@ -143,10 +138,10 @@ def test_a_file_that_came_into_a_finished_model_is_not_lost(
     (model / "notes").mkdir()
     (model / "notes" / "mine.txt").write_text("mine")
     train(models, data, model)  # it is done, and stays so
-    before = state(tmp_path)
+    before = tiny.contents(tmp_path)
     with pytest.raises(SPPOError, match="did not make: notes/mine.txt"):
         train(models, data, model, "--overwrite", "--beta=0.5")
-    assert state(tmp_path) == before
+    assert tiny.contents(tmp_path) == before
     shutil.rmtree(model / "notes")
     train(models, data, model, "--overwrite", "--beta=0.5")
     assert read_json(model / "sppo_manifest.json")["settings"]["beta"] == 0.5
@@ -155,7 +150,7 @@ def test_a_file_that_came_into_a_finished_model_is_not_lost(
 
 def test_a_models_manifest_knows_every_file_and_no_other_is_pushed(trained: Path, tmp_path: Path) -> None:
     written = read_json(trained / "sppo_manifest.json")
-    names = set(state(trained)) - {"sppo_manifest.json"}
+    names = set(tiny.contents(trained)) - {"sppo_manifest.json"}
     assert {*written["outputs"], *written["others"]} == names
     assert {"chat_template.jinja", "tokenizer.json", "model.safetensors"} <= set(written["outputs"])
     assert all(digest(trained / n) == sha for n, sha in {**written["outputs"], **written["others"]}.items())
@@ -179,11 +174,11 @@ def test_only_what_carries_our_marker_is_deleted(tmp_path: Path) -> None:
     (work_of(tmp_path / "x") / "notes.txt").write_text("mine")
     with pytest.raises(SPPOError, match=r"it carries no mark of this project.*: notes.txt"), appearing(tmp_path / "x"):
         pytest.fail("it was begun")
-    assert state(tmp_path) == {"x.partial/notes.txt": b"mine"}
+    assert tiny.contents(tmp_path) == {"x.partial/notes.txt": b"mine"}
     (work_of(tmp_path / "x") / "notes.txt").unlink()
     with appearing(tmp_path / "x") as final:
         (final / "made").write_text("1")
-    assert state(tmp_path) == {"x/made": b"1"}
+    assert tiny.contents(tmp_path) == {"x/made": b"1"}
     with pytest.raises(ZeroDivisionError), working(tmp_path / "y"):
         raise ZeroDivisionError
     assert not work_of(tmp_path / "y").exists()  # nothing was done, so nothing stays
@@ -191,7 +186,7 @@ def test_only_what_carries_our_marker_is_deleted(tmp_path: Path) -> None:
     (tmp_path / ".y.probe" / "file").touch()
     with working(tmp_path / "y"):
         pass
-    assert state(tmp_path) == {"x/made": b"1"}
+    assert tiny.contents(tmp_path) == {"x/made": b"1"}
 
 
 def test_through_a_link_the_work_and_the_model_are_on_the_targets_disk(
@@ -314,7 +309,7 @@ def test_two_processes_cannot_write_the_same_and_a_kill_leaves_no_lock(tmp_path:
     other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=tiny.ROOT, stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"at work\n"
-    before = state(tmp_path)
+    before = tiny.contents(tmp_path)
     mine = stage(tmp_path, pairs=5)
     with pytest.raises(SPPOError, match="another process is making .*out; wait for it or stop it"):
         mine.begin()
@@ -324,7 +319,7 @@ def test_two_processes_cannot_write_the_same_and_a_kill_leaves_no_lock(tmp_path:
         with pytest.raises(SPPOError, match="another process is making .*model; wait for it or stop it"):
             attempt()
     sweep(tmp_path / "model")
-    assert state(tmp_path) == before
+    assert tiny.contents(tmp_path) == before
     other.kill()
     other.wait()
     refuse_busy(tmp_path / "model")
@@ -334,7 +329,7 @@ def test_two_processes_cannot_write_the_same_and_a_kill_leaves_no_lock(tmp_path:
     with appearing(tmp_path / "model") as final:
         (final / "whole").touch()
     assert stage(tmp_path, pairs=5).is_current()
-    assert sorted(state(tmp_path)) == ["m.json", "model/whole", "out"]
+    assert sorted(tiny.contents(tmp_path)) == ["m.json", "model/whole", "out"]
 
 
 def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_no_lock(tmp_path: Path) -> None:
@@ -432,7 +427,7 @@ def test_who_stands_in_a_finished_model_is_told_that_it_is_done(
         (model / name).touch()
     two = [str(shutil.copytree(models / "llama3", tmp_path / name)) for name in "ab"]
     average(two, tmp_path / "mean")
-    before = state(tmp_path)
+    before = tiny.contents(tmp_path)
     small = [word.replace("recipes/", f"{tiny.ROOT}/recipes/") for word in preferences.SMALL]
     monkeypatch.setattr(preferences, "SMALL", small)
     monkeypatch.chdir(tmp_path / "mean")
@@ -443,7 +438,7 @@ def test_who_stands_in_a_finished_model_is_told_that_it_is_done(
     assert "train: done: " in capsys.readouterr().out
     with pytest.raises(UsageError, match="is the current directory"):
         train(models, data, Path(), "--beta=0.5", "--overwrite")
-    assert state(tmp_path) == before
+    assert tiny.contents(tmp_path) == before
     monkeypatch.chdir(tiny.ROOT)
     train(models, data, model, "--beta=0.5", "--overwrite")
     assert (model / "sppo_manifest.json").read_bytes() != before["model/sppo_manifest.json"]
@@ -471,7 +466,7 @@ def test_a_directory_that_a_container_image_holds_is_replaced(tmp_path: Path, mo
     with appearing(tmp_path / "model") as final:
         (final / "new").write_text("whole")
         gone.clear()
-    assert state(tmp_path) == {"model/new": b"whole"}
+    assert tiny.contents(tmp_path) == {"model/new": b"whole"}
     assert gone.index(tmp_path / "model") == 2  # the manifest goes with it
 
 
@@ -507,7 +502,7 @@ def test_an_empty_work_directory_that_a_kill_left_goes(tmp_path: Path) -> None:
     work_of(tmp_path / "model").mkdir()
     (work_of(tmp_path / "model") / "notes").touch()
     sweep(tmp_path / "model")
-    assert state(tmp_path) == {"model.partial/notes": b""}
+    assert tiny.contents(tmp_path) == {"model.partial/notes": b""}
 
 
 def test_what_another_process_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
@@ -526,11 +521,11 @@ def test_what_another_process_has_trained_meanwhile_is_done(
     models: Path, data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     shutil.copytree(trained, tmp_path / "model")
-    before = state(tmp_path)
+    before = tiny.contents(tmp_path)
     monkeypatch.setattr(Training, "is_done", lambda _: False)  # it ends after this one has looked
     train(models, data, tmp_path / "model")
     assert f"train: done: {tmp_path / 'model'}" in capsys.readouterr().out
-    assert state(tmp_path) == before
+    assert tiny.contents(tmp_path) == before
     words = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={tmp_path / 'model'}"]
     ranks = preferences.asked([*words, "--batch_size=1"], 2)
     ranks.stage = preferences.asked(words, 1).stage
@@ -552,7 +547,7 @@ def test_where_a_disk_has_no_locks_an_owner_file_stands_for_one_and_goes(
         (final / "whole").touch()
         with pytest.raises(SPPOError, match="another process is making"):
             refuse_busy(tmp_path / "model")
-    assert sorted(state(tmp_path)) == ["m.json", "model/whole", "out"]
+    assert sorted(tiny.contents(tmp_path)) == ["m.json", "model/whole", "out"]
 
 
 @pytest.mark.slow
@@ -693,7 +688,7 @@ def test_a_changed_template_is_copied_again_before_anything_is_drawn_with_it(
 ) -> None:
     """Each prompt of iteration 2 ended in "tssistant". To train again for it would cost hours, and an edit is kept."""
     model = shutil.copytree(trained, tmp_path / "model")
-    before, template = state(model), model / "chat_template.jinja"
+    before, template = tiny.contents(model), model / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant", "tssistant"))
     words = [f"--model={models / 'llama3'}", f"--dataset={data}", f"--output_dir={model}"]
     asked = preferences.asked(words, 1)
@@ -704,7 +699,7 @@ def test_a_changed_template_is_copied_again_before_anything_is_drawn_with_it(
     assert "chat_template.jinja had changed since it was written, and is kept as" in said
     assert "tokenizer.json was gone. It is copied again from" in said
     assert f"train: done: {model}" in said
-    assert state(model) == before
+    assert tiny.contents(model) == before
     assert "tssistant" in (tmp_path / "model.changed-chat_template.jinja").read_text()
     assert asked.stage.is_current()
 
@@ -768,7 +763,7 @@ def test_a_mean_of_models_is_pushed_without_local_paths(
         files = hub.repos["me/mean"].files
         close_session()
     assert json.loads(files["sppo_manifest.json"])["models"] == ["model", "model", "llama3"]
-    assert set(files) == set(state(run / "mean"))
+    assert set(files) == set(tiny.contents(run / "mean"))
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
 

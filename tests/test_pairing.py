@@ -67,10 +67,6 @@ def training_rows(out: Path, split: str = "train") -> Rows:
     return pq.read_table(out / f"{split}.parquet").to_pylist()
 
 
-def tree(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
-
-
 def by_hand(response: dict[str, Any], logits: list[list[float]], estimator: str) -> dict[str, Any]:
     """The row of train.parquet, one number after the other."""
     k = len(logits)
@@ -106,7 +102,7 @@ def test_both_estimators_from_the_same_logits(tmp_path: Path, k: int) -> None:
     """Users try the other estimator without ranking again: the stored logits are read and left alone."""
     responses, rankings = responses_of(20, k), rankings_of(20, k)
     out = write(tmp_path / "d", responses, rankings[:9], rankings[:8:-1])
-    before = tree(out / "ranking")
+    before = tiny.contents(out / "ranking")
     compute_prob(Recipe(pairs=k, estimator="released"), out, False)
     for estimator in ("released", "paper"):
         if estimator == "paper":
@@ -117,7 +113,7 @@ def test_both_estimators_from_the_same_logits(tmp_path: Path, k: int) -> None:
         assert len(rows) == 20
         for row, response, ranking in zip(rows, responses, rankings, strict=True):
             assert_same(row, by_hand(response, ranking["logits"], estimator))
-        assert tree(out / "ranking") == before
+        assert tiny.contents(out / "ranking") == before
 
 
 def test_a_length_penalty_turns_the_pairs_of_a_ranker_that_likes_length(tmp_path: Path) -> None:
@@ -324,11 +320,11 @@ def test_what_does_not_fit_is_said_before_anything_is_overwritten(
     out = write(tmp_path / "d", responses_of(6, 3), rankings_of(6, 3)[:3], rankings_of(6, 3)[3:])
     compute_prob(Recipe(pairs=3), out, False)
     break_it(out)
-    before = tree(out)
+    before = tiny.contents(out)
     assert "train.parquet" in before
     with pytest.raises(SPPOError, match=message):
         compute_prob(Recipe(**{"pairs": 3, "test_size": 0, **settings}), out, True)
-    assert tree(out) == before
+    assert tiny.contents(out) == before
 
 
 def test_a_ranking_of_earlier_responses_is_not_joined_to_new_ones(tmp_path: Path) -> None:
@@ -351,7 +347,11 @@ def test_a_failure_on_the_way_leaves_neither_file(tmp_path: Path) -> None:
     out = write(tmp_path / "d", responses, rankings_of(1100, 2))
     with pytest.raises(SPPOError, match="id1099 has 1 responses, not --pairs 2"):
         compute_prob(Recipe(pairs=2, test_size=100), out, False)
-    assert set(tree(out)) == {"responses.parquet", "ranking/shard-00000.parquet", "train.manifest.json.started"}
+    assert set(tiny.contents(out)) == {
+        "responses.parquet",
+        "ranking/shard-00000.parquet",
+        "train.manifest.json.started",
+    }
 
 
 def test_two_files_appear_together_or_not_at_all(tmp_path: Path) -> None:

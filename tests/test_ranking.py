@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 import typing
 from collections import Counter
@@ -106,9 +105,7 @@ def test_killed_and_restarted_asks_nothing_twice(tmp_path: Path) -> None:
     kills = 0
     for wanted in (63, 126):
         process = tiny.start(*command, slow=data, **env)
-        tiny.wait_for(process, lambda n=wanted: log.exists() and sum(asked(log).values()) == n)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        tiny.kill_when(process, lambda n=wanted: log.exists() and sum(asked(log).values()) == n)
         kills += 1
     (tmp_path / "hold").unlink()
     tiny.succeed(*command[1:], **env)

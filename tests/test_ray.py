@@ -90,7 +90,7 @@ def test_a_ray_node_dies_in_every_stage_and_another_comes(ray: Any, world: Path,
     assert len(hit) >= 5, hit
     assert "a machine is lost" in said(run)
     assert_same(world, run)
-    cluster.wait_until(lambda: nothing_left(run), 60)
+    tiny.wait_until(lambda: nothing_left(run), 60)
 
 
 def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) ->
         pids = [int(p.parent.name) for p in tiny.processes(run, victim)]
         os.kill(process.pid if victim == b"scripts/run.sh" else pids[-1], signal.SIGKILL)
         assert process.wait(120) != 0
-        cluster.wait_until(lambda: nothing_left(run), 60)
+        tiny.wait_until(lambda: nothing_left(run), 60)
     process = drive(ray, world, run)
     tiny.wait_for(process, lambda: bool(tiny.processes(run, b"run_sppo.py")) and bool(trainers()))
     os.kill(trainers()[0], signal.SIGKILL)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,13 +18,6 @@ from sppo.training.checkpoints import COMPLETE
 pytestmark = pytest.mark.slow
 
 TIMES = {"tokens_per_second", "seconds_left"}  # what no run shares with another
-
-
-def kill_when(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
-    """SIGKILL at a moment. The training must not have come to its end before it."""
-    tiny.wait_for(process, moment)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def assert_same(one: Path, other: Path, weights: str = "model.safetensors") -> None:
@@ -69,7 +60,7 @@ def test_one_process_killed_at_any_moment(models: Path, tmp_path: Path, flags: t
     moments: list[Callable[[], bool]] = [(work / "identity.json").exists, saving, at_random, at_random]
     for moment in moments if not flags else moments[1:3]:
         before, steps = lines(work), rng.randrange(4)
-        kill_when(tiny.start(*command("killed"), slow=work), moment)
+        tiny.kill_when(tiny.start(*command("killed"), slow=work), moment)
         assert not out["killed"].exists()
     said = tiny.succeed(*command("killed"))
     assert "going on from" in said
@@ -109,8 +100,7 @@ def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None
     assert refused.returncode == 1
     assert "was written with DeepSpeed, and this training is without it" in refused.stderr
     process = tiny.start(*command("killed"), "--overwrite", slow=work)
-    kill_when(process, lambda: lines(work) >= 5)
-    tiny.wait_until(lambda: not tiny.processes(work.parent), 60)
+    tiny.kill_when(process, lambda: lines(work) >= 5, work.parent)
     tiny.succeed(*command("killed"), "--overwrite")
     logs = "".join(p.read_text() for p in (tmp_path / "killed" / "logs").iterdir())
     assert "2 x 2 x 2 rows a step" in logs

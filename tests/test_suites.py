@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import pytest
 import tiny
 import tiny_judge
 from bad_input import call
+from stub_server import Stub, says
 
 from sppo.evaluation.suites import alpaca_eval, mt_bench, open_llm
 from sppo.evaluation.suites.suite import Order, draw_answers, is_iteration
@@ -273,39 +273,7 @@ def test_an_iterations_model_is_known_by_its_place() -> None:
 
 # a judge that fails, and bad input
 
-
-class Stub(BaseHTTPRequestHandler):
-    """A server that says what `behave` says; `asked` holds what it was asked."""
-
-    behave: Callable[[int], tuple[int, Any]]
-    asked: list[dict[str, Any]]
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def reply(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        self.reply(200, {"object": "list", "data": [{"id": "tiny-judge", "object": "model"}]})
-
-    def do_POST(self) -> None:
-        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self.reply(*type(self).behave(len(self.asked)))
-
-
-def says(text: str) -> tuple[int, Any]:
-    return 200, {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
-
-
-@pytest.fixture
-def stub() -> Iterator[tuple[type[Stub], str]]:
-    made = type("Made", (Stub,), {"asked": []})
-    with tiny.serving(made) as address:
-        yield made, f"{address}/v1"
+RATED = (200, says("Rating: [[5]]"))
 
 
 @pytest.mark.slow
@@ -335,7 +303,7 @@ def test_what_is_paid_for_is_kept(iteration: Path, tmp_path: Path, stub: tuple[t
     maths = [MT_BENCH[1], {**MT_BENCH[1], "question_id": 112, "turns": ["What is 1+2?", "Twice that?"]}]
     questions = tiny.write_jsonl(tmp_path / "questions.jsonl", maths)
     asked = command(here, "mt_bench", url, questions)
-    server.behave = lambda n: says("Rating: [[5]]") if n <= 2 else (403, {"error": {"message": "no credit"}})
+    server.behave = lambda n: RATED if n < 2 else (403, {"error": {"message": "no credit"}})
     failed = tiny.run(*asked)
     assert failed.returncode == 1
     assert "check OPENAI_API_KEY" in failed.stderr
@@ -343,7 +311,7 @@ def test_what_is_paid_for_is_kept(iteration: Path, tmp_path: Path, stub: tuple[t
     journal = here / "suites/mt_bench/judgements.journal"
     assert len(journal.read_text().splitlines()) == 3  # the head, and two judgements
     hang = threading.Event()
-    server.behave = lambda n: (hang.wait(60), says("Rating: [[5]]"))[1]
+    server.behave = lambda n: (hang.wait(60), RATED)[1]
     count = len(server.asked)
     process = tiny.start("bash", *asked, slow=tmp_path / "nowhere")
     tiny.wait_for(process, lambda: len(server.asked) > count)
@@ -351,7 +319,7 @@ def test_what_is_paid_for_is_kept(iteration: Path, tmp_path: Path, stub: tuple[t
     process.wait()
     hang.set()
     count = len(server.asked)
-    server.behave = lambda n: says("Rating: [[7]]")
+    server.behave = lambda n: (200, says("Rating: [[7]]"))
     tiny.succeed(*asked)
     assert len(server.asked) == count + 2
     assert figures(here, "mt_bench")["score"] == 6
@@ -390,7 +358,7 @@ def test_the_suites_own_questions_come_from_the_hub(
         environment = {**hub.env, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         asked = ["scripts/evaluate.sh", f"--model={here / 'model'}", f"--judge_url={url}", "--judge_model=tiny-judge"]
         tiny.succeed(*asked, *DRAW, "--suite=alpaca_eval", **environment)
-        server.behave = lambda n: says("Rating: [[5]]")
+        server.behave = lambda n: RATED
         tiny.succeed(*asked, *DRAW, "--suite=mt_bench", **environment)
     found = figures(here, "alpaca_eval")
     annotations = here / "suites/alpaca_eval/annotations.json"
@@ -409,10 +377,7 @@ def test_the_suites_own_questions_come_from_the_hub(
 
 def with_logprobs(of_m: float) -> tuple[int, Any]:
     """A completion whose first token is m or M, with the log-prob of each."""
-    status, body = says("m")
-    top = [{"token": "m", "logprob": of_m}, {"token": "M", "logprob": float(np.log1p(-np.exp(of_m)))}]
-    body["choices"][0]["logprobs"] = {"content": [{"token": "m", "logprob": of_m, "top_logprobs": top}]}
-    return status, body
+    return 200, says("m", {"m": of_m, "M": float(np.log1p(-np.exp(of_m)))})
 
 
 @pytest.mark.slow
@@ -420,7 +385,7 @@ def test_a_judge_that_answers_in_prose_is_found_at_its_first_answers(
     iteration: Path, tmp_path: Path, stub: tuple[type[Stub], str]
 ) -> None:
     server, url = stub
-    server.behave = lambda n: says("What a nice answer!")
+    server.behave = lambda n: (200, says("What a nice answer!"))
     here = tmp_path / "mine" / "iter1"
     shutil.copytree(iteration / "model", here / "model")
     questions = {"mt_bench": tmp_path / "q.jsonl", "alpaca_eval": tmp_path / "q.json"}

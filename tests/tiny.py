@@ -204,6 +204,18 @@ def wait_for(process: subprocess.Popen[Any], moment: Callable[[], bool]) -> None
     wait_until(come)
 
 
+def kill_when(process: subprocess.Popen[Any], moment: Callable[[], bool], directory: Path | None = None) -> None:
+    """SIGKILL a process at a moment before which it must not end.
+
+    With `directory`: and wait until no process with it in its command is left, so all that it started.
+    """
+    wait_for(process, moment)
+    process.kill()
+    process.wait()
+    if directory:
+        wait_until(lambda: not processes(directory), 60)
+
+
 def wait_until(moment: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not moment():
@@ -241,6 +253,11 @@ def flip(path: Path, at: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(at * (len(content) - 1))] ^= 1
     path.write_bytes(content)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def read_jsonl(path: Path) -> list[Any]:

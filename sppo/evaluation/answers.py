@@ -22,8 +22,7 @@ def draw(recipe: Recipe, out: Path, logs: Path, name: str, overwrite: bool | Non
     recipe = dataclasses.replace(recipe, data_dir=str(out))
     told = {NO_OVERWRITE: "1"} if overwrite is None else {}
     launch(recipe, "generate", logs, name, bool(overwrite), **told)
-    combine = [sys.executable, str(ROOT / "scripts/combine_generate.py"), *settings(recipe, "combine_generate")]
-    call([*combine, *_overwrite(bool(overwrite))], name, **told)
+    call("combine_generate", settings(recipe, "combine_generate"), name, bool(overwrite), **told)
     return out / "responses.parquet"
 
 
@@ -39,19 +38,17 @@ def launch(recipe: Recipe, script: str, logs: Path, name: str, overwrite: bool, 
     """
     keys = dict.fromkeys([*KEYS["launch"], *KEYS[script]])
     asked = flags(**{key: getattr(recipe, key) for key in keys}, logs=logs)
-    words = [sys.executable, str(ROOT / "scripts/launch.py"), f"--label={name}", f"scripts/{script}.py"]
-    call([*words, *asked, *_overwrite(overwrite)], name, **more)
+    call("launch", [f"--label={name}", f"scripts/{script}.py", *asked], name, overwrite, **more)
 
 
-def _overwrite(is_asked: bool) -> list[str]:
-    return ["--overwrite"] if is_asked else []
-
-
-def call(command: list[str], name: str, **more: str) -> None:
-    """Run a command to its end, with `more` in its environment.
+def call(script: str, words: list[str], name: str, overwrite: bool, **more: str) -> None:
+    """Run scripts/<script>.py to its end, with `more` in its environment.
 
     Raises SPPOError, with what it said, where it fails, KeyboardInterrupt where it was interrupted, or asked to stop.
     """
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words]
+    if overwrite:
+        command.append("--overwrite")
     # SPPO_CHILD: killed, this command leaves nothing running
     environment = {**os.environ, **search_path(), "SPPO_CHILD": "1", **more}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)

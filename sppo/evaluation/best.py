@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from sppo.command.errors import SPPOError
-from sppo.command.search_path import ROOT
 from sppo.evaluation.answers import call, draw, launch, settings
 from sppo.method.preference import probability
 from sppo.method.winrates import ordering_score
@@ -24,7 +22,7 @@ from sppo.rankers import backend
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.schema import Message, prompt_text
-from sppo.store.files import atomic, digest
+from sppo.store.files import atomic, digest, write_json
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import read_rows, write_parquet
 from sppo.store.rankings import check_rankings, ranking_files
@@ -58,10 +56,7 @@ def best_of_n(recipe: Recipe, out: Path, overwrite: bool, load_prompts: Callable
     """
     recipe = dataclasses.replace(recipe, data_dir=str(out), prompts_part="0/1")
     responses = draw(recipe, out, out / "logs", "generate")
-    preload = [sys.executable, str(ROOT / "scripts/preload.py"), *settings(recipe, "preload")]
-    if overwrite:
-        preload.append("--overwrite")
-    call(preload, "preload")
+    call("preload", settings(recipe, "preload"), "preload", overwrite)
 
     recipe = pinned(recipe, out)
     stage = best_stage(recipe, out)
@@ -146,19 +141,19 @@ def _write(paths: list[Path], chosen: list[tuple[Row, Best]]) -> None:
     schema = pa.schema([("prompt_id", pa.string()), ("prompt", pa.list_(message)), ("response", pa.string()),
                         ("index", pa.int32()), ("win_rate", pa.float64())])  # fmt: skip
 
-    def rows() -> Iterator[Row]:
-        for row, best in chosen:
-            yield {
-                "prompt_id": row["prompt_id"],
-                "prompt": row["prompt"],
-                "response": _texts(row)[best.index],
-                "index": best.index,
-                "win_rate": best.win_rate,
-            }
-
-    write_parquet(paths[0], schema, rows())
+    rows = [
+        {
+            "prompt_id": row["prompt_id"],
+            "prompt": row["prompt"],
+            "response": _texts(row)[best.index],
+            "index": best.index,
+            "win_rate": best.win_rate,
+        }
+        for row, best in chosen
+    ]
+    write_parquet(paths[0], schema, rows)
     with atomic(paths[1]) as temporary, open(temporary, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _write_alpaca(path: Path, chosen: list[tuple[Row, Best]], prompts: Prompts, generator: str) -> None:
@@ -172,5 +167,4 @@ def _write_alpaca(path: Path, chosen: list[tuple[Row, Best]], prompts: Prompts, 
         for key, prompt in prompts.items()
         if prompt
     ]
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_json(path, entries)

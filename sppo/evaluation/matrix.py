@@ -52,12 +52,8 @@ def models_of(run_dir: Path) -> list[int]:
     return found
 
 
-def match_stages(recipe: Recipe, run_dir: Path) -> list[Stage]:
-    """The stages that compare each two models, by the ranker and by the second judge."""
-    return list(_matches(recipe, run_dir).values())
-
-
-def _matches(recipe: Recipe, run_dir: Path) -> dict[str, Stage]:
+def match_stages(recipe: Recipe, run_dir: Path) -> dict[str, Stage]:
+    """The stages that compare each two models, by the ranker and by the second judge, by what they compare."""
     recipe = pinned(recipe, run_dir / "iter1" / "data")
     return {
         f"{name}: {second} against {first}": match_stage(by, name, run_dir, first, second)
@@ -68,7 +64,7 @@ def _matches(recipe: Recipe, run_dir: Path) -> dict[str, Stage]:
 
 def matrix_stage(recipe: Recipe, run_dir: Path) -> Stage:
     """The stage that puts the matches together. Raises SPPOError where one is not there."""
-    matches = {label: stage.outputs[0] for label, stage in _matches(recipe, run_dir).items()}
+    matches = {label: stage.outputs[0] for label, stage in match_stages(recipe, run_dir).items()}
     if lost := [str(path) for path in matches.values() if not path.exists()]:
         raise SPPOError(f"not yet compared: {', '.join(lost)}; run scripts/win_matrix.py")
     inputs = {label: digest(path) for label, path in matches.items()}

@@ -136,8 +136,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def summary_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The rows of summary.json as cells, under a line of names; iteration 0 is the first model."""
+    """The rows of summary.json as cells, under a line of names; iteration 0 is the first model. [] without rows."""
     rows = [row for row in rows if "prompts" in row]  # others hold benchmark suites alone
+    if not rows:
+        return []
     base = {"iteration": 0, **rows[0].get("base", {})}
     wins = [k for k in rows[0] if k.endswith("_win_rate")]
     measured = [k for k in rows[0].get("base", {}) if all(k in row for row in rows)]

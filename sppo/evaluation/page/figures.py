@@ -19,7 +19,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import NullFormatter
 
 from sppo.evaluation.page.gather import IterationRecord, RunRecord
 from sppo.method.preference import Array
@@ -67,18 +66,16 @@ def win_rates(runs: list[RunRecord]) -> list[str]:
     """Win rates over iterations with their intervals, of each judge and run."""
     lines = []
     for run in runs:
-        rows = [i.compared for i in run.iterations if i.compared]
-        for key in [k for k in (rows[0] if rows else {}) if k.endswith("_win_rate")]:
+        for key in [k for k in (run.compared[0] if run.compared else {}) if k.endswith("_win_rate")]:
             name = key.removesuffix("_win_rate")
-            points = [(r["iteration"], r[key], r.get(f"{name}_interval")) for r in rows if key in r]
+            points = [(r["iteration"], r[key], r[f"{name}_interval"]) for r in run.compared if key in r]
             lines.append((_name(run, runs, name), points))
 
     def draw(axis: Axes) -> None:
         for number, (label, points) in enumerate(lines):
             x = np.array([p[0] for p in points]) + 0.04 * number  # beside each other, so that intervals can be read
             y = 100 * np.array([p[1] for p in points])
-            ends = [p[2] or (p[1], p[1]) for p in points]
-            error = np.abs(100 * np.array(ends).T - y)
+            error = np.abs(100 * np.array([p[2] for p in points]).T - y)
             axis.errorbar(x, y, error, marker="o", capsize=3, label=label)
         axis.axhline(50, color=_INK, linestyle=":", linewidth=1)
         _iterations(axis, [p[0] for _, points in lines for p in points], "wins, %")
@@ -232,40 +229,3 @@ def lengths(run: RunRecord) -> list[str]:
     """Histograms of the lengths of all responses, of the chosen and of the rejected."""
     longest = max((v.max() for i in run.iterations for v in i.lengths.values() if len(v)), default=1.0)
     return _histograms(run, lambda i: i.lengths, ("tokens", "responses, %"), np.linspace(0, longest, 21))
-
-
-def engine_agreement(run: RunRecord, usual: float) -> list[str]:
-    """How far the engine's log-probs are from the trainer's; a line shows what is `usual`, in nats a token."""
-    known = [(i.number, i.trained["agreement"]) for i in run.iterations if i.trained.get("agreement")]
-
-    def draw(axis: Axes) -> None:
-        numbers = [n for n, _ in known]
-        for key, label in (("largest_difference", "largest of a response"), ("mean_difference", "mean")):
-            axis.plot(numbers, [max(a[key], 1e-9) for _, a in known], marker="o", label=label)
-        axis.axhline(usual, color=_INK, linestyle=":", linewidth=1)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")  # the scale's own needs a formula renderer
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        _iterations(axis, numbers, "difference, nats a token")
-        axis.legend(fontsize=9)
-
-    return [_picture("Log-probs of the same responses", draw)] if known else []
-
-
-def stage_times(run: RunRecord) -> list[str]:
-    """How long each stage took."""
-    known = [i for i in run.iterations if i.seconds]
-    stages = list(dict.fromkeys(stage for i in known for stage in i.seconds))
-
-    def draw(axis: Axes) -> None:
-        left = np.zeros(len(known))
-        names = [f"iteration {i.number}" for i in known]
-        for stage in stages:
-            took = np.array([i.seconds.get(stage, 0.0) for i in known]) / 60
-            axis.barh(names, took, left=left, label=stage)
-            left += took
-        axis.invert_yaxis()
-        axis.set_xlabel("minutes")
-        axis.figure.legend(fontsize=9, ncols=3, loc="outside lower center")
-
-    return [_picture("Time of each stage", draw, 1.9 + 0.3 * len(known))] if known else []

@@ -68,6 +68,11 @@ class RunRecord:
     suites: dict[int, list[dict[str, Any]]]  # by iteration: a suite's figures.json each
     unread: list[str]  # what could not be read, and why
 
+    @property
+    def compared(self) -> list[dict[str, Any]]:
+        """The rows of summary.json with win rates."""
+        return [iteration.compared for iteration in self.iterations if iteration.compared]
+
 
 def gather(run_dir: Path) -> RunRecord:
     """Read a run's directory. Raises SPPOError where it is none."""

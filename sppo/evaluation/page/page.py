@@ -21,18 +21,21 @@ from sppo.store.files import atomic
 # above these shares and this ratio of perplexities a reader is warned
 _MANY_CUT, _MANY_DROPPED, _MANY_REPEATED, _MANY_EMPTY, _FAR = 0.2, 0.1, 0.1, 0.02, 2.0
 
-
 _Cell = Callable[[IterationRecord], Any]  # an iteration's number in a table; it may fail where that is not known yet
 
 
 @dataclass
 class Section:
-    """A title, what a healthy run looks like there, pictures, and a table, whose first row is its head."""
+    """A title, pictures, and a table, whose first row is its head."""
 
     title: str
-    healthy: str
     pictures: list[str]
     table: list[list[str]] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> str:
+        """What a healthy run looks like there."""
+        return _HEALTHY.get(self.title, "")
 
     @property
     def anchor(self) -> str:
@@ -52,16 +55,6 @@ class Page:
     facts: list[tuple[str, str]] = field(default_factory=list)
     run: RunRecord | None = None
 
-    @property
-    def settings(self) -> list[tuple[str, str]]:
-        """The run's settings, by name."""
-        return sorted((str(key), str(value)) for key, value in self.run.settings.items()) if self.run else []
-
-    @property
-    def numbers(self) -> list[int]:
-        """The iterations whose answers there are."""
-        return sorted({number for prompt in self.run.prompts for number in prompt.answers}) if self.run else []
-
 
 def write_page(run_dir: Path) -> Path:
     """Write <run_dir>/report.html from whatever the run has written so far; returns where it is."""
@@ -74,10 +67,10 @@ def write_comparison(run_dirs: list[Path], path: Path) -> Path:
     """Write a page that puts runs side by side; returns where it is."""
     runs = [gather(run_dir) for run_dir in run_dirs]
     sections = [
-        Section("Win rates", _HEALTHY["Win rates"], figures.win_rates(runs)),
-        Section("Measures", _HEALTHY["Measures"], figures.measures(runs)),
-        Section("Training", _HEALTHY["Training"], figures.training(runs)),
-        Section("Settings that differ", "", [], _differing_settings(runs)),
+        Section("Win rates", figures.win_rates(runs)),
+        Section("Measures", figures.measures(runs)),
+        Section("Training", figures.training(runs)),
+        Section("Settings that differ", [], _differing_settings(runs)),
     ]
     page = Page(
         title=" and ".join(run.name for run in runs),
@@ -135,42 +128,27 @@ _HEALTHY = {
     "Benchmark suites": "Healthy: scores for knowledge and reasoning stay where the first model's are, and scores that "
     "a judge gives rise. If a score falls, the run has cost an ability that its ranker does not see.",
     "Data": "Healthy: few prompts are dropped and few responses are cut. If the position bias is far from 0, the "
-    "ranker prefers the response that is shown first; if the correlation of score and length is, it rewards length.",
-    "Agreement of engine and trainer": "Healthy: the mean difference is below the line at "
-    f"{AGREEING} nats a token, so the engine that draws and the trainer compute the same policy. In float32 it is "
-    "about 1e-6.",
+    "ranker prefers the response that is shown first; if the correlation of score and length is, it rewards length. "
+    f"Where the log-probs of engine and trainer differ by less than {AGREEING} nats a token, both compute the same "
+    "policy; in float32 it is about 1e-6.",
     "Time and tokens": "Healthy: no stage takes much longer from one iteration to the next. If a stage was stopped, "
     "its time is that of the last try.",
 }
 
 
 def _sections(run: RunRecord) -> list[Section]:
-    pictures = {
-        "Win rates": figures.win_rates([run]),
-        "Win matrix": figures.matrix(run),
-        "Measures": figures.measures([run]),
-        "Training": figures.training([run]),
-        "Log-ratios": figures.log_ratios(run),
-        "Win rates of pairs": figures.rates(run),
-        "Lengths": figures.lengths(run),
-        "Benchmark suites": [],
-        "Data": [],
-        "Agreement of engine and trainer": figures.engine_agreement(run, AGREEING),
-        "Time and tokens": figures.stage_times(run),
-    }
-    tables = {
-        "Win rates": _win_rate_table(run),
-        "Win matrix": _matrix_table(run),
-        "Benchmark suites": _suite_table(run),
-        "Data": _data_table(run),
-        "Time and tokens": _time_table(run),
-    }
-    return [Section(title, _HEALTHY[title], drawn, tables.get(title, [])) for title, drawn in pictures.items()]
-
-
-def _win_rate_table(run: RunRecord) -> list[list[str]]:
-    rows = [i.compared for i in run.iterations if i.compared]
-    return summary_table(rows) if rows else []
+    return [
+        Section("Win rates", figures.win_rates([run]), summary_table(run.compared)),
+        Section("Win matrix", figures.matrix(run), _matrix_table(run)),
+        Section("Measures", figures.measures([run])),
+        Section("Training", figures.training([run])),
+        Section("Log-ratios", figures.log_ratios(run)),
+        Section("Win rates of pairs", figures.rates(run)),
+        Section("Lengths", figures.lengths(run)),
+        Section("Benchmark suites", [], _suite_table(run)),
+        Section("Data", [], _data_table(run)),
+        Section("Time and tokens", [], _time_table(run)),
+    ]
 
 
 def _matrix_table(run: RunRecord) -> list[list[str]]:
@@ -242,6 +220,8 @@ def _data_table(run: RunRecord) -> list[list[str]]:
         ("position bias", lambda i: i.paired["position_bias"]),
         ("correlation of score and length", lambda i: i.paired["score_length_correlation"]),
         ("responses cut for training", lambda i: i.trained["counts"]["responses_cut"]),
+        ("log-probs of engine and trainer apart, mean", lambda i: i.trained["agreement"]["mean_difference"]),
+        ("the same, largest of a response", lambda i: i.trained["agreement"]["largest_difference"]),
     ]
     return _by_iteration(run, rows)
 
@@ -274,14 +254,12 @@ def _summary(run: RunRecord) -> list[str]:
     wanted = run.settings.get("iterations", len(run.iterations))
     name = public_name(str(run.settings.get("model", "the first model")))
     said = [f"{name}: {len(done)} of {wanted} iterations are trained."]
-    rows = [i.compared for i in run.iterations if i.compared]
-    if rows:
-        last = rows[-1]
-        low, high = last.get("ranker_interval", (None, None))
-        between = f" (95% interval {100 * low:.1f} to {100 * high:.1f}%)" if low is not None else ""
+    if run.compared:
+        last = run.compared[-1]
+        low, high = last["ranker_interval"]
         said.append(
             f"Iteration {last['iteration']} wins {100 * last['ranker_win_rate']:.1f}% of comparisons with the first "
-            f"model{between} on {last['prompts']} held-out prompts."
+            f"model (95% interval {100 * low:.1f} to {100 * high:.1f}%) on {last['prompts']} held-out prompts."
         )
         said.append(f"Answers have {last['mean_tokens']:.0f} tokens; the first model's {last['base_mean_tokens']:.0f}.")
     else:
@@ -291,11 +269,9 @@ def _summary(run: RunRecord) -> list[str]:
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     """What has changed from the first model to the last one that was compared: (what, from → to)."""
-    rows = [i.compared for i in run.iterations if i.compared]
-    cells = summary_table(rows) if rows else []
-    if len(cells) < 3:
+    if not run.compared:
         return []
-    names, first, *_, last = cells
+    names, first, *_, last = summary_table(run.compared)
     return [
         (name, f"{_short(before)} → {_short(after)}")
         for name, before, after in zip(names, first, last, strict=True)

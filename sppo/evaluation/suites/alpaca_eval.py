@@ -26,7 +26,7 @@ from sppo.evaluation.suites.suite import (
 )
 from sppo.rankers.chat_server import is_logprob
 from sppo.schema import content_id
-from sppo.store.files import atomic
+from sppo.store.files import atomic, write_json
 
 JUDGE = "gpt-4-1106-preview"  # the published one
 DATASET, REFERENCE, GAMED = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json", "df_gamed.csv"
@@ -70,8 +70,7 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
     if not stage.make_ready(order.overwrite):
         return
     stage.begin()
-    with atomic(order.out / OUTPUTS) as temporary:
-        temporary.write_text(json.dumps(outputs, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_json(order.out / OUTPUTS, outputs)
 
     class Annotator(annotators.PairwiseAnnotator):
         """The package's, which asks `judge` and keeps no cache of its own."""

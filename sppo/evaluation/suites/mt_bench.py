@@ -72,7 +72,8 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
     """Answer both turns, let the judge mark them, and write figures.json and judgements.jsonl."""
     drawn = two_turns(order, rows)
     prompts = read_json(Path(__file__).with_name("mt_bench_prompts.json"))
-    requests = [judge_request(prompts, row, drawn[str(row["question_id"])], turn) for row in rows for turn in (1, 2)]
+    turns = [(row, turn) for row in rows for turn in (1, 2)]
+    requests = [judge_request(prompts, row, drawn[str(row["question_id"])], turn) for row, turn in turns]
     stage = figures_stage(order, {"requests": content_id(requests)}, {}, (JUDGEMENTS,))
     if not stage.make_ready(order.overwrite):
         return
@@ -80,14 +81,16 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
 
     choices = judge.choices(requests, lambda choice: rating(text_of(choice)) is not None, "a rating like [[5]]")
     judged = [
-        {"question_id": row["question_id"], "category": row["category"], "turn": turn}
-        for row in rows
-        for turn in (1, 2)
+        {
+            "question_id": row["question_id"],
+            "category": row["category"],
+            "turn": turn,
+            "rating": rating(text_of(choice)),
+            "judgement": text_of(choice),
+            "prompt": request["messages"][-1]["content"],
+        }
+        for (row, turn), request, choice in zip(turns, requests, choices, strict=True)
     ]
-    for row, request, choice in zip(judged, requests, choices, strict=True):
-        row |= {"rating": rating(text_of(choice)), "judgement": text_of(choice)}
-        row["prompt"] = request["messages"][-1]["content"]
-
     with atomic(order.out / JUDGEMENTS) as temporary:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in judged]
         temporary.write_text("".join(lines), encoding="utf-8")
