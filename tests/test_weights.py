@@ -283,7 +283,7 @@ def test_an_adapter_that_vllm_does_not_take(models: Path, tmp_path: Path) -> Non
         (adapter / "adapter_config.json").write_text(whole)
         tiny.edit_json(adapter / "adapter_config.json", **values)
         with pytest.raises(SPPOError, match=rf"{said}.*; pass --engine transformers, or merge it"):
-            vllm.start(open_policy(str(adapter)), Recipe(), 64, 1)
+            vllm.start(open_policy(str(adapter)), Recipe(), 64)
     (text,) = problems(adapter, tmp_path, "--engine=vllm", "--use_peft")
     assert "Unsupported modules_to_save" in text
     (adapter / "adapter_config.json").write_text(whole)
