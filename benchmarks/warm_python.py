@@ -33,9 +33,12 @@ CLIENT = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-told = {{"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd(), "cores": sorted(os.sched_getaffinity(0))}}
+channels = [number for number in (0, 1, 2, 9) if os.path.exists(f"/proc/self/fd/{{number}}")]  # 9: a run's lock
+env = {{name: value for name, value in os.environ.items() if name != "SPPO_PARENT"}}  # the fork has another parent
+told = {{"argv": sys.argv[1:], "env": env, "cwd": os.getcwd(), "channels": channels}}
+told["cores"] = sorted(os.sched_getaffinity(0))
 told = json.dumps(told).encode()
-socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
+socket.send_fds(server, [len(told).to_bytes(8, "big")], channels)
 server.sendall(told)
 code = server.recv(4)
 sys.exit(int.from_bytes(code, "big", signed=True) if code else 1)
@@ -97,7 +100,7 @@ def _serve(listener: socket.socket, client: str) -> None:
 def _keep(caller: socket.socket, client: str) -> None:
     """Run one command in a fork, and tell the caller its exit code; killed, where the caller has gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, files, _, _ = socket.recv_fds(caller, 8, 3)
+    size, files, _, _ = socket.recv_fds(caller, 8, 4)
     told = json.loads(caller.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     child = os.fork()
     if not child:
@@ -117,7 +120,7 @@ def _keep(caller: socket.socket, client: str) -> None:
 def _become(told: dict, files: list[int], client: str) -> None:
     """Do what `python argv...` does."""
     os.setsid()
-    for number, file in enumerate(files):
+    for number, file in zip(told["channels"], files, strict=True):
         os.dup2(file, number)
     own = [open(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww")]  # noqa: SIM115 - kept
     sys.stdin, sys.stdout, sys.stderr = own
@@ -126,7 +129,7 @@ def _become(told: dict, files: list[int], client: str) -> None:
     os.chdir(told["cwd"])
     os.sched_setaffinity(0, told["cores"])
     sys.executable = client
-    argv = [word for word in told["argv"] if word != "-u"] if told["argv"][:1] == ["-u"] else told["argv"]
+    argv = told["argv"][1:] if told["argv"][0] in ("-u", "-S") else told["argv"]
     paths = told["env"].get("PYTHONPATH", "").split(os.pathsep)
     code: object = 0
     try:
