@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import tiny
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.iterations import digest_of_recipes
-from sppo.launch import cores, machine
+from sppo.launch import cores, machine, nodes
 from sppo.launch.devices import devices, groups
 from sppo.launch.logs import last_lines, progress_line, show_failure
 from sppo.launch.watch import run_shards
@@ -394,3 +395,11 @@ def test_bash_scripts_find_the_project_and_know_a_flag_from_a_value() -> None:
     done = tiny.run("scripts/generate.sh", "--system_prompt", "read the --help page", "--model=m")
     assert done.returncode == 2
     assert "--output_dir (--out_path) is missing" in done.stderr
+
+
+def test_many_machines_meet(tmp_path: Path) -> None:
+    """Each calls each other, and nobody takes a call before all are made: more wait than Python lets by itself."""
+    count = 140
+    with ThreadPoolExecutor(count) as pool:
+        asked = [pool.submit(nodes.meet_all, tmp_path, rank, count, "127.0.0.1") for rank in range(count)]
+        assert [one.result() for one in asked] == [([], False)] * count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -119,6 +120,8 @@ def _rows(source: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
         return _dataset_rows(source, path, recipe)
     if path.suffix not in _READERS:
         raise SPPOError(f"prompts {source}: the name should end in .parquet, .jsonl or .csv")
+    if not os.access(path, os.R_OK):
+        raise SPPOError(f"prompts {source} cannot be read; see to its permissions")
     return _READERS[path.suffix](path, recipe.prompt_column)
 
 

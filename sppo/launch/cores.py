@@ -1,4 +1,4 @@
-"""The CPU cores and the main memory that this process may use, and which cores each of several shards gets.
+"""The CPU cores that this process may use, and which of them each of several shards gets.
 
 vLLM and PyTorch bind a thread to each core and let it wait in a loop. Two processes on the same cores then take ten
 times as long, not twice. So each of the shards of one machine gets cores of its own.
@@ -7,7 +7,6 @@ times as long, not twice. So each of the shards of one machine gets cores of its
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 
 def allowed() -> list[int]:
@@ -21,13 +20,3 @@ def own(index: int, shards: int) -> list[int]:
     """The cores of shard `index` of so many: neighbours, and no other shard's; all, where there are fewer cores."""
     every = allowed()
     return every[index * len(every) // shards : (index + 1) * len(every) // shards] if len(every) >= shards else every
-
-
-def main_memory() -> int:
-    """Bytes of main memory that can be had, by the kernel's count and the container's limit."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(free, int(text)) if text.isdigit() else free

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import SPPOError, run_main
+from sppo.command.memory import main_memory
 from sppo.command.search_path import ROOT
-from sppo.launch.cores import main_memory
 from sppo.launch.devices import list_gpus
 from sppo.launch.machine import listening
 from sppo.store.files import read_json, write_json
@@ -121,6 +121,7 @@ def _gpus() -> list[list[Any]]:
 def meet_all(meeting: Path, rank: int, count: int, peer: str) -> tuple[list[str], bool]:
     """(what is wrong with the ways to the other machines, whether one did not come)."""
     with listening(peer) as server:
+        server.listen(count)  # nobody accepts: the calls of all the others wait here
         address, port = server.getsockname()[:2]
         try:
             write_json(meeting / f"{rank}.json", {"address": address, "port": port, "host": platform.node()})

@@ -1,6 +1,6 @@
 """The launcher on a Ray cluster: a task with num_gpus a shard, and for training a task on each of some machines.
 
-Ray places the tasks and starts one again when its machine dies; shards' journals then keep what was done. A training
+Ray places the tasks. One whose machine dies is started again here; shards' journals then keep what was done. A training
 that loses a machine is started again as a whole, and goes on from its newest checkpoint.
 """
 
@@ -94,11 +94,15 @@ class Tasks:
 
     def poll(self) -> int | None:
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
 
         done, running = ray.wait(self.refs, num_returns=len(self.refs), timeout=0)
         try:
             codes = [ray.get(ref).returncode for ref in done]
+        except RayTaskError as error:  # the task itself: its log cannot be written, say
+            _cancel(running)
+            print(f"launch: Ray gives the task up: {first_line(error)}", file=sys.stderr, flush=True)
+            return 1
         except RayError as error:
             return self._again(first_line(error))
         failure = next(filter(None, codes), 0)

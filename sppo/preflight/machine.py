@@ -11,9 +11,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from sppo.command.memory import main_memory
 from sppo.command.search_path import ROOT
 from sppo.generation.engines import pick_engine
-from sppo.launch.cores import allowed, main_memory
+from sppo.launch.cores import allowed
 from sppo.launch.devices import list_gpus
 from sppo.launch.nodes import look
 from sppo.launch.processes import environment

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sppo.command.errors import SPPOError
-from sppo.launch.cores import main_memory
+from sppo.command.memory import main_memory
 from sppo.launch.devices import CPU, devices
 from sppo.launch.script import open_launcher
 from sppo.preflight import hours
@@ -57,7 +57,7 @@ class Examined:
         except SPPOError as error:
             findings.append(no(str(error)))
         except Exception as error:  # noqa: BLE001 - a fault of one look must not hide what the others find
-            said = f"{type(error).__name__}: {error}"
+            said = f"{getattr(look, '__name__', look)}: {type(error).__name__}: {error}"
             findings.append(no(f"this check failed itself ({said}); --skip_preflight starts without the preflight"))
         return None
 
