@@ -89,22 +89,28 @@ def test_lean_log_probs_and_gradients_are_the_plain_ones(models: Path, dataset: 
             assert (lean_grads[name] - grad).norm() <= 2e-6 * grad.norm(), name
 
 
-def test_an_architecture_with_logits_of_its_own_falls_back_aloud(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("what", ["behind its backbone", "before its backbone"])
+def test_what_a_network_does_around_its_backbone(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
-    """Logits that the config does not tell of: without the check, training would be on another model's log-probs."""
+    """The lean log-probs have what it does behind; for what it does before, they fall back to the plain ones, aloud.
+    Else training would be on another model's log-probs."""
     from transformers import LlamaForCausalLM
 
     own = LlamaForCausalLM.forward
 
     def halved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if what == "before its backbone":
+            kwargs["inputs_embeds"] = self.get_input_embeddings()(kwargs.pop("input_ids")) / 2
         output = own(self, *args, **kwargs)
-        output.logits = output.logits / 2
+        if what == "behind its backbone":
+            output.logits = output.logits / 2
         return output
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", halved)
     model = train("halved", data=preferences.write(tmp_path / "data", preferences.rows(8)))
-    assert "log-probs come from full logits" in capsys.readouterr().out
+    falls_back = "log-probs come from full logits" in capsys.readouterr().out
+    assert falls_back == (what == "before its backbone")
     assert preferences.metrics(model)[0]["rewards/chosen"] == 0
 
 

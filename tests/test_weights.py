@@ -37,7 +37,7 @@ from sppo.recipe import Recipe
 from sppo.training import reference, train
 from sppo.training.first_step import FirstStep
 from sppo.training.logps import Forward
-from sppo.training.network import disable_dropout
+from sppo.training.network import disable_noise
 
 IDS = torch.arange(5, 300)[None]  # (1, 295): most of the vocabulary
 
@@ -405,7 +405,7 @@ def test_dropout_is_off_wherever_a_module_keeps_it(tmp_path: Path) -> None:
     policy = open_policy(str(opt(tmp_path / "opt")))
     network = load_causal_lm(policy, torch.float32).train()
     assert not network(input_ids=IDS).logits.equal(network(input_ids=IDS).logits)
-    disable_dropout(network)
+    disable_noise(network)
     assert network(input_ids=IDS).logits.equal(network(input_ids=IDS).logits)
 
 
@@ -413,9 +413,9 @@ def test_dropout_is_off_wherever_a_module_keeps_it(tmp_path: Path) -> None:
 def test_a_policy_that_is_not_its_reference_at_the_first_step_is_an_error(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Dropout that stays on, and the noise of a router, which disable_dropout does not know."""
+    """Dropout that stays on, and the noise of a router, as if disable_noise did not know of them."""
+    monkeypatch.setattr("sppo.training.train.disable_noise", lambda _: None)
     if family == "opt":
-        monkeypatch.setattr("sppo.training.train.disable_dropout", lambda _: None)
         model, named = opt(tmp_path / family), r"dropout 0.1, attention_dropout 0.1"
     else:
         model, named = mixtral(tmp_path / family, router_jitter_noise=0.1), r"router_jitter_noise 0.1"

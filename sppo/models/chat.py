@@ -59,6 +59,8 @@ def with_system(tokenizer: PreTrainedTokenizerBase, messages: list[Message], sys
     left_out = _left_out(tokenizer, tuple(m["role"] for m in messages))
     if left_out == "system":
         raise ValueError("the chat template leaves out a system turn that does not come first")
+    if left_out == "user":
+        raise ValueError("the chat template leaves out what the user says")
     if left_out:
         raise ValueError("the chat template leaves out turns of a role that it does not know")
     return messages
@@ -77,20 +79,18 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _left_out(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> str:
-    """The role of an unusual turn that the template leaves out of a conversation with such roles; "" for none.
+    """The role of a turn that the template leaves out of a conversation with such roles; "" for none.
 
-    Unusual is what is neither the user's nor the assistant's, nor a system turn in front. A conversation that the
-    template refuses is refused where it is rendered. Asked once for each sequence of roles.
+    Not asked of the assistant's turns, whose thoughts templates rightly leave out, nor of a system turn in front. A
+    conversation that the template refuses is refused where it is rendered. Asked once for each sequence of roles.
     """
-    unusual = [i for i, role in enumerate(roles) if role not in ("user", "assistant") and (role != "system" or i)]
-    if not unusual:
-        return ""
+    asked = [i for i, role in enumerate(roles) if role != "assistant" and (role != "system" or i)]
     known = tokenizer.__dict__.setdefault("_sppo_left_out", {})
     if roles not in known:
         texts, probe = probe_of(roles)
         try:
             rendered = render(tokenizer, probe, True)
-            known[roles] = next((roles[i] for i in unusual if texts[i] not in rendered), "")
+            known[roles] = next((roles[i] for i in asked if texts[i] not in rendered.lower()), "")
         except ValueError:
             known[roles] = ""
     return known[roles]
@@ -98,7 +98,7 @@ def _left_out(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> str
 
 def probe_of(roles: tuple[str, ...]) -> tuple[list[str], list[Message]]:
     """(a content for each role, which no template writes by itself; the conversation of them)."""
-    texts = [f"turn-{i}-probe" for i in range(len(roles))]
+    texts = [f"turn{i}probe" for i in range(len(roles))]
     return texts, [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
 
@@ -182,12 +182,47 @@ def _applied(
     try:
         with _time_limit(tokenizer):
             return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, **how, **(template_kwargs or {})
+                _as_template_reads(tokenizer, messages),
+                add_generation_prompt=add_generation_prompt,
+                **how,
+                **(template_kwargs or {}),
             )
     except (SPPOError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - a template raises what Python does: a range too big, a division by 0
         raise ValueError(f"the chat template refuses it: {error}") from None
+
+
+def _in_parts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The roles whose contents the template reads as a list of parts only, and would drop a text. Asked of it once."""
+    known = tokenizer.__dict__
+    if "_sppo_in_parts" not in known:
+        found = known["_sppo_in_parts"] = set()  # what is rendered below uses what is known so far
+        for role, roles in (("user", ("user",)), ("system", ("system", "user")), ("assistant", ("user", "assistant"))):
+            if not _is_read(tokenizer, role, roles):
+                found.add(role)
+                if not _is_read(tokenizer, role, roles):
+                    found.remove(role)
+    return known["_sppo_in_parts"]
+
+
+def _is_read(tokenizer: PreTrainedTokenizerBase, role: str, roles: tuple[str, ...]) -> bool:
+    """Whether the template writes the content of a role as it is, and not Python's words for a list."""
+    texts, probe = probe_of(roles)
+    text = texts[roles.index(role)]
+    try:
+        rendered = render(tokenizer, probe, False)
+    except ValueError:
+        return False
+    return text in rendered and f"'text': '{text}" not in rendered
+
+
+def _as_template_reads(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[dict[str, Any]]:
+    parts = _in_parts(tokenizer)
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if message["role"] in parts else message
+        for message in messages
+    ]
 
 
 @contextmanager
@@ -217,10 +252,12 @@ def _time_limit(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a response: generation_config.json's eos_token_id, and the tokenizer's."""
+    """Tokens that end a response: generation_config.json's eos_token_id, else config.json's, and the tokenizer's."""
     stops: set[int] = set()
-    path = directory / "generation_config.json"
-    if path.exists():
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if stops or not path.exists():
+            continue
         config = read_json(path)
         eos: Any = config.get("eos_token_id") if isinstance(config, dict) else "no object"
         found = eos if isinstance(eos, list) else [] if eos is None else [eos]

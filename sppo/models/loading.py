@@ -48,6 +48,13 @@ def load_config(policy: Policy) -> Any:
         raise SPPOError(f"model {policy.weights}: its config cannot be loaded: {with_code_hint(error)}") from None
 
 
+def original_context(config: Any) -> int | None:
+    """The context up to which a network turns its heads' numbers in another way than beyond (longrope of Phi-3 and
+    Phi-4), by the longest sequence of a batch; None for others."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+
+
 def _attention(config: Any, asked: str) -> dict[str, str]:
     """The attention to load a network with, where it is not transformers' own choice."""
     name = asked or ("eager" if getattr(config, "attn_logit_softcapping", None) else "")
@@ -127,10 +134,7 @@ def _adapted(network: Any, adapter: Path, is_trainable: bool = False) -> Any:
 
 def _merged(adapted: Any, adapter: Path) -> Any:
     """The network with its adapter merged in. Raises SPPOError where its log-probs would then be others."""
-    wanted = _some_logps(adapted)
-    _untie(adapted.get_base_model())
-    merged = adapted.merge_and_unload()
-    apart = (_some_logps(merged) - wanted).abs().mean().item()
+    merged, apart = merge(adapted)
     limit = _ROUNDING_HALF if merged.dtype.itemsize == 2 else _ROUNDING
     if not apart <= limit:
         raise SPPOError(
@@ -139,6 +143,14 @@ def _merged(adapted: Any, adapter: Path) -> Any:
             "out --merge_adapter; or train an adapter on other modules (--lora_target_modules)"
         )
     return merged
+
+
+def merge(adapted: Any) -> tuple[Any, float]:
+    """(the network with its adapter merged in, nats a token by which its log-probs then differ, on average)."""
+    wanted = _some_logps(adapted)
+    _untie(adapted.get_base_model())
+    merged = adapted.merge_and_unload()
+    return merged, (_some_logps(merged) - wanted).abs().mean().item()
 
 
 def _untie(network: Any) -> None:

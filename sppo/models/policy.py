@@ -65,9 +65,13 @@ class Policy:
         """The longest sequence, in tokens, that its config allows; None if it does not say."""
         return self._setting("max_position_embeddings")
 
+    def vocabulary(self) -> int | None:
+        """How many tokens the embedding has rows for; None if its config does not say."""
+        return self._setting("vocab_size")
+
     def check_tokens(self, highest: int) -> None:
         """Raise SPPOError where the embedding has no row for the token id `highest`."""
-        rows = self._setting("vocab_size")
+        rows = self.vocabulary()
         if rows and highest >= rows:
             raise SPPOError(
                 f"model {self.weights}: its embedding has {rows} rows and none for token {highest}; its tokenizer, or "

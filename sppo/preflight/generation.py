@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOOKED_AT = 20_000  # prompts of a set that are tokenised here
-_ANSWER = "sppo-answer-probe"
+_QUESTION, _ANSWER = "What is two plus two?", "sppo-answer-probe"
 
 
 def look_at_model(run: Run) -> Look[Model]:
@@ -94,7 +94,7 @@ def look_at_tokenizer(run: Run, model: Model) -> Look[PreTrainedTokenizerBase]:
 
 
 def check_template(policy: Policy, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> Look[None]:
-    user = [{"role": "user", "content": "What is two plus two?"}]
+    user = [{"role": "user", "content": _QUESTION}]
     try:
         ids = chat.prompt_ids(tokenizer, user, kwargs)
         prompt = chat.render(tokenizer, user, True, kwargs)
@@ -102,6 +102,11 @@ def check_template(policy: Policy, tokenizer: PreTrainedTokenizerBase, kwargs: d
         whole = chat.render(tokenizer, [*user, {"role": "assistant", "content": _ANSWER}], False, kwargs)
     except ValueError as error:
         yield no(f"a plain user's question: {error}. Take the model's own template, or see --chat_template_kwargs")
+        return
+    if _QUESTION not in prompt:
+        yield no(
+            f"the template leaves out what the user says; it makes {prompt!r} of a question. Take another template"
+        )
         return
     yield from _bos(tokenizer, ids)
     before, found, behind = whole.partition(_ANSWER)
@@ -262,6 +267,8 @@ def check_memory(run: Run, machines: Machines, shape: Shape, prompts: list[Promp
         yield _fits_main_memory(run, machines, shape, tokens)
     elif machines.cards:
         yield _fits_gpus(run.recipe, machines, shape, tokens)
+    else:
+        yield note("not compared with the model: that of the GPUs is not known")
 
 
 def _fits_main_memory(run: Run, machines: Machines, shape: Shape, tokens: int) -> Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from sppo.models.loading import empty_network
+from sppo.models.loading import empty_network, load_config, original_context
 from sppo.models.policy import open_policy
 from sppo.models.shape import Shape
 from sppo.preflight.facts import Machines, Model, Run
@@ -15,6 +15,7 @@ from sppo.recipe import Recipe
 from sppo.training.launching import AccelerateConfig, training_config
 from sppo.training.network import check_network
 from sppo.training.settings import accumulation, check_flags, check_machine
+from sppo.training.trial import try_training
 
 
 def check_settings(run: Run, model: Model | None) -> Look[None]:
@@ -27,6 +28,13 @@ def check_settings(run: Run, model: Model | None) -> Look[None]:
         empty_network(anchor, recipe.attn_implementation)
     if model and model.loads:
         check_network(recipe, model.policy)
+        try_training(recipe, model.policy)
+        context = original_context(load_config(model.policy))
+        if context and recipe.max_length > context:
+            yield note(
+                f"the model computes otherwise beyond {context} tokens (longrope): under ZeRO-3 or FSDP, keep "
+                f"--max_length at {context}, or the first step is an error"
+            )
     yield from ()
 
 

@@ -51,11 +51,20 @@ class Batches(Dataset):
     """The batches of a training set, made as a DataLoader asks for them, a whole micro-batch at a time.
 
     The sequences of a micro-batch seldom have one length, so they go through the network in up to `groups` groups by
-    length, each of about group_tokens tokens or more and only as wide as its longest sequence.
+    length, each of about group_tokens tokens or more and only as wide as its longest sequence. With `original_context`
+    no group has sequences on both sides of it.
     """
 
-    def __init__(self, data: TrainingSet, pad_id: int, groups: int = 1, group_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        data: TrainingSet,
+        pad_id: int,
+        groups: int = 1,
+        group_tokens: int = 1,
+        original_context: int | None = None,
+    ) -> None:
         self.data, self.pad_id, self.groups, self.group_tokens = data, pad_id, groups, group_tokens
+        self.original_context = original_context
 
     def __len__(self) -> int:
         """Rows, as the Trainer expects of a data set."""
@@ -81,6 +90,9 @@ class Batches(Dataset):
         longest_first = np.argsort(-lengths, kind="stable")
         count = min(self.groups, max(1, int(lengths.sum()) // self.group_tokens))
         groups = [longest_first[list(part)] for part in even_parts(lengths[longest_first], count) if len(part)]
+        if self.original_context:
+            sides = [(group[lengths[group] > self.original_context], group) for group in groups]
+            groups = [part for long, group in sides for part in (long, group[len(long) :]) if len(part)]
 
         responses = [len(data.responses[row]) for row in rows]  # of each row
         starts = np.concatenate([[0], np.cumsum(responses)[:-1]])  # (B,), each row's first sequence

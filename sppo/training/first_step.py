@@ -9,12 +9,8 @@ from accelerate import Accelerator
 
 from sppo.command.errors import SPPOError
 from sppo.training.batches import Batch
+from sppo.training.logps import rounding, tokens_of
 from sppo.training.ranks import sum_over_ranks
-
-# Nats by which rounding may move a response's log-prob, divided by the square root of its tokens: the errors of single
-# tokens are independent, so that their sum grows as the root. In float32 rounding made 2e-7, a router's noise of 0.1
-# made 0.05 and dropout of 0.1 made 0.3 (tests/test_weights.py); in bfloat16 rounding made 0.03 (SmolLM2-135M).
-_ROUNDING, _ROUNDING_HALF = 2e-3, 0.15
 
 
 class FirstStep:
@@ -30,10 +26,8 @@ class FirstStep:
 
     def note(self, logps: torch.Tensor, ratios: torch.Tensor, batch: Batch) -> None:
         """Add a micro-batch. logps, ratios: (S,), the policy's log-probs, and less the reference's."""
-        rows, width = batch["input_ids"].shape
-        tokens = torch.bincount(batch["positions"] // width, minlength=rows)  # (S,)
-        self.sums[0] += (ratios.detach().abs() / tokens.sqrt()).sum()
-        self.sums[1] += rows
+        self.sums[0] += (ratios.detach().abs() / tokens_of(batch).sqrt()).sum()
+        self.sums[1] += len(ratios)
         if logps.requires_grad:
             logps.register_hook(self._note_gradient)
 
@@ -46,14 +40,15 @@ class FirstStep:
         where: the file of the reference's log-probs.
         """
         apart, responses, pull = sum_over_ranks(self.accelerator, self.sums).tolist()
-        limit = _ROUNDING if self.accelerator.mixed_precision == "no" else _ROUNDING_HALF
+        limit = rounding(self.accelerator)
         if self.at_reference and not apart / responses <= limit:
             raise SPPOError(
                 "before its first step the policy is its own reference, but a response's log-probs by both differ by "
                 f"{apart / responses:.2g} nats times the square root of its tokens, and rounding makes at most "
                 f"{limit:g}. Usual reasons: dropout or noise that stays on in training ({_random_parts(config)}; set "
                 "it to 0 in the model's config.json), code of the model's own that computes something else in "
-                f"training, or a damaged {where} (delete it to compute it again)"
+                "training, under ZeRO-3 a longrope whose original context lies between the lengths, or a damaged "
+                f"{where} (delete it to compute it again)"
             )
         # where the loss asks for nothing, as for win rates of 1/2, there is no gradient, and that is right
         if pull and self.accelerator.clip_grad_norm_(network.parameters(), float("inf")) == 0:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import types
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.models.loading import add_adapter, empty_network, load_config
+from sppo.models.miniature import miniature_of, some_ids
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -20,7 +28,7 @@ def check_network(recipe: Recipe, policy: Policy) -> None:
     check_frozen(recipe, policy)
     network = empty_network(policy, recipe.attn_implementation)
     if recipe.use_peft and policy.adapter is None:
-        add_adapter(network, policy, lora_and_quantization(recipe)[0])
+        add_adapter(network, policy, lora_for(recipe, policy, network))
 
 
 def check_frozen(recipe: Recipe, policy: Policy) -> None:
@@ -60,17 +68,111 @@ def lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
     return lora, get_quantization_config(asked)
 
 
-def disable_dropout(model: PreTrainedModel) -> None:
-    """No dropout: the reference's log-probs must be those of the policy before its first step."""
+def lora_for(recipe: Recipe, policy: Policy, network: Any) -> Any:
+    """The peft.LoraConfig of --use_peft for a network: all linear layers are those that an adapter is right for."""
+    lora = lora_and_quantization(recipe)[0]
+    if recipe.lora_target_modules == "all-linear":
+        unsuited = _unsuited_layers(network, lora) | _layers_of_another_kind(policy)
+        lora.exclude_modules = "|".join(sorted(unsuited)) or None  # a regular expression
+    return lora
+
+
+def _unsuited_layers(network: Any, lora: Any) -> set[str]:
+    """Patterns of the names of linear layers that share weights, or on which peft refuses an adapter.
+
+    Weights that several layers share would get the change of each of them when adapters are merged.
+    """
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    linear = _linear_layers(network)
+    users = Counter(id(module.weight) for module in linear.values())
+    found = set()
+    for name, module in linear.items():
+        try:
+            _check_lora_target_modules_mamba(lora, network, name.rpartition(".")[2])
+        except ValueError:
+            found.add(_in_every_layer(name))
+        if users[id(module.weight)] > 1:
+            found.add(_in_every_layer(name))
+    return found
+
+
+def _layers_of_another_kind(policy: Policy) -> set[str]:
+    """Patterns of the names of layers of the class Linear that do something else, as a miniature shows.
+
+    Some are never called: their weights are read past them. An adapter there has no part in the log-probs that are
+    trained, but would change them once it is merged. Others give more than the product, as a router that also chooses.
+    """
     import torch
 
+    network = miniature_of(policy)
+    if network is None:
+        return set()
+    plain: set[str] = set()
+    other: set[str] = set()
+    linear = _linear_layers(network)
+
+    def look(name: str, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        product = torch.nn.functional.linear(inputs[0], module.weight, module.bias)
+        is_plain = isinstance(output, torch.Tensor) and output.shape == product.shape
+        kind = plain if is_plain and torch.allclose(output, product) else other
+        kind.add(_in_every_layer(name))
+
+    for name, module in linear.items():
+        module.register_forward_hook(partial(look, name))
+    with torch.no_grad():  # many tokens, so that each expert gets some
+        network(input_ids=some_ids(network, rows=16), use_cache=False)
+    return {_in_every_layer(name) for name in linear} - (plain - other)
+
+
+def _linear_layers(network: Any) -> dict[str, Any]:
+    from torch import nn
+
+    head = network.get_output_embeddings()
+    modules = network.named_modules()
+    return {name: module for name, module in modules if isinstance(module, nn.Linear) and module is not head}
+
+
+def _in_every_layer(name: str) -> str:
+    """A pattern of a module's name in each layer: `layers.3.mlp.up_proj` to `layers\\.\\d+\\.mlp\\.up_proj`."""
+    return re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name))
+
+
+def disable_noise(model: PreTrainedModel | PeftModel) -> None:
+    """No dropout and no noise: the reference's log-probs must be those of the policy before its first step."""
+    import torch
+    from peft import PeftModel
+
+    network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    quiet = copy.deepcopy(network.config)
+    for config in (quiet, quiet.get_text_config()):
+        _set_dropout_to_zero(config)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
         # what a module applies in a function: OPT's `dropout`, Bloom's `hidden_dropout`, attention's own
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _set_dropout_to_zero(module)
+        # what it reads in the config at each call, as Falcon's attention; the network's own config is saved with it
+        if getattr(module, "config", None) is network.config and module not in (model, network):
+            setattr(module, "config", quiet)  # noqa: B010 - for type checkers, which know weights and modules only
+        # a mixture of experts chooses at random in training; not set to 0, because Phi-3.5-MoE reads it without too
+        if any(isinstance(value, float) and _is_noise(name) for name, value in vars(module).items()):
+            module.eval()
+            module.train = types.MethodType(_stays_in_eval_mode, module)
+
+
+def _set_dropout_to_zero(owner: Any) -> None:
+    for name, value in list(vars(owner).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(owner, name, 0.0)
+
+
+def _is_noise(name: str) -> bool:
+    return "jitter" in name or "noise" in name
+
+
+def _stays_in_eval_mode(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    return module
 
 
 @contextmanager

@@ -13,17 +13,24 @@ from sppo.models.policy import Policy
 from sppo.store.directories import clear, put_in_place
 from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import MANIFEST, Stage
+from sppo.training.checkpoints import disk_full_as_os_error
 from sppo.training.model_card import write_card
+from sppo.training.read_back import logps_of, put_back, refuse_another, some_tokens
 from sppo.training.settings import IDENTITY, Training
 
 OTHERS = ("README.md", "metrics.jsonl")  # of a model's files: see finish_model
 
 if TYPE_CHECKING:
+    import torch
+
     from sppo.training.data import TrainingSet
 
 
-def finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> None:
-    """Complete the model in <work>/final and rename it to output_dir in one step."""
+def finish(training: Training, metrics: dict[str, Any], data: TrainingSet, logps: torch.Tensor | None) -> None:
+    """Complete the model in <work>/final and rename it to output_dir in one step.
+
+    logps: what the model in memory says of read_back.some_tokens; None for an adapter.
+    """
     source, work, stage, model = training.source, training.work, training.stage, training.recipe.model
     final = work / "final"
     (final / "training_args.bin").unlink(missing_ok=True)  # a pickle
@@ -32,10 +39,14 @@ def finish(training: Training, metrics: dict[str, Any], data: TrainingSet) -> No
         if training.recipe.merge_adapter:
             _merge(source, final)
     else:
+        with disk_full_as_os_error():
+            put_back(source.weights, final)
         copy_files(source.weights, final, ("generation_config.json",))
     copy_tokenizer(source.tokenizer_dir, final)
     if source.remote_code:
         copy_files(source.weights, final, tuple(p.name for p in source.weights.glob("*.py")))
+    if logps is not None:
+        refuse_another(final, source, logps)
     shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
     write_card(final, training.recipe, training.data_name, stage.inputs["dataset"], metrics, data.counts, IDENTITY)
     finish_model(stage, final, data.counts, model=model, model_name=public_name(model), **metrics)
@@ -90,7 +101,12 @@ def _merge(source: Policy, final: Path) -> None:
     """<final>/merged: a model of its own, the adapter added to the base in float32, in the base's precision."""
     import torch
 
+    target = final / "merged"
     merged = load_causal_lm(dataclasses.replace(source, adapter=final), torch.float32)
-    merged.to(load_config(source).dtype or torch.float32).save_pretrained(final / "merged")
-    copy_files(source.weights, final / "merged", ("generation_config.json",))
-    copy_tokenizer(source.tokenizer_dir, final / "merged")
+    logps = logps_of(merged, some_tokens(source))
+    with disk_full_as_os_error():
+        merged.to(load_config(source).dtype or torch.float32).save_pretrained(target)
+        put_back(source.weights, target)
+    copy_files(source.weights, target, ("generation_config.json",))
+    copy_tokenizer(source.tokenizer_dir, target)
+    refuse_another(target, source, logps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import INTERRUPTED, SPPOError, leave
 from sppo.command.importing import TRAINER, import_networks
@@ -13,7 +13,7 @@ from sppo.command.stopping import heard
 from sppo.models.loading import add_adapter, load_causal_lm, load_config
 from sppo.recipe import Recipe
 from sppo.store.directories import clear
-from sppo.store.files import write_json
+from sppo.store.files import read_json, write_json
 from sppo.training.checkpoints import (
     check_parts,
     disk_full_as_os_error,
@@ -23,7 +23,7 @@ from sppo.training.checkpoints import (
     tidy,
     under_deepspeed,
 )
-from sppo.training.network import check_frozen, disable_dropout, lora_and_quantization, unsharded
+from sppo.training.network import check_frozen, disable_noise, lora_and_quantization, lora_for, unsharded
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine, is_first_rank
 
@@ -40,6 +40,7 @@ def train(training: Training) -> None:
     """Train into output_dir, on every rank of an accelerate launch."""
     import_networks(TRAINER)
     from sppo.training.ranks import Stopped, broadcast_checkpoint
+    from sppo.training.read_back import logps_of, some_tokens
 
     check_machine(training.recipe)
     is_first = is_first_rank()
@@ -59,8 +60,11 @@ def train(training: Training) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Stopped:
         trainer.is_stopped = True
+    logps = None
     if not trainer.is_stopped:
         trainer.refuse_broken_weights()
+        if not training.recipe.use_peft:
+            logps = logps_of(trainer.model_wrapped, some_tokens(training.source).to(trainer.args.device))
         _save(trainer, training)
     _close_connections()
 
@@ -74,7 +78,7 @@ def train(training: Training) -> None:
         metrics = {"iteration": training.recipe.iteration, **_summary(training.work / "metrics.jsonl")}
         metrics["agreement"] = trainer.agreement
         with unsharded(trainer.args.deepspeed_plugin):  # this rank alone loads a network here
-            finish(training, metrics, data)
+            finish(training, metrics, data, logps)
         loss, scaled = metrics["loss"], metrics["beta2_loss"]
         print(f"train: {training.output_dir}: loss {loss:.6g}, beta^2 loss {scaled:.6g}")
 
@@ -127,9 +131,11 @@ def make_trainer(training: Training) -> SPPOTrainer:
     from sppo.training.data import load_training_set
     from sppo.training.reference import Anchor, LogProbTable, reference_key
     from sppo.training.trainer import SPPOTrainer
+    from sppo.training.trial import has_unused_weights, refuse_encoder
 
     recipe, source, work = training.recipe, training.source, training.work
     check_frozen(recipe, source)
+    refuse_encoder(source)
 
     # the data
     tokenizer = source.tokenizer()
@@ -138,8 +144,9 @@ def make_trainer(training: Training) -> SPPOTrainer:
     highest = max(int(ids.max()) for row in (*data.prompts, *data.responses) for ids in row)
     for policy in filter(None, (source, training.anchor)):
         policy.check_tokens(highest)
-    # padding is behind a sequence, where no attention looks; any token will do for a tokenizer that names none
-    pad_id = min(stop_ids) if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id)
+    # padding is behind a sequence, where no attention looks, so any token will do; a tokenizer's own may have no row in
+    # the embedding (added, and never resized)
+    pad_id = min(stop_ids)
 
     # the network; what is trained is in float32, and a base that is not trained stays as stored under bfloat16 autocast
     args = _training_arguments(recipe, work, training.steps)
@@ -147,6 +154,8 @@ def make_trainer(training: Training) -> SPPOTrainer:
         raise SPPOError(
             f"{training.processes} processes were launched, {args.world_size} take part; check the accelerate config"
         )
+    if args.world_size > 1 and args.deepspeed_plugin is None:
+        args.ddp_find_unused_parameters = has_unused_weights(source) or None  # None: the Trainer's own choice
     dtype = "auto" if args.bf16 and recipe.use_peft else torch.float32
     model, is_lean = _network(training, args, dtype)
 
@@ -175,7 +184,7 @@ def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[A
     from sppo.training.logps import add_lean_forward
 
     recipe, source = training.recipe, training.source
-    lora, quantization = lora_and_quantization(recipe)
+    quantization = lora_and_quantization(recipe)[1]
     is_merged = source.adapter is not None and not recipe.use_peft
     with unsharded(args.deepspeed_plugin) if is_merged else nullcontext():
         model = load_causal_lm(source, dtype, recipe.attn_implementation, not recipe.use_peft, quantization)
@@ -187,11 +196,17 @@ def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[A
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if recipe.use_peft:
+        lora = None
+        if source.adapter is None:
+            with unsharded(args.deepspeed_plugin):  # it makes a miniature, which is never sharded
+                lora = lora_for(recipe, source, model)
+            for begun in training.work.glob("checkpoint-*/adapter_config.json"):  # goes on with the same layers
+                lora.exclude_modules = read_json(begun).get("exclude_modules")
         transformers.set_seed(recipe.seed)  # a new adapter begins at random
         model = add_adapter(model, source, lora)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise SPPOError(f"model {source.weights}: all its weights are frozen, so there is nothing to train")
-    disable_dropout(model)
+    disable_noise(model)
     return model, is_lean
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from sppo.command.errors import SPPOError
 from sppo.method.loss import anchored_loss, preference_loss, sppo_all_loss
+from sppo.models.loading import original_context
 from sppo.recipe import Recipe
 from sppo.store.directories import delete
 from sppo.training.agreement import describe_agreement, engine_agreement
@@ -64,7 +65,9 @@ class SPPOTrainer(Trainer):
             deepspeed.deepspeed_config.setdefault("zero_force_ds_cpu_optimizer", False)
         # weights that are spread over the ranks would be gathered again for each group
         is_spread = self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
-        self.batches = Batches(data, pad_id, 1 if is_spread else _GROUPS, _GROUP_TOKENS)
+        # nor may ranks differ in the number of groups there
+        context = None if is_spread else original_context(model.config)
+        self.batches = Batches(data, pad_id, 1 if is_spread else _GROUPS, _GROUP_TOKENS, context)
         chunks = -(-recipe.batch_size * data.most_response_tokens() // CHUNK_TOKENS)
         self.forward = Forward(recipe.batch_size, chunks, is_lean)
 
@@ -214,7 +217,8 @@ class SPPOTrainer(Trainer):
             self.forward.is_lean = self.forward.agrees_with_plain(self.model_wrapped, batch, self.accelerator)
         if not self.forward.is_lean and self.is_world_process_zero():
             print(
-                "train: this architecture changes its logits, so log-probs come from full logits and take more memory"
+                f"train: a {self.model.config.model_type} has no lean forward, so log-probs come from full logits: "
+                "each micro-batch takes tokens x vocabulary x 4 bytes more"
             )
 
     def check_first_step(self) -> None:

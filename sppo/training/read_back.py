@@ -1,0 +1,184 @@
+"""The saved weights against those in memory and those that the training began with, before anything is deleted.
+
+transformers saves what it loaded, and not always all that was there: of a model with pictures it may load the text
+part alone, and it rounds each tensor to one precision. So what a training did not touch is put back as it was read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppo.command.errors import SPPOError
+from sppo.command.memory import main_memory
+from sppo.models.files import json_object, weight_files
+from sppo.models.loading import load_causal_lm
+from sppo.models.policy import Policy
+from sppo.models.shape import stored_bytes
+from sppo.store.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+# Nats a token by which log-probs may differ after weights are rounded to what they are stored in: float32, and less.
+_ROUNDING, _ROUNDING_HALF = 1e-3, 0.7
+_INDEX = "model.safetensors.index.json"
+_PARTS = ("language_model", "text_model")  # under which a model with pictures has its text part
+_SHARD = 4 << 30  # bytes of the tensors in one file of those that are put back
+
+
+def some_tokens(policy: Policy) -> torch.Tensor:
+    """(2, 16): token ids from all over the policy's vocabulary."""
+    import torch
+
+    rows = policy.vocabulary() or 1000
+    return (torch.arange(32) * 7919 % rows).view(2, 16)
+
+
+def logps_of(network: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(2, 15), float32, on the CPU: a network's log-probs of each of `ids` but the first ones."""
+    import torch
+
+    was_training = network.training
+    network.eval()
+    with torch.no_grad():
+        logits = network(input_ids=ids, use_cache=False).logits[:, :-1]  # (2, 15, V)
+    network.train(was_training)
+    return torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None].to(logits.device)).squeeze(-1).cpu()
+
+
+def refuse_another(final: Path, source: Policy, wanted: torch.Tensor) -> None:
+    """Raise SPPOError where the model that was saved in `final` is not the one in memory, by its log-probs `wanted`.
+
+    wanted: logps_of some_tokens. Where the machine has no room for the model a second time, it is not read, and a line
+    says so.
+    """
+    import torch
+
+    stored = stored_bytes(json_object(final / "config.json"))
+    size = sum(file.stat().st_size for file in weight_files(final))
+    if 2 * size * 4 / stored > main_memory():
+        print("train: the saved model is not read back: main memory has no room for it", flush=True)
+        return
+    saved = dataclasses.replace(source, weights=final, adapter=None, tokenizer_dir=final)
+    # in the precision of the training: float16 may have no room for what it computed
+    apart = (logps_of(load_causal_lm(saved, torch.float32), some_tokens(source)) - wanted).abs().mean().item()
+    limit = _ROUNDING if stored >= 4 else _ROUNDING_HALF
+    if not apart <= limit:
+        raise SPPOError(
+            f"the saved model is not the one that was trained: read back, its log-probs are {apart:.2g} nats a token "
+            f"apart, and rounding makes at most {limit:g}. It is in {final}; move it away before you start again. "
+            "Usual reason: weights in a format that transformers reads and does not write. Train an adapter on them "
+            "(--use_peft), or take the model in bfloat16"
+        )
+
+
+def put_back(source: Path, final: Path) -> None:
+    """Make of the saved weights a model like the `source`: what training did not touch is as it was read.
+
+    Tensors that the training did not load are taken over, with the config that names them. Tensors that are stored
+    more exactly in the source than in `final`, and were only rounded, are stored as they were.
+    """
+    from safetensors.torch import load_file, save_file
+
+    kept = _Weights(source)
+    was, now = (json_object(directory / "config.json").get("model_type") for directory in (source, final))
+    names = {
+        name: name for file in weight_files(final) for name in _Weights.of_file(file)
+    }  # where each is in the source
+    if was != now:
+        names = {name: _place(name, kept.files) for name in names}
+        if lost := sorted(name for name, place in names.items() if place not in kept.files):
+            print(
+                f"train: the model is saved as a {now}, the part of a {was} that writes text: {lost[0]} has no place "
+                "in the whole one",
+                flush=True,
+            )
+            return
+
+    for file in weight_files(final):
+        saved = _Weights.of_file(file)
+        exact = {name for name, dtype in saved.items() if kept.is_more_exact(names[name], dtype)}
+        if not exact and all(name == names[name] for name in saved):
+            continue
+        tensors = load_file(file)
+        for name in exact:
+            original = kept.read(names[name])
+            if original.to(tensors[name].dtype).equal(tensors[name]):
+                tensors[name] = original
+        save_file({names[name]: tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    if was != now:
+        _take_over(kept, source, final, set(names.values()))
+
+
+def _place(name: str, known: dict[str, Path]) -> str:
+    """The name that a tensor of the text part has in a model with pictures; itself where there is none."""
+    matching = [other for other in known if _without_part(other) == name]
+    return matching[0] if name not in known and len(matching) == 1 else name
+
+
+def _without_part(name: str) -> str:
+    return ".".join(word for word in name.split(".") if word not in _PARTS)
+
+
+def _take_over(kept: _Weights, source: Path, final: Path, saved: set[str]) -> None:
+    """Put the source's tensors that are not among the `saved` ones into `final`, with its config and an index."""
+    from safetensors.torch import save_file
+
+    places = {}
+    for number, file in enumerate(weight_files(final)):
+        target = file.with_name(f"model-trained-{number:05d}.safetensors")
+        file.rename(target)
+        places |= dict.fromkeys(_Weights.of_file(target), target.name)
+    tied = {"lm_head.weight"} if json_object(source / "config.json").get("tie_word_embeddings") else set()
+    for number, batch in enumerate(kept.batches(kept.files.keys() - saved - tied)):
+        target = final / f"model-kept-{number:05d}.safetensors"
+        save_file(batch, target, metadata={"format": "pt"})
+        places |= dict.fromkeys(batch, target.name)
+    write_json(final / _INDEX, {"metadata": {}, "weight_map": dict(sorted(places.items()))})
+    shutil.copyfile(source / "config.json", final / "config.json")
+
+
+class _Weights:
+    """The weights of a model, read one at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.files: dict[str, Path] = {}
+        self.dtypes: dict[str, str] = {}
+        for file in weight_files(directory):
+            dtypes = self.of_file(file)
+            self.dtypes |= dtypes
+            self.files |= dict.fromkeys(dtypes, file)
+        self.is_half = stored_bytes(json_object(directory / "config.json")) == 2
+
+    @staticmethod
+    def of_file(file: Path) -> dict[str, str]:
+        """The precision of each tensor in a file, as safetensors names it."""
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+
+    def is_more_exact(self, name: str, dtype: str) -> bool:
+        """Whether the source, a model in half precision, has this tensor in float32, and `dtype` is half precision."""
+        return self.is_half and dtype in ("BF16", "F16") and self.dtypes.get(name) == "F32"
+
+    def read(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.files[name], "pt") as opened:
+            return opened.get_tensor(name)
+
+    def batches(self, names: set[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """These tensors, in batches of at most _SHARD bytes."""
+        batch: dict[str, torch.Tensor] = {}
+        for name in sorted(names):
+            batch[name] = self.read(name)
+            if sum(tensor.nbytes for tensor in batch.values()) > _SHARD:
+                yield batch
+                batch = {}
+        if batch:
+            yield batch

@@ -1,0 +1,154 @@
+"""What a training will do, tried on a miniature of the network before anything is drawn.
+
+An architecture may fail, or compute something else, only in what training does with it: in training mode, with
+recomputed activations, with an adapter, after a merge. That would be known after hours of drawing and ranking.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from typing import Any
+
+from sppo.command.errors import FOREIGN, SPPOError, first_line
+from sppo.models.loading import add_adapter, merge
+from sppo.models.miniature import ROUNDING, miniature_of, refuse_not_causal, some_ids
+from sppo.models.policy import Policy
+from sppo.recipe import Recipe
+from sppo.training.network import disable_noise, lora_for
+
+
+def try_training(recipe: Recipe, policy: Policy) -> None:
+    """Raise SPPOError where the training that is asked for cannot be made, or would be wrong, on this architecture.
+
+    Where no miniature can be made of it, nothing is known and nothing is raised.
+    """
+    network = miniature_of(policy)
+    if network is None:
+        return
+    refuse_not_causal(network)
+    try:
+        if not recipe.use_peft or _try_merge(recipe, policy, copy.deepcopy(network)):
+            _try_step(recipe, policy, network)
+    except FOREIGN as error:
+        if isinstance(error, SPPOError):
+            raise
+        raise SPPOError(
+            f"a {network.config.model_type} cannot be trained so: in a miniature of it, {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from None
+
+
+def refuse_encoder(policy: Policy) -> None:
+    """Raise SPPOError for a policy that does not write text from left to right."""
+    network = miniature_of(policy)
+    if network is not None:
+        refuse_not_causal(network)
+
+
+def has_unused_weights(policy: Policy) -> bool:
+    """Whether weights have no part in the log-probs, as those for pictures; DDP has to be told. Yes where unknown."""
+    network = miniature_of(policy)
+    if network is None:
+        return True
+    _logps(network).sum().backward()
+    return any(weight.requires_grad and weight.grad is None for weight in network.parameters())
+
+
+def _logps(network: Any) -> Any:
+    """(2, 15): log-probs of the tokens of some_ids."""
+    import torch
+
+    ids = some_ids(network)
+    logits = network(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def _try_step(recipe: Recipe, policy: Policy, network: Any) -> None:
+    """A forward in training mode, which must be that of eval mode, and a backward, with what the recipe asks for."""
+    import torch
+
+    kind = network.config.model_type
+    if recipe.use_peft:
+        network = add_adapter(network, _without_adapter(policy), _lora(recipe, policy, network))
+    with torch.no_grad():
+        wanted = _logps(network.eval())
+    disable_noise(network)
+    network.train()
+    if recipe.gradient_checkpointing:
+        _checkpoint(network, kind)
+    logps = _logps(network)
+    apart = (logps.detach() - wanted).abs().max().item()
+    if apart > ROUNDING:
+        raise SPPOError(
+            f"a {kind} computes other log-probs in training than in evaluation ({apart:.2g} nats apart in a "
+            "miniature, without dropout), so the policy would not begin at its reference"
+        )
+    logps.sum().backward()
+    if not any(weight.grad is not None and weight.grad.any() for weight in network.parameters()):
+        raise SPPOError(f"a {kind}: no weight that is trained has a part in the log-probs; see --lora_target_modules")
+
+
+def _checkpoint(network: Any, kind: str) -> None:
+    try:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise SPPOError(
+            f"a {kind} cannot recompute activations ({error}); pass --gradient_checkpointing=false"
+        ) from None
+    if hasattr(network, "enable_input_require_grads"):
+        network.enable_input_require_grads()
+
+
+def _try_merge(recipe: Recipe, policy: Policy, network: Any) -> bool:
+    """An adapter with weights of its own, saved, read back and merged: the log-probs must stay.
+
+    False where the miniature has not the layers that the adapter is for.
+    """
+    import torch
+    from peft import PeftModel
+
+    config, base = network.config, copy.deepcopy(network)
+    try:
+        adapted = add_adapter(network, _without_adapter(policy), _lora(recipe, policy, network))
+    except SPPOError:  # check_network has put it on the network itself: on layers that a miniature does not have
+        return False
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    wanted = dict(adapted.named_parameters())
+    with tempfile.TemporaryDirectory() as directory:
+        adapted.save_pretrained(directory)
+        read = PeftModel.from_pretrained(base, directory)
+    lost = [
+        name.removeprefix("base_model.model.").partition(".lora_")[0]
+        for name, weight in read.named_parameters()
+        if not weight.equal(wanted[name])
+    ]
+    if lost:
+        raise SPPOError(
+            f"--use_peft: the weights of an adapter on {sorted(lost)[0]} are not found again when it is read back. "
+            "Train other modules (--lora_target_modules), or all weights"
+        )
+    apart = merge(read)[1]
+    if apart > ROUNDING:
+        raise SPPOError(
+            f"--use_peft: merged into its base, an adapter on a {config.model_type} is another one ({apart:.2g} nats "
+            "apart in a miniature). Train other modules (--lora_target_modules), or all weights"
+        )
+    return True
+
+
+def _lora(recipe: Recipe, policy: Policy, network: Any) -> Any:
+    """The peft.LoraConfig that would be trained: the policy's own where it is an adapter."""
+    from peft import LoraConfig
+
+    if policy.adapter is None:
+        return lora_for(recipe, policy, network)
+    own = LoraConfig.from_pretrained(str(policy.adapter))
+    own.inference_mode = False  # as it is stored
+    return own
+
+
+def _without_adapter(policy: Policy) -> Policy:
+    return Policy(policy.weights, None, policy.tokenizer_dir, policy.remote_code)
