@@ -106,7 +106,8 @@ def try_family(python: str, kind: str, work: Path, known: dict[str, Any], with_v
 
 
 def said(error: object) -> str:
-    return " ".join(str(error).split())[:200]
+    """A message in one line, without the paths of this machine."""
+    return re.sub(r"/\S*/(\w+/model)", r"\1", " ".join(str(error).split()))[:160]
 
 
 def run(python: str, log: Path, *words: str | Path, **more: str) -> str:
@@ -202,7 +203,7 @@ def kind_of(family: str) -> str:
 
 def number(value: Any) -> str:
     """A difference, rounded to the digit that counts; a text as it is."""
-    return f"{value:.0e}" if isinstance(value, float) else str(value)
+    return f"{value:.0e}".removesuffix("e+00") if isinstance(value, float) else str(value)
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -233,7 +234,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 PAGE = """# Families of chat models
 
-For somebody who wants to know whether their model's architecture works here, and what of it was tried.
+This page is for you if you want to know whether your model's architecture works here, and what of it was tried.
 
 A policy is what transformers' `AutoModelForCausalLM` loads: {count} families were tried on {date} with tiny random
 weights on a CPU ({versions}). The table is made by
@@ -246,7 +247,10 @@ weights on a CPU ({versions}). The table is made by
   same with `--use_peft`, where generation merges the adapter.
 - **two processes**: how far apart the weights of a training by two processes and by one are, as a share of what the
   training changed.
-- **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew.
+- **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Empty: not tried.
+
+A mixture of experts may differ more: rounding sends a token to another expert. A cell with a number in brackets has a
+note below the table. Not tried: Doge beyond its `keep_window_size`.
 
 What a family cannot do is said by the preflight, before anything is drawn. It tries the training on a miniature of the
 network: whether the network writes from left to right, whether training mode computes what evaluation does, whether

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import preferences
@@ -28,6 +30,7 @@ from sppo.models.miniature import VOCABULARY, ignores_padding, miniature, refuse
 from sppo.models.policy import open_policy
 from sppo.recipe import Recipe
 from sppo.training.data import load_training_set
+from sppo.training.first_step import FirstStep
 from sppo.training.logps import add_lean_forward, response_logps
 from sppo.training.network import check_network, disable_noise, lora_for
 from sppo.training.read_back import logps_of, put_back, refuse_another, some_tokens
@@ -121,6 +124,18 @@ def test_training_mode_computes_what_evaluation_does(kind: str) -> None:
             torch.testing.assert_close(network(input_ids=IDS, use_cache=False).logits, wanted, rtol=0, atol=1e-5)
 
 
+def test_a_token_that_rounding_sends_to_another_expert_is_no_error() -> None:
+    accelerator = SimpleNamespace(device="cpu", mixed_precision="no", reduce=lambda sums, _: sums)
+    batch = {"input_ids": torch.zeros(4, 16), "positions": torch.arange(4) * 16}
+    for far, is_error in ((1, False), (3, True)):
+        first_step = FirstStep(accelerator, at_reference=True)
+        ratios = torch.zeros(4)
+        ratios[:far] = 0.3
+        first_step.note(torch.zeros(4), ratios, batch)
+        with pytest.raises(SPPOError, match="is its own reference") if is_error else nullcontext():
+            first_step.check(torch.nn.Module(), config_of("llama"), "table")
+
+
 def test_noise_is_off_and_the_config_that_is_saved_still_has_it(tmp_path: Path, dataset: Path) -> None:
     model = make_model("mixtral", tmp_path / "model", router_jitter_noise=0.1)
     done = run_training(model, dataset, tmp_path / "out")
@@ -180,6 +195,8 @@ def test_what_can_be_trained_is_not_refused(kind: str, tmp_path: Path) -> None:
         ("bert", {}, "reads the tokens behind a token too"),
         ("laguna", {"use_peft": True}, "adapter on model.*shared_experts.*not found again.*--lora_target_modules"),
         ("zamba2", {"use_peft": True, "lora_target_modules": "q_proj"}, "merged into its base.*another one"),
+        # it divides weights in evaluation, and not those of an adapter
+        ("rwkv", {"use_peft": True}, "computes other log-probs in training than in evaluation"),
     ],
 )
 def test_what_would_fail_after_hours_is_refused_before(
@@ -252,7 +269,9 @@ def test_a_prompt_draws_the_same_padded_or_not(kind: str, tmp_path: Path, monkey
 
 
 def test_a_network_that_knows_no_float64_draws_in_float32(tmp_path: Path) -> None:
-    assert draw(make_model("xglm", tmp_path / "model"), [[5, 6, 7]])
+    model = make_model("xglm", tmp_path / "model")
+    assert draw(model, [[5, 6, 7]])
+    assert draw(tiny.lora(model, tmp_path / "adapter"), [[5, 6, 7]])
 
 
 def test_a_config_that_asks_for_the_routers_choices_ends_neither_generation_nor_training(
@@ -390,6 +409,14 @@ def test_float16_that_has_no_room_for_what_was_trained_in_float32(tmp_path: Path
     policy = open_policy(str(model))
     assert not logps_of(load_causal_lm(policy, torch.float16), some_tokens(policy)).isfinite().all()
     run_training(model, dataset, tmp_path / "out")
+
+
+def test_a_network_that_changes_its_weights_in_evaluation_is_saved_as_trained(tmp_path: Path, dataset: Path) -> None:
+    """RWKV divides weights of its later layers there, and multiplies them again when it is trained."""
+    model = make_model("rwkv", tmp_path / "model", num_hidden_layers=8)
+    done = run_training(model, dataset, tmp_path / "out", "--learning_rate=1e-9")
+    before, after = all_tensors(model), all_tensors(done)
+    assert all(torch.allclose(after[k], before[k], atol=1e-6) for k in before)
 
 
 def test_a_full_disk_when_what_was_not_trained_is_put_back(

@@ -27,6 +27,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 12, "num_hidden_layers": 24},
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
+    "minicpm3": {"dim_model_base": 64},
     "minimax": {"layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 10, "num_hidden_layers": 80},
     "ministral": {"head_dim": 128},
     "mixtral": {"router_jitter_noise": 0.1},

@@ -116,11 +116,17 @@ def load_causal_lm(
         absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if absent:  # they would be random
             raise SPPOError(f"model {policy.weights}: weights missing or of another shape: {', '.join(absent[:4])}")
-    if dtype == torch.float64 and network.get_experts_implementation()[""] == "grouped_mm":
-        network.set_experts_implementation("eager")  # PyTorch has no grouped product of matrices in float64
+    if dtype == torch.float64:
+        use_eager_experts(network)
     if policy.adapter is None or not merge:
         return network
     return _merged(_adapted(network, policy.adapter), policy.adapter)
+
+
+def use_eager_experts(network: Any) -> None:
+    """Let a mixture of experts run in float64, in which PyTorch has no grouped product of matrices."""
+    if network.get_experts_implementation()[""] == "grouped_mm":
+        network.set_experts_implementation("eager")
 
 
 def _adapted(network: Any, adapter: Path, is_trainable: bool = False) -> Any:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import FOREIGN, SPPOError, first_line
-from sppo.models.loading import load_config
+from sppo.models.loading import load_config, use_eager_experts
 from sppo.models.policy import Policy
 
 if TYPE_CHECKING:
@@ -134,6 +134,20 @@ def ignores_padding(network: Any) -> bool:
     except FOREIGN:
         return False
     return bool((drawn[0] - drawn[1]).abs().max() <= ROUNDING)
+
+
+def knows_float64(network: Any) -> bool:
+    """Whether the architecture runs in float64. network: a miniature."""
+    import torch
+
+    double = copy.deepcopy(network).double()
+    use_eager_experts(double)
+    try:
+        with torch.no_grad():
+            double(input_ids=some_ids(network), use_cache=False)
+    except FOREIGN:
+        return False
+    return True
 
 
 def some_ids(network: Any, rows: int = 2) -> torch.Tensor:

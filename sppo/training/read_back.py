@@ -39,14 +39,14 @@ def some_tokens(policy: Policy) -> torch.Tensor:
 
 
 def logps_of(network: Any, ids: torch.Tensor) -> torch.Tensor:
-    """(2, 15), float32, on the CPU: a network's log-probs of each of `ids` but the first ones."""
+    """(2, 15), float32, on the CPU: a network's log-probs of each of `ids` but the first ones.
+
+    In the mode that it is in: RWKV changes its weights in evaluation, and would be saved so.
+    """
     import torch
 
-    was_training = network.training
-    network.eval()
     with torch.no_grad():
         logits = network(input_ids=ids, use_cache=False).logits[:, :-1]  # (2, 15, V)
-    network.train(was_training)
     return torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None].to(logits.device)).squeeze(-1).cpu()
 
 

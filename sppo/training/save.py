@@ -15,6 +15,7 @@ from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.checkpoints import disk_full_as_os_error
 from sppo.training.model_card import write_card
+from sppo.training.network import disable_noise
 from sppo.training.read_back import logps_of, put_back, refuse_another, some_tokens
 from sppo.training.settings import IDENTITY, Training
 
@@ -103,7 +104,8 @@ def _merge(source: Policy, final: Path) -> None:
 
     target = final / "merged"
     merged = load_causal_lm(dataclasses.replace(source, adapter=final), torch.float32)
-    logps = logps_of(merged, some_tokens(source))
+    disable_noise(merged)
+    logps = logps_of(merged.train(), some_tokens(source))
     with disk_full_as_os_error():
         merged.to(load_config(source).dtype or torch.float32).save_pretrained(target)
         put_back(source.weights, target)

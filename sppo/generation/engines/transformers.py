@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.command.errors import SPPOError
 from sppo.generation.engines import Finished, Request, Response
 from sppo.models.loading import load_causal_lm
-from sppo.models.miniature import ignores_padding, miniature_of, refuse_not_causal
+from sppo.models.miniature import ignores_padding, knows_float64, miniature_of, refuse_not_causal
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
 
@@ -30,15 +30,22 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
     import torch
     from transformers import GenerationConfig
 
+    small = miniature_of(policy)
+    if small is not None:
+        refuse_not_causal(small)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if device == "cuda" else torch.float64 if policy.bytes() <= DOUBLE else torch.float32
+    dtype: Any = "auto"
+    if device == "cpu":
+        is_double = policy.bytes() <= DOUBLE and (small is None or knows_float64(small))
+        dtype = torch.float64 if is_double else torch.float32
     network = load_causal_lm(policy, dtype).to(device).eval()
-    if dtype == torch.float64 and not _runs(network):
-        network = network.float()  # an architecture that knows no float64
     network.generation_config = GenerationConfig()  # sampling is the recipe's alone
     network.config.get_text_config().output_router_logits = False  # of a training of experts; generate() stumbles on it
     width = max(1, BATCH // recipe.pairs)
-    bucket = _BUCKET if _may_pad(policy, network) else 1
+    # Eager attention (soft caps) in float64 makes NaN of a row that is padding alone, and a recurrent network may read
+    # padding as text: no padding there, nor where it is not known.
+    may_pad = network.config._attn_implementation != "eager" and small is not None and ignores_padding(small)
+    bucket = _BUCKET if may_pad else 1
     buckets: dict[int, list[Request]] = {}
     for request in requests:
         buckets.setdefault(-(-len(request.token_ids) // bucket) * bucket, []).append(request)
@@ -55,30 +62,6 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
                 continue
             left = left[width:]
             yield from finished
-
-
-def _runs(network: Any) -> bool:
-    import torch
-
-    try:
-        with torch.inference_mode():
-            network(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False)
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
-def _may_pad(policy: Policy, network: Any) -> bool:
-    """Whether prompts of different lengths may share a batch. Raises SPPOError for a network that is not causal.
-
-    Eager attention (soft caps) in float64 makes NaN of a row that is padding alone; a recurrent network may read
-    padding as text.
-    """
-    small = miniature_of(policy)
-    if small is None:
-        return False
-    refuse_not_causal(small)
-    return network.config._attn_implementation != "eager" and ignores_padding(small)
 
 
 def _batch(
