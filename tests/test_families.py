@@ -33,7 +33,7 @@ from sppo.training.data import load_training_set
 from sppo.training.first_step import FirstStep
 from sppo.training.logps import add_lean_forward, response_logps
 from sppo.training.network import check_network, disable_noise, lora_for
-from sppo.training.read_back import logps_of, put_back, refuse_another, some_tokens
+from sppo.training.read_back import logps_of, put_back, refuse_another
 from sppo.training.trial import try_training
 
 IDS = (torch.arange(64) * 11 % (VOCABULARY - 8) + 4).view(2, 32)
@@ -389,8 +389,11 @@ def all_tensors(model: Path) -> dict[str, torch.Tensor]:
 def test_a_saved_model_that_is_another_one_is_an_error(tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model")
     policy = open_policy(str(model))
-    logps = logps_of(load_causal_lm(policy, torch.float32), some_tokens(policy))
+    logps = logps_of(load_causal_lm(policy, torch.float32), policy)
     refuse_another(model, policy, logps)
+    refuse_another(model, policy, logps + 0.05, is_half=True)  # as a GPU computes them, of weights stored in float32
+    with pytest.raises(SPPOError, match=r"log-probs are 0.05 nats a token apart, and rounding makes at most 0.001"):
+        refuse_another(model, policy, logps + 0.05)
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"].roll(1, 0)
     shutil.copytree(model, tmp_path / "out")
@@ -407,7 +410,7 @@ def test_float16_that_has_no_room_for_what_was_trained_in_float32(tmp_path: Path
     save_file({k: v.half() for k, v in large.items()}, model / "model.safetensors", metadata={"format": "pt"})
     tiny.edit_json(model / "config.json", dtype="float16")
     policy = open_policy(str(model))
-    assert not logps_of(load_causal_lm(policy, torch.float16), some_tokens(policy)).isfinite().all()
+    assert not logps_of(load_causal_lm(policy, torch.float16), policy).isfinite().all()
     run_training(model, dataset, tmp_path / "out")
 
 

@@ -6,10 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import FOREIGN, SPPOError, first_line, out_of_memory, with_code_hint
 from sppo.models.policy import Policy
+
+if TYPE_CHECKING:
+    import torch
 
 # Nats a token by which merging an adapter may change log-probs, in float32 and more, and in half precision. There the
 # sum of base and adapter is rounded: adapters of rank 16 on SmolLM2-135M made 0.08 to 0.17 in bfloat16. A merge into
@@ -179,16 +182,30 @@ def _untie(network: Any) -> None:
 
 
 def _some_logps(network: Any) -> Any:
-    """Log-probs of the tokens of two arbitrary sequences, (2, 15): to compare two networks by."""
+    """(2, 15), float64: log-probs of some tokens in evaluation, to compare two networks by."""
     import torch
 
-    rows = network.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(32, device=network.device) * 7919 % rows).view(2, 16)  # from all over the vocabulary
+    ids = some_ids(network.get_input_embeddings().weight.shape[0]).to(network.device)
     was_training = network.training
     with torch.no_grad():
-        logits = network.eval()(input_ids=ids, use_cache=False).logits[:, :-1]  # (2, 15, V)
+        logps = token_logps(network.eval(), ids)
     network.train(was_training)
-    return torch.log_softmax(logits.double(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return logps
+
+
+def some_ids(vocabulary: int, sequences: int = 2) -> torch.Tensor:
+    """(sequences, 16): arbitrary token ids from all over a vocabulary."""
+    import torch
+
+    return (torch.arange(16 * sequences) * 7919 % vocabulary).view(sequences, 16)
+
+
+def token_logps(network: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(S, T) -> (S, T - 1), float64: a network's log-prob of each token but the first ones, by a plain forward."""
+    import torch
+
+    logits = network(input_ids=ids, use_cache=False).logits[:, :-1]  # (S, T - 1, V)
+    return torch.log_softmax(logits.double(), -1).gather(-1, ids[:, 1:, None].to(logits.device)).squeeze(-1)
 
 
 def add_adapter(network: Any, policy: Policy, new: Any) -> Any:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import FOREIGN, SPPOError, first_line
-from sppo.models.loading import load_config, use_eager_experts
+from sppo.models.loading import load_config, some_ids, use_eager_experts
 from sppo.models.policy import Policy
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def miniature(config: Any, remote_code: bool = False) -> Any:
                 if weight.dim() > 1:  # wide enough that what a layer does is seen in the logits
                     torch.nn.init.normal_(weight, std=0.1)
         with torch.no_grad():
-            network.eval()(input_ids=some_ids(network), use_cache=False)
+            network.eval()(input_ids=ids_for(network), use_cache=False)
     except FOREIGN as error:
         raise SPPOError(f"no miniature of a {config.model_type} can be made: {first_line(error)}") from None
     return network
@@ -98,7 +98,7 @@ def refuse_not_causal(network: Any) -> None:
     """
     import torch
 
-    ids = some_ids(network)
+    ids = ids_for(network)
     other = ids.clone()
     other[:, -1] = ids[:, 0]
     with torch.no_grad():
@@ -119,7 +119,7 @@ def ignores_padding(network: Any) -> bool:
     import torch
     from transformers import GenerationConfig
 
-    prompt = some_ids(network, rows=1)
+    prompt = ids_for(network, sequences=1)
     padded = torch.cat([torch.full((1, 5), 1), prompt], 1)
     mask = torch.ones_like(padded)
     mask[:, :5] = 0
@@ -144,17 +144,15 @@ def knows_float64(network: Any) -> bool:
     use_eager_experts(double)
     try:
         with torch.no_grad():
-            double(input_ids=some_ids(network), use_cache=False)
+            double(input_ids=ids_for(network), use_cache=False)
     except FOREIGN:
         return False
     return True
 
 
-def some_ids(network: Any, rows: int = 2) -> torch.Tensor:
-    """(rows, 16): token ids of a miniature, from all over its vocabulary."""
-    import torch
-
-    return (torch.arange(16 * rows) * 11 % network.get_input_embeddings().weight.shape[0]).view(rows, 16)
+def ids_for(network: Any, sequences: int = 2) -> torch.Tensor:
+    """(sequences, 16): token ids that a miniature knows."""
+    return some_ids(network.get_input_embeddings().weight.shape[0], sequences)
 
 
 def miniature_of(policy: Policy) -> Any | None:

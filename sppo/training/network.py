@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.models.loading import add_adapter, empty_network, load_config
-from sppo.models.miniature import miniature_of, some_ids
+from sppo.models.miniature import ids_for, miniature_of
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
 
@@ -121,7 +121,7 @@ def _layers_of_another_kind(policy: Policy) -> set[str]:
     for name, module in linear.items():
         module.register_forward_hook(partial(look, name))
     with torch.no_grad():  # many tokens, so that each expert gets some
-        network(input_ids=some_ids(network, rows=16), use_cache=False)
+        network(input_ids=ids_for(network, sequences=16), use_cache=False)
     return {_in_every_layer(name) for name in linear} - (plain - other)
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.command.memory import main_memory
-from sppo.models.files import json_object, weight_files
-from sppo.models.loading import load_causal_lm
+from sppo.models.files import json_object, parameters, weight_files, weight_shapes
+from sppo.models.loading import load_causal_lm, some_ids, token_logps
 from sppo.models.policy import Policy
 from sppo.models.shape import stored_bytes
 from sppo.store.files import write_json
@@ -30,43 +30,33 @@ _PARTS = ("language_model", "text_model")  # under which a model with pictures h
 _SHARD = 4 << 30  # bytes of the tensors in one file of those that are put back
 
 
-def some_tokens(policy: Policy) -> torch.Tensor:
-    """(2, 16): token ids from all over the policy's vocabulary."""
-    import torch
-
-    rows = policy.vocabulary() or 1000
-    return (torch.arange(32) * 7919 % rows).view(2, 16)
-
-
-def logps_of(network: Any, ids: torch.Tensor) -> torch.Tensor:
-    """(2, 15), float32, on the CPU: a network's log-probs of each of `ids` but the first ones.
+def logps_of(network: Any, policy: Policy, device: torch.device | str = "cpu") -> torch.Tensor:
+    """(2, 15), on the CPU: a network's log-probs of some tokens of the policy's.
 
     In the mode that it is in: RWKV changes its weights in evaluation, and would be saved so.
     """
     import torch
 
     with torch.no_grad():
-        logits = network(input_ids=ids, use_cache=False).logits[:, :-1]  # (2, 15, V)
-    return torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None].to(logits.device)).squeeze(-1).cpu()
+        return token_logps(network, some_ids(policy.vocabulary() or 1000).to(device)).cpu()
 
 
-def refuse_another(final: Path, source: Policy, wanted: torch.Tensor) -> None:
+def refuse_another(final: Path, source: Policy, wanted: torch.Tensor, is_half: bool = False) -> None:
     """Raise SPPOError where the model that was saved in `final` is not the one in memory, by its log-probs `wanted`.
 
-    wanted: logps_of some_tokens. Where the machine has no room for the model a second time, it is not read, and a line
-    says so.
+    wanted: see logps_of; is_half: whether they were computed in half precision. Where the machine has no room for the
+    model a second time, it is not read, and a line says so.
     """
     import torch
 
-    stored = stored_bytes(json_object(final / "config.json"))
-    size = sum(file.stat().st_size for file in weight_files(final))
-    if 2 * size * 4 / stored > main_memory():
+    is_half = is_half or bool({"BF16", "F16"} & set(_Weights(final).dtypes.values()))
+    if 2 * 4 * parameters(weight_shapes(final)) > main_memory():  # in float32, with as much again for the loading
         print("train: the saved model is not read back: main memory has no room for it", flush=True)
         return
     saved = dataclasses.replace(source, weights=final, adapter=None, tokenizer_dir=final)
     # in the precision of the training: float16 may have no room for what it computed
-    apart = (logps_of(load_causal_lm(saved, torch.float32), some_tokens(source)) - wanted).abs().mean().item()
-    limit = _ROUNDING if stored >= 4 else _ROUNDING_HALF
+    apart = (logps_of(load_causal_lm(saved, torch.float32), source) - wanted).abs().mean().item()
+    limit = _ROUNDING_HALF if is_half else _ROUNDING
     if not apart <= limit:
         raise SPPOError(
             f"the saved model is not the one that was trained: read back, its log-probs are {apart:.2g} nats a token "

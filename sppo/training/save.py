@@ -16,7 +16,7 @@ from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.checkpoints import disk_full_as_os_error
 from sppo.training.model_card import write_card
 from sppo.training.network import disable_noise
-from sppo.training.read_back import logps_of, put_back, refuse_another, some_tokens
+from sppo.training.read_back import logps_of, put_back, refuse_another
 from sppo.training.settings import IDENTITY, Training
 
 OTHERS = ("README.md", "metrics.jsonl")  # of a model's files: see finish_model
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from sppo.training.data import TrainingSet
 
 
-def finish(training: Training, metrics: dict[str, Any], data: TrainingSet, logps: torch.Tensor | None) -> None:
+def finish(
+    training: Training, metrics: dict[str, Any], data: TrainingSet, logps: torch.Tensor | None, is_half: bool
+) -> None:
     """Complete the model in <work>/final and rename it to output_dir in one step.
 
-    logps: what the model in memory says of read_back.some_tokens; None for an adapter.
+    logps: read_back.logps_of the model in memory, None for an adapter; is_half: whether computed in half precision.
     """
     source, work, stage, model = training.source, training.work, training.stage, training.recipe.model
     final = work / "final"
@@ -47,7 +49,7 @@ def finish(training: Training, metrics: dict[str, Any], data: TrainingSet, logps
     if source.remote_code:
         copy_files(source.weights, final, tuple(p.name for p in source.weights.glob("*.py")))
     if logps is not None:
-        refuse_another(final, source, logps)
+        refuse_another(final, source, logps, is_half)
     shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
     write_card(final, training.recipe, training.data_name, stage.inputs["dataset"], metrics, data.counts, IDENTITY)
     finish_model(stage, final, data.counts, model=model, model_name=public_name(model), **metrics)
@@ -105,7 +107,7 @@ def _merge(source: Policy, final: Path) -> None:
     target = final / "merged"
     merged = load_causal_lm(dataclasses.replace(source, adapter=final), torch.float32)
     disable_noise(merged)
-    logps = logps_of(merged.train(), some_tokens(source))
+    logps = logps_of(merged.train(), source)
     with disk_full_as_os_error():
         merged.to(load_config(source).dtype or torch.float32).save_pretrained(target)
         put_back(source.weights, target)

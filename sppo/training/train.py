@@ -40,7 +40,7 @@ def train(training: Training) -> None:
     """Train into output_dir, on every rank of an accelerate launch."""
     import_networks(TRAINER)
     from sppo.training.ranks import Stopped, broadcast_checkpoint
-    from sppo.training.read_back import logps_of, some_tokens
+    from sppo.training.read_back import logps_of
 
     check_machine(training.recipe)
     is_first = is_first_rank()
@@ -64,7 +64,7 @@ def train(training: Training) -> None:
     if not trainer.is_stopped:
         trainer.refuse_broken_weights()
         if not training.recipe.use_peft:
-            logps = logps_of(trainer.model_wrapped, some_tokens(training.source).to(trainer.args.device))
+            logps = logps_of(trainer.model_wrapped, training.source, trainer.args.device)
         _save(trainer, training)
     _close_connections()
 
@@ -78,7 +78,7 @@ def train(training: Training) -> None:
         metrics = {"iteration": training.recipe.iteration, **_summary(training.work / "metrics.jsonl")}
         metrics["agreement"] = trainer.agreement
         with unsharded(trainer.args.deepspeed_plugin):  # this rank alone loads a network here
-            finish(training, metrics, data, logps)
+            finish(training, metrics, data, logps, trainer.args.bf16)
         loss, scaled = metrics["loss"], metrics["beta2_loss"]
         print(f"train: {training.output_dir}: loss {loss:.6g}, beta^2 loss {scaled:.6g}")
 

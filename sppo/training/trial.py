@@ -11,8 +11,8 @@ import tempfile
 from typing import Any
 
 from sppo.command.errors import FOREIGN, SPPOError, first_line
-from sppo.models.loading import add_adapter, merge
-from sppo.models.miniature import ROUNDING, miniature_of, refuse_not_causal, some_ids
+from sppo.models.loading import add_adapter, merge, token_logps
+from sppo.models.miniature import ROUNDING, ids_for, miniature_of, refuse_not_causal
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
 from sppo.training.network import disable_noise, lora_for
@@ -60,12 +60,8 @@ def has_unused_weights(policy: Policy) -> bool:
 
 
 def _logps(network: Any) -> Any:
-    """(2, 15): log-probs of the tokens of some_ids."""
-    import torch
-
-    ids = some_ids(network)
-    logits = network(input_ids=ids, use_cache=False).logits[:, :-1]
-    return torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    """(2, 15): log-probs of some tokens by a miniature."""
+    return token_logps(network, ids_for(network))
 
 
 def _try_step(recipe: Recipe, policy: Policy, network: Any) -> None:
