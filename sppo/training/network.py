@@ -145,7 +145,8 @@ def disable_noise(model: PreTrainedModel | PeftModel) -> None:
 
     network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     quiet = copy.deepcopy(network.config)
-    for config in (quiet, quiet.get_text_config()):
+    configs = {id(network.config): quiet, id(network.config.get_text_config()): quiet.get_text_config()}
+    for config in configs.values():
         _set_dropout_to_zero(config)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
@@ -153,8 +154,9 @@ def disable_noise(model: PreTrainedModel | PeftModel) -> None:
         # what a module applies in a function: OPT's `dropout`, Bloom's `hidden_dropout`, attention's own
         _set_dropout_to_zero(module)
         # what it reads in the config at each call, as Falcon's attention; the network's own config is saved with it
-        if getattr(module, "config", None) is network.config and module not in (model, network):
-            setattr(module, "config", quiet)  # noqa: B010 - for type checkers, which know weights and modules only
+        config = configs.get(id(getattr(module, "config", None)))
+        if config is not None and module not in (model, network):
+            setattr(module, "config", config)  # noqa: B010 - for type checkers, which know weights and modules only
         # a mixture of experts chooses at random in training; not set to 0, because Phi-3.5-MoE reads it without too
         if any(isinstance(value, float) and _is_noise(name) for name, value in vars(module).items()):
             module.eval()
