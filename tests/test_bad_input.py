@@ -223,7 +223,7 @@ MODELS: list[Case] = [
     ("tokenizer_config.json damaged", lambda w: w.of_model(w.model(tokenizer_config__json=truncate)), 1, "tokenizer_config.json is damaged"),
     ("no chat template", lambda w: w.of_model(w.model(chat_template__jinja=remove)), 1, "no chat template"),
     ("a chat template with an error", lambda w: w.of_model(w.model(chat_template__jinja=write("{% for"))), 1, "chat template"),
-    ("no end of sequence", lambda w: w.of_model(w.model(generation_config__json=remove, tokenizer_config__json=edit(eos_token=None))), 1, "no end-of-sequence token"),
+    ("no end of sequence", lambda w: w.of_model(w.model(generation_config__json=remove, tokenizer_config__json=edit(eos_token=None), config__json=edit(eos_token_id=None))), 1, "no end-of-sequence token"),
     ("generation_config.json damaged", lambda w: w.of_model(w.model(generation_config__json=write("{"))), 1, "generation_config.json"),
     ("an end token that is a word", lambda w: w.of_model(w.model(generation_config__json=edit(eos_token_id="</s>"))), 1, "generation_config.json"),
     ("an end token below 0", lambda w: w.of_model(w.model(generation_config__json=edit(eos_token_id=-1))), 1, "eos_token_id is -1"),

@@ -268,7 +268,9 @@ def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[i
     if own is not None:
         stops.add(own)
     if not stops:
-        raise SPPOError(f"model {directory}: no end-of-sequence token in generation_config.json or the tokenizer")
+        raise SPPOError(
+            f"model {directory}: no end-of-sequence token in generation_config.json, config.json or the tokenizer"
+        )
     return stops
 
 

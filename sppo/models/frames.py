@@ -75,7 +75,7 @@ def frame_of(
             rendered = chat.render(tokenizer, probe, True, {**template_kwargs, "strftime_now": lambda *_: _DAY})
         except ValueError:
             rendered = ""
-        split = re.split("(turn-[0-9]+-probe)", rendered)
+        split = re.split("(turn[0-9]+probe)", rendered)
         known[key] = split[::2] if split[1::2] == texts else None
     return known[key]
 

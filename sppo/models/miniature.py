@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 VOCABULARY = 384
 ROUNDING = 1e-3  # by which logits and log-probs of a miniature, in float32, may differ where they should be equal
 _LAYERS = 8  # where the config does not say of each layer what it is; of those that it lists, two of each kind
-_MOST = 20_000_000  # parameters beyond which a network is no miniature: something in its config was not made small
+_MAX_PARAMETERS = (
+    20_000_000  # parameters beyond which a network is no miniature: something in its config was not made small
+)
 
 # The most that a setting may be in a miniature, by the names that configs have for it.
 _MOST_OF = {
@@ -76,7 +78,7 @@ def miniature(config: Any, remote_code: bool = False) -> Any:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(small, trust_remote_code=remote_code)
         count = sum(weight.numel() for weight in empty.parameters())
-        if count > _MOST:
+        if count > _MAX_PARAMETERS:
             raise ValueError(f"{count} parameters")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -136,6 +138,15 @@ def ignores_padding(network: Any) -> bool:
     return bool((drawn[0] - drawn[1]).abs().max() <= ROUNDING)
 
 
+def why_not_drawn(network: Any) -> str:
+    """What transformers says where it cannot draw from a miniature; "" where it can."""
+    try:
+        network.generate(ids_for(network), max_new_tokens=2, do_sample=False)
+    except FOREIGN as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
 def knows_float64(network: Any) -> bool:
     """Whether the architecture runs in float64. network: a miniature."""
     import torch
@@ -190,7 +201,7 @@ def _shrink(config: Any) -> None:
         if isinstance(value, int) and name in _LIMITS:
             setattr(config, name, min(value, _LIMITS[name]))
         elif isinstance(value, int) and name.endswith(("token_id", "token_index")):
-            setattr(config, name, {"bos": 1, "eos": 2, "pad": 0}.get(name[:3], 3))
+            setattr(config, name, {"bos": 1, "eos": 2, "pad": 0}.get(name[:3], 3))  # any that are in the vocabulary
         elif isinstance(value, list) and name == "eos_token_id":
             config.eos_token_id = 2
         elif isinstance(value, list) and name in _LIMITS:  # one for each layer

@@ -14,6 +14,7 @@ from sppo.generation.templating import to_requests
 from sppo.models import chat
 from sppo.models.files import files_on_hub, parameters, weight_names, weight_shapes
 from sppo.models.loading import empty_network, load_config
+from sppo.models.miniature import miniature_of, why_not_drawn
 from sppo.models.policy import Policy, adapter_base, open_policy
 from sppo.models.shape import Shape, stored_bytes
 from sppo.models.vllm import check_vllm
@@ -64,6 +65,10 @@ def look_at_model(run: Run) -> Look[Model]:
     refusal = _refusal(run, name, kind, policy)
     if refusal:
         yield no(refusal)
+    elif run.generates and pick_engine(run.recipe.engine) == "transformers":
+        small = miniature_of(policy)
+        if small is not None and (why := why_not_drawn(small)):
+            yield note(f"transformers cannot draw from a miniature of a {kind}, so perhaps not from it either ({why})")
     if run.trains and context and run.recipe.max_length > context:
         yield note(f"--max_length {run.recipe.max_length} is beyond the model's context of {context} tokens")
     return Model(policy, Shape.of(raw, count), to_download, loads=not refusal)

@@ -28,14 +28,16 @@ def check_settings(run: Run, model: Model | None) -> Look[None]:
         empty_network(anchor, recipe.attn_implementation)
     if model and model.loads:
         check_network(recipe, model.policy)
-        try_training(recipe, model.policy)
+        if untried := try_training(recipe, model.policy):
+            yield note(f"{untried}: whether it trains with these settings is not tried")
+        else:
+            yield ok("a miniature of the model trains with these settings")
         context = original_context(load_config(model.policy))
         if context and recipe.max_length > context:
             yield note(
                 f"the model computes otherwise beyond {context} tokens (longrope): under ZeRO-3 or FSDP, keep "
                 f"--max_length at {context}, or the first step is an error"
             )
-    yield from ()
 
 
 def look_at_config(run: Run) -> Look[AccelerateConfig]:

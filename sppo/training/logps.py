@@ -154,8 +154,8 @@ def add_lean_forward(network: Any) -> bool:
 def _own_logits(network: Any, backbone: str, own: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
     """(P, H) -> (P, V): the logits that the network's own forward makes of hidden states.
 
-    So whatever it does behind its backbone is done: scales, soft caps, layers before the head. While it runs, what it
-    takes for its backbone gives these states. An attribute of the instance comes before a module of the same name.
+    So whatever it does behind its backbone is done: scales, soft caps, layers before the head. For the call, its
+    backbone is replaced by one that returns `hidden`: an attribute of the instance hides the module of the same name.
     """
     vars(network)[backbone] = _Backbone(getattr(network, backbone), hidden[None])
     try:

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 def check_network(recipe: Recipe, policy: Policy) -> None:
     """Raise SPPOError for a policy that cannot be trained as asked, without a look at its weights."""
-    check_frozen(recipe, policy)
+    refuse_quantised(recipe, policy)
     network = empty_network(policy, recipe.attn_implementation)
     if recipe.use_peft and policy.adapter is None:
         add_adapter(network, policy, lora_for(recipe, policy, network))
 
 
-def check_frozen(recipe: Recipe, policy: Policy) -> None:
+def refuse_quantised(recipe: Recipe, policy: Policy) -> None:
     """Raise SPPOError for quantised weights that would have to be trained themselves."""
     if getattr(load_config(policy), "quantization_config", None) is not None and not recipe.use_peft:
         raise SPPOError(
             f"model {policy.weights}: its weights are quantised, so they cannot be trained; pass --use_peft to train "
-            "an adapter on them, or take the model whose weights are not"
+            "an adapter on them, or take the model in bfloat16"
         )
 
 
@@ -69,10 +69,10 @@ def lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def lora_for(recipe: Recipe, policy: Policy, network: Any) -> Any:
-    """The peft.LoraConfig of --use_peft for a network: all linear layers are those that an adapter is right for."""
+    """The peft.LoraConfig of --use_peft for a network. `all-linear` is the linear layers that an adapter works on."""
     lora = lora_and_quantization(recipe)[0]
     if recipe.lora_target_modules == "all-linear":
-        unsuited = _unsuited_layers(network, lora) | _layers_of_another_kind(policy)
+        unsuited = _unsuited_layers(network, lora) | _layers_not_plain(policy)
         lora.exclude_modules = "|".join(sorted(unsuited)) or None  # a regular expression
     return lora
 
@@ -97,7 +97,7 @@ def _unsuited_layers(network: Any, lora: Any) -> set[str]:
     return found
 
 
-def _layers_of_another_kind(policy: Policy) -> set[str]:
+def _layers_not_plain(policy: Policy) -> set[str]:
     """Patterns of the names of layers of the class Linear that do something else, as a miniature shows.
 
     Some are never called: their weights are read past them. An adapter there has no part in the log-probs that are
@@ -157,7 +157,7 @@ def disable_noise(model: PreTrainedModel | PeftModel) -> None:
         config = configs.get(id(getattr(module, "config", None)))
         if config is not None and module not in (model, network):
             setattr(module, "config", config)  # noqa: B010 - for type checkers, which know weights and modules only
-        # a mixture of experts chooses at random in training; not set to 0, because Phi-3.5-MoE reads it without too
+        # a mixture of experts chooses at random in training; not set to 0: Phi-3.5-MoE uses the value in evaluation too
         if any(isinstance(value, float) and _is_noise(name) for name, value in vars(module).items()):
             module.eval()
             module.train = types.MethodType(_stays_in_eval_mode, module)

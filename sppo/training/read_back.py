@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Nats a token by which log-probs may differ after weights are rounded to what they are stored in: float32, and less.
 _ROUNDING, _ROUNDING_HALF = 1e-3, 0.7
 _INDEX = "model.safetensors.index.json"
-_PARTS = ("language_model", "text_model")  # under which a model with pictures has its text part
+_PARTS = ("language_model", "text_model")  # names of the text part inside a model with pictures
 _SHARD = 4 << 30  # bytes of the tensors in one file of those that are put back
 
 
@@ -41,7 +41,7 @@ def logps_of(network: Any, policy: Policy, device: torch.device | str = "cpu") -
         return token_logps(network, some_ids(policy.vocabulary() or 1000).to(device)).cpu()
 
 
-def refuse_another(final: Path, source: Policy, wanted: torch.Tensor, is_half: bool = False) -> None:
+def check_saved(final: Path, source: Policy, wanted: torch.Tensor, is_half: bool = False) -> None:
     """Raise SPPOError where the model that was saved in `final` is not the one in memory, by its log-probs `wanted`.
 
     wanted: see logps_of; is_half: whether they were computed in half precision. Where the machine has no room for the
@@ -60,14 +60,14 @@ def refuse_another(final: Path, source: Policy, wanted: torch.Tensor, is_half: b
     if not apart <= limit:
         raise SPPOError(
             f"the saved model is not the one that was trained: read back, its log-probs are {apart:.2g} nats a token "
-            f"apart, and rounding makes at most {limit:g}. It is in {final}; move it away before you start again. "
-            "Usual reason: weights in a format that transformers reads and does not write. Train an adapter on them "
-            "(--use_peft), or take the model in bfloat16"
+            f"apart, and rounding makes at most {limit:g}. It is in {final}; move it away before you start again. A "
+            "checkpoint that is there stays. Usual reason: weights in a format that transformers reads and does not "
+            "write. Train an adapter on them (--use_peft), or take the model in bfloat16"
         )
 
 
-def put_back(source: Path, final: Path) -> None:
-    """Make of the saved weights a model like the `source`: what training did not touch is as it was read.
+def restore_untrained(source: Path, final: Path) -> None:
+    """Store what training did not change as it was in the `source`.
 
     Tensors that the training did not load are taken over, with the config that names them. Tensors that are stored
     more exactly in the source than in `final`, and were only rounded, are stored as they were.
@@ -83,8 +83,8 @@ def put_back(source: Path, final: Path) -> None:
         names = {name: _place(name, kept.files) for name in names}
         if lost := sorted(name for name, place in names.items() if place not in kept.files):
             print(
-                f"train: the model is saved as a {now}, the part of a {was} that writes text: {lost[0]} has no place "
-                "in the whole one",
+                f"train: the saved model is a {now}, the text part of the {was} alone, without the weights for "
+                f"pictures: {lost[0]} has no place in the whole one",
                 flush=True,
             )
             return

@@ -16,7 +16,7 @@ from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.checkpoints import disk_full_as_os_error
 from sppo.training.model_card import write_card
 from sppo.training.network import disable_noise
-from sppo.training.read_back import logps_of, put_back, refuse_another
+from sppo.training.read_back import check_saved, logps_of, restore_untrained
 from sppo.training.settings import IDENTITY, Training
 
 OTHERS = ("README.md", "metrics.jsonl")  # of a model's files: see finish_model
@@ -43,13 +43,13 @@ def finish(
             _merge(source, final)
     else:
         with disk_full_as_os_error():
-            put_back(source.weights, final)
+            restore_untrained(source.weights, final)
         copy_files(source.weights, final, ("generation_config.json",))
     copy_tokenizer(source.tokenizer_dir, final)
     if source.remote_code:
         copy_files(source.weights, final, tuple(p.name for p in source.weights.glob("*.py")))
     if logps is not None:
-        refuse_another(final, source, logps, is_half)
+        check_saved(final, source, logps, is_half)
     shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
     write_card(final, training.recipe, training.data_name, stage.inputs["dataset"], metrics, data.counts, IDENTITY)
     finish_model(stage, final, data.counts, model=model, model_name=public_name(model), **metrics)
@@ -110,7 +110,7 @@ def _merge(source: Policy, final: Path) -> None:
     logps = logps_of(merged.train(), source)
     with disk_full_as_os_error():
         merged.to(load_config(source).dtype or torch.float32).save_pretrained(target)
-        put_back(source.weights, target)
+        restore_untrained(source.weights, target)
     copy_files(source.weights, target, ("generation_config.json",))
     copy_tokenizer(source.tokenizer_dir, target)
-    refuse_another(target, source, logps)
+    check_saved(target, source, logps)

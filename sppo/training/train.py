@@ -11,6 +11,7 @@ from sppo.command.errors import INTERRUPTED, SPPOError, leave
 from sppo.command.importing import TRAINER, import_networks
 from sppo.command.stopping import heard
 from sppo.models.loading import add_adapter, load_causal_lm, load_config
+from sppo.models.miniature import miniature_of, refuse_not_causal
 from sppo.recipe import Recipe
 from sppo.store.directories import clear
 from sppo.store.files import read_json, write_json
@@ -23,7 +24,7 @@ from sppo.training.checkpoints import (
     tidy,
     under_deepspeed,
 )
-from sppo.training.network import check_frozen, disable_noise, lora_and_quantization, lora_for, unsharded
+from sppo.training.network import disable_noise, lora_and_quantization, lora_for, refuse_quantised, unsharded
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine, is_first_rank
 
@@ -131,11 +132,12 @@ def make_trainer(training: Training) -> SPPOTrainer:
     from sppo.training.data import load_training_set
     from sppo.training.reference import Anchor, LogProbTable, reference_key
     from sppo.training.trainer import SPPOTrainer
-    from sppo.training.trial import has_unused_weights, refuse_encoder
+    from sppo.training.trial import has_unused_weights
 
     recipe, source, work = training.recipe, training.source, training.work
-    check_frozen(recipe, source)
-    refuse_encoder(source)
+    refuse_quantised(recipe, source)
+    if (small := miniature_of(source)) is not None:
+        refuse_not_causal(small)
 
     # the data
     tokenizer = source.tokenizer()

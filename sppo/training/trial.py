@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from typing import Any
 
 from sppo.command.errors import FOREIGN, SPPOError, first_line
-from sppo.models.loading import add_adapter, merge, token_logps
-from sppo.models.miniature import ROUNDING, ids_for, miniature_of, refuse_not_causal
+from sppo.models.loading import add_adapter, load_config, merge, token_logps
+from sppo.models.miniature import ROUNDING, ids_for, miniature, miniature_of, refuse_not_causal
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
 from sppo.training.network import disable_noise, lora_for
@@ -20,16 +21,18 @@ from sppo.training.network import disable_noise, lora_for
 # Nats by which log-probs in training may differ from those in evaluation. Rounding made 0.006 where it decides which
 # numbers are set to 0 (Gemma-3n); noise and what RWKV does made 0.17 and more.
 _NOISE = 0.02
+_ADVICE = "Train other modules, for example --lora_target_modules q_proj,v_proj, or all weights (without --use_peft)"
 
 
-def try_training(recipe: Recipe, policy: Policy) -> None:
+def try_training(recipe: Recipe, policy: Policy) -> str:
     """Raise SPPOError where the training that is asked for cannot be made, or would be wrong, on this architecture.
 
-    Where no miniature can be made of it, nothing is known and nothing is raised.
+    Call network.check_network first. Returns why nothing could be tried; "" where it was.
     """
-    network = miniature_of(policy)
-    if network is None:
-        return
+    try:
+        network = miniature(load_config(policy), policy.remote_code)
+    except SPPOError as error:
+        return str(error)
     refuse_not_causal(network)
     try:
         if not recipe.use_peft or _try_merge(recipe, policy, copy.deepcopy(network)):
@@ -38,16 +41,10 @@ def try_training(recipe: Recipe, policy: Policy) -> None:
         if isinstance(error, SPPOError):
             raise
         raise SPPOError(
-            f"a {network.config.model_type} cannot be trained so: in a miniature of it, {type(error).__name__}: "
-            f"{first_line(error)}"
+            f"a {network.config.model_type} cannot be trained with these settings: in a miniature of it, "
+            f"{type(error).__name__}: {first_line(error)}"
         ) from None
-
-
-def refuse_encoder(policy: Policy) -> None:
-    """Raise SPPOError for a policy that does not write text from left to right."""
-    network = miniature_of(policy)
-    if network is not None:
-        refuse_not_causal(network)
+    return ""
 
 
 def has_unused_weights(policy: Policy) -> bool:
@@ -83,7 +80,8 @@ def _try_step(recipe: Recipe, policy: Policy, network: Any) -> None:
     if apart > _NOISE:
         raise SPPOError(
             f"a {kind} computes other log-probs in training than in evaluation ({apart:.2g} nats apart in a "
-            "miniature, without dropout), so the policy would not begin at its reference"
+            "miniature, without dropout), so the loss would compare with a wrong reference"
+            + (f". {_ADVICE}" if recipe.use_peft else "")
         )
     logps.sum().backward()
     if not any(weight.grad is not None and weight.grad.any() for weight in network.parameters()):
@@ -95,7 +93,7 @@ def _checkpoint(network: Any, kind: str) -> None:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise SPPOError(
-            f"a {kind} cannot recompute activations ({error}); pass --gradient_checkpointing=false"
+            f"a {kind} cannot recompute activations ({str(error).rstrip('.')}); pass --gradient_checkpointing=false"
         ) from None
     if hasattr(network, "enable_input_require_grads"):
         network.enable_input_require_grads()
@@ -115,8 +113,9 @@ def _try_merge(recipe: Recipe, policy: Policy, network: Any) -> bool:
         return False
     _fill(adapted)
     wanted = dict(adapted.named_parameters())
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         adapted.save_pretrained(directory)
+        warnings.simplefilter("ignore")  # what is wrong is said below
         read = PeftModel.from_pretrained(base, directory)
     lost = [
         name.removeprefix("base_model.model.").partition(".lora_")[0]
@@ -126,13 +125,13 @@ def _try_merge(recipe: Recipe, policy: Policy, network: Any) -> bool:
     if lost:
         raise SPPOError(
             f"--use_peft: the weights of an adapter on {sorted(lost)[0]} are not found again when it is read back. "
-            "Train other modules (--lora_target_modules), or all weights"
+            f"{_ADVICE}"
         )
     apart = merge(read)[1]
     if apart > ROUNDING:
         raise SPPOError(
-            f"--use_peft: merged into its base, an adapter on a {config.model_type} is another one ({apart:.2g} nats "
-            "apart in a miniature). Train other modules (--lora_target_modules), or all weights"
+            f"--use_peft: on a {config.model_type}, an adapter gives other log-probs once it is merged into its base "
+            f"({apart:.2g} nats apart in a miniature). {_ADVICE}"
         )
     return True
 
