@@ -242,7 +242,8 @@ PAGE = """# Families of chat models
 This page is for you if you want to know whether your model's architecture works here, and what of it was tried.
 
 A policy is what transformers' `AutoModelForCausalLM` loads: {count} families were tried with tiny random weights on a
-CPU; {done} of them go through the whole loop. The table was written on {date} with {versions} by
+CPU; {done} of them go through the whole loop. The table was written on {date}, with
+{versions}, by
 
     python benchmarks/families.py             # half an hour, and two hours more for vLLM
     python benchmarks/families.py llama       # one family; the table goes to runs/families
@@ -263,7 +264,7 @@ gemma3n and phi4_multimodal with pictures; Emu3. A model with pictures is traine
 pictures. `rwkv` is RWKV-4, which transformers has itself.
 
 The preflight tries the training on a miniature of your model: its own settings, a few narrow layers, random weights. It
-says what a family cannot do before anything is drawn, or that no miniature could be made.
+says what cannot be trained before anything is drawn, or that no miniature could be made.
 
 {table}
 
