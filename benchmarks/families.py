@@ -257,8 +257,8 @@ Differences below 1e-3 are rounding. `[1]` is a note below the table.
   same with `--use_peft`, where generation merges the adapter.
 - **two processes**: how far apart the weights are after training in two processes and in one, as a share of what the
   training changed. With experts this can be more: rounding sends a token to another expert.
-- **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Empty: not tried. A note
-  may speak of a setting that published models have and a tiny one lacks, or of what vLLM cannot do on a CPU.
+- **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Empty: not tried. A
+  note may speak of a setting that published models have and a tiny one lacks, or of what vLLM cannot do on a CPU.
 
 Not tried: encoders and other models that do not chat; Doge beyond its `keep_window_size`; weights in FP8 or MXFP4;
 gemma3n and phi4_multimodal with pictures; Emu3. A model with pictures is trained on text, and keeps the weights for
