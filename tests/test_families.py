@@ -26,7 +26,7 @@ from sppo.generation.engines import transformers as engine
 from sppo.models import chat
 from sppo.models.files import weight_shapes
 from sppo.models.loading import load_causal_lm
-from sppo.models.miniature import VOCABULARY, ignores_padding, miniature, refuse_not_causal
+from sppo.models.miniature import VOCABULARY, ignores_padding, miniature, miniature_of, refuse_not_causal
 from sppo.models.policy import open_policy
 from sppo.recipe import Recipe
 from sppo.training.data import load_training_set
@@ -230,7 +230,7 @@ def test_quantised_weights_are_not_trained_themselves(kind: str, method: str, tm
 def test_all_linear_is_what_an_adapter_is_right_for(kind: str, left_out: str | None, tmp_path: Path) -> None:
     policy = open_policy(str(make_model(kind, tmp_path / "model")))
     recipe = Recipe(model="x", prompts="x", use_peft=True)
-    excluded = lora_for(recipe, policy, load_causal_lm(policy, torch.float32)).exclude_modules
+    excluded = lora_for(recipe, miniature_of(policy), load_causal_lm(policy, torch.float32)).exclude_modules
     assert excluded is None if left_out is None else left_out in excluded
     assert refusal(kind, tmp_path, use_peft=True) == ""
 

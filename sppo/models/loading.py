@@ -14,10 +14,10 @@ from sppo.models.policy import Policy
 if TYPE_CHECKING:
     import torch
 
-# Nats a token by which merging an adapter may change log-probs, in float32 and more, and in half precision. There the
-# sum of base and adapter is rounded: adapters of rank 16 on SmolLM2-135M made 0.08 to 0.17 in bfloat16. A merge into
+# Nats a token by which rounding weights may change log-probs, in float32 and more, and in half precision. In a merge it
+# rounds the sum of base and adapter: adapters of rank 16 on SmolLM2-135M made 0.08 to 0.17 in bfloat16. A merge into
 # weights that embedding and head share made 4.3 (tests/test_weights.py).
-_ROUNDING, _ROUNDING_HALF = 1e-3, 0.7
+ROUNDED, ROUNDED_HALF = 1e-3, 0.7
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _adapted(network: Any, adapter: Path, is_trainable: bool = False) -> Any:
 def _merged(adapted: Any, adapter: Path) -> Any:
     """The network with its adapter merged in. Raises SPPOError where its log-probs would then be others."""
     merged, apart = merge(adapted)
-    limit = _ROUNDING_HALF if merged.dtype.itemsize == 2 else _ROUNDING
+    limit = ROUNDED_HALF if merged.dtype.itemsize == 2 else ROUNDED
     if not apart <= limit:
         raise SPPOError(
             f"adapter {adapter} cannot be merged into its base: the log-probs of the two are {apart:.2g} nats a token "

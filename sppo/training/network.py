@@ -28,7 +28,7 @@ def check_network(recipe: Recipe, policy: Policy) -> None:
     refuse_quantised(recipe, policy)
     network = empty_network(policy, recipe.attn_implementation)
     if recipe.use_peft and policy.adapter is None:
-        add_adapter(network, policy, lora_for(recipe, policy, network))
+        add_adapter(network, policy, lora_for(recipe, miniature_of(policy), network))
 
 
 def refuse_quantised(recipe: Recipe, policy: Policy) -> None:
@@ -68,11 +68,16 @@ def lora_and_quantization(recipe: Recipe) -> tuple[Any, Any]:
     return lora, get_quantization_config(asked)
 
 
-def lora_for(recipe: Recipe, policy: Policy, network: Any) -> Any:
-    """The peft.LoraConfig of --use_peft for a network. `all-linear` is the linear layers that an adapter works on."""
+def lora_for(recipe: Recipe, small: Any | None, network: Any) -> Any:
+    """The peft.LoraConfig of --use_peft for a network. `all-linear` is the linear layers that an adapter works on.
+
+    small: the network's miniature; None where none can be made.
+    """
     lora = lora_and_quantization(recipe)[0]
     if recipe.lora_target_modules == "all-linear":
-        unsuited = _unsuited_layers(network, lora) | _layers_not_plain(policy)
+        unsuited = _unsuited_layers(network, lora)
+        if small is not None:
+            unsuited |= _layers_not_plain(small)
         lora.exclude_modules = "|".join(sorted(unsuited)) or None  # a regular expression
     return lora
 
@@ -97,7 +102,7 @@ def _unsuited_layers(network: Any, lora: Any) -> set[str]:
     return found
 
 
-def _layers_not_plain(policy: Policy) -> set[str]:
+def _layers_not_plain(small: Any) -> set[str]:
     """Patterns of the names of layers of the class Linear that do something else, as a miniature shows.
 
     Some are never called: their weights are read past them. An adapter there has no part in the log-probs that are
@@ -105,12 +110,9 @@ def _layers_not_plain(policy: Policy) -> set[str]:
     """
     import torch
 
-    network = miniature_of(policy)
-    if network is None:
-        return set()
     plain: set[str] = set()
     other: set[str] = set()
-    linear = _linear_layers(network)
+    linear = _linear_layers(small)
 
     def look(name: str, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         product = torch.nn.functional.linear(inputs[0], module.weight, module.bias)
@@ -118,10 +120,11 @@ def _layers_not_plain(policy: Policy) -> set[str]:
         kind = plain if is_plain and torch.allclose(output, product) else other
         kind.add(_in_every_layer(name))
 
-    for name, module in linear.items():
-        module.register_forward_hook(partial(look, name))
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in linear.items()]
     with torch.no_grad():  # many tokens, so that each expert gets some
-        network(input_ids=ids_for(network, sequences=16), use_cache=False)
+        small(input_ids=ids_for(small, sequences=16), use_cache=False)
+    for hook in hooks:
+        hook.remove()
     return {_in_every_layer(name) for name in linear} - (plain - other)
 
 

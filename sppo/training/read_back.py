@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.command.errors import SPPOError
 from sppo.command.memory import main_memory
 from sppo.models.files import json_object, parameters, weight_files, weight_shapes
-from sppo.models.loading import load_causal_lm, some_ids, token_logps
+from sppo.models.loading import ROUNDED, ROUNDED_HALF, load_causal_lm, some_ids, token_logps
 from sppo.models.policy import Policy
 from sppo.models.shape import stored_bytes
 from sppo.store.files import write_json
@@ -23,8 +23,6 @@ from sppo.store.files import write_json
 if TYPE_CHECKING:
     import torch
 
-# Nats a token by which log-probs may differ after weights are rounded to what they are stored in: float32, and less.
-_ROUNDING, _ROUNDING_HALF = 1e-3, 0.7
 _INDEX = "model.safetensors.index.json"
 _PARTS = ("language_model", "text_model")  # names of the text part inside a model with pictures
 _SHARD = 4 << 30  # bytes of the tensors in one file of those that are put back
@@ -56,7 +54,7 @@ def check_saved(final: Path, source: Policy, wanted: torch.Tensor, is_half: bool
     saved = dataclasses.replace(source, weights=final, adapter=None, tokenizer_dir=final)
     # in the precision of the training: float16 may have no room for what it computed
     apart = (logps_of(load_causal_lm(saved, torch.float32), source) - wanted).abs().mean().item()
-    limit = _ROUNDING_HALF if is_half else _ROUNDING
+    limit = ROUNDED_HALF if is_half else ROUNDED
     if not apart <= limit:
         raise SPPOError(
             f"the saved model is not the one that was trained: read back, its log-probs are {apart:.2g} nats a token "

@@ -136,7 +136,8 @@ def make_trainer(training: Training) -> SPPOTrainer:
 
     recipe, source, work = training.recipe, training.source, training.work
     refuse_quantised(recipe, source)
-    if (small := miniature_of(source)) is not None:
+    small = miniature_of(source)
+    if small is not None:
         refuse_not_causal(small)
 
     # the data
@@ -157,9 +158,9 @@ def make_trainer(training: Training) -> SPPOTrainer:
             f"{training.processes} processes were launched, {args.world_size} take part; check the accelerate config"
         )
     if args.world_size > 1 and args.deepspeed_plugin is None:
-        args.ddp_find_unused_parameters = has_unused_weights(source) or None  # None: the Trainer's own choice
+        args.ddp_find_unused_parameters = has_unused_weights(small) or None  # None: the Trainer's own choice
     dtype = "auto" if args.bf16 and recipe.use_peft else torch.float32
-    model, is_lean = _network(training, args, dtype)
+    model, is_lean = _network(training, args, dtype, small)
 
     # where the log-probs of the reference and of the anchor are kept, by what decides them
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
@@ -175,11 +176,11 @@ def make_trainer(training: Training) -> SPPOTrainer:
     return SPPOTrainer(model, args, recipe, data, pad_id, table, is_lean, anchor)
 
 
-def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[Any, bool]:
+def _network(training: Training, args: TrainingArguments, dtype: Any, small: Any | None) -> tuple[Any, bool]:
     """The network to train, and whether it has the forward of logps.add_lean_forward.
 
     Under ZeRO-3 the weights are sharded as they load, because TrainingArguments are there already. An adapter is
-    merged into whole weights, so each rank holds all of them until the Trainer shards them.
+    merged into whole weights, so each rank holds all of them until the Trainer shards them. small: its miniature.
     """
     import transformers
 
@@ -200,8 +201,7 @@ def _network(training: Training, args: TrainingArguments, dtype: Any) -> tuple[A
     if recipe.use_peft:
         lora = None
         if source.adapter is None:
-            with unsharded(args.deepspeed_plugin):  # it makes a miniature, which is never sharded
-                lora = lora_for(recipe, source, model)
+            lora = lora_for(recipe, small, model)
             for begun in training.work.glob("checkpoint-*/adapter_config.json"):  # goes on with the same layers
                 lora.exclude_modules = read_json(begun).get("exclude_modules")
         transformers.set_seed(recipe.seed)  # a new adapter begins at random

@@ -7,13 +7,14 @@ recomputed activations, with an adapter, after a merge. That would be known afte
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 import warnings
 from typing import Any
 
 from sppo.command.errors import FOREIGN, SPPOError, first_line
 from sppo.models.loading import add_adapter, load_config, merge, token_logps
-from sppo.models.miniature import ROUNDING, ids_for, miniature, miniature_of, refuse_not_causal
+from sppo.models.miniature import ROUNDING, ids_for, miniature, refuse_not_causal
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
 from sppo.training.network import disable_noise, lora_for
@@ -47,13 +48,15 @@ def try_training(recipe: Recipe, policy: Policy) -> str:
     return ""
 
 
-def has_unused_weights(policy: Policy) -> bool:
-    """Whether weights have no part in the log-probs, as those for pictures; DDP has to be told. Yes where unknown."""
-    network = miniature_of(policy)
-    if network is None:
+def has_unused_weights(small: Any | None) -> bool:
+    """Whether weights have no part in the log-probs, as those for pictures; DDP has to be told.
+
+    small: the network's miniature. Yes where there is none.
+    """
+    if small is None:
         return True
-    _logps(network).sum().backward()
-    return any(weight.requires_grad and weight.grad is None for weight in network.parameters())
+    _logps(small).sum().backward()
+    return any(weight.requires_grad and weight.grad is None for weight in small.parameters())
 
 
 def _logps(network: Any) -> Any:
@@ -67,7 +70,7 @@ def _try_step(recipe: Recipe, policy: Policy, network: Any) -> None:
 
     kind = network.config.model_type
     if recipe.use_peft:
-        network = add_adapter(network, _without_adapter(policy), _lora(recipe, policy, network))
+        network = add_adapter(network, dataclasses.replace(policy, adapter=None), _lora(recipe, policy, network))
         _fill(network)
     with torch.no_grad():
         wanted = _logps(network.eval())
@@ -108,7 +111,7 @@ def _try_merge(recipe: Recipe, policy: Policy, network: Any) -> bool:
 
     config, base = network.config, copy.deepcopy(network)
     try:
-        adapted = add_adapter(network, _without_adapter(policy), _lora(recipe, policy, network))
+        adapted = add_adapter(network, dataclasses.replace(policy, adapter=None), _lora(recipe, policy, network))
     except SPPOError:  # check_network has put it on the network itself: on layers that a miniature does not have
         return False
     _fill(adapted)
@@ -150,11 +153,7 @@ def _lora(recipe: Recipe, policy: Policy, network: Any) -> Any:
     from peft import LoraConfig
 
     if policy.adapter is None:
-        return lora_for(recipe, policy, network)
+        return lora_for(recipe, network, network)
     own = LoraConfig.from_pretrained(str(policy.adapter))
     own.inference_mode = False  # as it is stored
     return own
-
-
-def _without_adapter(policy: Policy) -> Policy:
-    return Policy(policy.weights, None, policy.tokenizer_dir, policy.remote_code)
