@@ -74,11 +74,10 @@ def restore_untrained(source: Path, final: Path) -> None:
 
     kept = _Weights(source)
     was, now = (json_object(directory / "config.json").get("model_type") for directory in (source, final))
-    names = {
-        name: name for file in weight_files(final) for name in _Weights.of_file(file)
-    }  # where each is in the source
+    # where each saved tensor is in the source
+    names = {name: name for file in weight_files(final) for name in _Weights.of_file(file)}
     if was != now:
-        names = {name: _place(name, kept.files) for name in names}
+        names = _places(list(names), list(kept.files))
         if lost := sorted(name for name, place in names.items() if place not in kept.files):
             print(
                 f"train: the saved model is a {now}, the text part of the {was} alone, without the weights for "
@@ -102,10 +101,16 @@ def restore_untrained(source: Path, final: Path) -> None:
         _take_over(kept, source, final, set(names.values()))
 
 
-def _place(name: str, known: dict[str, Path]) -> str:
-    """The name that a tensor of the text part has in a model with pictures; itself where there is none."""
-    matching = [other for other in known if _without_part(other) == name]
-    return matching[0] if name not in known and len(matching) == 1 else name
+def _places(names: list[str], known: list[str]) -> dict[str, str]:
+    """The name that each tensor of the text part has in a model with pictures; its own where there is no single one."""
+    matching: dict[str, list[str]] = {}
+    for other in known:
+        matching.setdefault(_without_part(other), []).append(other)
+    found = {}
+    for name in names:
+        others = matching.get(name, [])
+        found[name] = others[0] if len(others) == 1 and name not in others else name
+    return found
 
 
 def _without_part(name: str) -> str:
