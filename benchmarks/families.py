@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
@@ -80,13 +81,18 @@ def lean_against_plain(model: Path) -> dict[str, Any]:
     return {"logps": (wanted - found).abs().max().item(), "gradients": torch.stack(apart).max().item()}
 
 
+# transformers replaces functions of torch while it loads a model, for all threads: one family at a time in this process
+_IN_TORCH = threading.Lock()
+
+
 def try_family(python: str, kind: str, work: Path, known: dict[str, Any], with_vllm: bool) -> dict[str, Any]:
     """Everything that is tried with one family and is not `known`: {what: figure or outcome}."""
     began = time.monotonic()
     shutil.rmtree(work, ignore_errors=True)
     found: dict[str, Any] = {"family": kind, **known}
     try:
-        make_model(kind, work / "model")
+        with _IN_TORCH:
+            make_model(kind, work / "model")
     except Exception as error:  # noqa: BLE001 - a row of the table
         return {**found, "loop": one_line(error)}
     lines = [json.dumps({"prompt": f"{text} {i}"}) for i, text in enumerate(PROMPTS)]
@@ -94,7 +100,8 @@ def try_family(python: str, kind: str, work: Path, known: dict[str, Any], with_v
 
     if "loop" not in found:
         try:
-            found |= lean_against_plain(work / "model")
+            with _IN_TORCH:
+                found |= lean_against_plain(work / "model")
         except Exception as error:  # noqa: BLE001 - a row of the table
             found["logps"] = one_line(error)
         found["loop"] = loop(python, work, "full", [])

@@ -477,6 +477,7 @@ def test_a_handful_of_each_kind_goes_through_the_whole_loop(tmp_path: Path) -> N
     assert {row["family"] for row in rows} == {*kinds}
     for row in rows:
         assert (row["loop"], row["lora"]) == ("yes", "yes"), row
+        assert "gradients" in row, row  # else "logps" says what went wrong
         assert max(row["logps"], row["gradients"], float(row["processes"])) < 1e-3, row
     page = (tmp_path / "families.md").read_text()
     assert all(f"| {kind} |" in page for kind in kinds)
