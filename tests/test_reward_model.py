@@ -120,11 +120,11 @@ def test_what_is_too_long_is_cut_on_the_left_and_counted(rewards: Path) -> None:
     long = [{"role": "user", "content": "Why? " * 400}]
     assert [ranker.count_cut(p, ["a", "b"]) for p in (PROMPTS[0], long)] == [0, 1]
     assert ranker.count_cut(PROMPTS[0], ["a", "q" * 600]) == 2  # the prompt had to go, and the response is cut itself
-    whole = ranker.tokenizer.apply_chat_template([*long, {"role": "assistant", "content": "a"}])["input_ids"]
-    ids, *_ = ranker.read(json.dumps(long), "a")
+    whole = ranker.reader.tokenizer.apply_chat_template([*long, {"role": "assistant", "content": "a"}])["input_ids"]
+    ids, *_ = ranker.reader.read(json.dumps(long), "a")
     assert ids == whole[:1] + whole[-511:]
     with torch.inference_mode():
-        scores = [ranker.model(torch.tensor([ranker.read(json.dumps(long), r)[0]])).logits.item() for r in "ab"]
+        scores = [ranker.model(torch.tensor([ranker.reader.read(json.dumps(long), r)[0]])).logits.item() for r in "ab"]
     found = dict(prompt_logits(ranker, [(long, ["a", "b"])]))[0]
     assert found[0][1] == pytest.approx(scores[0] - scores[1], abs=1e-5)
 

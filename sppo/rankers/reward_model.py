@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from math import isfinite, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sppo.command.errors import SPPOError
 from sppo.command.importing import import_networks
-from sppo.models import chat
 from sppo.models.files import is_adapter, model_identity, resolve
 from sppo.models.loading import disable_cudnn_attention, loading
 from sppo.rankers._normalizer import normalizer_identity, restore_normalizer
 from sppo.rankers.batching import batches, device_and_dtype
+from sppo.rankers.reading import Reader, context_of
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair
 from sppo.store.files import read_json
@@ -32,14 +31,6 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str]  # (prompt as JSON, response): what has one score
 _CLASSIFIER = "AutoModelForSequenceClassification"
-
-
-class Reading(NamedTuple):
-    """A conversation as the reward model reads it. `ids`: None where its chat template refuses the conversation."""
-
-    ids: list[int] | None
-    prompt_cut: bool = False
-    response_cut: bool = False
 
 
 class RewardModel:
@@ -53,14 +44,13 @@ class RewardModel:
     def __init__(self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         disable_cudnn_attention()
-        config, self.tokenizer = _open_reward_model(directory)
-        text, longest = config.get_text_config(), self.tokenizer.model_max_length
-        self.context = min(getattr(text, "max_position_embeddings", None) or longest, longest)
-        self.read = lru_cache(maxsize=2048)(self._read)  # count_cut and logits both want it
+        config, tokenizer = _open_reward_model(directory)
+        text = config.get_text_config()
         self.model = self._network(dtype)
         embeddings = self.model.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
         self.rows = embeddings.num_embeddings
+        self.reader = Reader(f"ranker {directory}", tokenizer, context_of(text, tokenizer), self.rows)
         pad = getattr(text, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < self.rows else None
         self._exact: PreTrainedModel | None = None  # in float32, made when it is needed
@@ -73,30 +63,9 @@ class RewardModel:
             head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         return network
 
-    def _read(self, prompt: str, response: str) -> Reading:
-        """The whole conversation. `prompt`: its messages as JSON.
-
-        What the context has no room for goes from the left, behind the first token (BOS, an encoder's [CLS]).
-        """
-        try:
-            messages = chat.with_system(self.tokenizer, json.loads(prompt), "")
-            answered = [*messages, {"role": "assistant", "content": response}]
-            ids = chat.conversation_ids(self.tokenizer, answered, False)
-            if max(ids) >= self.rows:
-                raise SPPOError(
-                    f"ranker {self.directory}: its tokenizer gives token {max(ids)}, its embedding has {self.rows} rows"
-                )
-            if len(ids) <= self.context:
-                return Reading(ids)
-            own = len(ids) - len(chat.prompt_ids(self.tokenizer, messages))  # the response and its end
-            return Reading(ids[:1] + ids[1 - self.context :], prompt_cut=True, response_cut=own > self.context - 1)
-        except ValueError:
-            return Reading(None)
-
     def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
-        """How many of the texts do not fit the context: the prompt, where any response leaves it too little room."""
-        found = [self.read(json.dumps(prompt), response) for response in responses]
-        return any(reading.prompt_cut for reading in found) + sum(reading.response_cut for reading in found)
+        """How many of the texts do not fit the context."""
+        return self.reader.count_cut(prompt, responses)
 
     def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
         """(index, r(first) - r(second)) of every pair; NaN where a text has no score."""
@@ -111,7 +80,7 @@ class RewardModel:
         A reward that is not finite in half precision is asked again alone in float32.
         """
         scores = dict.fromkeys(keys, nan)
-        inputs = {key: ids for key in keys if (ids := self.read(*key).ids)}
+        inputs = {key: ids for key in keys if (ids := self.reader.read(*key).ids)}
         readable = list(inputs)
         for batch in batches([len(ids) for ids in inputs.values()], self.batch_tokens):
             chosen = [readable[i] for i in batch]

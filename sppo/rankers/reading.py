@@ -1,0 +1,65 @@
+"""A conversation as a reward model or the like reads it: in its own chat template, cut to its context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from sppo.command.errors import SPPOError
+from sppo.models import chat
+from sppo.schema import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Reading(NamedTuple):
+    """A conversation as token ids. `ids`: None where the chat template refuses the conversation."""
+
+    ids: list[int] | None
+    prompt_cut: bool = False
+    response_cut: bool = False
+
+
+class Reader:
+    """Reads conversations for a ranker, each once.
+
+    name: of the ranker, for messages. context: tokens that fit. rows: of its embedding.
+    """
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, context: int, rows: int) -> None:
+        self.name, self.tokenizer, self.context, self.rows = name, tokenizer, context, rows
+        self.read = lru_cache(maxsize=2048)(self._read)  # count_cut and logits both want it
+
+    def _read(self, prompt: str, response: str) -> Reading:
+        """The whole conversation. `prompt`: its messages as JSON.
+
+        What the context has no room for goes from the left, behind the first token (BOS, an encoder's [CLS]).
+        """
+        try:
+            messages = chat.with_system(self.tokenizer, json.loads(prompt), "")
+            answered = [*messages, {"role": "assistant", "content": response}]
+            ids = chat.conversation_ids(self.tokenizer, answered, False)
+            if max(ids) >= self.rows:
+                raise SPPOError(
+                    f"{self.name}: its tokenizer gives token {max(ids)}, its embedding has {self.rows} rows"
+                )
+            if len(ids) <= self.context:
+                return Reading(ids)
+            own = len(ids) - len(chat.prompt_ids(self.tokenizer, messages))  # the response and its end
+            return Reading(ids[:1] + ids[1 - self.context :], prompt_cut=True, response_cut=own > self.context - 1)
+        except ValueError:
+            return Reading(None)
+
+    def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
+        """How many of the texts do not fit the context: the prompt, where any response leaves it too little room."""
+        found = [self.read(json.dumps(prompt), response) for response in responses]
+        return any(reading.prompt_cut for reading in found) + sum(reading.response_cut for reading in found)
+
+
+def context_of(config: object, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that a model reads at once, by its config's max_position_embeddings and its tokenizer."""
+    longest = tokenizer.model_max_length
+    return min(getattr(config, "max_position_embeddings", None) or longest, longest)
