@@ -25,28 +25,32 @@ def start(policy: Policy, recipe: Recipe, longest: int) -> Any:
     """A vLLM engine for sequences of up to `longest` tokens, prompt and response together."""
     prepare_vllm(recipe.world_size)
     import_networks("vllm")
-    from vllm import LLM
+    from vllm import LLM, EngineArgs
     from vllm.platforms import current_platform
 
     adapter = check_vllm(policy)
-    options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization}
+    model: dict[str, Any] = {
+        "model": str(policy.weights),
+        "tokenizer": str(policy.tokenizer_dir),
+        "dtype": vllm_dtype(policy, current_platform.is_cpu()),
+        "load_format": "safetensors",
+        "trust_remote_code": policy.remote_code,
+        "max_model_len": longest,
+    }
+    options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization, "enable_prefix_caching": True}
     if current_platform.is_cpu():
-        # A prefill that is split crashes seeded sampling on the CPU build.
+        # A prefill that is split crashes seeded sampling on the CPU build; recurrent layers' caches ask for it.
+        is_recurrent = EngineArgs(**model).create_model_config().has_inner_state
         options = {
             "enforce_eager": True,
             "enable_chunked_prefill": False,
+            "enable_prefix_caching": not is_recurrent,
             "max_num_batched_tokens": max(longest, 2048),
             "block_size": 32,  # its 128 hold most prompts whole, so that K responses would read the prompt K times
         }
     return LLM(
-        model=str(policy.weights),
-        tokenizer=str(policy.tokenizer_dir),
-        dtype=vllm_dtype(policy, current_platform.is_cpu()),
-        load_format="safetensors",
-        trust_remote_code=policy.remote_code,
-        max_model_len=longest,
+        **model,
         tensor_parallel_size=recipe.world_size,
-        enable_prefix_caching=True,
         generation_config="vllm",  # sampling is the recipe's alone
         logprobs_mode="raw_logprobs",  # before temperature and top_p
         seed=recipe.seed,
