@@ -13,18 +13,22 @@ from sppo.models.miniature import small_config
 
 # What the published models have and the config's defaults leave out.
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "bamba": {"attn_layer_indices": [1]},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.01},
     },
     "deepseek_v2": {"num_experts_per_tok": 6},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "gemma2": {"sliding_window": 64},
+    "glm4_moe": {"head_dim": 128},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16, "num_hidden_layers": 32},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16, "num_hidden_layers": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 12, "num_hidden_layers": 24},
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
     "minicpm3": {"dim_model_base": 64},
@@ -35,11 +39,22 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
 }
 
+# Set once all else is small: vLLM's attention knows these sizes only, or it reads names that transformers does not.
+_MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "qk_head_dim": 80}
+AS_VLLM_READS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _MLA,
+    "deepseek_v3": _MLA,
+    "lfm2": {"block_dim": 64, "conv_dim": 64, "conv_dim_out": 64},
+}
+
 
 def config_of(kind: str, **settings: Any) -> Any:
     """The family's config, small, with the ids of the tokenizer below."""
     config = CONFIG_MAPPING[kind](**{**AS_PUBLISHED.get(kind, {}), **settings})
-    return small_config(config)
+    small = small_config(config)
+    for name, value in AS_VLLM_READS.get(kind, {}).items():
+        setattr(small, name, value)
+    return small
 
 
 def tokenizer_of(kind: str) -> tuple[Any, list[int]]:

@@ -46,6 +46,8 @@ def start(policy: Policy, recipe: Recipe, longest: int) -> Any:
             "enable_chunked_prefill": False,
             "enable_prefix_caching": not is_recurrent,
             "max_num_batched_tokens": max(longest, 2048),
+            # its kernel turns what a model gives it as (T, heads, d) by wrong angles (LFM2, DeepSeek-V3)
+            "compilation_config": {"custom_ops": ["-rotary_embedding"]},
             "block_size": 32,  # its 128 hold most prompts whole, so that K responses would read the prompt K times
         }
     return LLM(
