@@ -18,6 +18,7 @@ from torch import nn
 from sppo.command.errors import SPPOError
 from sppo.command.importing import import_networks
 from sppo.models.files import is_adapter, model_identity, resolve
+from sppo.models.frames import date_identity
 from sppo.models.loading import disable_cudnn_attention, loading
 from sppo.rankers._normalizer import normalizer_identity, restore_normalizer
 from sppo.rankers.batching import batches, device_and_dtype
@@ -36,12 +37,14 @@ _CLASSIFIER = "AutoModelForSequenceClassification"
 class RewardModel:
     """A loaded reward model, which scores texts in batches of at most batch_tokens tokens.
 
-    dtype: of the weights; what is not finite in half precision is asked again in float32.
+    dtype: of the weights; what is not finite in half precision is asked again in float32. date: see Reader.
     """
 
     batched = True
 
-    def __init__(self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32, date: str = ""
+    ) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         disable_cudnn_attention()
         config, tokenizer = _open_reward_model(directory)
@@ -50,7 +53,7 @@ class RewardModel:
         embeddings = self.model.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
         self.rows = embeddings.num_embeddings
-        self.reader = Reader(f"ranker {directory}", tokenizer, context_of(text, tokenizer), self.rows)
+        self.reader = Reader(f"ranker {directory}", tokenizer, context_of(text, tokenizer), self.rows, date)
         pad = getattr(text, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < self.rows else None
         self._exact: PreTrainedModel | None = None  # in float32, made when it is needed
@@ -186,15 +189,17 @@ def fetch(recipe: Recipe) -> Path:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Weights, config, tokenizer and chat template of the reward model."""
+    """Weights, config, tokenizer and chat template of the reward model, and the date where that template writes it."""
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
     deberta = read_json(directory / "config.json").get("model_type") == "deberta-v2"
     characters = normalizer_identity(directory) if deberta else {}
-    return {"backend": "reward-model", "ranker": model_identity(directory), **characters}
+    date = date_identity(recipe.date, directory, {})
+    return {"backend": "reward-model", "ranker": model_identity(directory), **characters, **date}
 
 
 def load(recipe: Recipe) -> RewardModel:
     """The reward model, ready to answer, on the device and in the precision of device_and_dtype."""
     import_networks()
     device, dtype = device_and_dtype()
-    return RewardModel(resolve(recipe.ranker, recipe.ranker_revision, "ranker"), device, recipe.batch_tokens, dtype)
+    directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
+    return RewardModel(directory, device, recipe.batch_tokens, dtype, recipe.date)
