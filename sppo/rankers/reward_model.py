@@ -71,25 +71,33 @@ class RewardModel:
         return self.reader.count_cut(prompt, responses)
 
     def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
-        """(index, r(first) - r(second)) of every pair; NaN where a text has no score."""
+        """(index, r(first) - r(second)) of every pair, as soon as both are scored; NaN where a text has no score."""
         keys = [tuple((json.dumps(prompt), text) for text in texts) for prompt, *texts in pairs]
-        scores = self._scores(list(dict.fromkeys(key for both in keys for key in both)))
-        for index, (first, second) in enumerate(keys):
-            yield index, scores[first] - scores[second]
+        pairs_of: dict[Key, list[int]] = {}
+        for index, both in enumerate(keys):
+            for key in dict.fromkeys(both):
+                pairs_of.setdefault(key, []).append(index)
 
-    def _scores(self, keys: list[Key]) -> dict[Key, float]:
-        """Every key's reward, NaN where it has none. Sorted by length and packed to batch_tokens: little is padding.
+        scores: dict[Key, float] = {}
+        for key, score in self._scores(list(pairs_of)):
+            scores[key] = score
+            for index in pairs_of[key]:
+                first, second = keys[index]
+                if first in scores and second in scores:
+                    yield index, scores[first] - scores[second]
+
+    def _scores(self, keys: list[Key]) -> Iterator[tuple[Key, float]]:
+        """(key, its reward), NaN where it has none. Sorted by length and packed to batch_tokens: little is padding.
 
         A reward that is not finite in half precision is asked again alone in float32.
         """
-        scores = dict.fromkeys(keys, nan)
         inputs = {key: ids for key in keys if (ids := self.reader.read(*key).ids)}
+        yield from ((key, nan) for key in keys if key not in inputs)
         readable = list(inputs)
         for batch in batches([len(ids) for ids in inputs.values()], self.batch_tokens):
             chosen = [readable[i] for i in batch]
             for key, score in zip(chosen, self._forward(self.model, [inputs[k] for k in chosen]), strict=True):
-                scores[key] = score if isfinite(score) else self._exactly(inputs[key])
-        return scores
+                yield key, score if isfinite(score) else self._exactly(inputs[key])
 
     def _exactly(self, ids: list[int]) -> float:
         if self.model.dtype == torch.float32:
