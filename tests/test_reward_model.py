@@ -119,7 +119,7 @@ def test_each_text_is_scored_once(rewards: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_pair_is_answered_as_soon_as_both_its_texts_are_scored(
     rewards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All came at the end of a chunk of 64 prompts: progress stood still, and a kill lost all of the chunk's batches."""
+    """All came when the last batch of 64 prompts was scored: progress stood still, for hours with a large model."""
     ranker = RewardModel(rewards / "llama", "cpu", 1)  # a text a batch
     forward, batches = ranker._forward, [0]
 
