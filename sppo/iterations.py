@@ -25,7 +25,7 @@ _OF_A_DRIVER = ("iteration", "prompts_part", "data_dir", "dataset", "model_dir")
 
 
 def opened(recipe: Recipe) -> Recipe:
-    """The recipe of a run, with its name and its directory. Raises UsageError for settings that clash in a run."""
+    """The recipe of a run, with its name, directory and date. Raises UsageError for settings that clash in a run."""
     require_pairs(recipe)
     for key in _OF_A_DRIVER:
         if getattr(recipe, key) != getattr(Recipe, key):
@@ -45,7 +45,21 @@ def opened(recipe: Recipe) -> Recipe:
     run_dir = recipe.run_dir or str(Path("runs") / name)
     if "\n" in run_dir or run_dir.startswith("-"):
         raise UsageError(f"--run_dir {run_dir!r} begins with - or has more than one line; name it by its whole path")
-    return dataclasses.replace(recipe, name=name, run_dir=run_dir)
+    opened = dataclasses.replace(recipe, name=name, run_dir=run_dir)
+    return dataclasses.replace(opened, date=recipe.date or _date_of_run(opened))
+
+
+def _date_of_run(recipe: Recipe) -> str:
+    """The date that the run's first start has fixed for chat templates; today where this is the first.
+
+    Empty for a run of an older version, which goes on without one.
+    """
+    from sppo.generation.source import with_date
+
+    first = path_of(dataclasses.replace(recipe, iteration=1))
+    if first.exists():
+        return load_recipe(first).date
+    return with_date(recipe, first.parent / "data").date
 
 
 def iteration(recipe: Recipe, number: int) -> Recipe:
@@ -150,12 +164,12 @@ def is_done(step: Stages, refuse: bool = False) -> bool:
 def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
     """The stages of generation: each shard, and the shards put together. Raises SPPOError where none has begun."""
     from sppo.generation.combine import combine_stage
-    from sppo.generation.source import Source
+    from sppo.generation.source import Source, with_date
 
     count = known_count(data_dir / "responses")
     if not count:
         raise SPPOError(f"{data_dir} is not begun")
-    source = Source.of(recipe)
+    source = Source.of(with_date(recipe, data_dir))
     yield [source.stage(data_dir, Slice(0, i, count)) for i in range(count)]
     yield [combine_stage(data_dir, count, recipe.pairs)]
 

@@ -24,7 +24,9 @@ def driver_parser(doc: str | None) -> cli.Parser:
     """The flags of the drivers: every setting, and what the preflight is to do."""
     parser = cli.make_parser(doc, [field.name for field in dataclasses.fields(Recipe)])
     parser.prog = "bash scripts/run.sh"
-    parser.add_argument("--dry_run", action="store_true", help="preflight, print what would be run, and stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="preflight, print what would be run where it is ready, and stop"
+    )
     parser.add_argument("--skip_preflight", action="store_true", help="start without scripts/doctor.py's checks")
     return parser
 
@@ -53,7 +55,7 @@ def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
         _require_held_out(whole)
         left = iterations.left(recipes, whole)
         problems = 0 if args.skip_preflight else preflight(whole)
-        if args.dry_run:
+        if args.dry_run and not problems:
             _print_commands(left)
         if problems or args.dry_run:
             raise SystemExit(min(1, problems))

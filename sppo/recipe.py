@@ -13,6 +13,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,12 @@ class Recipe:
     )
     chat_template_kwargs: dict = _key(
         dict, 'arguments of the chat template, a judge\'s too: {"enable_thinking": false}'
+    )
+    date: str = _key(
+        "",
+        "YYYY-MM-DD, which chat templates write where they ask for today's date. Empty: a driver takes the day of the "
+        "run's first start; in one step by hand, and in an older run's recipe, it is today, each time. Generation, "
+        "ranking and training that have begun go on with the day that they began on",
     )
     system_prompt: str = _key("", "system message put before every prompt that has none")
     gpu_memory_utilization: float = _key(0.9, "share of each GPU's memory that vLLM may take", 0.05, 1)
@@ -162,10 +169,10 @@ _ASKING = (
     "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs "
     "trust_remote_code"
 ).split()
-_RANKING = "model model_revision ranker_prompt batch_tokens ranker_concurrency".split()
+_RANKING = "model model_revision date ranker_prompt batch_tokens ranker_concurrency".split()
 _DRAWING = (
     "model model_revision trust_remote_code prompt_column prompt_split maxlen engine temperature top_p seed "
-    "prompt_seeds system_prompt chat_template_kwargs gpu_memory_utilization"
+    "prompt_seeds system_prompt chat_template_kwargs date gpu_memory_utilization"
 ).split()
 _PROCESSES = "gpus launcher world_size shards nodes ray_address".split()
 # The settings that each script reads; its --help shows them first.
@@ -183,7 +190,7 @@ KEYS: dict[str, Sequence[str]] = {
         "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta anchor anchor_model "
         "anchor_revision label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
         "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
-        "chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
+        "chat_template_kwargs date use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
     ).split(),
     "best_of_n": list(
         dict.fromkeys([*_PROCESSES, "prompts", "prompts_revision", "estimator", *_DRAWING, *_ASKING, *_RANKING])
@@ -332,6 +339,8 @@ def _require_consistent(recipe: Recipe) -> None:
     if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
         raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     parse_part(recipe.prompts_part)
+    if recipe.date and not _is_date(recipe.date):
+        raise UsageError(f"date: {recipe.date!r}: not a day of the calendar as YYYY-MM-DD, such as 2026-05-01")
     if recipe.temperature < 0.01 and recipe.pairs > 1:
         raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
     if (recipe.public or recipe.push_model) and not recipe.org:
@@ -347,6 +356,13 @@ def _require_consistent(recipe: Recipe) -> None:
     is_listed = recipe.gpus != "auto" and set(recipe.gpus.split(",")) != {"none"}
     if recipe.launcher != "local" and is_listed:
         raise UsageError(f"--gpus {recipe.gpus}: {recipe.launcher} gives each process its GPUs; auto, or none")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return bool(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) and date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -153,6 +153,8 @@ RECIPES: list[Case] = [
     ("a password in an address", lambda w: w.recipe("ranker_url: http://me:secret@h/v1"), 2, "ranker_url holds a password"),
     ("a key in an address", lambda w: w.recipe("ranker_url: http://h/v1?key=secret"), 2, "--ranker_url is an address"),
     ("a number as a key", lambda w: w.recipe("chat_template_kwargs: {1: 2}"), 2, "JSON"),
+    ("a date that no calendar has", lambda w: w.recipe("date: '2026-02-30'"), 2, "as YYYY-MM-DD"),
+    ("a date in words", lambda w: w.recipe("date: 1 May 2026"), 2, "as YYYY-MM-DD"),
 ]  # fmt: skip
 
 FLAGS: list[Case] = [

@@ -313,7 +313,7 @@ ALWAYS = {
     "ranker_url": "the same judge may be served anywhere",
 }
 NO_TEMPLATE = dict.fromkeys(
-    "model trust_remote_code ranker_prompt chat_template_kwargs".split(),
+    "model trust_remote_code ranker_prompt chat_template_kwargs date".split(),
     "this ranker reads no template of the policy's",
 )
 TEXT = {key: "the ranker reads the prompt's text" for key in NO_TEMPLATE if key != "ranker_prompt"}
@@ -322,14 +322,14 @@ OWN = "the suite has its own"
 ELSEWHERE: dict[str, dict[str, str]] = {
     "rank, a function": NO_TEMPLATE,
     "rank, PairRM and the text": TEXT,
-    "rank, a reward model": NO_TEMPLATE,
+    "rank, a reward model": {key: reason for key, reason in NO_TEMPLATE.items() if key != "date"},
     "rank, a judge": {key: reason for key, reason in NO_TEMPLATE.items() if key != "chat_template_kwargs"},
     "train": ACCUMULATES,
     "train, sigmoid": ACCUMULATES,
     "train, LoRA": ACCUMULATES,
     "evaluate, mt_bench": {"temperature": OWN, "top_p": OWN},
     "evaluate, open_llm": dict.fromkeys(
-        "maxlen temperature top_p prompt_seeds system_prompt chat_template_kwargs".split(), OWN
+        "maxlen temperature top_p prompt_seeds system_prompt chat_template_kwargs date".split(), OWN
     ),
 }
 # where a stage's work is done, and what it is called: no result depends on it; what it reads there is in the identity
@@ -357,7 +357,7 @@ ANOTHER: dict[str, Any] = {
     **{"merge_adapter": True, "logging_steps": 9, "save_steps": 9, "report_to": "tensorboard", "eval_pairs": 3},
     **{"judge": "two_rankers:shortest", "measure": "two_rankers:measure", "base_perplexity": True},
     **dict.fromkeys("model_revision prompts_revision ranker_revision anchor_revision".split(), "main"),
-    "prompt_split": "test",
+    **{"prompt_split": "test", "date": "2024-02-29"},
 }
 
 
@@ -373,6 +373,7 @@ def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("model", "model2"):
         shutil.copytree(models / "llama3", here / name)
         (here / name / "own.py").write_text("own = True\n")
+        (here / name / "chat_template.jinja").write_text(f"{{{{ strftime_now('%d %b %Y') }}}}{tiny.LLAMA3_TEMPLATE}")
     for name in ("PairRM", "PairRM2"):
         shutil.copytree(models / "PairRM", here / name)
     shutil.copytree(models / "tiny-deberta", here / "tiny-deberta")

@@ -154,12 +154,16 @@ def test_the_loop_with_vllm(models: Path, tmp_path: Path, network: dict[str, str
 
 
 def test_a_dry_run_shows_the_commands_and_writes_nothing(models: Path, tmp_path: Path) -> None:
-    """The preflight's yes or no is its exit code: here the default model and prompts cannot be had."""
+    """The preflight's yes or no is its exit code: here the default model and prompts cannot be had.
+
+    Then its `ready: no` is the last line: behind it, commands of a run that cannot begin hid why.
+    """
     done = tiny.run("run_sppo_mistral.sh", "--dry_run", "--run_dir", tmp_path / "run", HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 1
     assert "mistralai/Mistral-7B-Instruct-v0.2: not a directory here, and the Hub does not give it" in done.stdout
     assert "UCLA-AGI/data-mistral-7b-instruct-sppo-iter3" in done.stdout
-    assert "iter2/model" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("ready: no: ")
+    assert "scripts/generate.sh" not in done.stdout
     drive(models, tmp_path, "run_sppo_llama-3.sh", "llama3", "--dry_run")
     assert "iter2/model" in tiny.succeed("run_sppo_mistral.sh", "--dry_run", "--skip_preflight")
     assert not (tmp_path / "run").exists()

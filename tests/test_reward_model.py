@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,25 @@ def test_each_text_is_scored_once(rewards: Path, monkeypatch: pytest.MonkeyPatch
     assert len(seen) == len(set(seen)) == 3 + 2  # RESPONSES[1] holds one text twice
 
 
+def test_a_pair_is_answered_as_soon_as_both_its_texts_are_scored(
+    rewards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All came when the last batch of 64 prompts was scored: progress stood still, for hours with a large model."""
+    ranker = RewardModel(rewards / "llama", "cpu", 1)  # a text a batch
+    forward, batches = ranker._forward, [0]
+
+    def counted(*args: Any) -> list[float]:
+        batches[0] += 1
+        return forward(*args)
+
+    monkeypatch.setattr(ranker, "_forward", counted)
+    texts = ["a", "It is so.", "It is so, and it is more than that, I say."]
+    pairs = [(PROMPTS[0], a, b) for a, b in itertools.product(texts, repeat=2)]
+    found = [(batches[0], index) for index, _ in ranker.logits(pairs)]
+    assert Counter(count for count, _ in found) == {1: 1, 2: 3, 3: 5}  # the pairs of the texts that are scored so far
+    assert sorted(index for _, index in found) == list(range(9))  # each once, a text against itself too
+
+
 def test_what_is_too_long_is_cut_on_the_left_and_counted(rewards: Path) -> None:
     """The tiny models' context is 512 tokens. What is read last, the response and its end, stays."""
     ranker = RewardModel(rewards / "llama", "cpu", 4096)
@@ -141,7 +162,7 @@ def test_half_precision_keeps_differences_and_asks_again_what_overflows(
     rewards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranker = RewardModel(rewards / "llama", "cpu", 4096, torch.bfloat16)
-    scores = torch.tensor([*ranker._scores([(json.dumps(PROMPTS[0]), r) for r in "abcdef"]).values()])
+    scores = torch.tensor([*dict(ranker._scores([(json.dumps(PROMPTS[0]), r) for r in "abcdef"])).values()])
     assert not torch.equal(scores, scores.bfloat16().float())  # the last layer did not round them
     pairs = [(PROMPTS[0], "a", "b")]
     expected = dict(RewardModel(rewards / "llama", "cpu", 4096).logits(pairs))[0]

@@ -13,7 +13,7 @@ from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
 from sppo.generation.combine import combine
 from sppo.generation.engines import Request, Response, finished_responses
-from sppo.generation.source import Source
+from sppo.generation.source import Source, with_date
 from sppo.generation.templating import Templated, to_requests
 from sppo.models import chat
 from sppo.models.files import public_name
@@ -48,7 +48,7 @@ def generate_shards(recipe: Recipe, output_dir: Path, shards: list[Slice], overw
     Finished prompts of an earlier, killed try are kept. A shard that holds all prompts is the only one:
     $DATA/responses.parquet is made of it at once.
     """
-    source = Source.of(recipe)
+    source = Source.of(with_date(recipe, output_dir, overwrite))
     total = len(source.prompts)
     stages = [source.stage(output_dir, shard) for shard in shards]
     missing = [stage for stage in stages if stage.make_ready(overwrite)]
@@ -115,7 +115,7 @@ def _begin(source: Source, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> 
     counts = f"{shard.missing} to do, {len(prompts.requests) - shard.missing} in the journal"
     print(
         f"generate: rows {start} to {stop} of {total}: {counts}, {len(prompts.skipped)} skipped; "
-        f"engine {stage.settings['engine']}",
+        f"engine {stage.settings['engine']}" + "".join(f"; the date is {date}" for date in source.date.values()),
         flush=True,
     )
     return shard

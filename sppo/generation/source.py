@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sppo.generation.engines import pick_engine, prompt_seed
 from sppo.generation.prompts import Prompt, fingerprint, load_prompts
+from sppo.models.dates import today
 from sppo.models.policy import Policy, policy_of
 from sppo.recipe import Recipe, parse_part
 from sppo.store.manifest import Stage
-from sppo.store.shards import Slice, known_count, shard_paths
+from sppo.store.shards import Slice, begun_identities, known_count, shard_paths
 
 # Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
 SAMPLED = 32
@@ -27,6 +29,7 @@ class Source:
     """The policy and the prompts of one generation.
 
     `sampled`: the prompts whose responses keep the engine's log-probs: the same, however the shards are cut.
+    `date`: of Policy.date_identity.
     """
 
     recipe: Recipe
@@ -34,6 +37,7 @@ class Source:
     prompts: list[Prompt]
     inputs: dict[str, Any]
     sampled: set[str]
+    date: dict[str, str]
 
     @classmethod
     def of(cls, recipe: Recipe) -> Source:
@@ -42,7 +46,8 @@ class Source:
         prompts = load_prompts(recipe.prompts, recipe, parse_part(recipe.prompts_part))
         inputs = {"model": policy.identity(), "prompts": fingerprint(prompts), "prompts_total": len(prompts)}
         ids = sorted((p.prompt_id for p in prompts), key=lambda i: prompt_seed(recipe.seed, i))
-        return cls(recipe, policy, prompts, inputs, set(ids[:SAMPLED]))
+        date = policy.date_identity(recipe.chat_template_kwargs)
+        return cls(recipe, policy, prompts, inputs, set(ids[:SAMPLED]), date)
 
     def stage(self, output_dir: Path, shard: Slice) -> Stage:
         """The stage that makes a shard."""
@@ -51,6 +56,7 @@ class Source:
             "rows": list(shard.bounds(len(self.prompts))),
             "engine": pick_engine(self.recipe.engine),
             **{key: getattr(self.recipe, key) for key in _SETTINGS},
+            **self.date,
         }
         return Stage("generate", manifest, [path], self.inputs, settings, journal)
 
@@ -59,3 +65,14 @@ class Source:
         count = known_count(output_dir / "responses")
         for number in range(count):
             self.stage(output_dir, Slice(frac_len, number, count)).refuse_others()
+
+
+def with_date(recipe: Recipe, output_dir: Path, overwrite: bool = False) -> Recipe:
+    """The recipe with the date for the chat template: its own, or the one that the shards here began with.
+
+    Today where none has begun, and with `overwrite`. Shards of an older version name none: then it stays empty, which
+    is today at each start, as it was for that version.
+    """
+    begun = [] if overwrite or recipe.date else begun_identities(output_dir / "responses")
+    date = begun[0]["settings"].get("date", "") if begun else recipe.date or today()
+    return dataclasses.replace(recipe, date=date)

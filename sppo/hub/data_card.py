@@ -86,7 +86,7 @@ def _settings(train: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[st
     made = drawn.get("generated", {})
     names = {"policy": "model", "prompts": "prompts"}
     shown = {label: made["names"][name] for label, name in names.items() if name in made.get("names", {})}
-    keys = "engine temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs".split()
+    keys = "engine temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs date".split()
     shown |= {key: made[key] for key in keys if key in made}
     for manifest in ranked[:1]:  # all shards were made alike
         ranker = manifest["inputs"]["ranker"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import FOREIGN, SPPOError, with_code_hint
 from sppo.command.importing import import_networks
+from sppo.models.dates import clock, fix_date
 from sppo.schema import Message
 from sppo.store.files import read_json
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 TEMPLATE_SECONDS = 60  # of computing that a chat template may take for one conversation
 
 
-def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; its own code runs only with `remote_code`.
+def load_tokenizer(directory: Path, remote_code: bool = False, date: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; its own code runs only with `remote_code`. `date`: see dates.py.
 
     Raises SPPOError if it has none, or no chat template.
     """
@@ -39,6 +40,7 @@ def load_tokenizer(directory: Path, remote_code: bool = False) -> PreTrainedToke
             f"model {directory} has no chat template, so it is no chat model. Start from its instruct version, "
             "or put a chat_template.jinja into the directory."
         )
+    fix_date(tokenizer, date)
     return tokenizer
 
 
@@ -185,7 +187,7 @@ def _applied(
                 _as_template_reads(tokenizer, messages),
                 add_generation_prompt=add_generation_prompt,
                 **how,
-                **(template_kwargs or {}),
+                **{**clock(tokenizer), **(template_kwargs or {})},
             )
     except (SPPOError, MemoryError):
         raise

@@ -139,29 +139,43 @@ def files_on_hub(name: str, revision: str = "") -> dict[str, HubFile]:
     return {f.filename: HubFile(f.file_size or 0, f.will_download) for f in files}
 
 
-def weight_shapes(directory: Path) -> dict[str, list[int]]:
-    """Each tensor's shape, from the headers of weight_files.
+class StoredTensor(NamedTuple):
+    """Where a tensor of a model is, and how it is stored."""
+
+    file: Path
+    dtype: str  # as safetensors names it: F32, BF16, ...
+    shape: list[int]
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Each tensor of a model by its name, from the headers of weight_files, each read once.
 
     Raises SPPOError where there are none, or one is missing or damaged.
     """
     files = weight_files(directory)
     if not files:
         raise SPPOError(f"{directory}: no {_WEIGHTS} in it (pickled weights are not read); convert it first")
-    shapes: dict[str, list[int]] = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
-        shapes |= tensor_shapes(file)
-    return shapes
+        found |= tensors_of(file)
+    return found
 
 
-def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Each tensor's shape, from the header of a safetensors file. Raises SPPOError where it is missing or damaged."""
+def tensors_of(file: Path) -> dict[str, StoredTensor]:
+    """Each tensor of a safetensors file, from its header. Raises SPPOError where it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "numpy") as weights:
-            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {name: StoredTensor(file, one.get_dtype(), one.get_shape()) for name, one in slices.items()}
     except (OSError, SafetensorError) as error:
         raise SPPOError(f"{file} is missing or damaged ({error}); fetch the model again") from None
+
+
+def weight_shapes(directory: Path) -> dict[str, list[int]]:
+    """Each tensor's shape. Raises SPPOError as stored_tensors does."""
+    return {name: tensor.shape for name, tensor in stored_tensors(directory).items()}
 
 
 def parameters(shapes: dict[str, list[int]]) -> int:

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.models import chat
+from sppo.models.dates import CLOCK, asks_for_date
+from sppo.models.files import tokenizer_files
 from sppo.schema import Message, only_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DAY = "day-probe"  # stands for a day, as a template writes it by strftime_now
+_DAYS = datetime(2024, 7, 26), datetime(2025, 8, 27)  # of another year, month, day and weekday
+_ASKED = [("user",), ("system", "user"), ("user", "assistant")]  # Mistral-Small's writes it without a system turn only
 _MARK = r"<[^<>]*>|\[[^\[\]]*\]"  # how templates mark turns: <|im_end|>, <end_of_turn>, [/INST]
 _EFFORTS = {"low", "medium", "high"}  # the usual values of reasoning_effort, which templates write out
 
@@ -41,6 +47,36 @@ def reads_as(
     contents = [m["content"].strip() for m in messages]
     frames = [frame_of(tokenizer, roles, kwargs) for kwargs in ([template_kwargs, {}] if template_kwargs else [{}])]
     return any(_is_framed(tokenizer, text, contents, frame) for frame in frames if frame)
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> bool:
+    """Whether the template writes the date into some conversation with these arguments. Asked of it with two days."""
+
+    def rendered(roles: tuple[str, ...], day: datetime) -> str:
+        try:
+            kwargs = {CLOCK: day.strftime, **template_kwargs}
+            return chat.render(tokenizer, chat.probe_of(roles)[1], roles[-1] == "user", kwargs)
+        except ValueError:
+            return ""  # it refuses such a conversation, on any day
+
+    return asks_for_date(tokenizer) and any(len({rendered(roles, day) for day in _DAYS}) > 1 for roles in _ASKED)
+
+
+def date_identity(
+    date: str, directory: Path, template_kwargs: dict[str, Any], remote_code: bool = False
+) -> dict[str, str]:
+    """{"date": date}, for the identity of a stage that reads prompts in the template of the model in `directory`.
+
+    {} where that template writes no date, so that such work is the same on any day, and where no date is fixed. The
+    tokenizer is only loaded where a file of the model asks for the date.
+    """
+    if not date:
+        return {}
+    names = [name for name in tokenizer_files(directory) if name.endswith((".jinja", "config.json", "template.json"))]
+    files = [*(directory / name for name in names), *(directory.glob("*.py") if remote_code else ())]
+    if not any(CLOCK.encode() in file.read_bytes() for file in files):
+        return {}
+    return {"date": date} if writes_date(chat.load_tokenizer(directory, remote_code), template_kwargs) else {}
 
 
 def in_own_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
@@ -72,7 +108,7 @@ def frame_of(
     if key not in known:
         texts, probe = chat.probe_of(roles)
         try:
-            rendered = chat.render(tokenizer, probe, True, {**template_kwargs, "strftime_now": lambda *_: _DAY})
+            rendered = chat.render(tokenizer, probe, True, {**template_kwargs, CLOCK: lambda *_: _DAY})
         except ValueError:
             rendered = ""
         split = re.split("(turn[0-9]+probe)", rendered)

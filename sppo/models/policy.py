@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.models import chat
@@ -17,6 +17,7 @@ from sppo.models.files import (
     resolve,
     weight_files,
 )
+from sppo.models.frames import date_identity
 from sppo.recipe import Recipe
 from sppo.store.files import changed, read_json
 from sppo.store.manifest import MANIFEST
@@ -29,13 +30,15 @@ if TYPE_CHECKING:
 class Policy:
     """A chat model: its weights, a LoRA adapter on top of them or None, and where its tokenizer is.
 
-    `remote_code`: whether the Python files that come with it may run.
+    `remote_code`: whether the Python files that come with it may run. `date`: YYYY-MM-DD, which its chat template
+    writes where it asks for today's; empty: today's.
     """
 
     weights: Path
     adapter: Path | None
     tokenizer_dir: Path
     remote_code: bool = False
+    date: str = ""
 
     def identity(self) -> str:
         """A fingerprint of everything that decides the policy's responses.
@@ -49,7 +52,11 @@ class Policy:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer. Raises SPPOError if it has none, or no chat template."""
-        return chat.load_tokenizer(self.tokenizer_dir, self.remote_code)
+        return chat.load_tokenizer(self.tokenizer_dir, self.remote_code, self.date)
+
+    def date_identity(self, template_kwargs: dict[str, Any]) -> dict[str, str]:
+        """{"date": its date} where its template writes that into prompts, else {}. For the identity of a stage."""
+        return date_identity(self.date, self.tokenizer_dir, template_kwargs, self.remote_code)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Token ids that end a response."""
@@ -83,21 +90,23 @@ class Policy:
         return config.get(name) or (config.get("text_config") or {}).get(name)
 
 
-def open_policy(name: str, revision: str = "", remote_code: bool = False, weights: bool = True) -> Policy:
+def open_policy(
+    name: str, revision: str = "", remote_code: bool = False, weights: bool = True, date: str = ""
+) -> Policy:
     """The policy of that name: a model, or a LoRA adapter whose base its adapter_config.json names.
 
-    `weights`: False leaves on the Hub those that are not in the cache. Raises SPPOError where there is no such model,
-    where it is not clear whether it is a model or an adapter (see is_adapter), and for pickled weights.
+    `weights`: False leaves on the Hub those that are not in the cache. `date`: see Policy. Raises SPPOError where
+    there is no such model, where it is not clear whether it is a model or an adapter, and for pickled weights.
     """
     directory, has_adapter = _open(name, revision, "model", remote_code, weights)
     if not has_adapter:
         json_object(directory / "config.json")
-        return Policy(directory, None, directory, remote_code)
+        return Policy(directory, None, directory, remote_code, date)
     base, is_stacked = _open(*adapter_base(directory), "base model", remote_code, weights)
     if is_stacked:
         raise SPPOError(f"adapter {directory}: its base model {base} is an adapter too; merge it into its own base")
     own = (directory / "tokenizer_config.json").exists()
-    return Policy(base, directory, directory if own else base, remote_code)
+    return Policy(base, directory, directory if own else base, remote_code, date)
 
 
 def _open(name: str, revision: str, what: str, remote_code: bool, weights: bool) -> tuple[Path, bool]:
@@ -140,4 +149,4 @@ def adapter_base(directory: Path) -> tuple[str, str]:
 
 def policy_of(recipe: Recipe) -> Policy:
     """The recipe's policy (see open_policy)."""
-    return open_policy(recipe.model, recipe.model_revision, recipe.trust_remote_code)
+    return open_policy(recipe.model, recipe.model_revision, recipe.trust_remote_code, date=recipe.date)

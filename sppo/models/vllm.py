@@ -8,7 +8,7 @@ import typing
 from typing import Any, Literal
 
 from sppo.command.errors import SPPOError, first_line
-from sppo.models.files import tensor_shapes, weight_files
+from sppo.models.files import tensors_of, weight_files
 from sppo.models.loading import load_config
 from sppo.models.policy import Policy
 from sppo.store.manifest import version_of
@@ -55,7 +55,7 @@ def check_vllm(policy: Policy) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise SPPOError(f"adapter {policy.adapter}: vLLM does not take it: {first_line(error)}; {advice}") from None
     path = policy.adapter / "adapter_model.safetensors"
-    names = list(tensor_shapes(path)) if path.exists() else []  # the preflight may leave them on the Hub
+    names = list(tensors_of(path)) if path.exists() else []  # the preflight may leave them on the Hub
     odd = [name for name in names if not re.search(r"\.lora_(embedding_)?[AB]\b|\.base_layer\.weight$", name)]
     if odd:
         raise SPPOError(f"adapter {policy.adapter}: vLLM does not take {odd[0]}; {advice}")

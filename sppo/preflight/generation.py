@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
@@ -13,6 +12,7 @@ from sppo.generation.prompts import load_prompts
 from sppo.generation.templating import to_requests
 from sppo.models import chat
 from sppo.models.files import files_on_hub, parameters, weight_names, weight_shapes
+from sppo.models.frames import writes_date
 from sppo.models.loading import empty_network, load_config
 from sppo.models.miniature import miniature_of, why_not_drawn
 from sppo.models.policy import Policy, adapter_base, open_policy
@@ -42,7 +42,7 @@ def look_at_model(run: Run) -> Look[Model]:
         if run.reports:  # which compare with the first model
             open_policy(name, revision, code, offline)
         name, revision = str(run.run_dir / f"iter{first - 1}" / "model"), ""
-    policy = open_policy(name, revision, code, offline)
+    policy = open_policy(name, revision, code, offline, run.recipe.date)
     raw = read_json(policy.weights / "config.json")
 
     # an adapter's weights are few: those of its base count
@@ -120,12 +120,14 @@ def check_template(policy: Policy, tokenizer: PreTrainedTokenizerBase, kwargs: d
         return
     yield _header(prompt, bare, before)
     yield from _end(policy, tokenizer, behind)
-    days = datetime(2024, 7, 26), datetime(2025, 8, 27)
-    if len({chat.render(tokenizer, user, True, {**kwargs, "strftime_now": day.strftime}) for day in days}) > 1:
-        yield note(
-            "the template writes the day into each prompt. Where all prompts should have the same, give it by "
-            '--chat_template_kwargs, as Llama-3.1 takes it: \'{"date_string": "26 Jul 2024"}\''
-        )
+    if writes_date(tokenizer, kwargs):
+        if policy.date:
+            yield ok(f"the template writes the date into prompts: {policy.date} in all of the run (--date)")
+        else:
+            yield note(
+                "the template writes today's date into prompts, so that they differ from day to day: this run began "
+                "with a version that fixed no date"
+            )
     system = "taken" if chat.takes_system(tokenizer) else "folded into the first user turn"
     yield ok(f"a system turn is {system}")
 

@@ -71,7 +71,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         own += f"+{hashlib.sha256(''.join(f.name + digest(f) for f in files).encode()).hexdigest()}"
     decides = {"backend": "pairrm", "ranker": own, **normalizer_identity(base), "ranker_prompt": recipe.ranker_prompt}
     if recipe.ranker_prompt != "text":
-        decides |= {"model": policy_of(recipe).identity(), "chat_template_kwargs": recipe.chat_template_kwargs}
+        policy, kwargs = policy_of(recipe), recipe.chat_template_kwargs
+        decides |= {"model": policy.identity(), "chat_template_kwargs": kwargs, **policy.date_identity(kwargs)}
     return decides
 
 

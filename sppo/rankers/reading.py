@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sppo.command.errors import SPPOError
 from sppo.models import chat
+from sppo.models.dates import fix_date
 from sppo.schema import Message
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ class Reading(NamedTuple):
 class Reader:
     """Reads conversations for a ranker, each once.
 
-    name: of the ranker, for messages. context: tokens that fit. rows: of its embedding.
+    name: of the ranker, for messages. context: tokens that fit. rows: of its embedding. date: YYYY-MM-DD, which the
+    template writes where it asks for today's; empty: today's.
     """
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, context: int, rows: int) -> None:
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, context: int, rows: int, date: str = "") -> None:
+        fix_date(tokenizer, date)
         self.name, self.tokenizer, self.context, self.rows = name, tokenizer, context, rows
         self.read = lru_cache(maxsize=2048)(self._read)  # count_cut and logits both want it
 

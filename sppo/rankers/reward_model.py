@@ -18,6 +18,7 @@ from torch import nn
 from sppo.command.errors import SPPOError
 from sppo.command.importing import import_networks
 from sppo.models.files import is_adapter, model_identity, resolve
+from sppo.models.frames import date_identity
 from sppo.models.loading import disable_cudnn_attention, loading
 from sppo.rankers._normalizer import normalizer_identity, restore_normalizer
 from sppo.rankers.batching import batches, device_and_dtype
@@ -36,12 +37,14 @@ _CLASSIFIER = "AutoModelForSequenceClassification"
 class RewardModel:
     """A loaded reward model, which scores texts in batches of at most batch_tokens tokens.
 
-    dtype: of the weights; what is not finite in half precision is asked again in float32.
+    dtype: of the weights; what is not finite in half precision is asked again in float32. date: see Reader.
     """
 
     batched = True
 
-    def __init__(self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32, date: str = ""
+    ) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         disable_cudnn_attention()
         config, tokenizer = _open_reward_model(directory)
@@ -50,7 +53,7 @@ class RewardModel:
         embeddings = self.model.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
         self.rows = embeddings.num_embeddings
-        self.reader = Reader(f"ranker {directory}", tokenizer, context_of(text, tokenizer), self.rows)
+        self.reader = Reader(f"ranker {directory}", tokenizer, context_of(text, tokenizer), self.rows, date)
         pad = getattr(text, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < self.rows else None
         self._exact: PreTrainedModel | None = None  # in float32, made when it is needed
@@ -68,25 +71,33 @@ class RewardModel:
         return self.reader.count_cut(prompt, responses)
 
     def logits(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
-        """(index, r(first) - r(second)) of every pair; NaN where a text has no score."""
+        """(index, r(first) - r(second)) of every pair, as soon as both are scored; NaN where a text has no score."""
         keys = [tuple((json.dumps(prompt), text) for text in texts) for prompt, *texts in pairs]
-        scores = self._scores(list(dict.fromkeys(key for both in keys for key in both)))
-        for index, (first, second) in enumerate(keys):
-            yield index, scores[first] - scores[second]
+        pairs_of: dict[Key, list[int]] = {}
+        for index, both in enumerate(keys):
+            for key in dict.fromkeys(both):
+                pairs_of.setdefault(key, []).append(index)
 
-    def _scores(self, keys: list[Key]) -> dict[Key, float]:
-        """Every key's reward, NaN where it has none. Sorted by length and packed to batch_tokens: little is padding.
+        scores: dict[Key, float] = {}
+        for key, score in self._scores(list(pairs_of)):
+            scores[key] = score
+            for index in pairs_of[key]:
+                first, second = keys[index]
+                if first in scores and second in scores:
+                    yield index, scores[first] - scores[second]
+
+    def _scores(self, keys: list[Key]) -> Iterator[tuple[Key, float]]:
+        """(key, its reward), NaN where it has none. Sorted by length and packed to batch_tokens: little is padding.
 
         A reward that is not finite in half precision is asked again alone in float32.
         """
-        scores = dict.fromkeys(keys, nan)
         inputs = {key: ids for key in keys if (ids := self.reader.read(*key).ids)}
+        yield from ((key, nan) for key in keys if key not in inputs)
         readable = list(inputs)
         for batch in batches([len(ids) for ids in inputs.values()], self.batch_tokens):
             chosen = [readable[i] for i in batch]
             for key, score in zip(chosen, self._forward(self.model, [inputs[k] for k in chosen]), strict=True):
-                scores[key] = score if isfinite(score) else self._exactly(inputs[key])
-        return scores
+                yield key, score if isfinite(score) else self._exactly(inputs[key])
 
     def _exactly(self, ids: list[int]) -> float:
         if self.model.dtype == torch.float32:
@@ -186,15 +197,17 @@ def fetch(recipe: Recipe) -> Path:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Weights, config, tokenizer and chat template of the reward model."""
+    """Weights, config, tokenizer and chat template of the reward model, and the date where that template writes it."""
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
     deberta = read_json(directory / "config.json").get("model_type") == "deberta-v2"
     characters = normalizer_identity(directory) if deberta else {}
-    return {"backend": "reward-model", "ranker": model_identity(directory), **characters}
+    date = date_identity(recipe.date, directory, {})
+    return {"backend": "reward-model", "ranker": model_identity(directory), **characters, **date}
 
 
 def load(recipe: Recipe) -> RewardModel:
     """The reward model, ready to answer, on the device and in the precision of device_and_dtype."""
     import_networks()
     device, dtype = device_and_dtype()
-    return RewardModel(resolve(recipe.ranker, recipe.ranker_revision, "ranker"), device, recipe.batch_tokens, dtype)
+    directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
+    return RewardModel(directory, device, recipe.batch_tokens, dtype, recipe.date)

@@ -18,6 +18,7 @@ from sppo import rankers
 from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
 from sppo.method.preference import mean_scores
+from sppo.models.dates import today
 from sppo.models.files import public_name
 from sppo.rankers import Ranker
 from sppo.rankers.pinning import pinned
@@ -28,7 +29,7 @@ from sppo.store.journal import Journal
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import open_parquet, read_rows, write_parquet
 from sppo.store.responses import require_responses, responses_columns
-from sppo.store.shards import Slice, lay_out, shard_paths
+from sppo.store.shards import Slice, begun_identities, lay_out, shard_paths
 
 Logits = list[list[float]]
 _CHUNK = 64  # prompts whose pairs are packed into batches together
@@ -71,7 +72,7 @@ def rank_stage(recipe: Recipe, output_dir: Path, part: Slice) -> Stage:
     Raises SPPOError where there are no responses, or the recipe has no model and the one that drew them has changed.
     """
     responses = require_responses(output_dir)
-    named = _with_ranker_and_model(recipe, output_dir)
+    named = _with_ranker_and_model(_with_date(recipe, output_dir), output_dir)
     asked = rankers.backend(named).identity(named)
     if not recipe.model and "model" in asked:
         drew = read_manifest(output_dir / "responses.manifest.json", "generated")["generated"]["model"]
@@ -96,6 +97,20 @@ def _with_ranker_and_model(recipe: Recipe, output_dir: Path) -> Recipe:
     return dataclasses.replace(recipe, model=generated.get("model_name", ""))
 
 
+def _with_date(recipe: Recipe, output_dir: Path, overwrite: bool = False) -> Recipe:
+    """The recipe with the date for chat templates: its own, or the one that the ranking here began with.
+
+    Where none has begun, and with `overwrite`, the one that the policy read, else today. A ranking of an older version
+    names none: then it stays empty, which is today at each start, as it was for that version.
+    """
+    begun = [] if overwrite or recipe.date else begun_identities(output_dir / "ranking")
+    if begun:
+        return dataclasses.replace(recipe, date=begun[0]["inputs"].get("ranker", {}).get("date", ""))
+    manifest = output_dir / "responses.manifest.json"
+    read = read_manifest(manifest).get("generated", {}) if manifest.exists() and not recipe.date else {}
+    return dataclasses.replace(recipe, date=recipe.date or read.get("date") or today())
+
+
 def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite: bool) -> None:
     """Write $DATA/ranking/shard-<data_frac>.parquet for each slice of $DATA/responses.parquet, with one ranker.
 
@@ -104,6 +119,7 @@ def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite:
     responses = require_responses(output_dir)
     responses_columns(responses)
     total = open_parquet(responses, []).metadata.num_rows
+    recipe = _with_date(recipe, output_dir, overwrite)
     named = _with_ranker_and_model(recipe, output_dir)
 
     @functools.cache

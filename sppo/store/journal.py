@@ -115,6 +115,14 @@ def refuse_another(path: Path, identity: dict[str, Any], advice: str = "") -> No
             )
 
 
+def identity_of(path: Path) -> dict[str, Any] | None:
+    """The identity that a journal was begun with; None where there is no journal, or its first line is not whole."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as handle:
+        return (_decode(handle.readline()) or {}).get("identity")
+
+
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """What differs between two identities, a line each: its name, what is there, what is asked for now."""
     if isinstance(old, dict) and isinstance(new, dict):

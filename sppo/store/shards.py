@@ -7,10 +7,11 @@ import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.store.files import read_json, write_json
+from sppo.store.journal import identity_of
 
 COUNT = "shards.json"  # beside the shards: how many there are, and how they share the rows
 OVERWRITING = "overwrite.json"  # beside the shards, while --overwrite makes them again: its name, how many there are
@@ -77,6 +78,17 @@ def known_count(directory: Path) -> int:
 def begun_shards(directory: Path) -> set[int]:
     """The numbers of the shards of which there is any file."""
     return {int(path.name[6:11]) for path in directory.glob("shard-[0-9][0-9][0-9][0-9][0-9].*")}
+
+
+def begun_identities(directory: Path) -> list[dict[str, Any]]:
+    """The identity (inputs, settings) of each shard that is made or begun, as far as its files say it."""
+    found = []
+    for number in sorted(begun_shards(directory)):
+        _, manifest, journal = shard_paths(directory, number)
+        identity = read_json(manifest) if manifest.exists() else identity_of(journal)
+        if isinstance(identity, dict) and all(isinstance(identity.get(key), dict) for key in ("inputs", "settings")):
+            found.append(identity)
+    return found
 
 
 def lay_out(directory: Path, count: int, overwrite: bool = False) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import SPPOError
-from sppo.models.files import weight_files, weight_shapes
+from sppo.models.files import StoredTensor, stored_tensors, weight_files
 from sppo.models.policy import Policy, open_policy
 from sppo.store.directories import appearing, refuse_overlap, target_of
-from sppo.store.files import read_json
 from sppo.store.manifest import MANIFEST, Stage
 from sppo.training.save import copy_files, copy_tokenizer, finish_model
+
+Tensors = dict[str, StoredTensor]  # of one model, by name
 
 
 def average(models: list[str], output_dir: Path, overwrite: bool = False) -> None:
@@ -28,9 +29,9 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
             f"{adapters[0]} is an adapter, and the mean of adapters is no mean of models; pass merged copies"
         )
     first, *others = policies
-    shapes = weight_shapes(first.weights)
-    for policy in others:
-        _refuse_different(first, policy, shapes)
+    stored = [stored_tensors(policy.weights) for policy in policies]
+    for policy, tensors in zip(others, stored[1:], strict=True):
+        _refuse_different(first, stored[0], policy, tensors)
     stage = Stage("average", target / MANIFEST, [], {"models": [policy.identity() for policy in policies]}, {})
     if not overwrite and not stage.make_ready():
         return
@@ -38,40 +39,34 @@ def average(models: list[str], output_dir: Path, overwrite: bool = False) -> Non
         copy_files(first.weights, final, ("config.json", "generation_config.json", "model.safetensors.index.json"))
         copy_tokenizer(first.tokenizer_dir, final)
         for path in weight_files(first.weights):
-            _mean_file(path.name, policies, final / path.name)
-        counts = {"models": len(models), "weights": len(shapes)}
+            _mean_file(path, stored[1:], final / path.name)
+        counts = {"models": len(models), "weights": len(stored[0])}
         finish_model(stage, final, counts, models=models)
     print(f"average: {output_dir}: the mean of {len(models)} models")
 
 
-def _refuse_different(first: Policy, policy: Policy, shapes: dict[str, list[int]]) -> None:
-    if (found := weight_shapes(policy.weights)) != shapes:
-        differs = sorted(k for k in {*shapes, *found} if shapes.get(k) != found.get(k))
+def _refuse_different(first: Policy, wanted: Tensors, policy: Policy, found: Tensors) -> None:
+    shapes, others = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (wanted, found))
+    if differs := sorted(name for name in {*shapes, *others} if shapes.get(name) != others.get(name)):
         raise SPPOError(f"{policy.weights} and {first.weights} have other weights: {', '.join(differs[:3])}")
     here, there = policy.tokenizer(), first.tokenizer()
     if here.get_vocab() != there.get_vocab() or here.chat_template != there.chat_template:
         raise SPPOError(f"{policy.weights} and {first.weights} have another tokenizer or chat template")
 
 
-def _mean_file(name: str, policies: list[Policy], target: Path) -> None:
-    """The mean of all tensors of the first model's file `name`."""
+def _mean_file(file: Path, others: list[Tensors], target: Path) -> None:
+    """The mean of all tensors of the first model's `file` and of the same tensors of the other models."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     made: dict[str, Any] = {}
-    with safe_open(policies[0].weights / name, "pt") as own:
+    with safe_open(file, "pt") as own:
         for key in own.keys():  # noqa: SIM118 - it is no dictionary
             tensor = own.get_tensor(key)
             total = tensor.to(torch.float64)
-            for policy in policies[1:]:
-                with safe_open(policy.weights / _file_of(policy.weights, key), "pt") as other:
+            for tensors in others:
+                with safe_open(tensors[key].file, "pt") as other:
                     total += other.get_tensor(key).to(torch.float64)
-            made[key] = (total / len(policies)).to(tensor.dtype)
+            made[key] = (total / (1 + len(others))).to(tensor.dtype)
         save_file(made, target, metadata=own.metadata())
-
-
-def _file_of(directory: Path, key: str) -> str:
-    """The file of a model that holds a tensor."""
-    index = directory / "model.safetensors.index.json"
-    return read_json(index)["weight_map"][key] if index.exists() else "model.safetensors"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.command.memory import main_memory
-from sppo.models.files import json_object, parameters, weight_files, weight_shapes
+from sppo.models.files import StoredTensor, json_object, parameters, stored_tensors, weight_files
 from sppo.models.loading import ROUNDED, ROUNDED_HALF, load_causal_lm, some_ids, token_logps
 from sppo.models.policy import Policy
 from sppo.models.shape import stored_bytes
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _PARTS = ("language_model", "text_model")  # names of the text part inside a model with pictures
+_HALF = ("BF16", "F16")  # as safetensors names them
 _SHARD = 4 << 30  # bytes of the tensors in one file of those that are put back
 
 
@@ -47,8 +48,10 @@ def check_saved(final: Path, source: Policy, wanted: torch.Tensor, is_half: bool
     """
     import torch
 
-    is_half = is_half or bool({"BF16", "F16"} & set(_Weights(final).dtypes.values()))
-    if 2 * 4 * parameters(weight_shapes(final)) > main_memory():  # in float32, with as much again for the loading
+    stored = stored_tensors(final)
+    is_half = is_half or any(tensor.dtype in _HALF for tensor in stored.values())
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if 2 * 4 * parameters(shapes) > main_memory():  # in float32, with as much again for the loading
         print("train: the saved model is not read back: main memory has no room for it", flush=True)
         return
     saved = dataclasses.replace(source, weights=final, adapter=None, tokenizer_dir=final)
@@ -72,13 +75,13 @@ def restore_untrained(source: Path, final: Path) -> None:
     """
     from safetensors.torch import load_file, save_file
 
-    kept = _Weights(source)
+    kept, saved = _Weights(source), stored_tensors(final)
     was, now = (json_object(directory / "config.json").get("model_type") for directory in (source, final))
     # where each saved tensor is in the source
-    names = {name: name for file in weight_files(final) for name in _Weights.of_file(file)}
+    names = {name: name for name in saved}
     if was != now:
-        names = _places(list(names), list(kept.files))
-        if lost := sorted(name for name, place in names.items() if place not in kept.files):
+        names = _places(list(names), list(kept.tensors))
+        if lost := sorted(name for name, place in names.items() if place not in kept.tensors):
             print(
                 f"train: the saved model is a {now}, the text part of the {was} alone, without the weights for "
                 f"pictures: {lost[0]} has no place in the whole one",
@@ -87,9 +90,9 @@ def restore_untrained(source: Path, final: Path) -> None:
             return
 
     for file in weight_files(final):
-        saved = _Weights.of_file(file)
-        exact = {name for name, dtype in saved.items() if kept.is_more_exact(names[name], dtype)}
-        if not exact and all(name == names[name] for name in saved):
+        here = [name for name, tensor in saved.items() if tensor.file == file]
+        exact = {name for name in here if kept.is_more_exact(names[name], saved[name].dtype)}
+        if not exact and all(name == names[name] for name in here):
             continue
         tensors = load_file(file)
         for name in exact:
@@ -98,7 +101,7 @@ def restore_untrained(source: Path, final: Path) -> None:
                 tensors[name] = original
         save_file({names[name]: tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     if was != now:
-        _take_over(kept, source, final, set(names.values()))
+        _take_over(kept, source, final, {names[name]: tensor.file for name, tensor in saved.items()})
 
 
 def _places(names: list[str], known: list[str]) -> dict[str, str]:
@@ -117,17 +120,20 @@ def _without_part(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in _PARTS)
 
 
-def _take_over(kept: _Weights, source: Path, final: Path, saved: set[str]) -> None:
-    """Put the source's tensors that are not among the `saved` ones into `final`, with its config and an index."""
+def _take_over(kept: _Weights, source: Path, final: Path, saved: dict[str, Path]) -> None:
+    """Put the source's tensors that are not among the `saved` ones into `final`, with its config and an index.
+
+    saved: the file of each tensor that is in `final`, by its name in the source.
+    """
     from safetensors.torch import save_file
 
     places = {}
     for number, file in enumerate(weight_files(final)):
         target = file.with_name(f"model-trained-{number:05d}.safetensors")
         file.rename(target)
-        places |= dict.fromkeys(_Weights.of_file(target), target.name)
+        places |= {name: target.name for name, place in saved.items() if place == file}
     tied = {"lm_head.weight"} if json_object(source / "config.json").get("tie_word_embeddings") else set()
-    for number, batch in enumerate(kept.batches(kept.files.keys() - saved - tied)):
+    for number, batch in enumerate(kept.batches(kept.tensors.keys() - saved.keys() - tied)):
         target = final / f"model-kept-{number:05d}.safetensors"
         save_file(batch, target, metadata={"format": "pt"})
         places |= dict.fromkeys(batch, target.name)
@@ -139,30 +145,18 @@ class _Weights:
     """The weights of a model, read one at a time."""
 
     def __init__(self, directory: Path) -> None:
-        self.files: dict[str, Path] = {}
-        self.dtypes: dict[str, str] = {}
-        for file in weight_files(directory):
-            dtypes = self.of_file(file)
-            self.dtypes |= dtypes
-            self.files |= dict.fromkeys(dtypes, file)
+        self.tensors: dict[str, StoredTensor] = stored_tensors(directory)
         self.is_half = stored_bytes(json_object(directory / "config.json")) == 2
-
-    @staticmethod
-    def of_file(file: Path) -> dict[str, str]:
-        """The precision of each tensor in a file, as safetensors names it."""
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as opened:
-            return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
 
     def is_more_exact(self, name: str, dtype: str) -> bool:
         """Whether the source, a model in half precision, has this tensor in float32, and `dtype` is half precision."""
-        return self.is_half and dtype in ("BF16", "F16") and self.dtypes.get(name) == "F32"
+        own = self.tensors.get(name)
+        return self.is_half and dtype in _HALF and own is not None and own.dtype == "F32"
 
     def read(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
-        with safe_open(self.files[name], "pt") as opened:
+        with safe_open(self.tensors[name].file, "pt") as opened:
             return opened.get_tensor(name)
 
     def batches(self, names: set[str]) -> Iterator[dict[str, torch.Tensor]]:

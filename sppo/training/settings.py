@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from pathlib import Path
 from sppo.cli import require_dir
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.importing import is_installed
+from sppo.models.dates import today
 from sppo.models.policy import Policy, open_policy, policy_of
 from sppo.recipe import Recipe, nearest
 from sppo.store.directories import refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
-from sppo.store.files import atomic, changed, digest
+from sppo.store.files import atomic, changed, digest, read_json
 from sppo.store.manifest import MANIFEST, Stage, read_manifest
 from sppo.training.checkpoints import refuse_another
 from sppo.training.dataset import dataset_file
@@ -131,6 +133,7 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
     output_dir = target_of(require_dir("--output_dir", recipe.model_dir))
     check_flags(recipe)
     steps = accumulation(recipe, processes)
+    recipe = _with_date(recipe, output_dir, overwrite)
     source, anchor = policy_of(recipe), None
     if recipe.anchor:
         if not recipe.anchor_model:
@@ -143,6 +146,7 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
     inputs = {"model": source.identity(), "dataset": digest(path)}
     settings = {"global_batch_size": recipe.batch_size * steps * processes}
     settings |= {k: getattr(recipe, k) for k in IDENTITY if k != "anchor" or recipe.anchor}  # older runs have none
+    settings |= source.date_identity(recipe.chat_template_kwargs)
     if anchor:
         inputs["anchor"] = anchor.identity()
     if recipe.loss_type == "kto_pair":
@@ -151,6 +155,19 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
     stage = Stage("train", output_dir / MANIFEST, [], inputs, settings)
     name = asked if asked.count("/") == 1 and not Path(asked).exists() else path.name
     return Training(recipe, overwrite, source, anchor, path, name, output_dir, processes, steps, stage)
+
+
+def _with_date(recipe: Recipe, output_dir: Path, overwrite: bool) -> Recipe:
+    """The recipe with the date for the template of rows without token ids: its own, or the one that the training here
+    began with. Today where none has begun; `overwrite` takes a killed try for begun, and a finished one not.
+
+    A training of an older version names none: then it stays empty, which is today at each start, as it was then.
+    """
+    places = [work_of(output_dir) / "identity.json", *([] if overwrite else [output_dir / MANIFEST])]
+    begun = [read_json(path) for path in places if path.exists()] if not recipe.date else []
+    if not begun or not isinstance(begun[0], dict):  # a damaged one is refused where it is compared
+        return dataclasses.replace(recipe, date=recipe.date or today())
+    return dataclasses.replace(recipe, date=begun[0].get("settings", {}).get("date", ""))
 
 
 def check_flags(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from sppo.command.importing import is_installed
 from sppo.command.progress import progress
 from sppo.command.stopping import end_if_asked, heard
 from sppo.evaluation.suites.suite import Figures, Order, SuiteJudge, figures_stage, finish
+from sppo.models.dates import clock
 from sppo.models.policy import Policy, policy_of
 from sppo.models.vllm import check_vllm, prepare_vllm, vllm_dtype
 from sppo.recipe import Recipe, read_yaml
@@ -149,6 +150,7 @@ def tasks_stage(order: Order, policy: Policy, names: list[str]) -> Stage:
     """The stage that makes figures.json and results.json."""
     engine = "vllm" if _uses_vllm(order.recipe, policy) else "transformers"
     settings = {"tasks": names, "chat": order.leaderboard == 2, "seed": order.recipe.seed, "engine": engine}
+    settings |= policy.date_identity({}) if order.leaderboard == 2 else {}
     return figures_stage(order, {"model": policy.identity()}, settings, ("results.json",))
 
 
@@ -212,7 +214,7 @@ def _engine(order: Order, policy: Policy) -> LM:
 
     recipe = order.recipe
     settings: dict[str, Any] = {"pretrained": str(policy.weights), "tokenizer": str(policy.tokenizer_dir)}
-    settings |= {"trust_remote_code": policy.remote_code}
+    settings |= {"trust_remote_code": policy.remote_code, "chat_template_args": clock(policy.tokenizer())}
     has_gpu = torch.cuda.is_available()
     if not _uses_vllm(recipe, policy):
         settings |= {"device": "cuda" if has_gpu else "cpu", "dtype": "auto", "batch_size": _BATCH}
