@@ -124,10 +124,10 @@ def answers_of(run_dir: Path, iteration: int) -> Path:
 def match_stage(judge: Recipe, judge_name: str, run_dir: Path, opponent: int, challenger: int) -> Stage:
     """The comparison of two iterations' answers by the ranker of the recipe `judge`, called `judge_name`."""
     challenging, opposing = answers_of(run_dir, challenger), answers_of(run_dir, opponent)
-    here = challenging.parent / f"against-iter{opponent}-{_file_name(judge, judge_name)}"
+    here, name = challenging.parent, f"against-iter{opponent}-{_file_name(judge, judge_name)}"  # may hold dots
     inputs = {"first": digest(opposing), "second": digest(challenging), "ranker": backend(judge).identity(judge)}
-    output = here.with_suffix(".parquet")
-    return Stage("match", here.with_suffix(".manifest.json"), [output], inputs, {}, here.with_suffix(".journal"))
+    output = here / f"{name}.parquet"
+    return Stage("match", here / f"{name}.manifest.json", [output], inputs, {}, here / f"{name}.journal")
 
 
 def _file_name(judge: Recipe, name: str) -> str:
