@@ -17,10 +17,10 @@ from test_matrix import answers, command
 from test_reward_model import make, one_by_one
 
 from sppo.command.errors import SPPOError, UsageError
+from sppo.evaluation import report
 from sppo.evaluation.match import judges, match_stage, shown
 from sppo.evaluation.page import figures
 from sppo.evaluation.page.gather import IterationRecord, RunRecord
-from sppo.evaluation.report import report_stage
 from sppo.launch.devices import CPU
 from sppo.preflight.evaluation import check_judge
 from sppo.preflight.facts import Machines, Run
@@ -133,7 +133,7 @@ def test_older_codes_files_and_identity_stay(tmp_path: Path, rankers: None) -> N
     stage = match_stage(judge, "shortest", run, 0, 1)
     assert stage.outputs == [run / "iter1/eval/against-iter0-shortest.parquet"]
     assert stage.inputs["ranker"] == identity
-    of_report = report_stage(recipe, run, 1)
+    of_report = report.report_stage(recipe, run, 1)
     assert of_report.settings == {"iteration": 1, "judge": "two_rankers:shortest"}
     assert of_report.inputs["judge"] == identity
 
@@ -192,6 +192,30 @@ def test_a_reward_model_judges_the_matrix(run: Path) -> None:
     gone = tiny.run(*command(run, "--judge=reward-model:./nowhere"), PYTHONPATH=str(run.parent))
     assert gone.returncode == 1
     assert "--judge reward-model:nowhere: ranker ./nowhere: no such directory" in gone.stderr
+
+
+def test_a_reward_model_judges_the_report(tmp_path: Path, rankers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures stand beside the ranker's under its own name; a wrong one is told before an answer is drawn."""
+    run, drawn = held_out(tmp_path / "run"), []
+    monkeypatch.setattr(
+        report, "_answers", lambda recipe, here: drawn.append(here) or here / "eval" / "responses.parquet"
+    )
+    directory = make(tmp_path / "rm-3.1", "llama")
+    recipe = Recipe(**FUNCTION, judge="reward-model:./nowhere", eval_prompts="p", eval_pairs=2)
+    with pytest.raises(SPPOError, match="^--judge reward-model:nowhere: ranker ./nowhere: no such directory"):
+        report.report(recipe, run, 1, "base")
+    assert not drawn
+    report.report(replace(recipe, judge=f"reward-model:{directory}"), run, 1, "base")
+    found, rates = read_json(run / "summary.json")[0], []
+    for n in range(4):
+        texts = ["x" * (1 + k + 4 * number) for number in (1, 0) for k in range(2)]
+        r = one_by_one(directory, [{"role": "user", "content": f"q{n}"}], texts)
+        rates += [1 / (1 + np.exp(-r[i, j])) for i in (0, 1) for j in (2, 3)]
+    assert found["reward-model-rm-3.1_win_rate"] == pytest.approx(np.mean(rates), abs=2e-4)
+    assert found["ranker_win_rate"] > 0.9  # the longer ones
+    assert "reward-model-rm-3.1_win_rate" in report.summary_table([found])[0]
+    by = report.comparing(replace(recipe, judge=f"reward-model:{directory}"), run, 1, "base")
+    assert report.report_stage(by, run, 1).is_current()
 
 
 def test_a_server_judges_the_matrix_and_need_not_be_there_again(run: Path, stub: tuple[type[Stub], str]) -> None:
