@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sppo.command.errors import UsageError
+from sppo.command.importing import is_installed
 from sppo.command.search_path import ROOT
 from sppo.command.values import expanded, refuse_secrets, require_plain_address
 
@@ -71,10 +72,10 @@ class Recipe:
     gpu_memory_utilization: float = _key(0.9, "share of each GPU's memory that vLLM may take", 0.05, 1)
     # ranking
     ranker: str = _key(
-        "llm-blender/PairRM", "preference model: a local directory, Hub id, module:function, or a judge's model name"
+        "llm-blender/PairRM", "preference model: a local directory, Hub id, module:name, or a judge's model name"
     )
     ranker_backend: Literal["auto", "function", "judge", "llm-blender", "pairrm", "reward-model"] = _key(
-        "auto", "what asks the ranker: auto is a function for module:function, pairrm for everything else"
+        "auto", "what asks the ranker: auto is function for module:name, pairrm for everything else"
     )
     ranker_revision: str = _key("", "branch, tag or commit of the ranker on the Hub")
     ranker_prompt: Literal["text", "templated"] = _key(
@@ -128,7 +129,10 @@ class Recipe:
     # report
     eval_prompts: str = _key("", "held-out prompts for the report after each iteration; empty: no report")
     eval_pairs: int = _key(2, "responses drawn for each held-out prompt", 2)
-    judge: str = _key("", "a second judge for the report, module:function(prompt, a, b) -> logit")
+    judge: str = _key(
+        "",
+        "a second judge for the report: reward-model:DIR_OR_ID, judge:NAME@URL, pairrm:..., or module:name of your own",
+    )
     measure: str = _key(
         "", "a measure for the report, module:function(prompt, answer) -> {name: numbers}; it shows each name's mean"
     )
@@ -203,6 +207,9 @@ KEYS: dict[str, Sequence[str]] = {
     ],
 }
 
+# `--judge`'s backends on a server, whose address stands behind their model's name
+_ON_A_SERVER = ("judge", "reward-server")
+_OWN = r"[\w.]+:\w+"  # module:name, a function or class of the user's
 _TYPES = typing.get_type_hints(Recipe)
 _FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
 
@@ -336,6 +343,8 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
 def _require_consistent(recipe: Recipe) -> None:
     """Raises UsageError for settings that contradict each other, whatever is done with them."""
     require_plain_address("--ranker_url", recipe.ranker_url)
+    if recipe.judge:
+        second_judge(recipe.judge)
     if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
         raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     parse_part(recipe.prompts_part)
@@ -363,6 +372,43 @@ def _is_date(text: str) -> bool:
         return bool(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) and date.fromisoformat(text))
     except ValueError:
         return False
+
+
+class SecondJudge(NamedTuple):
+    """What --judge names: the `ranker` that it is, by which `backend`, and a server's `url`."""
+
+    backend: str
+    ranker: str
+    url: str = ""
+
+
+def second_judge(text: str) -> SecondJudge:
+    """--judge, backend:ranker or module:name. Raises UsageError for what is neither, or shows more than an address."""
+    head, _, rest = text.partition(":")
+    backends = [name for name in typing.get_args(_TYPES["ranker_backend"]) if name != "auto"]
+    misspelt = head.replace("_", "-") in backends  # as if it were a module: reward_model
+    if re.fullmatch(_OWN, text) and (not misspelt or _is_module(head)):
+        return SecondJudge("function", text)
+    if head not in backends:
+        form = f"backend:ranker ({', '.join(backends)}), nor module:name of a function or class"
+        raise UsageError(f"--judge {text.partition('@')[0]}: not {form}{nearest(head, backends)}")
+
+    if head in _ON_A_SERVER:
+        served = re.fullmatch("(.+?)@(https?://.+)", rest)
+        if not served:
+            named = f"{head}:{rest.partition('@')[0]}"  # the rest may hold a key
+            raise UsageError(f"--judge {named}: its server is missing; {head}:NAME@http://localhost:8000/v1")
+        require_plain_address("--judge", served[2])
+        return SecondJudge(head, *served.groups())
+    if not rest.strip() or (head == "function" and not re.fullmatch(_OWN, rest)):
+        wanted = "module:name" if head == "function" else "the model's directory or Hub id"
+        raise UsageError(f"--judge {text}: {wanted} is missing behind {head}:")
+    return SecondJudge(head, rest)
+
+
+def _is_module(name: str) -> bool:
+    """Whether a backend's name is a Python module too: a user's judge.py was meant by judge:likes, and still is."""
+    return is_installed(name) or Path(f"{name}.py").is_file()
 
 
 def parse_part(text: str) -> tuple[int, int]:

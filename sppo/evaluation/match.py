@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +16,10 @@ import numpy as np
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.progress import progress
 from sppo.method.preference import Array, sigmoid
+from sppo.models.files import public_name
 from sppo.rankers import Ranker, backend, log_odds, pending_chunks
-from sppo.recipe import Recipe
-from sppo.schema import Message
+from sppo.recipe import Recipe, second_judge
+from sppo.schema import Message, content_id
 from sppo.store.files import digest
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage
@@ -46,18 +50,57 @@ class _Pairing(NamedTuple):
     opponent: list[dict[str, Any]]
 
 
-def judges(recipe: Recipe) -> dict[str, Recipe]:
-    """{"ranker": recipe, <judge's name>: the same recipe with --judge as its ranker}.
+# settings of --ranker that hold for the second judge too: how a PairRM reads a prompt, how a server is asked
+_SHARED = ("ranker_prompt", "ranker_concurrency", "ranker_timeout", "ranker_retries")
 
-    Raises UsageError for a judge of the name `ranker`, whose figures would replace the ranker's.
+
+def judges(recipe: Recipe) -> dict[str, Recipe]:
+    """{"ranker": recipe, <judge's name>: the same recipe with --judge as its ranker}. The name is safe in a file name.
+
+    What else is set of the ranker (its revision, its address) is not the judge's, which has the defaults there. Raises
+    UsageError for a judge of the name `ranker`, whose figures would replace the ranker's.
     """
     found = {"ranker": recipe}
-    if recipe.judge:
-        name = recipe.judge.partition(":")[2]
-        if name in found:
-            raise UsageError(f"--judge {recipe.judge}: the name {name} is the ranker's; give the function another name")
-        found[name] = dataclasses.replace(recipe, ranker=recipe.judge, ranker_backend="function")
+    if not recipe.judge:
+        return found
+    judge, usual = second_judge(recipe.judge), Recipe()
+    name = judge.ranker.partition(":")[2]
+    if judge.backend != "function":
+        model = re.sub(r"[^\w.-]+", "_", PurePath(judge.ranker).name, flags=re.ASCII)
+        name = f"{judge.backend}-{model[:60]}"
+    if name in found:
+        raise UsageError(f"--judge {recipe.judge}: the name {name} is the ranker's; give the function another name")
+    of_ranker = {field.name for field in dataclasses.fields(Recipe) if field.name.startswith(("ranker_", "judge_"))}
+    own = {key: getattr(usual, key) for key in of_ranker - {*_SHARED}}
+    own |= {"ranker": judge.ranker, "ranker_backend": judge.backend, "ranker_url": judge.url}
+    found[name] = dataclasses.replace(recipe, **own)
     return found
+
+
+def shown(judge: Recipe) -> str:
+    """What a judge's recipe is called in tables and settings: backend:model, without its server's address."""
+    if judge.ranker_backend == "function":
+        return judge.ranker
+    return f"{judge.ranker_backend}:{public_name(judge.ranker)}"
+
+
+def fetch_judge(recipe: Recipe) -> None:
+    """Get what the second judge needs. Raises SPPOError, which names --judge, where that cannot be had."""
+    for judge in judges(recipe).values():
+        if judge is not recipe:
+            with naming(judge):
+                backend(judge).fetch(judge)
+
+
+@contextlib.contextmanager
+def naming(judge: Recipe) -> Iterator[None]:
+    """Put --judge before what a backend says of it."""
+    try:
+        yield
+    except UsageError:  # it names the flag itself
+        raise
+    except SPPOError as error:
+        raise SPPOError(f"--judge {shown(judge)}: {error}") from None
 
 
 def iterations_of(run_dir: Path) -> list[int]:
@@ -81,17 +124,30 @@ def answers_of(run_dir: Path, iteration: int) -> Path:
 def match_stage(judge: Recipe, judge_name: str, run_dir: Path, opponent: int, challenger: int) -> Stage:
     """The comparison of two iterations' answers by the ranker of the recipe `judge`, called `judge_name`."""
     challenging, opposing = answers_of(run_dir, challenger), answers_of(run_dir, opponent)
-    here = challenging.parent / f"against-iter{opponent}-{judge_name}"
+    here, name = challenging.parent, f"against-iter{opponent}-{_file_name(judge, judge_name)}"  # may hold dots
     inputs = {"first": digest(opposing), "second": digest(challenging), "ranker": backend(judge).identity(judge)}
-    output = here.with_suffix(".parquet")
-    return Stage("match", here.with_suffix(".manifest.json"), [output], inputs, {}, here.with_suffix(".journal"))
+    output = here / f"{name}.parquet"
+    return Stage("match", here / f"{name}.manifest.json", [output], inputs, {}, here / f"{name}.journal")
+
+
+def _file_name(judge: Recipe, name: str) -> str:
+    """The name of a judge's files. Two models may have one name: in two directories, or on the Hub by two owners."""
+    is_plain = name == "ranker" or judge.ranker_backend == "function"
+    return name if is_plain else f"{name}-{content_id([judge.ranker_backend, judge.ranker])[:8]}"
 
 
 def match(
-    judge: Recipe, judge_name: str, run_dir: Path, opponent: int, challenger: int, overwrite: bool = False
+    judge: Recipe,
+    judge_name: str,
+    run_dir: Path,
+    opponent: int,
+    challenger: int,
+    overwrite: bool = False,
+    load: Callable[[], Ranker] | None = None,
 ) -> Match:
     """Compare every response of one with every response of the other, both ways round; keep it, and return it.
 
+    load: gives the ranker, where it is loaded once for several matches.
     A journal keeps what a killed try had compared. Raises SPPOError where the two answer different prompts.
     """
     stage = match_stage(judge, judge_name, run_dir, opponent, challenger)
@@ -99,7 +155,8 @@ def match(
     if stage.make_ready(overwrite):
         stage.begin()
         journal = stage.open_journal()
-        _compare(judge, pairings, journal, f"{judge_name}: iteration {challenger} against {opponent}")
+        label = f"{judge_name}: iteration {challenger} against {opponent}"
+        _compare(load or partial(backend(judge).load, judge), pairings, journal, label)
         made = ({"prompt_id": each.prompt_id, **journal.read(each.prompt_id)} for each in pairings)
         stage.finish({"prompts": write_parquet(stage.outputs[0], _schema(), made)}, ranker=judge.ranker)
         journal.remove()
@@ -112,14 +169,11 @@ def match(
     )
 
 
-def _compare(judge: Recipe, pairings: list[_Pairing], journal: Journal, label: str) -> None:
+def _compare(load: Callable[[], Ranker], pairings: list[_Pairing], journal: Journal, label: str) -> None:
     """Put {"probability": (n, m)} of every prompt that the journal lacks into it."""
 
     def is_done(pairing: _Pairing) -> bool:
         return pairing.prompt_id in journal.done
-
-    def load() -> Ranker:
-        return backend(judge).load(judge)
 
     with progress(len(pairings), label, "prompt", len(journal.done)) as bar:
         for ranker, asked in pending_chunks(pairings, is_done, _CHUNK, load):

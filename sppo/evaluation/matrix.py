@@ -6,6 +6,7 @@ is the sigmoid of half the difference of the two logits, so the matrix and its t
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,18 @@ from numpy.typing import NDArray
 
 from sppo.command.errors import SPPOError
 from sppo.command.progress import columns
-from sppo.evaluation.match import Match, answers_of, iterations_of, judges, match, match_stage
+from sppo.evaluation.match import (
+    Match,
+    answers_of,
+    fetch_judge,
+    iterations_of,
+    judges,
+    match,
+    match_stage,
+    shown,
+)
 from sppo.method.preference import Array, sigmoid
+from sppo.rankers import backend
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json, write_json
@@ -62,6 +73,14 @@ def match_stages(recipe: Recipe, run_dir: Path) -> dict[str, Stage]:
     }
 
 
+def _is_compared(recipe: Recipe, run_dir: Path) -> bool:
+    """Whether nothing is left to compare, so that nobody has to be there to ask."""
+    try:
+        return all(stage.is_current() for stage in match_stages(recipe, run_dir).values())
+    except SPPOError:  # a ranker or judge that cannot be had
+        return False
+
+
 def matrix_stage(recipe: Recipe, run_dir: Path) -> Stage:
     """The stage that puts the matches together. Raises SPPOError where one is not there."""
     matches = {label: stage.outputs[0] for label, stage in match_stages(recipe, run_dir).items()}
@@ -77,10 +96,13 @@ def win_matrix(recipe: Recipe, run_dir: Path, overwrite: bool = False) -> dict[s
     """Compare what is not yet compared, write <run_dir>/matrix.json, and return what is in it."""
     recipe = pinned(recipe, run_dir / "iter1" / "data")
     models, by_name = models_of(run_dir), judges(recipe)
+    if overwrite or not _is_compared(recipe, run_dir):
+        fetch_judge(recipe)  # so that a wrong one is an error now, and not after the ranker's work
     played: dict[str, Matches] = {}
     for name, judge in by_name.items():
+        load = functools.cache(functools.partial(backend(judge).load, judge))
         played[name] = {
-            (a, b): match(judge, name, run_dir, models[a], models[b], overwrite)
+            (a, b): match(judge, name, run_dir, models[a], models[b], overwrite, load)
             for a, b in itertools.combinations(range(len(models)), 2)
         }
     stage = matrix_stage(recipe, run_dir)
@@ -108,7 +130,7 @@ def _tables(models: list[int], by_name: dict[str, Recipe], played: dict[str, Mat
         "prompts": len(against_first[0].probability),
         **made["ranker"],
         "mean_tokens": [round(float(x.mean()), 2) for x in lengths],
-        "judge": {"name": by_name[second[0]].ranker, **made[second[0]]} if second else None,
+        "judge": {"name": shown(by_name[second[0]]), **made[second[0]]} if second else None,
         "von_neumann": {"mixture": np.maximum(mixture, 0).round(4).tolist(), "value": round(value, 4)},
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from sppo.command.progress import columns
 from sppo.evaluation.answers import draw
-from sppo.evaluation.match import iterations_of, judges, match
+from sppo.evaluation.match import fetch_judge, iterations_of, judges, match, shown
 from sppo.evaluation.matrix import interval
 from sppo.evaluation.measures import measure
 from sppo.rankers import backend
@@ -37,13 +37,14 @@ def report_stage(by: Recipe, run_dir: Path, iteration: int) -> Stage:
     """The stage that compares the answers of iteration's model with the base's; both exist. `by`: see comparing."""
     here = run_dir / f"iter{iteration}"
     answers = {"before": run_dir / "iter0/eval/responses.parquet", "after": here / "eval/responses.parquet"}
-    asked = {("ranker" if one is by else "judge"): backend(one).identity(one) for one in judges(by).values()}
+    judging = judges(by).values()
+    asked = {("ranker" if one is by else "judge"): backend(one).identity(one) for one in judging}
     return Stage(
         "report",
         here / "eval" / "report.manifest.json",
         [here / "eval" / "report.json"],
         inputs={**{k: digest(p) for k, p in answers.items()}, **asked},
-        settings={"iteration": iteration, "judge": by.judge},
+        settings={"iteration": iteration, "judge": "".join(shown(one) for one in judging if one is not by)},
         remade=True,
     )
 
@@ -53,13 +54,12 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, overwrite: 
 
     Raises SPPOError where another ranker or judge has compared these answers; `overwrite`: they are compared again.
     """
-    if recipe.judge:
-        judges(recipe)
-        load_function(recipe.judge, "--judge")  # so that a wrong name is an error now, and not after the work
+    here = run_dir / f"iter{iteration}"
+    if overwrite or not (here / "eval" / "report.manifest.json").exists():
+        fetch_judge(recipe)  # so that a wrong one is an error now, and not after the work
     if recipe.measure:
         load_function(recipe.measure, "--measure")
     before = _answers(drawing(recipe, base, recipe.model_revision), run_dir / "iter0")
-    here = run_dir / f"iter{iteration}"
     after = _answers(drawing(recipe, str(here / "model")), here)
     by = comparing(recipe, run_dir, iteration, base)
     stage = report_stage(by, run_dir, iteration)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from sppo.evaluation.match import judges
+from sppo.evaluation.match import judges, naming, shown
 from sppo.evaluation.measures import ask, refuse_taken
+from sppo.preflight.facts import Machines, Run
 from sppo.preflight.findings import Look, ok
-from sppo.rankers import TRIAL, ask_trial
-from sppo.rankers.function import FunctionRanker, load_function
+from sppo.preflight.ranking import fetch_ranker, try_ranker
+from sppo.rankers import TRIAL
+from sppo.rankers.function import load_function
 from sppo.recipe import Recipe
 from sppo.schema import prompt_text
 
 
-def check_judge(recipe: Recipe) -> Look[None]:
-    name = recipe.judge
-    if not name:
-        return
-    judges(recipe)  # raises where it is called as the ranker is
-    (answer,) = ask_trial(FunctionRanker(load_function(name, "--judge"), name), [TRIAL], f"--judge {name}")
-    yield ok(f"--judge {name} answers a trial pair ({answer:.3g})")
+def check_judge(run: Run, machines: Machines) -> Look[None]:
+    """The same looks as at the ranker: it is fetched, and asked where that does not take long."""
+    for judge in judges(run.recipe).values():
+        if judge is not run.recipe:
+            told = f"--judge {shown(judge)}"
+            with naming(judge):
+                found = yield from fetch_ranker(judge, told)
+            yield from try_ranker(run, found, machines, told, told)
 
 
 def check_measure(recipe: Recipe) -> Look[None]:

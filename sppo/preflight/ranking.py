@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from sppo import rankers
+from sppo.command.errors import SPPOError
 from sppo.models.files import parameters, weight_files, weight_shapes
 from sppo.preflight.facts import Machines, PromptSet, Ranker, Run
-from sppo.preflight.findings import Look, no, note, ok, parameters_text, size
+from sppo.preflight.findings import Finding, Look, no, note, ok, parameters_text, size
 from sppo.rankers import TRIAL, ask_trial
+from sppo.rankers.function import load_function
 from sppo.rankers.pairrm import prompt_renderer
 from sppo.rankers.pinning import pinned
+from sppo.recipe import Recipe
+from sppo.schema import Pair
 
 _SMALL_RANKER = 4 << 30  # bytes on disk up to which a ranker is loaded to see that it can be
+_BOTH_WAYS: list[Pair] = [TRIAL, (TRIAL[0], TRIAL[2], TRIAL[1])]
 
 
 def look_at_ranker(run: Run) -> Look[Ranker]:
     """Fetch the ranker and read its size. Raises SPPOError where it cannot be had."""
     recipe = pinned(run.recipe, run.run_dir / "iter1" / "data")
+    return (yield from fetch_ranker(recipe, recipe.ranker))
+
+
+def fetch_ranker(recipe: Recipe, told: str) -> Look[Ranker]:
+    """Fetch a recipe's ranker, called `told`, and read its size. Raises SPPOError where it cannot be had."""
     module = rankers.backend(recipe)
     kind = module.__name__.rpartition(".")[2]
     where = Path(module.fetch(recipe))
     if kind == "judge":
-        yield ok(f"{recipe.ranker} at {recipe.ranker_url} answers a trial question")
+        yield ok(f"{told} at {recipe.ranker_url} answers a trial question")
     if kind in ("judge", "function"):
         return Ranker(recipe, module, kind)
     on_disk = sum(f.stat().st_size for f in weight_files(where))
@@ -32,23 +46,10 @@ def look_at_ranker(run: Run) -> Look[Ranker]:
 
 
 def check_ranker(run: Run, found: Ranker, machines: Machines, tokenizer: Any, prompts: list[PromptSet]) -> Look[None]:
-    """Load the ranker where it is small, and ask it something."""
-    if found.kind == "judge":
+    """Load the ranker where it is small, and ask it something; count what it reads only in part."""
+    ranker = yield from try_ranker(run, found, machines, found.recipe.ranker, f"--ranker {found.recipe.ranker}")
+    if ranker is None:
         return
-    recipe = found.recipe
-    told = recipe.ranker
-    if found.parameters:
-        told += f": {parameters_text(found.parameters)}, {size(found.on_disk)}"
-        room = min((free for _, free in machines.cards.values()), default=0)
-        if machines.cards and 2 * found.parameters > room:
-            yield no(f"{told}; {size(room)} of GPU memory is free, and each GPU loads all of it")
-        if found.on_disk > _SMALL_RANKER:
-            yield ok(f"{told}; its config, tokenizer and files are whole; not loaded, which would take long")
-            return
-    # on the CPU, with the prompt as text: the policy's weights may not be here yet
-    ranker = found.backend.load(dataclasses.replace(recipe, ranker_prompt="text"))
-    one, other = ask_trial(ranker, [TRIAL, (TRIAL[0], TRIAL[2], TRIAL[1])], f"--ranker {recipe.ranker}")
-    yield ok(f"{told}; it loads and answers a trial pair ({one:.3g}, {other:.3g} the other way round)")
 
     # prompts that it reads only in part
     inputs = getattr(ranker, "inputs", None)
@@ -61,3 +62,51 @@ def check_ranker(run: Run, found: Ranker, machines: Machines, tokenizer: Any, pr
             yield note(f"{made.which}: the ranker reads {cut} of {made.usable} prompts in part{limit}")
         elif limit:
             yield ok(f"{made.which}: the ranker reads all of each prompt{limit}")
+
+
+def try_ranker(run: Run, found: Ranker, machines: Machines, told: str, which: str) -> Look[Any]:
+    """Load a ranker where it is small, and ask it something. Returns it; None where this process does not have it.
+
+    told, which: what it is called, and the same with its flag.
+    """
+    if found.kind == "judge":
+        return None
+    recipe = found.recipe
+    if found.kind == "function" and isinstance(load_function(recipe.ranker, which), type):
+        yield _try_class(run, recipe, told, which)
+        return None
+    if found.parameters:
+        told += f": {parameters_text(found.parameters)}, {size(found.on_disk)}"
+        room = min((free for _, free in machines.cards.values()), default=0)
+        if machines.cards and 2 * found.parameters > room:
+            yield no(f"{told}; {size(room)} of GPU memory is free, and each GPU loads all of it")
+        if found.on_disk > _SMALL_RANKER:
+            yield ok(f"{told}; its config, tokenizer and files are whole; not loaded, which would take long")
+            return None
+    # on the CPU, with the prompt as text: the policy's weights may not be here yet
+    ranker = found.backend.load(dataclasses.replace(recipe, ranker_prompt="text"))
+    yield _answers(told, ask_trial(ranker, _BOTH_WAYS, which))
+    return ranker
+
+
+def _answers(told: str, logits: list[float]) -> Finding:
+    one, other = logits
+    return ok(f"{told}; it loads and answers a trial pair ({one:.3g}, {other:.3g} the other way round)")
+
+
+def _try_class(run: Run, recipe: Recipe, told: str, which: str) -> Finding:
+    """Ask a class of the user's. It may be large and may want its GPU, so a process of its own makes it, and ends."""
+    if run.cluster is not None:
+        return note(f"{told}; it is made on the cluster's machines, and was not tried here")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        try:
+            logits = apart.submit(_trial, recipe, run.gpus[0], which).result()
+        except BrokenProcessPool:
+            raise SPPOError(f"{which}: the process that made it and asked it a trial pair was killed") from None
+    return _answers(told, logits)
+
+
+def _trial(recipe: Recipe, device: str, which: str) -> list[float]:
+    """A class's logits of a trial pair, on a device as sppo.launch.devices names it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
+    return ask_trial(rankers.backend(recipe).load(recipe), _BOTH_WAYS, which)

@@ -105,7 +105,7 @@ def examine(run: Run) -> Examined:
         learn("ranker", ranking.check_ranker(run, ranker, machines, tokenizer, prompts))
     if run.reports:
         learn("report", generation.check_held_out(recipe, model, tokenizer))
-        learn("report", evaluation.check_judge(recipe))
+        learn("report", evaluation.check_judge(run, machines))
         learn("report", evaluation.check_measure(recipe))
     learn("Hub", hub.check_hub(run))
     if run.trains:

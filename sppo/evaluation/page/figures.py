@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from sppo.method.preference import Array
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
+_WIDTH = 48  # letters of a plot's width: a judge's name may be longer
 _INK = "#123457"  # replaced by currentColor
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for all kinds of sight
 _STYLE: dict[RcKeyType, Any] = {
@@ -43,7 +45,7 @@ def _picture(title: str, draw: Callable[[Axes], None], height: float = 2.9) -> s
         figure = Figure(figsize=(4.6, height), layout="constrained")
         axis = figure.subplots()
         draw(axis)
-        axis.set_title(title, loc="left")
+        axis.set_title(textwrap.fill(title, _WIDTH), loc="left")
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
@@ -76,7 +78,7 @@ def win_rates(runs: list[RunRecord]) -> list[str]:
             x = np.array([p[0] for p in points]) + 0.04 * number  # beside each other, so that intervals can be read
             y = 100 * np.array([p[1] for p in points])
             error = np.abs(100 * np.array([p[2] for p in points]).T - y)
-            axis.errorbar(x, y, error, marker="o", capsize=3, label=label)
+            axis.errorbar(x, y, error, marker="o", capsize=3, label=textwrap.fill(label, _WIDTH))
         axis.axhline(50, color=_INK, linestyle=":", linewidth=1)
         _iterations(axis, [p[0] for _, points in lines for p in points], "wins, %")
         axis.legend(fontsize=9)
