@@ -56,7 +56,10 @@ def judges(recipe: Recipe) -> dict[str, Recipe]:
         name = recipe.judge.partition(":")[2]
         if name in found:
             raise UsageError(f"--judge {recipe.judge}: the name {name} is the ranker's; give the function another name")
-        found[name] = dataclasses.replace(recipe, ranker=recipe.judge, ranker_backend="function")
+        # --ranker_temperature is of the ranker's logits; the judge's are on a scale of their own
+        found[name] = dataclasses.replace(
+            recipe, ranker=recipe.judge, ranker_backend="function", ranker_temperature=1.0
+        )
     return found
 
 
@@ -84,7 +87,9 @@ def match_stage(judge: Recipe, judge_name: str, run_dir: Path, opponent: int, ch
     here = challenging.parent / f"against-iter{opponent}-{judge_name}"
     inputs = {"first": digest(opposing), "second": digest(challenging), "ranker": backend(judge).identity(judge)}
     output = here.with_suffix(".parquet")
-    return Stage("match", here.with_suffix(".manifest.json"), [output], inputs, {}, here.with_suffix(".journal"))
+    # the file holds probabilities, so that another temperature compares again
+    settings = {} if judge.ranker_temperature == 1 else {"ranker_temperature": judge.ranker_temperature}
+    return Stage("match", here.with_suffix(".manifest.json"), [output], inputs, settings, here.with_suffix(".journal"))
 
 
 def match(
@@ -123,7 +128,7 @@ def _compare(judge: Recipe, pairings: list[_Pairing], journal: Journal, label: s
 
     with progress(len(pairings), label, "prompt", len(journal.done)) as bar:
         for ranker, asked in pending_chunks(pairings, is_done, _CHUNK, load):
-            for pairing, block in zip(asked, _blocks(ranker, asked), strict=True):
+            for pairing, block in zip(asked, _blocks(ranker, asked, judge.ranker_temperature), strict=True):
                 if not is_done(pairing):
                     journal.add(pairing.prompt_id, {"probability": block.tolist()})
                     bar.update()
@@ -152,10 +157,10 @@ def _pairings(challenger: Path, opponent: Path) -> list[_Pairing]:
     return [_Pairing(key, row["prompt"], new[key]["responses"], row["responses"]) for key, row in old.items()]
 
 
-def _blocks(ranker: Ranker, pairings: list[_Pairing]) -> Iterator[Array]:
+def _blocks(ranker: Ranker, pairings: list[_Pairing], temperature: float) -> Iterator[Array]:
     """P(challenger's i beats opponent's j), (n, m), of each prompt, from both orders of each pair."""
     pairs = [(p.prompt, a["text"], b["text"]) for p in pairings for a in p.challenger for b in p.opponent]
-    found = sigmoid(log_odds(ranker, pairs))
+    found = sigmoid(log_odds(ranker, pairs) / temperature)
     start = 0
     for pairing in pairings:
         n, m = len(pairing.challenger), len(pairing.opponent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from sppo.command.progress import progress
 from sppo.method import preference, winrates
 from sppo.pairing.join import Rankings, hash64, prompt_ids
 from sppo.pairing.statistics import Statistics
+from sppo.rankers import estimator_of
 from sppo.recipe import Recipe
 from sppo.schema import content_id, training_schema
 from sppo.store.files import atomic_together, digest
@@ -33,9 +35,12 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
     """The stage that makes the training set of the responses and rankings in $DATA. Raises SPPOError without them."""
     responses = require_responses(output_dir)
     shards = ranking_files(output_dir)
-    settings = {k: getattr(recipe, k) for k in ("pairs", "estimator", "test_size", "seed", "keep_degenerate")}
-    if recipe.length_penalty:  # manifests from before there was one do not name it
-        settings["length_penalty"] = recipe.length_penalty
+    settings = {k: getattr(recipe, k) for k in ("pairs", "test_size", "seed", "keep_degenerate")}
+    settings["estimator"] = estimator_of(recipe, shards)  # the one that is used, not `auto`
+    # manifests from before there were these do not name them
+    for key in ("length_penalty", "ranker_temperature"):
+        if getattr(recipe, key) != getattr(Recipe, key):
+            settings[key] = getattr(recipe, key)
     return Stage(
         "compute_prob",
         output_dir / "train.manifest.json",
@@ -66,6 +71,7 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
         stage.discard()  # the old ones may go now that new ones can be made
     stage.begin()
     statistics = Statistics()
+    recipe = dataclasses.replace(recipe, estimator=stage.settings["estimator"])
     pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
     written = _write(train, test, pairs, held_out, statistics)
     counts = {"train": written[0], "test": written[1], **statistics.summary()}
@@ -73,6 +79,8 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     print(f"compute_prob: {train}")
     for key, value in counts.items():
         print(f"  {key}: {json.dumps(value)}")
+    if said := statistics.scale.warning(recipe.ranker_temperature):
+        print(f"compute_prob: warning: {said}")
 
 
 def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -187,6 +195,7 @@ def _pair(
 
     # the win rates, and by them the best and the worst response
     scores = preference.mean_scores(logits)  # (N, K)
+    logits = logits / recipe.ranker_temperature
     judged = winrates.penalised(logits, lengths, recipe.length_penalty) if recipe.length_penalty else logits
     probability = preference.probability(judged, recipe.estimator)  # (N, K, K)
     win_rates = winrates.win_rates(probability)  # (N, K)
@@ -207,6 +216,7 @@ def _pair(
             statistics.dropped[reason] += int((kept & found).sum())
             kept &= ~found
     statistics.add_ranked(logits, probability, scores, win_rates, lengths)
+    statistics.scale.add(probability, preference.log_odds(logits, recipe.estimator))
     statistics.add_pairs(rates[:, kept])
 
     made = {

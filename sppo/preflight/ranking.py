@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sppo import rankers
+from sppo.method.preference import estimator_for, log_odds, probability
 from sppo.models.files import parameters, weight_files, weight_shapes
+from sppo.pairing.scale import Scale
 from sppo.preflight.facts import Machines, PromptSet, Ranker, Run
 from sppo.preflight.findings import Look, no, note, ok, parameters_text, size
 from sppo.rankers import TRIAL, ask_trial
 from sppo.rankers.pairrm import prompt_renderer
 from sppo.rankers.pinning import pinned
+from sppo.store.parquet import read_rows
 
+_SAMPLE = 512  # prompts whose pairs are looked at, where some are ranked
 _SMALL_RANKER = 4 << 30  # bytes on disk up to which a ranker is loaded to see that it can be
 
 
@@ -29,6 +36,28 @@ def look_at_ranker(run: Run) -> Look[Ranker]:
         return Ranker(recipe, module, kind)
     on_disk = sum(f.stat().st_size for f in weight_files(where))
     return Ranker(recipe, module, kind, parameters(weight_shapes(where)), on_disk)
+
+
+def check_scale(run: Run, found: Ranker) -> Look[None]:
+    """Whether --estimator suits the ranker, and what is known of its scale: of pairs that are ranked already."""
+    recipe, backend = run.recipe, found.kind.replace("_", "-")
+    if recipe.estimator == "released" and estimator_for(backend) != "released":
+        yield note(
+            "--estimator released is made for PairRM's scores, and doubles the differences of another ranker's; "
+            "--estimator paper takes them as they are, and auto takes what suits the ranker"
+        )
+    ranking = run.run_dir / "iter1" / "data" / "ranking"
+    files = sorted(ranking.glob("*.parquet"))[:1]
+    if not files or not run.makes_data:
+        return
+    scale = Scale()
+    for row in itertools.islice(read_rows(files[0], ["logits"]), _SAMPLE):
+        logits = np.array([row["logits"]], dtype=np.float64) / recipe.ranker_temperature
+        if np.isfinite(logits).all():
+            estimator = estimator_for(backend) if recipe.estimator == "auto" else recipe.estimator
+            scale.add(probability(logits, estimator), log_odds(logits, estimator))
+    if said := scale.warning(recipe.ranker_temperature):
+        yield note(f"of {scale.pairs} pairs that iteration 1 has ranked: {said}")
 
 
 def check_ranker(run: Run, found: Ranker, machines: Machines, tokenizer: Any, prompts: list[PromptSet]) -> Look[None]:

@@ -103,6 +103,7 @@ def examine(run: Run) -> Examined:
         ranker = learn("ranker", ranking.look_at_ranker(run))
     if ranker:
         learn("ranker", ranking.check_ranker(run, ranker, machines, tokenizer, prompts))
+        learn("ranker", ranking.check_scale(run, ranker))
     if run.reports:
         learn("report", generation.check_held_out(recipe, model, tokenizer))
         learn("report", evaluation.check_judge(recipe))
