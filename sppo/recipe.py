@@ -91,6 +91,14 @@ class Recipe:
     length_penalty: float = _key(
         0.0, "L: log-odds that a response loses for each mean length that it is longer than the other; 0: none", 0, 100
     )
+    select: Literal["best_worst", "best_random", "best_2sd"] = _key(
+        "best_worst",
+        "the rejected response: the worst, a random other one, or the one nearest to two standard deviations below the "
+        "mean score",
+    )
+    min_margin: float = _key(
+        0.0, "drop pairs whose two win rates, chosen less rejected, are less than this apart; 0: none", 0, 1
+    )
     test_size: float = _key(0, "prompts held out into test.parquet: a count, or a share below 1", 0)
     keep_degenerate: bool = _key(False, "keep pairs without a preference: same text, or all scores equal")
     # training
@@ -187,7 +195,7 @@ KEYS: dict[str, Sequence[str]] = {
     "preload": ["data_dir", *(key for key in _ASKING if key != "trust_remote_code")],
     "rank": ["data_dir", "pairs", *_ASKING, *_RANKING],
     "compute_prob": (
-        "data_dir pairs estimator ranker_temperature length_penalty test_size seed keep_degenerate"
+        "data_dir pairs estimator ranker_temperature length_penalty select min_margin test_size seed keep_degenerate"
     ).split(),
     "push_to_hub": ["data_dir", "model_dir", "org", "name", "public", "push_model"],
     "train": (

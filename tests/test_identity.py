@@ -351,7 +351,7 @@ ANOTHER: dict[str, Any] = {
     **{"seed": 7, "prompt_seeds": False, "system_prompt": "Be brief.", "chat_template_kwargs": {"a": 1}},
     **{"trust_remote_code": True, "gpu_memory_utilization": 0.5, "batch_tokens": 64},
     **{"ranker_concurrency": 3, "ranker_timeout": 5.0, "ranker_retries": 1, "ranker_url": "http://b/v1"},
-    **{"ranker_temperature": 2.0, "ranker_system": "drop"},
+    **{"ranker_temperature": 2.0, "ranker_system": "drop", "select": "best_2sd", "min_margin": 0.25},
     **{"estimator": "paper", "length_penalty": 0.5, "test_size": 2, "keep_degenerate": True, "ranker_prompt": "text"},
     **{"loss_type": "ipo", "beta": 0.5, "anchor": 0.3, "label_smoothing": 0.1, "learning_rate": 0.5, "optim": "sgd"},
     **{"lr_scheduler_type": "cosine", "warmup_ratio": 0.5, "num_train_epochs": 2.0, "schedule_epochs": 3.0},

@@ -97,7 +97,7 @@ def _settings(train: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[st
         shown |= {key: ranker[key] for key in ("ranker_prompt", "ranker_system") if key in ranker}
     settings = train["settings"]
     shown |= {"K": settings["pairs"], "seed": shown.get("seed", settings["seed"])}
-    keys = ("estimator", "ranker_temperature", "length_penalty", "test_size", "keep_degenerate")
+    keys = ("estimator", "ranker_temperature", "length_penalty", "select", "min_margin", "test_size", "keep_degenerate")
     return shown | {key: settings[key] for key in keys if key in settings}
 
 
