@@ -48,6 +48,11 @@ class Recipe:
     split_prompts: bool = _key(False, "give each iteration its own disjoint part of one prompt set")
     iterations: int = _key(3, "iterations of generate, rank, train", 1)
     pairs: int = _key(5, "K, the responses drawn for each prompt; at least 2 can be ranked", 1)
+    extra_responses: str = _key(
+        "",
+        "answers of other models, ranked beside the drawn ones: .parquet, .jsonl or .csv with prompt_id, and response "
+        "or responses, the same number for each prompt; {iter} is the iteration's number",
+    )
     seed: int = _key(42, "seed of sampling, hold-out and training order", 0, 2**31)
     # generation
     engine: Literal["auto", "vllm", "transformers"] = _key("auto", "auto takes vllm where it is installed")
@@ -190,8 +195,11 @@ _PROCESSES = "gpus launcher world_size shards nodes ray_address".split()
 # The settings that each script reads; its --help shows them first.
 KEYS: dict[str, Sequence[str]] = {
     "launch": [*_PROCESSES, "accelerate_config"],
-    "generate": ["data_dir", "prompts", "prompts_revision", "prompts_part", "pairs", "world_size", *_DRAWING],
-    "combine_generate": ["data_dir", "pairs"],
+    "generate": [
+        *("data_dir", "prompts", "prompts_revision", "prompts_part", "pairs", "extra_responses", "world_size"),
+        *_DRAWING,
+    ],
+    "combine_generate": ["data_dir", "pairs", "extra_responses", "model", "model_revision", "trust_remote_code"],
     "preload": ["data_dir", *(key for key in _ASKING if key != "trust_remote_code")],
     "rank": ["data_dir", "pairs", *_ASKING, *_RANKING],
     "compute_prob": (

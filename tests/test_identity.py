@@ -321,6 +321,8 @@ NO_SYSTEM = {"ranker_system": "for rankers with a chat template of their own; a 
 ACCUMULATES = {"batch_size": "a step's gradient is a sum over its rows, and the identity holds how many these are"}
 OWN = "the suite has its own"
 ELSEWHERE: dict[str, dict[str, str]] = {
+    "generate": {"extra_responses": "only looked at here, and joined where the shards are put together"},
+    "combine": dict.fromkeys(("model", "trust_remote_code"), "asked for the tokenizer, which must be the shards' own"),
     "rank, a function": NO_TEMPLATE,
     "rank, PairRM and the text": TEXT,
     "rank, PairRM": NO_SYSTEM,
@@ -460,7 +462,7 @@ ANCHOR = {"anchor": 0.1, "anchor_model": "model"}
 # by name: the script, the stages that do its work, the settings to begin with; what is changed in another way
 SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
     "generate": ("generate", drawn_identity, {}, {}),
-    "combine": ("combine_generate", lambda r, w: [combine_stage(w / "data", 1, r.pairs)], {}, {}),
+    "combine": ("combine_generate", lambda r, w: [combine_stage(w / "data", 1, r.pairs, r.extra_responses)], {}, {}),
     "rank, a function": (
         "rank",
         rank_identity,
@@ -502,6 +504,7 @@ def test_each_setting_is_in_the_identity_of_what_it_decides(name: str, world: Pa
     """Or it stands in ELSEWHERE, with a reason. A flag that contradicts another one is another scenario's to decide."""
     script, stages, settings, others = SCENARIOS[name]
     paths = {"ranker": "PairRM2", "model": "model2", "anchor_model": "model2", "prompts": "p2.jsonl"}
+    paths["extra_responses"] = "p.jsonl"
     others = {**ANOTHER, **paths, "eval_prompts": "p2.jsonl", "ranker_backend": "llm-blender", **others}
 
     def found(key: str, value: Any) -> Any:

@@ -53,12 +53,13 @@ def generate_shards(recipe: Recipe, output_dir: Path, shards: list[Slice], overw
     stages = [source.stage(output_dir, shard) for shard in shards]
     missing = [stage for stage in stages if stage.make_ready(overwrite)]
     if missing:
+        source.check_extras()
         lay_out(output_dir / "responses", shards[0].count(total), overwrite)
         first, last = shards[0].data_frac, shards[-1].data_frac
         _generate(source, missing, f"shard {first}" if first == last else f"shards {first} to {last}")
 
     if len(shards) == shards[0].numgpu == 1 and stages[0].settings["rows"] == [0, total]:
-        combine(output_dir, 1, recipe.pairs, overwrite)
+        combine(output_dir, 1, recipe.pairs, overwrite, recipe=recipe)
 
 
 def _generate(source: Source, stages: list[Stage], label: str) -> None:

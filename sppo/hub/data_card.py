@@ -109,6 +109,8 @@ def _counts(counts: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[str
         shown["prompts"] = asked["prompts"]
         shown |= {f"skipped: {reason}": n for reason, n in asked["skipped"].items()}
         shown |= {"prompts answered": asked["written"], "responses": asked["responses"]}
+        if "extra_responses" in asked:
+            shown["answers of other models"] = asked["extra_responses"]
         shown |= {"tokens in responses": asked["response_tokens"], "responses cut at maxlen": asked["cut_at_maxlen"]}
     shown["prompts ranked"] = counts["prompts"]
     if ranked:

@@ -25,7 +25,7 @@ from sppo.store.files import atomic_together, digest
 from sppo.store.manifest import Stage
 from sppo.store.parquet import RowGroups, open_parquet, read_batches
 from sppo.store.rankings import check_rankings, ranking_files
-from sppo.store.responses import require_responses, responses_columns
+from sppo.store.responses import Count, require_responses, responses_columns, responses_each
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +37,8 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
     """The stage that makes the training set of the responses and rankings in $DATA. Raises SPPOError without them."""
     responses = require_responses(output_dir)
     shards = ranking_files(output_dir)
-    settings = {k: getattr(recipe, k) for k in ("pairs", "test_size", "seed", "keep_degenerate")}
+    settings = {k: getattr(recipe, k) for k in ("test_size", "seed", "keep_degenerate")}
+    settings["pairs"] = responses_each(output_dir, recipe.pairs).total
     settings["estimator"] = estimator_of(recipe, shards)  # the one that is used, not `auto`
     # manifests from before there were these do not name them
     for key in ("length_penalty", "ranker_temperature", "select", "min_margin"):
@@ -65,7 +66,8 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     check_rankings(shards, responses, stage.inputs["responses"])
     if not overwrite and not stage.make_ready():
         return
-    rankings = Rankings(shards, recipe.pairs)
+    each = responses_each(output_dir, recipe.pairs)
+    rankings = Rankings(shards, each.total)
     if not len(rankings):
         raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
     rows, held_out = _match(responses, rankings, recipe)
@@ -74,7 +76,7 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     stage.begin()
     statistics = Statistics()
     recipe = dataclasses.replace(recipe, estimator=stage.settings["estimator"])
-    pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
+    pairs = _pairs(responses, schema, rankings, rows, each, recipe, statistics)
     written = _write(train, test, pairs, held_out, statistics)
     counts = {"train": written[0], "test": written[1], **statistics.summary()}
     stage.finish(counts)
@@ -155,6 +157,7 @@ def _pairs(
     schema: pa.Schema,
     rankings: Rankings,
     rows: NDArray[np.int64],
+    each: Count,
     recipe: Recipe,
     statistics: Statistics,
 ) -> Iterator[tuple[pa.RecordBatch, NDArray[np.int64]]]:
@@ -172,10 +175,10 @@ def _pairs(
             batch, numbers = where(finite, where(ranked, batch)), numbers[ranked][finite]
 
             counts = batch.column("responses").value_lengths().fill_null(0).to_numpy()
-            wrong = np.flatnonzero(counts != recipe.pairs)
+            wrong = np.flatnonzero(counts != each.total)
             if len(wrong):
                 name, count = batch.column("prompt_id")[wrong[0]], counts[wrong[0]]
-                raise SPPOError(f"{responses}: prompt {name} has {count} responses, not --pairs {recipe.pairs}")
+                raise SPPOError(f"{responses}: prompt {name} has {count} responses, not {each}")
 
             pairs, kept = _pair(batch, logits[finite], recipe, statistics)
             yield where(kept, pairs), numbers[kept]

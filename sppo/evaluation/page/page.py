@@ -212,6 +212,7 @@ def _data_table(run: RunRecord) -> list[list[str]]:
         ("prompts answered", lambda i: i.drawn["written"]),
         ("prompts skipped", lambda i: sum(i.drawn["skipped"].values())),
         ("responses", lambda i: i.drawn["responses"]),
+        ("answers of other models", lambda i: i.drawn["extra_responses"]),
         ("responses cut at maxlen, %", lambda i: 100 * i.drawn["cut_at_maxlen"] / max(i.drawn["responses"], 1)),
         ("pairs to train on", lambda i: i.paired["train"]),
         ("pairs dropped", lambda i: sum(i.paired["dropped"].values())),
