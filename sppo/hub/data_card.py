@@ -49,7 +49,7 @@ def data_card(repo: str, tag: str, splits: list[str], output_dir: Path) -> str:
         ],
     )
     if "test" in splits:
-        what = "the best and the worst response to each prompt, with their win rates: what a policy is trained on"
+        what = "the best and a worse response to each prompt, with their win rates: what a policy is trained on"
         columns = {c: MEANING[c] for c in open_parquet(output_dir / "train.parquet", []).schema_arrow.names}
     else:
         what = f"all K = {k} responses to each prompt, with their win rates against each other"

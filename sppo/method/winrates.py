@@ -42,7 +42,7 @@ def random_other(chosen: NDArray[np.intp], draws: NDArray[np.uint64], k: int) ->
 def two_deviations_below(scores: Array, chosen: NDArray[np.intp]) -> NDArray[np.intp]:
     """The response, not the chosen one, whose score is nearest to mean - 2 standard deviations: (N, K), (N,) -> (N,).
 
-    arXiv 2502.16825, section 4: best against worst gets worse as K grows, because the worst of many is an accident. The
+    arXiv 2502.16825: best against worst gets worse as K grows, because the worst of many is an accident. The
     deviation is that of the K scores themselves, so no score of K <= 5 is below it, and it picks the worst there. The
     unit and the zero of the scores do not matter. The first one wins a tie.
     """

@@ -57,7 +57,7 @@ def look_at_batch(recipe: Recipe, config: AccelerateConfig) -> Look[int]:
     return rows
 
 
-def check_memory(run: Run, machines: Machines, shape: Shape, config: AccelerateConfig, extra: int) -> Look[None]:
+def check_memory(run: Run, machines: Machines, shape: Shape, config: AccelerateConfig, extra: int = 0) -> Look[None]:
     """extra: each prompt's answers of other models, which sppo_all trains on too."""
     if not run.cpu and not machines.cards:
         return
