@@ -298,6 +298,16 @@ def test_what_is_missing_is_said_before_anything_is_drawn(recipe: Recipe, tmp_pa
     assert not list(out.glob("responses/*"))
 
 
+def test_an_overwrite_that_cannot_be_joined_keeps_what_was_drawn(recipe: Recipe, tmp_path: Path) -> None:
+    """generate.py --overwrite deleted the shards first, and then found that the file is not there."""
+    out = tmp_path / "out"
+    drawn(recipe, out)
+    before = tiny.contents(out)
+    with pytest.raises(SPPOError, match="no such file"):
+        generate_shards(replace(recipe, extra_responses="nowhere.jsonl"), out, [Slice(0, 0)], True)
+    assert tiny.contents(out) == before
+
+
 def test_the_preflight_checks_ids_and_counts_what_is_ranked(models: Path, tmp_path: Path) -> None:
     """K = 3 and E = 2: 40 prompts x 5 x 4 comparisons. Each iteration has its own file by {iter}."""
     flags = flags_of(models, tmp_path)

@@ -123,7 +123,6 @@ def _choose(recipe: Recipe, out: Path, rows: list[Row]) -> dict[str, Best]:
     texts = {row["prompt_id"]: _texts(row) for row in rows}
     files, responses = ranking_files(out), out / "responses.parquet"
     check_rankings(files, responses, digest(responses))
-
     estimator = estimator_of(recipe, files)
 
     found = {}

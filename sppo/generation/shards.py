@@ -51,9 +51,9 @@ def generate_shards(recipe: Recipe, output_dir: Path, shards: list[Slice], overw
     source = Source.of(recipe)
     total = len(source.prompts)
     stages = [source.stage(output_dir, shard) for shard in shards]
+    source.check_extras()  # before --overwrite deletes anything
     missing = [stage for stage in stages if stage.make_ready(overwrite)]
     if missing:
-        source.check_extras()
         lay_out(output_dir / "responses", shards[0].count(total), overwrite)
         first, last = shards[0].data_frac, shards[-1].data_frac
         _generate(source, missing, f"shard {first}" if first == last else f"shards {first} to {last}")
