@@ -2,7 +2,8 @@
 
     python scripts/combine_generate.py --output_dir runs/x/iter1/data --numgpu 8
 
-Reads   <output_dir>/responses/shard-*.parquet with their manifests.
+Reads   <output_dir>/responses/shard-*.parquet with their manifests; with --extra_responses that file, and the tokenizer
+        of --model (default: the model that drew the responses).
 Writes  <output_dir>/responses.parquet and its manifest.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
@@ -31,7 +32,7 @@ def main() -> None:
     shards = len(args.gpu_ids.split(",")) if args.gpu_ids else args.numgpu
     if shards is None:
         shards = known_count(data_dir / "responses") or 1
-    combine(data_dir, shards, recipe.pairs, args.overwrite, args.frac_len)
+    combine(data_dir, shards, recipe.pairs, args.overwrite, args.frac_len, recipe)
     refuse_other_prompts(data_dir, cli.prompts_by_hand(parser, args))
 
 

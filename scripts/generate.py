@@ -41,6 +41,7 @@ def main() -> None:
         source = Source.of(with_date(recipe, data_dir, args.overwrite))
         if not args.overwrite:
             source.refuse_others(data_dir, args.frac_len)
+        source.check_extras()
         print(f"generate: {len(source.prompts)} prompts")
         return
     shards = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]

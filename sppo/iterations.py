@@ -71,6 +71,7 @@ def iteration(recipe: Recipe, number: int) -> Recipe:
         name=f"{recipe.name}-iter{number}",
         iteration=number,
         prompts=recipe.prompts.replace("{iter}", str(number)),
+        extra_responses=recipe.extra_responses.replace("{iter}", str(number)),
         prompts_part=f"{number - 1}/{recipe.iterations}" if recipe.split_prompts else "0/1",
         seed=recipe.seed + number - 1,
         data_dir=str(here / "data"),
@@ -161,8 +162,11 @@ def is_done(step: Stages, refuse: bool = False) -> bool:
 # The stages of one iteration, from its recipe
 
 
-def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
-    """The stages of generation: each shard, and the shards put together. Raises SPPOError where none has begun."""
+def drawing_stages(recipe: Recipe, data_dir: Path, extra_responses: str = "") -> Stages:
+    """The stages of generation: each shard, and the shards put together, with a file of other models' answers if any.
+
+    Raises SPPOError where none has begun.
+    """
     from sppo.generation.combine import combine_stage
     from sppo.generation.source import Source, with_date
 
@@ -171,7 +175,7 @@ def drawing_stages(recipe: Recipe, data_dir: Path) -> Stages:
         raise SPPOError(f"{data_dir} is not begun")
     source = Source.of(with_date(recipe, data_dir))
     yield [source.stage(data_dir, Slice(0, i, count)) for i in range(count)]
-    yield [combine_stage(data_dir, count, recipe.pairs)]
+    yield [combine_stage(data_dir, count, recipe.pairs, extra_responses)]
 
 
 def data_stages(recipe: Recipe) -> Stages:
@@ -182,7 +186,7 @@ def data_stages(recipe: Recipe) -> Stages:
 
     data_dir = Path(recipe.data_dir)
     recipe = pinned(recipe, _first_data(recipe))
-    yield from drawing_stages(recipe, data_dir)
+    yield from drawing_stages(recipe, data_dir, recipe.extra_responses)
     count = known_count(data_dir / "ranking") or 1  # not begun: then one that is not current
     yield [rank_stage(recipe, data_dir, Slice(0, i, count)) for i in range(count)]
     yield [pairing_stage(recipe, data_dir)]

@@ -50,6 +50,11 @@ class Recipe:
     split_prompts: bool = _key(False, "give each iteration its own disjoint part of one prompt set")
     iterations: int = _key(3, "iterations of generate, rank, train", 1)
     pairs: int = _key(5, "K, the responses drawn for each prompt; at least 2 can be ranked", 1)
+    extra_responses: str = _key(
+        "",
+        "answers of other models, ranked beside the drawn ones: .parquet, .jsonl or .csv with prompt_id, and response "
+        "or responses, the same number for each prompt; {iter} is the iteration's number",
+    )
     seed: int = _key(42, "seed of sampling, hold-out and training order", 0, 2**31)
     # generation
     engine: Literal["auto", "vllm", "transformers"] = _key("auto", "auto takes vllm where it is installed")
@@ -81,15 +86,31 @@ class Recipe:
     ranker_prompt: Literal["text", "templated"] = _key(
         "templated", "what a PairRM reads as the prompt: its text, or the policy's chat template around it"
     )
+    ranker_system: Literal["keep", "drop"] = _key(
+        "keep", "the prompt's system turn, for a ranker with a chat template: drop leaves it out, as some cards ask for"
+    )
     batch_tokens: int = _key(16384, "tokens in one batch of the ranker, padding included", 1)
     ranker_url: str = _key("", "a judge's OpenAI-compatible server: http://localhost:8000/v1")
     ranker_concurrency: int = _key(32, "requests that a judge's server gets at once from each shard", 1)
     ranker_timeout: float = _key(120, "seconds that a judge's answer may take", 1e-3)
     ranker_retries: int = _key(5, "how often a request to a judge is sent again when it fails", 0)
     # pairs
-    estimator: Literal["released", "paper"] = _key("released", "how win rates follow from the ranker's logits")
+    estimator: Literal["auto", "released", "paper"] = _key(
+        "released", "how win rates follow from the ranker's logits; auto is released for a PairRM, paper for all others"
+    )
+    ranker_temperature: float = _key(
+        1.0, "T: the ranker's logits are divided by it, before they are preferences; above 1 makes these softer", 1e-12
+    )
     length_penalty: float = _key(
         0.0, "L: log-odds that a response loses for each mean length that it is longer than the other; 0: none", 0, 100
+    )
+    select: Literal["best_worst", "best_random", "best_2sd"] = _key(
+        "best_worst",
+        "the rejected response: the worst, a random other one, or the one nearest to two standard deviations below the "
+        "mean score",
+    )
+    min_margin: float = _key(
+        0.0, "drop pairs whose two win rates, chosen less rejected, are less than this apart; 0: none", 0, 1
     )
     test_size: float = _key(0, "prompts held out into test.parquet: a count, or a share below 1", 0)
     keep_degenerate: bool = _key(False, "keep pairs without a preference: same text, or all scores equal")
@@ -169,11 +190,14 @@ class Recipe:
 # Settings that no longer exist, with their defaults. The recipe.yaml of an older run names them.
 _REMOVED = {"fused_attention": False}
 
+# Backends that read a conversation in the ranker's own chat template, through rankers/reading.py.
+_READS_SYSTEM = ("reward-model", "gpm", "reward-server")
+
 _ASKING = (
     "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs "
     "trust_remote_code"
 ).split()
-_RANKING = "model model_revision date ranker_prompt batch_tokens ranker_concurrency".split()
+_RANKING = "model model_revision date ranker_prompt ranker_system batch_tokens ranker_concurrency".split()
 _DRAWING = (
     "model model_revision trust_remote_code prompt_column prompt_split maxlen engine temperature top_p seed "
     "prompt_seeds system_prompt chat_template_kwargs date gpu_memory_utilization"
@@ -182,11 +206,16 @@ _PROCESSES = "gpus launcher world_size shards nodes ray_address".split()
 # The settings that each script reads; its --help shows them first.
 KEYS: dict[str, Sequence[str]] = {
     "launch": [*_PROCESSES, "accelerate_config"],
-    "generate": ["data_dir", "prompts", "prompts_revision", "prompts_part", "pairs", "world_size", *_DRAWING],
-    "combine_generate": ["data_dir", "pairs"],
+    "generate": [
+        *("data_dir", "prompts", "prompts_revision", "prompts_part", "pairs", "extra_responses", "world_size"),
+        *_DRAWING,
+    ],
+    "combine_generate": ["data_dir", "pairs", "extra_responses", "model", "model_revision", "trust_remote_code"],
     "preload": ["data_dir", *(key for key in _ASKING if key != "trust_remote_code")],
     "rank": ["data_dir", "pairs", *_ASKING, *_RANKING],
-    "compute_prob": ["data_dir", "pairs", "estimator", "length_penalty", "test_size", "seed", "keep_degenerate"],
+    "compute_prob": (
+        "data_dir pairs estimator ranker_temperature length_penalty select min_margin test_size seed keep_degenerate"
+    ).split(),
     "push_to_hub": ["data_dir", "model_dir", "org", "name", "public", "push_model"],
     "train": (
         "dataset model_dir iteration model model_revision trust_remote_code prompts_revision "
@@ -197,12 +226,18 @@ KEYS: dict[str, Sequence[str]] = {
         "chat_template_kwargs date use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
     ).split(),
     "best_of_n": list(
-        dict.fromkeys([*_PROCESSES, "prompts", "prompts_revision", "estimator", *_DRAWING, *_ASKING, *_RANKING])
+        dict.fromkeys(
+            [
+                *(*_PROCESSES, "prompts", "prompts_revision", "estimator", "ranker_temperature"),
+                *(*_DRAWING, *_ASKING, *_RANKING),
+            ]
+        )
     ),
-    "win_matrix": ["run_dir", "judge", *dict.fromkeys([*_ASKING, *_RANKING])],
+    "win_matrix": ["run_dir", "judge", "ranker_temperature", *dict.fromkeys([*_ASKING, *_RANKING])],
     "evaluate": [*_PROCESSES, *(key for key in _DRAWING if key not in ("prompt_column", "prompt_split"))],
     "report": [
         *("run_dir", "iteration", *_PROCESSES, "eval_prompts", "eval_pairs", "judge", "measure", "base_perplexity"),
+        "ranker_temperature",
         *dict.fromkeys([*_DRAWING, *_ASKING, *_RANKING]),
     ],
 }
@@ -345,6 +380,11 @@ def _require_consistent(recipe: Recipe) -> None:
     require_plain_address("--ranker_url", recipe.ranker_url)
     if recipe.judge:
         second_judge(recipe.judge)
+    if recipe.ranker_system == "drop" and recipe.ranker_backend not in _READS_SYSTEM:
+        raise UsageError(
+            f"--ranker_system drop is for --ranker_backend {', '.join(_READS_SYSTEM)}, which read a prompt in a chat "
+            f"template of their own; --ranker_backend {recipe.ranker_backend} does not"
+        )
     if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
         raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     parse_part(recipe.prompts_part)

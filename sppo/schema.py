@@ -65,21 +65,22 @@ REQUIRED = {
 MEANING = {
     "prompt_id": "the prompt's id, the same in all files; rows are joined by it, never by their position",
     "prompt": "the conversation up to the response, as messages {role, content}",
-    "responses": "the K responses: text, token_ids (the stop token included), finish_reason (stop or length), logps "
-    "(for a sample of the prompts: the engine's log-probability of each token, before temperature and top_p)",
+    "responses": "the K responses, those of other models last: text, token_ids (the stop token included), "
+    "finish_reason (stop or length), logps (for a sample of the prompts: the engine's log-probability of each token, "
+    "before temperature and top_p)",
     "prompt_token_ids": "the prompt as the policy read it",
     "tokenizer": "fingerprint of the tokenizer that made the token ids",
     "logits": "K x K; row i, column j: how strongly the ranker prefers response i to j when i is shown first",
     "scores": "one score a response: the mean over j of logits[i][j] - logits[j][i]",
     "chosen": "the conversation with the best response",
-    "rejected": "the conversation with the worst response",
+    "rejected": "the conversation with the worst response, or with what --select took instead",
     "chosen_probs": "P(chosen > rejected)",
     "chosen_probs_win": "P(chosen > policy): the chosen response's mean win rate over the K responses",
     "chosen_probs_lose": "P(rejected > policy): the rejected response's mean win rate over the K responses",
     "chosen_index": "which of the K responses is the chosen one",
     "rejected_index": "which of the K responses is the rejected one",
-    "probability": "K x K win rates, row against column, after any length penalty",
-    "rm_scores": "the ranking's scores, without any length penalty",
+    "probability": "K x K win rates, row against column, after any temperature and length penalty",
+    "rm_scores": "the ranking's scores, without any temperature or length penalty",
 }
 
 

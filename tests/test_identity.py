@@ -313,16 +313,21 @@ ALWAYS = {
     "ranker_url": "the same judge may be served anywhere",
 }
 NO_TEMPLATE = dict.fromkeys(
-    "model trust_remote_code ranker_prompt chat_template_kwargs date".split(),
+    "model trust_remote_code ranker_prompt ranker_system chat_template_kwargs date".split(),
     "this ranker reads no template of the policy's",
 )
 TEXT = {key: "the ranker reads the prompt's text" for key in NO_TEMPLATE if key != "ranker_prompt"}
+NO_SYSTEM = {"ranker_system": "for rankers with a chat template of their own; a recipe with it is refused here"}
 ACCUMULATES = {"batch_size": "a step's gradient is a sum over its rows, and the identity holds how many these are"}
 OWN = "the suite has its own"
 ELSEWHERE: dict[str, dict[str, str]] = {
+    "generate": {"extra_responses": "only looked at here, and joined where the shards are put together"},
+    "combine": dict.fromkeys(("model", "trust_remote_code"), "asked for the tokenizer, which must be the shards' own"),
     "rank, a function": NO_TEMPLATE,
     "rank, PairRM and the text": TEXT,
-    "rank, a reward model": {key: reason for key, reason in NO_TEMPLATE.items() if key != "date"},
+    "rank, PairRM": NO_SYSTEM,
+    "rank, a reward model": {k: reason for k, reason in NO_TEMPLATE.items() if k not in ("date", "ranker_system")},
+    **dict.fromkeys(("best_of_n", "report", "win matrix"), NO_SYSTEM),
     "rank, a judge": {key: reason for key, reason in NO_TEMPLATE.items() if key != "chat_template_kwargs"},
     "train": ACCUMULATES,
     "train, sigmoid": ACCUMULATES,
@@ -348,6 +353,7 @@ ANOTHER: dict[str, Any] = {
     **{"seed": 7, "prompt_seeds": False, "system_prompt": "Be brief.", "chat_template_kwargs": {"a": 1}},
     **{"trust_remote_code": True, "gpu_memory_utilization": 0.5, "batch_tokens": 64},
     **{"ranker_concurrency": 3, "ranker_timeout": 5.0, "ranker_retries": 1, "ranker_url": "http://b/v1"},
+    **{"ranker_temperature": 2.0, "ranker_system": "drop", "select": "best_2sd", "min_margin": 0.25},
     **{"estimator": "paper", "length_penalty": 0.5, "test_size": 2, "keep_degenerate": True, "ranker_prompt": "text"},
     **{"loss_type": "ipo", "beta": 0.5, "anchor": 0.3, "label_smoothing": 0.1, "learning_rate": 0.5, "optim": "sgd"},
     **{"lr_scheduler_type": "cosine", "warmup_ratio": 0.5, "num_train_epochs": 2.0, "schedule_epochs": 3.0},
@@ -457,7 +463,7 @@ ANCHOR = {"anchor": 0.1, "anchor_model": "model"}
 # by name: the script, the stages that do its work, the settings to begin with; what is changed in another way
 SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
     "generate": ("generate", drawn_identity, {}, {}),
-    "combine": ("combine_generate", lambda r, w: [combine_stage(w / "data", 1, r.pairs)], {}, {}),
+    "combine": ("combine_generate", lambda r, w: [combine_stage(w / "data", 1, r.pairs, r.extra_responses)], {}, {}),
     "rank, a function": (
         "rank",
         rank_identity,
@@ -499,6 +505,7 @@ def test_each_setting_is_in_the_identity_of_what_it_decides(name: str, world: Pa
     """Or it stands in ELSEWHERE, with a reason. A flag that contradicts another one is another scenario's to decide."""
     script, stages, settings, others = SCENARIOS[name]
     paths = {"ranker": "PairRM2", "model": "model2", "anchor_model": "model2", "prompts": "p2.jsonl"}
+    paths["extra_responses"] = "p.jsonl"
     others = {**ANOTHER, **paths, "eval_prompts": "p2.jsonl", "ranker_backend": "llm-blender", **others}
 
     def found(key: str, value: Any) -> Any:

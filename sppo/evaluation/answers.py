@@ -19,7 +19,8 @@ def draw(recipe: Recipe, out: Path, logs: Path, name: str, overwrite: bool | Non
 
     overwrite: None where the command that asks has no such flag for its answers.
     """
-    recipe = dataclasses.replace(recipe, data_dir=str(out))
+    # what other models answer to the training's prompts has no place here
+    recipe = dataclasses.replace(recipe, data_dir=str(out), extra_responses="")
     told = {NO_OVERWRITE: "1"} if overwrite is None else {}
     launch(recipe, "generate", logs, name, bool(overwrite), **told)
     call("combine_generate", settings(recipe, "combine_generate"), name, bool(overwrite), **told)

@@ -15,10 +15,10 @@ import numpy as np
 
 from sppo.command.errors import SPPOError
 from sppo.evaluation.answers import call, draw, launch, settings
-from sppo.method.preference import probability
+from sppo.method.preference import estimator_for, probability
 from sppo.method.winrates import ordering_score
 from sppo.models.files import public_name
-from sppo.rankers import backend
+from sppo.rankers import backend, estimator_of
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.schema import Message, prompt_text
@@ -93,17 +93,21 @@ def best_of_n(recipe: Recipe, out: Path, overwrite: bool, load_prompts: Callable
 
 def best_stage(recipe: Recipe, out: Path) -> Stage:
     """The stage that chooses among the responses in `out`."""
+    ranker = backend(recipe).identity(recipe)
+    settings: dict[str, Any] = {
+        "n": recipe.pairs,
+        "method": "full comparison",  # a knock-out, which there was once, chose otherwise
+        "seed": recipe.seed,
+        "estimator": estimator_for(ranker["backend"]) if recipe.estimator == "auto" else recipe.estimator,
+    }
+    if recipe.ranker_temperature != 1:  # manifests from before there was one do not name it
+        settings["ranker_temperature"] = recipe.ranker_temperature
     return Stage(
         "best_of_n",
         out / "best.manifest.json",
         [out / name for name in ("best.parquet", "best.jsonl", "best.alpaca.json")],
-        {"responses": digest(out / "responses.parquet"), "ranker": backend(recipe).identity(recipe)},
-        {
-            "n": recipe.pairs,
-            "method": "full comparison",  # a knock-out, which there was once, chose otherwise
-            "seed": recipe.seed,
-            "estimator": recipe.estimator,
-        },
+        {"responses": digest(out / "responses.parquet"), "ranker": ranker},
+        settings,
     )
 
 
@@ -119,13 +123,14 @@ def _choose(recipe: Recipe, out: Path, rows: list[Row]) -> dict[str, Best]:
     texts = {row["prompt_id"]: _texts(row) for row in rows}
     files, responses = ranking_files(out), out / "responses.parquet"
     check_rankings(files, responses, digest(responses))
+    estimator = estimator_of(recipe, files)
 
     found = {}
     for path in files:
         for row in read_rows(path, ["prompt_id", "logits"]):
-            logits = np.array([row["logits"]], dtype=np.float64)  # (1, n, n)
-            index = int(ordering_score(logits, recipe.estimator)[0].argmax())
-            against_all = probability(logits, recipe.estimator)[0, index].sum()  # with 1/2 against itself
+            logits = np.array([row["logits"]], dtype=np.float64) / recipe.ranker_temperature  # (1, n, n)
+            index = int(ordering_score(logits, estimator)[0].argmax())
+            against_all = probability(logits, estimator)[0, index].sum()  # with 1/2 against itself
             win_rate = float((against_all - 0.5) / (logits.shape[-1] - 1))
             same = sum(a == b for a, b in itertools.combinations(texts[row["prompt_id"]], 2))
             equal = int(np.triu(logits[0] == logits[0].T, 1).sum())

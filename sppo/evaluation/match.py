@@ -126,8 +126,10 @@ def match_stage(judge: Recipe, judge_name: str, run_dir: Path, opponent: int, ch
     challenging, opposing = answers_of(run_dir, challenger), answers_of(run_dir, opponent)
     here, name = challenging.parent, f"against-iter{opponent}-{_file_name(judge, judge_name)}"  # may hold dots
     inputs = {"first": digest(opposing), "second": digest(challenging), "ranker": backend(judge).identity(judge)}
+    # the file holds probabilities, so that another temperature compares again
+    settings = {} if judge.ranker_temperature == 1 else {"ranker_temperature": judge.ranker_temperature}
     output = here / f"{name}.parquet"
-    return Stage("match", here / f"{name}.manifest.json", [output], inputs, {}, here / f"{name}.journal")
+    return Stage("match", here / f"{name}.manifest.json", [output], inputs, settings, here / f"{name}.journal")
 
 
 def _file_name(judge: Recipe, name: str) -> str:
@@ -156,7 +158,8 @@ def match(
         stage.begin()
         journal = stage.open_journal()
         label = f"{judge_name}: iteration {challenger} against {opponent}"
-        _compare(load or partial(backend(judge).load, judge), pairings, journal, label)
+        ranker = load or partial(backend(judge).load, judge)
+        _compare(ranker, judge.ranker_temperature, pairings, journal, label)
         made = ({"prompt_id": each.prompt_id, **journal.read(each.prompt_id)} for each in pairings)
         stage.finish({"prompts": write_parquet(stage.outputs[0], _schema(), made)}, ranker=judge.ranker)
         journal.remove()
@@ -169,7 +172,9 @@ def match(
     )
 
 
-def _compare(load: Callable[[], Ranker], pairings: list[_Pairing], journal: Journal, label: str) -> None:
+def _compare(
+    load: Callable[[], Ranker], temperature: float, pairings: list[_Pairing], journal: Journal, label: str
+) -> None:
     """Put {"probability": (n, m)} of every prompt that the journal lacks into it."""
 
     def is_done(pairing: _Pairing) -> bool:
@@ -177,7 +182,7 @@ def _compare(load: Callable[[], Ranker], pairings: list[_Pairing], journal: Jour
 
     with progress(len(pairings), label, "prompt", len(journal.done)) as bar:
         for ranker, asked in pending_chunks(pairings, is_done, _CHUNK, load):
-            for pairing, block in zip(asked, _blocks(ranker, asked), strict=True):
+            for pairing, block in zip(asked, _blocks(ranker, asked, temperature), strict=True):
                 if not is_done(pairing):
                     journal.add(pairing.prompt_id, {"probability": block.tolist()})
                     bar.update()
@@ -206,10 +211,10 @@ def _pairings(challenger: Path, opponent: Path) -> list[_Pairing]:
     return [_Pairing(key, row["prompt"], new[key]["responses"], row["responses"]) for key, row in old.items()]
 
 
-def _blocks(ranker: Ranker, pairings: list[_Pairing]) -> Iterator[Array]:
+def _blocks(ranker: Ranker, pairings: list[_Pairing], temperature: float) -> Iterator[Array]:
     """P(challenger's i beats opponent's j), (n, m), of each prompt, from both orders of each pair."""
     pairs = [(p.prompt, a["text"], b["text"]) for p in pairings for a in p.challenger for b in p.opponent]
-    found = sigmoid(log_odds(ranker, pairs))
+    found = sigmoid(log_odds(ranker, pairs) / temperature)
     start = 0
     for pairing in pairings:
         n, m = len(pairing.challenger), len(pairing.opponent)

@@ -39,12 +39,16 @@ def report_stage(by: Recipe, run_dir: Path, iteration: int) -> Stage:
     answers = {"before": run_dir / "iter0/eval/responses.parquet", "after": here / "eval/responses.parquet"}
     judging = judges(by).values()
     asked = {("ranker" if one is by else "judge"): backend(one).identity(one) for one in judging}
+    judge = "".join(shown(one) for one in judging if one is not by)
+    settings: dict[str, Any] = {"iteration": iteration, "judge": judge}
+    if by.ranker_temperature != 1:  # manifests from before there was one do not name it
+        settings["ranker_temperature"] = by.ranker_temperature
     return Stage(
         "report",
         here / "eval" / "report.manifest.json",
         [here / "eval" / "report.json"],
         inputs={**{k: digest(p) for k, p in answers.items()}, **asked},
-        settings={"iteration": iteration, "judge": "".join(shown(one) for one in judging if one is not by)},
+        settings=settings,
         remade=True,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -9,30 +10,38 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import SPPOError, UsageError
+from sppo.generation.extras import Extras, Templater, extras_file
 from sppo.generation.prompts import fingerprint, load_prompts
+from sppo.models import chat
+from sppo.models.policy import policy_of
 from sppo.recipe import Recipe
 from sppo.schema import responses_schema
 from sppo.store.files import digest
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import read_rows, write_parquet
-from sppo.store.responses import require_responses
+from sppo.store.responses import EXTRA, require_responses
 from sppo.store.shards import known_count, shard_paths
 
 
-def combine_stage(output_dir: Path, numgpu: int, pairs: int) -> Stage:
+def combine_stage(output_dir: Path, numgpu: int, pairs: int, extra_responses: str = "") -> Stage:
     """The stage that makes $DATA/responses.parquet of the shards 0..numgpu-1, which are there."""
     shards = [shard_paths(output_dir / "responses", i).parquet for i in range(numgpu)]
+    inputs = {path.name: digest(path) for path in shards}
+    if extra_responses:
+        inputs["extra_responses"] = digest(extras_file(extra_responses))
     return Stage(
         "combine",
         output_dir / "responses.manifest.json",
         [output_dir / "responses.parquet"],
-        inputs={path.name: digest(path) for path in shards},
+        inputs=inputs,
         settings={"pairs": pairs},
     )
 
 
-def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len: int = 0) -> None:
-    """Put the shards 0..numgpu-1 together into $DATA/responses.parquet.
+def combine(
+    output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len: int = 0, recipe: Recipe | None = None
+) -> None:
+    """Put the shards 0..numgpu-1 together into $DATA/responses.parquet, with the recipe's --extra_responses if any.
 
     Raises SPPOError unless the shards are as they were written, were made alike, with K responses a prompt, and cover
     every prompt exactly once.
@@ -42,17 +51,21 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
     _refuse_unlike(manifests, directory, pairs)
     total = manifests[0]["inputs"]["prompts_total"]
     _refuse_gaps(manifests, directory, total, frac_len)
-    stage = combine_stage(output_dir, numgpu, pairs)
-    for name, manifest in zip(stage.inputs, manifests, strict=True):
+    stage = combine_stage(output_dir, numgpu, pairs, recipe.extra_responses if recipe else "")
+    names = [shard_paths(directory, i).parquet.name for i in range(numgpu)]
+    for name, manifest in zip(names, manifests, strict=True):
         if manifest["outputs"].get(name) != stage.inputs[name]:
             raise SPPOError(f"{directory / name} changed after it was written; delete it and run generate.py again")
 
-    if not stage.make_ready(overwrite):
+    if not overwrite and not stage.make_ready():
+        return
+    joined = _Joined(recipe, directory, manifests) if recipe and recipe.extra_responses else None
+    if overwrite and not stage.make_ready(overwrite):  # the old one may go now that a new one can be made
         return
     stage.begin()
     path = stage.outputs[0]
-    shards = [read_rows(directory / name, responses_schema().names) for name in stage.inputs]
-    written = write_parquet(path, responses_schema(), itertools.chain.from_iterable(shards))
+    rows = itertools.chain.from_iterable(read_rows(directory / name, responses_schema().names) for name in names)
+    written = write_parquet(path, responses_schema(), map(joined.row, rows) if joined else rows)
     skipped = [one for manifest in manifests for one in manifest["skipped"]]
     reasons = dict(Counter(one["reason"] for one in skipped))
     if not written:
@@ -62,8 +75,42 @@ def combine(output_dir: Path, numgpu: int, pairs: int, overwrite: bool, frac_len
     counts: dict[str, Any] = {"prompts": total, "skipped": reasons}
     for key in ("written", "responses", "response_tokens", "cut_at_maxlen"):
         counts[key] = sum(manifest["counts"][key] for manifest in manifests)
+    if joined:
+        counts |= {"extra_responses": written * joined.each, EXTRA: joined.each}
     stage.finish(counts, skipped=skipped, generated=_generated(manifests[0]))
     print(f"combine: {path}: {json.dumps(counts)}")
+
+
+class _Joined:
+    """The answers of other models, ready to be put behind the drawn responses; `each`: E of them behind each prompt's.
+
+    Raises SPPOError for prompts without them, and for another tokenizer than that of the model which drew.
+    """
+
+    def __init__(self, recipe: Recipe, directory: Path, manifests: list[dict[str, Any]]) -> None:
+        self.extras = Extras(recipe.extra_responses)
+        paths = [shard_paths(directory, i).parquet for i in range(len(manifests))]
+        ids = [row["prompt_id"] for path in paths for row in read_rows(path, ["prompt_id"])]
+        self.each = self.extras.each(ids) if ids else 0
+
+        name = recipe.model or manifests[0]["model"]
+        policy = policy_of(dataclasses.replace(recipe, model=name))
+        tokenizer = policy.tokenizer()
+        made = {row["tokenizer"] for path in paths for row in itertools.islice(read_rows(path, ["tokenizer"]), 1)}
+        if made - {chat.tokenizer_identity(tokenizer)}:
+            raise SPPOError(
+                f"{self.extras.what}: {name} has another tokenizer than the model that drew {directory}; pass --model"
+            )
+        kwargs = manifests[0]["settings"]["chat_template_kwargs"]
+        self.templater = Templater(tokenizer, policy.stop_ids(tokenizer), kwargs)
+
+    def row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A shard's row with the answers of other models behind its responses."""
+        try:
+            extra = [self.templater.response(row["prompt"], text) for text in self.extras.answers[row["prompt_id"]]]
+        except ValueError as error:
+            raise SPPOError(f"{self.extras.what}: prompt {row['prompt_id']}: {error}") from None
+        return {**row, "responses": [*row["responses"], *extra]}
 
 
 def _generated(manifest: dict[str, Any]) -> dict[str, Any]:

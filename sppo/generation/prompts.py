@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import SPPOError, cause_line
+from sppo.generation.files import SUFFIXES, file_rows
 from sppo.recipe import Recipe
 from sppo.schema import BESIDE, Message, as_messages, beyond_text, content_id, is_text, with_own_system, written_out
-from sppo.store.parquet import open_parquet
 
 
 @dataclass
@@ -118,70 +116,16 @@ def _rows(source: str, recipe: Recipe) -> Iterator[dict[str, Any]]:
     path = Path(source).expanduser()
     if path.is_dir() or not path.exists():
         return _dataset_rows(source, path, recipe)
-    if path.suffix not in _READERS:
-        raise SPPOError(f"prompts {source}: the name should end in .parquet, .jsonl or .csv")
-    if not os.access(path, os.R_OK):
-        raise SPPOError(f"prompts {source} cannot be read; see to its permissions")
-    return _READERS[path.suffix](path, recipe.prompt_column)
+    return file_rows(path, _columns(recipe), "prompts")
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    parquet = open_parquet(path, [])
-    wanted = [c for c in (column, "prompt_id", "system", *BESIDE) if c in parquet.schema_arrow.names]
-    if column not in wanted:  # load_prompts names the columns there are
-        wanted = parquet.schema_arrow.names
-    for batch in parquet.iter_batches(columns=wanted):
-        yield from batch.to_pylist()
-
-
-def _jsonl_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8-sig") as handle:
-        try:
-            for number, line in enumerate(handle, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:  # also: a number of thousands of digits, deep nesting
-                    why = getattr(error, "msg", error)
-                    raise SPPOError(f"prompts {path}, line {number}: not JSON ({why})") from None
-                if not isinstance(row, dict):
-                    raise SPPOError(f'prompts {path}, line {number}: not an object like {{"{column}": ...}}')
-                yield row
-        except UnicodeDecodeError:
-            raise SPPOError(f"prompts {path}: not UTF-8 text") from None
-
-
-def _csv_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(1 << 30)
-    first = 1  # the line at which the row that is read begins
-    with open(path, encoding="utf-8-sig", newline="") as handle:
-        try:
-            reader = csv.DictReader(handle, strict=True)  # without it, an open quote holds the rest of the file
-            names = reader.fieldnames or []
-            first = reader.line_num + 1
-            if len(set(names)) < len(names):
-                raise SPPOError(f"prompts {path}: a column is there twice in {', '.join(names)}; rename one")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise SPPOError(f"prompts {path}: a row has more or fewer fields than the header")
-                yield row
-                first = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            raise SPPOError(f"prompts {path}: not a CSV file in UTF-8 ({error})") from None
-        except csv.Error as error:
-            raise SPPOError(
-                f"prompts {path}: the row that begins at line {first} is not CSV ({error}). Is a quote not closed? "
-                "Within a field in quotes a quote is written twice"
-            ) from None
-
-
-_READERS = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
+def _columns(recipe: Recipe) -> list[str]:
+    return [recipe.prompt_column, "prompt_id", "system", *BESIDE]
 
 
 def _dataset_rows(source: str, path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """The rows of a directory or of a data set on the Hub, through `datasets`."""
-    if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in _READERS):
+    if not path.exists() and (source.startswith((".", "/", "~")) or path.suffix in SUFFIXES):
         raise SPPOError(f"prompts {source}: no such file or directory")
     import datasets
     from datasets.exceptions import DatasetsError
@@ -216,9 +160,9 @@ def _directory_rows(path: Path, recipe: Recipe) -> Iterator[dict[str, Any]]:
         builder = datasets.load_dataset_builder(str(path), cache_dir=cache)
         files = [Path(name) for name in (builder.config.data_files or {}).get(recipe.prompt_split, ())]
         is_described = (path / "README.md").exists()  # a card may say how its files are to be read
-        if files and not is_described and all(file.suffix in _READERS for file in files):
+        if files and not is_described and all(file.suffix in SUFFIXES for file in files):
             for file in files:
-                yield from _READERS[file.suffix](file, recipe.prompt_column)
+                yield from file_rows(file, _columns(recipe), "prompts")
         else:
             rows: Any = datasets.load_dataset(str(path), split=recipe.prompt_split, cache_dir=cache)
             yield from rows

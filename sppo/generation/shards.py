@@ -51,6 +51,7 @@ def generate_shards(recipe: Recipe, output_dir: Path, shards: list[Slice], overw
     source = Source.of(with_date(recipe, output_dir, overwrite))
     total = len(source.prompts)
     stages = [source.stage(output_dir, shard) for shard in shards]
+    source.check_extras()  # before --overwrite deletes anything
     missing = [stage for stage in stages if stage.make_ready(overwrite)]
     if missing:
         lay_out(output_dir / "responses", shards[0].count(total), overwrite)
@@ -58,7 +59,7 @@ def generate_shards(recipe: Recipe, output_dir: Path, shards: list[Slice], overw
         _generate(source, missing, f"shard {first}" if first == last else f"shards {first} to {last}")
 
     if len(shards) == shards[0].numgpu == 1 and stages[0].settings["rows"] == [0, total]:
-        combine(output_dir, 1, recipe.pairs, overwrite)
+        combine(output_dir, 1, recipe.pairs, overwrite, recipe=recipe)
 
 
 def _generate(source: Source, stages: list[Stage], label: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.generation.engines import pick_engine, prompt_seed
+from sppo.generation.extras import Extras
 from sppo.generation.prompts import Prompt, fingerprint, load_prompts
 from sppo.models.dates import today
 from sppo.models.policy import Policy, policy_of
@@ -59,6 +60,11 @@ class Source:
             **self.date,
         }
         return Stage("generate", manifest, [path], self.inputs, settings, journal)
+
+    def check_extras(self) -> None:
+        """Raise SPPOError where --extra_responses has not the same number of answers for each prompt. Only reads."""
+        if self.recipe.extra_responses:
+            Extras(self.recipe.extra_responses).each([p.prompt_id for p in self.prompts if not p.skip])
 
     def refuse_others(self, output_dir: Path, frac_len: int = 0) -> None:
         """Raise SPPOError where a shard here was made otherwise, before any process begins. Changes nothing."""

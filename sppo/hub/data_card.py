@@ -15,7 +15,10 @@ _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<
 _ABOUT = {  # the statistics of train.manifest.json (see pairing/statistics.py)
     "pairs": "ordered comparisons",
     "tied_pairs": "pairs with win rate 1/2",
+    "certain_pairs": "share of pairs with a preference beyond 0.99 or below 0.01",
+    "even_pairs": "share of pairs with a preference within 0.01 of 1/2",
     "intransitive_triples": "share of triples that go round in a circle",
+    "circular_share": "share of the log-odds, squared, that goes round in circles and that no score explains",
     "position_bias": "position bias: above 0, what is shown first wins",
     "score_length_correlation": "correlation of score and length within a prompt",
     "win_rate_length_correlation": "correlation of win rate and length within a prompt, after any length penalty",
@@ -46,7 +49,7 @@ def data_card(repo: str, tag: str, splits: list[str], output_dir: Path) -> str:
         ],
     )
     if "test" in splits:
-        what = "the best and the worst response to each prompt, with their win rates: what a policy is trained on"
+        what = "the best and a worse response to each prompt, with their win rates: what a policy is trained on"
         columns = {c: MEANING[c] for c in open_parquet(output_dir / "train.parquet", []).schema_arrow.names}
     else:
         what = f"all K = {k} responses to each prompt, with their win rates against each other"
@@ -91,10 +94,10 @@ def _settings(train: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[st
     for manifest in ranked[:1]:  # all shards were made alike
         ranker = manifest["inputs"]["ranker"]
         shown |= {"ranker": manifest.get("ranker_name", ""), "ranker_backend": ranker["backend"]}
-        shown |= {key: ranker[key] for key in ("ranker_prompt",) if key in ranker}
+        shown |= {key: ranker[key] for key in ("ranker_prompt", "ranker_system") if key in ranker}
     settings = train["settings"]
     shown |= {"K": settings["pairs"], "seed": shown.get("seed", settings["seed"])}
-    keys = ("estimator", "length_penalty", "test_size", "keep_degenerate")
+    keys = ("estimator", "ranker_temperature", "length_penalty", "select", "min_margin", "test_size", "keep_degenerate")
     return shown | {key: settings[key] for key in keys if key in settings}
 
 
@@ -106,6 +109,8 @@ def _counts(counts: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[str
         shown["prompts"] = asked["prompts"]
         shown |= {f"skipped: {reason}": n for reason, n in asked["skipped"].items()}
         shown |= {"prompts answered": asked["written"], "responses": asked["responses"]}
+        if "extra_responses" in asked:
+            shown["answers of other models"] = asked["extra_responses"]
         shown |= {"tokens in responses": asked["response_tokens"], "responses cut at maxlen": asked["cut_at_maxlen"]}
     shown["prompts ranked"] = counts["prompts"]
     if ranked:

@@ -33,6 +33,25 @@ def best_and_worst(scores: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return scores.argmax(-1), scores.argmin(-1)
 
 
+def random_other(chosen: NDArray[np.intp], draws: NDArray[np.uint64], k: int) -> NDArray[np.intp]:
+    """One of the K - 1 responses beside each prompt's chosen one, (N,). draws: (N,), random 64-bit numbers."""
+    other = (draws % np.uint64(k - 1)).astype(np.intp)
+    return other + (other >= chosen)
+
+
+def two_deviations_below(scores: Array, chosen: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The response, not the chosen one, whose score is nearest to mean - 2 standard deviations: (N, K), (N,) -> (N,).
+
+    arXiv 2502.16825: best against worst gets worse as K grows, because the worst of many is an accident. The
+    deviation is that of the K scores themselves, so no score of K <= 5 is below it, and it picks the worst there. The
+    unit and the zero of the scores do not matter. The first one wins a tie.
+    """
+    aim = scores.mean(-1, keepdims=True) - 2 * scores.std(-1, keepdims=True)
+    apart = np.abs(scores - aim)
+    apart[np.arange(len(scores)), chosen] = np.inf
+    return apart.argmin(-1)
+
+
 def penalised(logits: Array, lengths: Array, penalty: float) -> Array:
     """Logits that hold a response's length against it; not in the paper. (N, K, K), (N, K) -> (N, K, K).
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sppo.method.preference import Array, paper_probability, sigmoid
+from sppo.method.preference import Array, paper_probability, score_and_circle, sigmoid
+from sppo.pairing.scale import Scale
 
 _STEPS = 10_000  # of the histograms of p, p_win and p_lose
 _QUANTILES = (0, 0.25, 0.5, 0.75, 1)
@@ -38,12 +39,14 @@ def position_bias(logits: Array) -> Array:
 class Statistics:
     """What a training set is like, gathered batch by batch in memory that does not grow.
 
-    Ties, circles, position bias and the correlations with length are of every ranked prompt; p, p_win and p_lose are of
-    the pairs that are kept.
+    Ties, circles, scale, position bias and the correlations with length are of every ranked prompt; p, p_win and p_lose
+    are of the pairs that are kept.
     """
 
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
+        self.scale = Scale()
+        self._energies = np.zeros(2)  # of the mean log-odds: of what goes in circles, of all
         self._sums: Counter[str] = Counter()
         # of (score, length) and (win rate, length), each less the prompt's mean: sums of x^2, y^2, xy
         self._moments = {"score": np.zeros(3), "win_rate": np.zeros(3)}
@@ -51,7 +54,7 @@ class Statistics:
         self._histograms = np.zeros((3, _STEPS + 1), dtype=np.int64)  # of the same, at multiples of 1/_STEPS
 
     def add_ranked(self, logits: Array, probability: Array, scores: Array, win_rates: Array, lengths: Array) -> None:
-        """C and P (N, K, K), scores, win rates and lengths in characters (N, K)."""
+        """C and P (N, K, K), scores, win rates and lengths in characters (N, K). C: after --ranker_temperature."""
         n, k, _ = logits.shape
         upper = np.triu_indices(k, 1)
         self._sums["prompts"] += n
@@ -60,6 +63,8 @@ class Statistics:
         self._sums["triples"] += n * k * (k - 1) * (k - 2) // 6
         self._sums["circles"] += round(intransitive_triples(logits).sum())
         self._sums["bias"] += position_bias(logits).sum()
+        _, circular = score_and_circle(logits)
+        self._energies += [(circular**2).sum(), ((logits - logits.swapaxes(-1, -2)) ** 2).sum() / 4]
         y = lengths - lengths.mean(-1, keepdims=True)
         for name, values in (("score", scores), ("win_rate", win_rates)):
             x = values - values.mean(-1, keepdims=True)
@@ -75,9 +80,12 @@ class Statistics:
         """For the manifest. Means are exact, quantiles those of the values rounded to 1/_STEPS; None without data.
 
         prompts: ranked; pairs: ordered comparisons, K(K-1) a prompt; tied_pairs: {i, j} with P_ij = 1/2;
-        intransitive_triples: their share of all triples.
+        certain_pairs, even_pairs: shares of {i, j} with P beyond 0.99 or below 0.01, and within 0.01 of 1/2;
+        intransitive_triples: their share of all triples; circular_share: the share of the mean log-odds, squared, that
+        no score explains (see preference.score_and_circle).
         """
         sums = self._sums
+        circular, energy = self._energies
         kept = int(self._histograms[0].sum())
         rates = {}
         for name, total, histogram in zip(("p", "p_win", "p_lose"), self._rate_sums, self._histograms, strict=True):
@@ -96,7 +104,9 @@ class Statistics:
             "pairs": sums["pairs"],
             "dropped": {k: v for k, v in self.dropped.items() if v},
             "tied_pairs": sums["ties"],
+            **self.scale.shares(),
             "intransitive_triples": round(sums["circles"] / sums["triples"], 5) if sums["triples"] else None,
+            "circular_share": round(float(circular / energy), 5) if energy else None,
             "position_bias": round(float(sums["bias"]) / sums["prompts"], 5) if sums["prompts"] else None,
             **correlations,
             **rates,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,19 @@ from numpy.typing import NDArray
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.progress import progress
-from sppo.method import preference, winrates
+from sppo.method import preference
+from sppo.pairing.choose import choose
+from sppo.pairing.columns import conversations, lists, where
 from sppo.pairing.join import Rankings, hash64, prompt_ids
 from sppo.pairing.statistics import Statistics
+from sppo.rankers import estimator_of
 from sppo.recipe import Recipe
 from sppo.schema import content_id, training_schema
 from sppo.store.files import atomic_together, digest
 from sppo.store.manifest import Stage
 from sppo.store.parquet import RowGroups, open_parquet, read_batches
 from sppo.store.rankings import check_rankings, ranking_files
-from sppo.store.responses import require_responses, responses_columns
+from sppo.store.responses import Count, require_responses, responses_columns, responses_each
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,9 +37,13 @@ def pairing_stage(recipe: Recipe, output_dir: Path) -> Stage:
     """The stage that makes the training set of the responses and rankings in $DATA. Raises SPPOError without them."""
     responses = require_responses(output_dir)
     shards = ranking_files(output_dir)
-    settings = {k: getattr(recipe, k) for k in ("pairs", "estimator", "test_size", "seed", "keep_degenerate")}
-    if recipe.length_penalty:  # manifests from before there was one do not name it
-        settings["length_penalty"] = recipe.length_penalty
+    settings = {k: getattr(recipe, k) for k in ("test_size", "seed", "keep_degenerate")}
+    settings["pairs"] = responses_each(output_dir, recipe.pairs).total
+    settings["estimator"] = estimator_of(recipe, shards)  # the one that is used, not `auto`
+    # manifests from before there were these do not name them
+    for key in ("length_penalty", "ranker_temperature", "select", "min_margin"):
+        if getattr(recipe, key) != getattr(Recipe, key):
+            settings[key] = getattr(recipe, key)
     return Stage(
         "compute_prob",
         output_dir / "train.manifest.json",
@@ -58,7 +66,8 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     check_rankings(shards, responses, stage.inputs["responses"])
     if not overwrite and not stage.make_ready():
         return
-    rankings = Rankings(shards, recipe.pairs)
+    each = responses_each(output_dir, recipe.pairs)
+    rankings = Rankings(shards, each.total)
     if not len(rankings):
         raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
     rows, held_out = _match(responses, rankings, recipe)
@@ -66,13 +75,16 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
         stage.discard()  # the old ones may go now that new ones can be made
     stage.begin()
     statistics = Statistics()
-    pairs = _pairs(responses, schema, rankings, rows, recipe, statistics)
+    recipe = dataclasses.replace(recipe, estimator=stage.settings["estimator"])
+    pairs = _pairs(responses, schema, rankings, rows, each, recipe, statistics)
     written = _write(train, test, pairs, held_out, statistics)
     counts = {"train": written[0], "test": written[1], **statistics.summary()}
     stage.finish(counts)
     print(f"compute_prob: {train}")
     for key, value in counts.items():
         print(f"  {key}: {json.dumps(value)}")
+    if said := statistics.scale.warning(recipe.ranker_temperature):
+        print(f"compute_prob: warning: {said}")
 
 
 def _match(responses: Path, rankings: Rankings, recipe: Recipe) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -133,8 +145,8 @@ def _write(
         RowGroups(test_part, schema) as test_rows,
     ):
         for batch, numbers in pairs:
-            test_rows.write(_where(held_out[numbers], batch))
-            train_rows.write(_where(~held_out[numbers], batch))
+            test_rows.write(where(held_out[numbers], batch))
+            train_rows.write(where(~held_out[numbers], batch))
         if not train_rows.rows:
             raise SPPOError(f"no pair is left to train on; dropped: {dict(+statistics.dropped)}")
     return train_rows.rows, test_rows.rows
@@ -145,6 +157,7 @@ def _pairs(
     schema: pa.Schema,
     rankings: Rankings,
     rows: NDArray[np.int64],
+    each: Count,
     recipe: Recipe,
     statistics: Statistics,
 ) -> Iterator[tuple[pa.RecordBatch, NDArray[np.int64]]]:
@@ -159,16 +172,16 @@ def _pairs(
             logits = rankings.logits[rows[numbers[ranked]]].astype(np.float64)  # (N, K, K)
             finite = np.asarray(np.isfinite(logits).all((1, 2)))
             statistics.dropped["logits not finite"] += int((~finite).sum())
-            batch, numbers = _where(finite, _where(ranked, batch)), numbers[ranked][finite]
+            batch, numbers = where(finite, where(ranked, batch)), numbers[ranked][finite]
 
             counts = batch.column("responses").value_lengths().fill_null(0).to_numpy()
-            wrong = np.flatnonzero(counts != recipe.pairs)
+            wrong = np.flatnonzero(counts != each.total)
             if len(wrong):
                 name, count = batch.column("prompt_id")[wrong[0]], counts[wrong[0]]
-                raise SPPOError(f"{responses}: prompt {name} has {count} responses, not --pairs {recipe.pairs}")
+                raise SPPOError(f"{responses}: prompt {name} has {count} responses, not {each}")
 
             pairs, kept = _pair(batch, logits[finite], recipe, statistics)
-            yield _where(kept, pairs), numbers[kept]
+            yield where(kept, pairs), numbers[kept]
             bar.update(len(ranked))
 
 
@@ -185,72 +198,41 @@ def _pair(
     texts = pc.fill_null(pc.struct_field(batch.column("responses").flatten(), "text"), "")  # (N * K,)
     lengths = pc.utf8_length(texts).to_numpy().reshape(n, k).astype(np.float64)
 
-    # the win rates, and by them the best and the worst response
     scores = preference.mean_scores(logits)  # (N, K)
-    judged = winrates.penalised(logits, lengths, recipe.length_penalty) if recipe.length_penalty else logits
-    probability = preference.probability(judged, recipe.estimator)  # (N, K, K)
-    win_rates = winrates.win_rates(probability)  # (N, K)
-    w, l = winrates.best_and_worst(winrates.ordering_score(judged, recipe.estimator))  # noqa: E741 - the paper's
-    rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])  # (3, N)
+    logits = logits / recipe.ranker_temperature
+    choice = choose(logits, lengths, batch.column("prompt_id").to_pylist(), recipe)
+    w, l, rates = choice.chosen, choice.rejected, choice.rates  # noqa: E741 - the paper's
     chosen, rejected = texts.take(pa.array(row * k + w)), texts.take(pa.array(row * k + l))
 
-    # pairs that teach nothing
-    kept = np.ones(n, dtype=bool)
+    # pairs that teach nothing, or too little
+    left_out = {}
     if not recipe.keep_degenerate:
         blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False).reshape(n, k)
-        degenerate = {
-            "equal scores": w == l,
+        left_out = {
+            "equal scores": choice.is_equal,
             "same text": pc.equal(chosen, rejected).to_numpy(zero_copy_only=False),
             "empty response": blank[row, w] | blank[row, l],
         }
-        for reason, found in degenerate.items():
-            statistics.dropped[reason] += int((kept & found).sum())
-            kept &= ~found
-    statistics.add_ranked(logits, probability, scores, win_rates, lengths)
+    left_out["below --min_margin"] = choice.is_narrow
+    kept = np.ones(n, dtype=bool)
+    for reason, found in left_out.items():
+        statistics.dropped[reason] += int((kept & found).sum())
+        kept &= ~found
+    statistics.add_ranked(logits, choice.probability, scores, choice.win_rates, lengths)
+    statistics.scale.add(choice.probability, choice.odds)
     statistics.add_pairs(rates[:, kept])
 
     made = {
-        "chosen": _conversations(batch.column("prompt"), chosen),
-        "rejected": _conversations(batch.column("prompt"), rejected),
+        "chosen": conversations(batch.column("prompt"), chosen),
+        "rejected": conversations(batch.column("prompt"), rejected),
         "chosen_probs": pa.array(rates[0]),
         "chosen_probs_win": pa.array(rates[1]),
         "chosen_probs_lose": pa.array(rates[2]),
         "chosen_index": pa.array(w.astype(np.int32)),
         "rejected_index": pa.array(l.astype(np.int32)),
-        "probability": _lists(_lists(pa.array(probability.reshape(-1)), k), k),
-        "rm_scores": _lists(pa.array(scores.reshape(-1).astype(np.float32)), k),
+        "probability": lists(lists(pa.array(choice.probability.reshape(-1)), k), k),
+        "rm_scores": lists(pa.array(scores.reshape(-1).astype(np.float32)), k),
         **dict(zip(batch.schema.names, batch.columns, strict=True)),
     }
     columns = [made[f.name] if f.name in made else pa.nulls(n, f.type) for f in training_schema()]
     return pa.RecordBatch.from_arrays(columns, schema=training_schema()), kept
-
-
-def _lists(values: pa.Array, length: int) -> pa.Array:
-    """`values` in lists of `length`."""
-    import pyarrow as pa
-
-    return pa.ListArray.from_arrays(np.arange(0, len(values) + 1, length, dtype=np.int32), values)
-
-
-def _conversations(prompts: pa.Array, answers: pa.Array) -> pa.Array:
-    """Each prompt's messages with its answer, the assistant's, behind them."""
-    import pyarrow as pa
-
-    messages = prompts.flatten()
-    roles = pa.array(["assistant"]).take(pa.array(np.zeros(len(answers), dtype=np.int8)))
-    said = pa.StructArray.from_arrays([roles, answers], ["role", "content"])
-    ends = (prompts.value_lengths().fill_null(0).to_numpy() + 1).cumsum(dtype=np.int32)
-    is_answer = np.zeros(len(messages) + len(said), dtype=bool)
-    is_answer[ends - 1] = True
-    order = np.empty(len(is_answer), dtype=np.int64)
-    order[is_answer] = len(messages) + np.arange(len(said))
-    order[~is_answer] = np.arange(len(messages))
-    offsets = np.concatenate([[0], ends]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.concat_arrays([messages, said]).take(pa.array(order)))
-
-
-def _where(mask: NDArray[np.bool_], batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The rows of `batch` where `mask`; the batch itself, not a copy, where that is all of them."""
-    import pyarrow as pa
-
-    return batch if mask.all() else batch.filter(pa.array(mask))

@@ -92,6 +92,9 @@ class PromptSet:
     lengths: list[int] = field(default_factory=list)  # tokens of each that can; none where there is no tokenizer
     rooms: list[int] = field(default_factory=list)  # tokens that each response may have
     conversations: list[list[Message]] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)  # of all that are text; conversations are of some of them
+    asked: list[str] = field(default_factory=list)  # of the conversations
+    extra: dict[int, int] = field(default_factory=dict)  # by iteration: each prompt's answers of other models
     every: int = 1  # of a large set only every n-th prompt is looked at, and counts are multiplied by n
 
     @property
@@ -119,6 +122,7 @@ class Work:
     most_tokens: int  # in all responses, if each is as long as it may be
     rows: int  # pairs to train on, at most
     prompt_tokens: int = 0
+    extra: int = 0  # each prompt's answers of other models
     steps: int = 0  # of the optimiser; 0 where the global batch does not come out even
 
     def response_tokens(self, recipe: Recipe) -> int:

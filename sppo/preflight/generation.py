@@ -212,6 +212,7 @@ def _read(made: PromptSet, recipe: Recipe, part: tuple[int, int], model: Model |
     """Read the prompts as generation will see them. Raises SPPOError for what cannot be read."""
     prompts = load_prompts(made.source, recipe, part)
     made.total = len(prompts)
+    made.ids = [p.prompt_id for p in prompts if not p.skip]
     if model is None or tokenizer is None:  # at least whether they can be read
         made.skipped = [p.skip for p in prompts if p.skip]
         made.usable = len(prompts) - len(made.skipped)
@@ -222,6 +223,7 @@ def _read(made: PromptSet, recipe: Recipe, part: tuple[int, int], model: Model |
     made.rooms = [r.max_new_tokens for r in templated.requests]
     made.usable = min(every * len(templated.requests), len(prompts) - len(templated.skipped))
     made.conversations = list(templated.conversations.values())
+    made.asked = list(templated.conversations)
     for one in templated.skipped:
         made.skipped += [one["reason"]] * every
 

@@ -15,6 +15,7 @@ from sppo.preflight.facts import TYPICAL_RESPONSE, Iteration, Machines, Model, P
 from sppo.preflight.findings import Look, no
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
+from sppo.store.responses import EXTRA
 
 # The share of the matrix rate that a stage reaches. Drawing on a GPU: a guess; the others are measured
 # (docs/benchmarks.md, docs/gpu.md).
@@ -56,6 +57,7 @@ def _from_prompts(recipe: Recipe, i: Iteration, made: PromptSet) -> Work:
         prompt_tokens=made.every * sum(made.lengths),
         most_tokens=recipe.pairs * made.every * sum(made.rooms),
         rows=max(0, made.usable - held_out),
+        extra=made.extra.get(i.number, 0),
     )
 
 
@@ -65,7 +67,7 @@ def _from_data(run: Run, i: Iteration) -> Work:
     manifest = data / "responses.manifest.json"  # not there where another tool made the responses
     counts = read_json(manifest)["counts"] if manifest.exists() else {}
     tokens = counts.get("response_tokens", rows * run.recipe.pairs * TYPICAL_RESPONSE)
-    return Work(i, prompts=rows, most_tokens=tokens, rows=rows)
+    return Work(i, prompts=rows, most_tokens=tokens, rows=rows, extra=counts.get(EXTRA, 0))
 
 
 def hours(
@@ -109,7 +111,8 @@ def _ranking(work: Work, recipe: Recipe, ranker: Ranker | None) -> float:
     """
     if ranker is None:
         return 0.0
-    k, tokens = recipe.pairs, work.response_tokens(recipe)
+    k = recipe.pairs + work.extra
+    tokens = work.response_tokens(recipe) + work.prompts * work.extra * TYPICAL_RESPONSE
     if ranker.kind == "reward_model":
         read = k * work.prompt_tokens + tokens
     else:
@@ -121,7 +124,7 @@ def _training(work: Work, recipe: Recipe, parameters: int) -> float:
     """FLOPs of training on its pairs."""
     prompts = max(1, work.prompts)
     mean = work.response_tokens(recipe) / (prompts * recipe.pairs)
-    sequences = work.rows * (recipe.pairs if recipe.loss_type == "sppo_all" else 2)
+    sequences = work.rows * (recipe.pairs + work.extra if recipe.loss_type == "sppo_all" else 2)
     length = min(work.prompt_tokens / prompts + mean, recipe.max_length)
     passes = 3 + recipe.gradient_checkpointing  # forward, twice that backward, and what is recomputed
     return 2 * (passes * recipe.num_train_epochs + 1) * parameters * sequences * length  # + the reference's pass
@@ -146,8 +149,8 @@ def _counts(work: Work, recipe: Recipe) -> list[int]:
     """The numbers of an iteration's line: 0 where that part is done."""
     drawn, trained = [0, 0, 0, 0], [0, 0]
     if work.iteration.data:
-        responses = work.prompts * recipe.pairs
-        drawn = [work.prompts, responses, responses * (recipe.pairs - 1), work.most_tokens]
+        k = recipe.pairs + work.extra
+        drawn = [work.prompts, work.prompts * recipe.pairs, work.prompts * k * (k - 1), work.most_tokens]
     if work.iteration.training:
         trained = [work.rows, work.steps]
     return [*drawn, *trained]

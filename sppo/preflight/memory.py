@@ -33,11 +33,13 @@ def _zero_stage(config: dict[str, Any]) -> int:
     return (config.get("deepspeed_config") or {}).get("zero_stage", 0)
 
 
-def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], processes: int) -> tuple[int, int]:
+def training_memory(
+    recipe: Recipe, shape: Shape, config: dict[str, Any], processes: int, extra: int = 0
+) -> tuple[int, int]:
     """Bytes that each process takes under an accelerate config: (what stays, what comes and goes).
 
     What stays is weights, gradients and the optimiser's state. What comes and goes is activations, or the anchor's
-    weights before the first step.
+    weights before the first step. extra: each prompt's answers of other models.
     """
     trained, state = trained_numbers(recipe, shape), state_bytes(recipe.optim)
     zero = _zero_stage(config)
@@ -63,7 +65,7 @@ def training_memory(recipe: Recipe, shape: Shape, config: dict[str, Any], proces
         fixed = frozen + (4 + 4 + state + buckets) * trained
 
     # activations of a micro-batch: of one layer, arXiv 2205.05198, without attention's scores
-    tokens = recipe.batch_size * (recipe.pairs if recipe.loss_type == "sppo_all" else 2) * recipe.max_length
+    tokens = recipe.batch_size * (recipe.pairs + extra if recipe.loss_type == "sppo_all" else 2) * recipe.max_length
     layer = 34 * number // 2 * tokens * shape.hidden
     activations = layer * shape.layers
     if recipe.gradient_checkpointing:  # each layer's input is kept, and one layer is computed again at a time

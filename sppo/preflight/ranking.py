@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -10,9 +11,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sppo import rankers
 from sppo.command.errors import SPPOError
+from sppo.method.preference import estimator_for, log_odds, probability
 from sppo.models.files import parameters, weight_files, weight_shapes
+from sppo.pairing.scale import Scale
 from sppo.preflight.facts import Machines, PromptSet, Ranker, Run
 from sppo.preflight.findings import Finding, Look, no, note, ok, parameters_text, size
 from sppo.rankers import TRIAL, ask_trial
@@ -21,7 +26,9 @@ from sppo.rankers.pairrm import prompt_renderer
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
 from sppo.schema import Pair
+from sppo.store.parquet import read_rows
 
+_SAMPLE = 512  # prompts whose pairs are looked at, where some are ranked
 _SMALL_RANKER = 4 << 30  # bytes on disk up to which a ranker is loaded to see that it can be
 _BOTH_WAYS: list[Pair] = [TRIAL, (TRIAL[0], TRIAL[2], TRIAL[1])]
 
@@ -43,6 +50,28 @@ def fetch_ranker(recipe: Recipe, told: str) -> Look[Ranker]:
         return Ranker(recipe, module, kind)
     on_disk = sum(f.stat().st_size for f in weight_files(where))
     return Ranker(recipe, module, kind, parameters(weight_shapes(where)), on_disk)
+
+
+def check_scale(run: Run, found: Ranker) -> Look[None]:
+    """Whether --estimator suits the ranker, and what is known of its scale: of pairs that are ranked already."""
+    recipe, backend = run.recipe, found.kind.replace("_", "-")
+    if recipe.estimator == "released" and estimator_for(backend) != "released":
+        yield note(
+            "--estimator released is made for PairRM's scores, and doubles the differences of another ranker's; "
+            "--estimator paper takes them as they are, and auto takes what suits the ranker"
+        )
+    ranking = run.run_dir / "iter1" / "data" / "ranking"
+    files = sorted(ranking.glob("*.parquet"))[:1]
+    if not files or not run.makes_data:
+        return
+    scale = Scale()
+    for row in itertools.islice(read_rows(files[0], ["logits"]), _SAMPLE):
+        logits = np.array([row["logits"]], dtype=np.float64) / recipe.ranker_temperature
+        if np.isfinite(logits).all():
+            estimator = estimator_for(backend) if recipe.estimator == "auto" else recipe.estimator
+            scale.add(probability(logits, estimator), log_odds(logits, estimator))
+    if said := scale.warning(recipe.ranker_temperature):
+        yield note(f"of {scale.pairs} pairs that iteration 1 has ranked: {said}")
 
 
 def check_ranker(run: Run, found: Ranker, machines: Machines, tokenizer: Any, prompts: list[PromptSet]) -> Look[None]:

@@ -57,11 +57,12 @@ def look_at_batch(recipe: Recipe, config: AccelerateConfig) -> Look[int]:
     return rows
 
 
-def check_memory(run: Run, machines: Machines, shape: Shape, config: AccelerateConfig) -> Look[None]:
+def check_memory(run: Run, machines: Machines, shape: Shape, config: AccelerateConfig, extra: int = 0) -> Look[None]:
+    """extra: each prompt's answers of other models, which sppo_all trains on too."""
     if not run.cpu and not machines.cards:
         return
     recipe, processes = run.recipe, config.processes
-    fixed, activations = training_memory(recipe, shape, config.content, processes)
+    fixed, activations = training_memory(recipe, shape, config.content, processes, extra)
     passing = "activations or the anchor's weights" if recipe.anchor else "activations"
     if run.cpu or config.content.get("use_cpu"):
         here = processes // run.machines

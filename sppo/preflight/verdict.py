@@ -64,7 +64,7 @@ class Examined:
 
 def examine(run: Run) -> Examined:
     """Look at everything that the rest of a run needs."""
-    from sppo.preflight import evaluation, generation, hub, machine, ranking, training
+    from sppo.preflight import evaluation, extras, generation, hub, machine, ranking, training
 
     recipe, examined = run.recipe, Examined()
     learn = examined.learn
@@ -88,13 +88,15 @@ def examine(run: Run) -> Examined:
     if config:
         batch = learn("training", training.look_at_batch(recipe, config))
     prompts = learn("prompts", generation.look_at_prompts(run, model, tokenizer)) or []
+    learn("prompts", extras.check_extras(run, prompts, model, tokenizer))
 
     # what it takes
     work = learn("training", hours.count_work(run, prompts, batch or 0)) or []
+    most_extra = max((each.extra for each in work), default=0)
     if model and run.generates:
         learn("memory", generation.check_memory(run, machines, model.shape, prompts))
     if model and config:
-        learn("memory", training.check_memory(run, machines, model.shape, config))
+        learn("memory", training.check_memory(run, machines, model.shape, config, most_extra))
     learn("disk", machine.check_outputs(run))
     learn("disk", machine.check_disk(run, model, config, work))
 
@@ -103,6 +105,7 @@ def examine(run: Run) -> Examined:
         ranker = learn("ranker", ranking.look_at_ranker(run))
     if ranker:
         learn("ranker", ranking.check_ranker(run, ranker, machines, tokenizer, prompts))
+        learn("ranker", ranking.check_scale(run, ranker))
     if run.reports:
         learn("report", generation.check_held_out(recipe, model, tokenizer))
         learn("report", evaluation.check_judge(run, machines))

@@ -15,6 +15,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol, TypeVar
 
@@ -22,9 +23,10 @@ import numpy as np
 
 from sppo.command.errors import SPPOError
 from sppo.command.stopping import end_if_asked, heard
-from sppo.method.preference import Array
+from sppo.method.preference import Array, estimator_for
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair
+from sppo.store.rankings import backend_of
 
 Row = TypeVar("Row")
 
@@ -58,6 +60,11 @@ def backend(recipe: Recipe) -> ModuleType:
     if name == "auto":
         name = "function" if re.fullmatch(r"[\w.]+:\w+", recipe.ranker) else "pairrm"
     return importlib.import_module(f"sppo.rankers.{name.replace('-', '_')}")
+
+
+def estimator_of(recipe: Recipe, rankings: list[Path]) -> str:
+    """--estimator; for `auto` the one that suits what made the rankings. Raises UsageError as backend_of."""
+    return estimator_for(backend_of(rankings)) if recipe.estimator == "auto" else recipe.estimator
 
 
 def ask_trial(ranker: Ranker, pairs: list[Pair], which: str) -> list[float]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from sppo.command.errors import SPPOError
 from sppo.models import chat
 from sppo.models.dates import fix_date
+from sppo.recipe import Recipe
 from sppo.schema import Message
 
 if TYPE_CHECKING:
@@ -28,12 +29,21 @@ class Reader:
     """Reads conversations for a ranker, each once.
 
     name: of the ranker, for messages. context: tokens that fit. rows: of its embedding. date: YYYY-MM-DD, which the
-    template writes where it asks for today's; empty: today's.
+    template writes where it asks for today's; empty: today's. system: whether it reads the system turns of a prompt, or
+    they are left out.
     """
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, context: int, rows: int, date: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int,
+        rows: int,
+        date: str = "",
+        system: Literal["keep", "drop"] = "keep",
+    ) -> None:
         fix_date(tokenizer, date)
-        self.name, self.tokenizer, self.context, self.rows = name, tokenizer, context, rows
+        self.name, self.tokenizer, self.context, self.rows, self.system = name, tokenizer, context, rows, system
         self.read = lru_cache(maxsize=2048)(self._read)  # count_cut and logits both want it
 
     def _read(self, prompt: str, response: str) -> Reading:
@@ -42,7 +52,12 @@ class Reader:
         What the context has no room for goes from the left, behind the first token (BOS, an encoder's [CLS]).
         """
         try:
-            messages = chat.with_system(self.tokenizer, json.loads(prompt), "")
+            turns: list[Message] = json.loads(prompt)
+            if self.system == "drop":
+                turns = [turn for turn in turns if turn["role"] != "system"]
+            if not turns:
+                raise ValueError("nothing but a system turn")
+            messages = chat.with_system(self.tokenizer, turns, "")
             answered = [*messages, {"role": "assistant", "content": response}]
             ids = chat.conversation_ids(self.tokenizer, answered, False)
             if max(ids) >= self.rows:
@@ -60,6 +75,11 @@ class Reader:
         """How many of the texts do not fit the context: the prompt, where any response leaves it too little room."""
         found = [self.read(json.dumps(prompt), response) for response in responses]
         return any(reading.prompt_cut for reading in found) + sum(reading.response_cut for reading in found)
+
+
+def system_identity(recipe: Recipe) -> dict[str, str]:
+    """What --ranker_system adds to a ranker's identity: nothing where system turns are kept, as they always were."""
+    return {} if recipe.ranker_system == "keep" else {"ranker_system": recipe.ranker_system}
 
 
 def context_of(config: object, tokenizer: PreTrainedTokenizerBase) -> int:

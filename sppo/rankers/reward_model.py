@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from math import isfinite, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from sppo.models.frames import date_identity
 from sppo.models.loading import disable_cudnn_attention, loading
 from sppo.rankers._normalizer import normalizer_identity, restore_normalizer
 from sppo.rankers.batching import batches, device_and_dtype
-from sppo.rankers.reading import Reader, context_of
+from sppo.rankers.reading import Reader, context_of, system_identity
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair
 from sppo.store.files import read_json
@@ -37,13 +37,19 @@ _CLASSIFIER = "AutoModelForSequenceClassification"
 class RewardModel:
     """A loaded reward model, which scores texts in batches of at most batch_tokens tokens.
 
-    dtype: of the weights; what is not finite in half precision is asked again in float32. date: see Reader.
+    dtype: of the weights; what is not finite in half precision is asked again in float32. date, system: as in Reader.
     """
 
     batched = True
 
     def __init__(
-        self, directory: Path, device: str, batch_tokens: int, dtype: torch.dtype = torch.float32, date: str = ""
+        self,
+        directory: Path,
+        device: str,
+        batch_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        date: str = "",
+        system: Literal["keep", "drop"] = "keep",
     ) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         disable_cudnn_attention()
@@ -53,7 +59,7 @@ class RewardModel:
         embeddings = self.model.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
         self.rows = embeddings.num_embeddings
-        self.reader = Reader(f"ranker {directory}", tokenizer, context_of(text, tokenizer), self.rows, date)
+        self.reader = Reader(f"ranker {directory}", tokenizer, context_of(text, tokenizer), self.rows, date, system)
         pad = getattr(text, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < self.rows else None
         self._exact: PreTrainedModel | None = None  # in float32, made when it is needed
@@ -197,12 +203,12 @@ def fetch(recipe: Recipe) -> Path:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """Weights, config, tokenizer and chat template of the reward model, and the date where that template writes it."""
+    """Weights, config, tokenizer and template of the reward model, the date that it writes, and --ranker_system."""
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
     deberta = read_json(directory / "config.json").get("model_type") == "deberta-v2"
     characters = normalizer_identity(directory) if deberta else {}
-    date = date_identity(recipe.date, directory, {})
-    return {"backend": "reward-model", "ranker": model_identity(directory), **characters, **date}
+    more = {**date_identity(recipe.date, directory, {}), **system_identity(recipe)}
+    return {"backend": "reward-model", "ranker": model_identity(directory), **characters, **more}
 
 
 def load(recipe: Recipe) -> RewardModel:
@@ -210,4 +216,4 @@ def load(recipe: Recipe) -> RewardModel:
     import_networks()
     device, dtype = device_and_dtype()
     directory = resolve(recipe.ranker, recipe.ranker_revision, "ranker")
-    return RewardModel(directory, device, recipe.batch_tokens, dtype, recipe.date)
+    return RewardModel(directory, device, recipe.batch_tokens, dtype, recipe.date, recipe.ranker_system)

@@ -28,7 +28,7 @@ from sppo.store.files import digest
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import open_parquet, read_rows, write_parquet
-from sppo.store.responses import require_responses, responses_columns
+from sppo.store.responses import Count, require_responses, responses_columns, responses_each
 from sppo.store.shards import Slice, begun_identities, lay_out, shard_paths
 
 Logits = list[list[float]]
@@ -81,7 +81,8 @@ def rank_stage(recipe: Recipe, output_dir: Path, part: Slice) -> Stage:
     path, manifest, journal = shard_paths(output_dir / "ranking", part.data_frac)
     rows = list(part.bounds(open_parquet(responses, []).metadata.num_rows))
     inputs = {"responses": digest(responses), "ranker": asked}
-    return Stage("rank", manifest, [path], inputs, {"rows": rows, "pairs": recipe.pairs}, journal)
+    settings = {"rows": rows, "pairs": responses_each(output_dir, recipe.pairs).total}
+    return Stage("rank", manifest, [path], inputs, settings, journal)
 
 
 def _with_ranker_and_model(recipe: Recipe, output_dir: Path) -> Recipe:
@@ -142,19 +143,19 @@ def _rank_shard(recipe: Recipe, stage: Stage, shard: int, load: Callable[[], Ran
     print(f"rank: rows {start} to {stop} of {total}: {len(journal.done)} in the journal", flush=True)
 
     # every prompt's logits into the journal
-    rows = _checked_rows(responses, start, stop, recipe.pairs)
+    rows = _checked_rows(responses, start, stop, responses_each(responses.parent, recipe.pairs))
     with progress(stop - start, f"shard {shard}", "prompt", len(journal.done)) as bar:
         for _ in _ask_ranker(rows, journal, load):
             bar.update()
 
     # from the journal into the shard
-    outcome = _Outcome()
+    outcome, k = _Outcome(), stage.settings["pairs"]
     prompt_ids = (str(row["prompt_id"]) for row in read_rows(responses, ["prompt_id"], start, stop))
     written = write_parquet(path, ranking_schema(), _shard_rows(prompt_ids, journal, outcome))
     counts = {
         "prompts": stop - start,
         "written": written,
-        "pairs": written * recipe.pairs * (recipe.pairs - 1),
+        "pairs": written * k * (k - 1),
         "texts_cut_for_the_ranker": outcome.texts_cut,
         "skipped": dict(Counter(prompt["reason"] for prompt in outcome.skipped)),
     }
@@ -178,7 +179,7 @@ def _ask_ranker(rows: Iterator[dict[str, Any]], journal: Journal, load: Callable
                 yield prompt_id
 
 
-def _checked_rows(responses: Path, start: int, stop: int, pairs: int) -> Iterator[dict[str, Any]]:
+def _checked_rows(responses: Path, start: int, stop: int, each: Count) -> Iterator[dict[str, Any]]:
     """The rows to rank. Raises SPPOError for one without an id, with a repeated id, or without K responses."""
     seen: set[str] = set()
     for row in read_rows(responses, ["prompt_id", "prompt", "responses"], start, stop):
@@ -189,8 +190,8 @@ def _checked_rows(responses: Path, start: int, stop: int, pairs: int) -> Iterato
         if name in seen:
             raise SPPOError(f"{responses}: prompt_id {name} is there twice; each row needs its own")
         seen.add(name)
-        if len(answers) != pairs:
-            raise SPPOError(f"{responses}: prompt {name} has {len(answers)} responses, not --pairs {pairs}")
+        if len(answers) != each.total:
+            raise SPPOError(f"{responses}: prompt {name} has {len(answers)} responses, not {each}")
         try:
             row["prompt"] = as_messages(row["prompt"])
         except ValueError as error:

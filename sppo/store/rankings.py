@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sppo.command.errors import SPPOError
+from sppo.command.errors import SPPOError, UsageError
 from sppo.store.journal import differences
 from sppo.store.manifest import read_manifest, refuse_changed
 from sppo.store.parquet import open_parquet
@@ -34,6 +34,21 @@ def ranking_files(output_dir: Path) -> list[Path]:
             f"{directory} holds {', '.join(others)} besides the {count} shards of rank.py; move one of the two away"
         )
     return [path for path, _ in paths]
+
+
+def backend_of(files: list[Path]) -> str:
+    """The `ranker_backend` that made rankings, as their manifests tell. Raises UsageError where one has none."""
+    found = ""
+    for path in files:
+        manifest = path.with_suffix(".manifest.json")
+        ranker = read_manifest(manifest)["inputs"].get("ranker") if manifest.exists() else None
+        found = ranker.get("backend", "") if isinstance(ranker, dict) else ""
+        if not found:
+            raise UsageError(
+                f"--estimator auto: {path} has no manifest that names its ranker, as rank.py writes it; pass "
+                "--estimator released for logits of a PairRM, --estimator paper for all others"
+            )
+    return found  # check_rankings refuses rankings of more than one
 
 
 def check_rankings(files: list[Path], responses: Path, read: str) -> None:

@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sppo.command.errors import SPPOError
 from sppo.schema import BESIDE, REQUIRED, as_messages, beyond_text, responses_schema
-from sppo.store.manifest import await_written, refuse_changed
+from sppo.store.manifest import await_written, read_manifest, refuse_changed
 from sppo.store.parquet import holds_lists, holds_texts, open_parquet, read_rows
 from sppo.store.shards import known_count
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+# In the counts of responses.parquet's manifest: how many of a prompt's responses are other models', the last ones.
+EXTRA = "extra_responses_each"
+
+
+class Count(NamedTuple):
+    """How many responses each prompt should have."""
+
+    drawn: int
+    extra: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.drawn + self.extra
+
+    def __str__(self) -> str:
+        return f"--pairs {self.drawn}" + (f" and {self.extra} of --extra_responses" if self.extra else "")
+
+
+def responses_each(output_dir: Path, pairs: int) -> Count:
+    """How many responses each prompt of $DATA should have: --pairs, and those that combine put behind them."""
+    manifest = output_dir / "responses.manifest.json"
+    return Count(pairs, read_manifest(manifest)["counts"].get(EXTRA, 0) if manifest.exists() else 0)
 
 
 def require_responses(output_dir: Path) -> Path:

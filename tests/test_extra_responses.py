@@ -1,0 +1,354 @@
+"""--extra_responses: answers of other models join the tournament, with token ids, from the file to the training."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from test_doctor import examined as examined_by
+from test_doctor import flags_of, only_no
+
+from sppo import iterations
+from sppo.command.errors import SPPOError
+from sppo.evaluation import answers
+from sppo.generation.combine import combine, combine_stage
+from sppo.generation.extras import Extras, Templater
+from sppo.generation.shards import generate_shards
+from sppo.hub.push import _write_generated
+from sppo.models.policy import open_policy
+from sppo.pairing.training_set import compute_prob
+from sppo.ranking.shards import rank_shards
+from sppo.recipe import Recipe
+from sppo.store.files import read_json
+from sppo.store.manifest import Stage
+from sppo.store.parquet import read_rows
+from sppo.store.shards import Slice
+from sppo.training.data import load_training_set
+
+K, E, N = 2, 2, 5
+LONG = "It is blue because it scatters, and that is all there is to say about it."  # longer than any drawn response
+
+
+def answers_of(prompt_id: str) -> list[str]:
+    return [f"{LONG} ({prompt_id})", f"no {prompt_id}"]
+
+
+def one_a_row(ids: list[str]) -> list[dict[str, str]]:
+    return [{"prompt_id": i, "response": text} for i in ids for text in answers_of(i)]
+
+
+@pytest.fixture
+def recipe(models: Path, tmp_path: Path) -> Recipe:
+    """K = 2 of 5 prompts, one with a system turn, and of one that is empty; E = 2, also for a prompt of another run."""
+    rows: list[dict[str, Any]] = [{"prompt_id": f"p{n}", "prompt": f"Why is {n} blue?"} for n in range(N)]
+    rows[1]["system"] = "Be brief."
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [*rows, {"prompt_id": "empty", "prompt": ""}])
+    file = tiny.write_jsonl(tmp_path / "extra.jsonl", one_a_row([f"p{n}" for n in [4, 0, 2, 1, 3]] + ["another run's"]))
+    return Recipe(
+        model=str(models / "llama3"), prompts=str(prompts), extra_responses=str(file), pairs=K, maxlen=6,
+        engine="transformers", temperature=1.0, ranker="tiny:longer", estimator="paper",
+    )  # fmt: skip
+
+
+def drawn(recipe: Recipe, out: Path, shards: int = 1) -> list[dict[str, Any]]:
+    for i in range(shards):
+        generate_shards(recipe, out, [Slice(0, i, shards)], False)
+    if shards > 1:
+        combine(out, shards, recipe.pairs, False, recipe=recipe)
+    return pq.read_table(out / "responses.parquet").to_pylist()
+
+
+# the file
+
+
+def as_parquet(path: Path, ids: list[str]) -> Path:
+    """As another run's responses.parquet: records with a text and more."""
+    rows = [{"prompt_id": i, "responses": [{"text": t, "token_ids": [1]} for t in answers_of(i)]} for i in ids]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def as_csv(path: Path, ids: list[str]) -> Path:
+    lines = [f'{i},"{text}"' for i in ids for text in answers_of(i)]
+    path.write_text("\n".join(["prompt_id,response", *lines]))
+    return path
+
+
+def as_lists(path: Path, ids: list[str]) -> Path:
+    return tiny.write_jsonl(path, [{"prompt_id": i, "responses": answers_of(i)} for i in ids])
+
+
+def as_rows(path: Path, ids: list[str]) -> Path:
+    return tiny.write_jsonl(path, one_a_row(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("e.parquet", as_parquet), ("e.csv", as_csv), ("l.jsonl", as_lists), ("r.jsonl", as_rows)]
+)
+def test_each_kind_of_file_has_the_same_answers(tmp_path: Path, name: str, write: Callable[..., Path]) -> None:
+    ids = ["7", "b", "c"]
+    extras = Extras(str(write(tmp_path / name, ids)))
+    assert extras.answers == {i: answers_of(i) for i in ids}
+    assert extras.each(ids) == extras.each(["b"]) == E
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "p0", "response": "a"}], "without the columns prompt_id, and response or responses"),
+        ([{"prompt_id": "p0", "answer": "a"}], "without the columns prompt_id, and response or responses"),
+        ([{"prompt_id": None, "response": "a"}], "a row without a prompt_id"),
+        ([{"prompt_id": "p0", "response": None}], "prompt p0 has an answer that is no text"),
+        ([{"prompt_id": "p0", "response": 7}], "prompt p0 has an answer that is no text"),
+        ([{"prompt_id": "p0", "response": "\ud800"}], "prompt p0 has an answer that is no text"),
+        ([{"prompt_id": "p0", "responses": "two of them"}], "prompt p0 has an answer that is no text"),
+        ([{"prompt_id": "p0", "responses": ["a", {"content": "b"}]}], "prompt p0 has an answer that is no text"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    path = tmp_path / "e.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SPPOError, match=f"--extra_responses .*{message}"):
+        Extras(str(path))
+
+
+def test_a_file_that_is_not_there_or_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SPPOError, match="nowhere.jsonl: no such file"):
+        Extras(str(tmp_path / "nowhere.jsonl"))
+    (tmp_path / "e.txt").write_text("a")
+    with pytest.raises(SPPOError, match=r"should end in \.parquet, \.jsonl or \.csv"):
+        Extras(str(tmp_path / "e.txt"))
+
+
+def test_prompts_without_answers_are_counted_and_named(tmp_path: Path) -> None:
+    extras = Extras(str(tiny.write_jsonl(tmp_path / "e.jsonl", one_a_row(["a", "b"]) + one_a_row(["b"]))))
+    with pytest.raises(
+        SPPOError, match=r"8 of 10 prompts have none \(q0, .*q4, \.\.\.\); 1 of 10 prompts have 2 \(a\)"
+    ):
+        extras.each(["a", "b", *[f"q{n}" for n in range(8)]])
+    with pytest.raises(SPPOError, match=r"1 of 2 prompts have 2 \(a\); 1 of 2 prompts have 4 \(b\)"):
+        extras.each(["a", "b"])
+    with pytest.raises(SPPOError, match=r"2 of 2 prompts have none \(x, y\)$"):
+        extras.each(["x", "y"])
+
+
+# the responses
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gemma2", "qwen3"])
+def test_the_token_ids_are_the_templates_and_end_once(models: Path, family: str) -> None:
+    """Against the whole conversation as transformers renders it: what stands between the prompt and the end's end."""
+    policy = open_policy(str(models / family))
+    tokenizer = policy.tokenizer()
+    stops = policy.stop_ids(tokenizer)
+    prompt = [{"role": "user", "content": "Why?"}]
+    end = tokenizer.decode(sorted(stops)[:1])
+    for answer in (LONG, f"{LONG}{end}"):  # as some data sets hold it
+        made = Templater(tokenizer, stops, {}).response(prompt, answer)
+        before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        after = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": LONG}], tokenize=False)
+        assert made["text"] == LONG
+        assert made["token_ids"][-1] in stops
+        assert not set(made["token_ids"][:-1]) & stops
+        assert after[len(before) :].startswith(tokenizer.decode(made["token_ids"]))
+        assert tokenizer.decode(made["token_ids"], skip_special_tokens=True) == LONG
+        assert (made["finish_reason"], made["logps"]) == ("stop", None)
+
+
+def test_a_template_without_an_end_gets_the_tokenizers(models: Path) -> None:
+    """Else it would be trained to go on for ever after another model's answer."""
+    policy = open_policy(str(models / "llama3"))
+    tokenizer = policy.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    made = Templater(tokenizer, {3, 5, tokenizer.eos_token_id}, {}).response([{"role": "user", "content": "Q"}], "yes")
+    assert made["token_ids"] == [*tokenizer("yes", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_they_stand_behind_what_was_drawn_however_the_shards_are_cut(recipe: Recipe, tmp_path: Path) -> None:
+    alone = drawn(replace(recipe, extra_responses=""), tmp_path / "alone")
+    one, three = drawn(recipe, tmp_path / "one"), drawn(recipe, tmp_path / "three", 3)
+    assert one == three
+    assert len(one) == N
+    for row, without in zip(one, alone, strict=True):
+        assert row["responses"][:K] == without["responses"]  # nothing that was drawn has changed
+        assert [r["text"] for r in row["responses"][K:]] == answers_of(row["prompt_id"])
+        assert {**row, "responses": []} == {**without, "responses": []}
+    mine, its = (read_json(tmp_path / name / "responses.manifest.json") for name in ("one", "alone"))
+    assert mine["counts"] == {**its["counts"], "extra_responses": N * E, "extra_responses_each": E}
+    assert set(mine["inputs"]) - set(its["inputs"]) == {"extra_responses"}
+    assert mine["settings"] == its["settings"]
+
+
+def test_a_changed_file_is_noticed_and_a_missing_one_costs_no_drawn_response(recipe: Recipe, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", Path(recipe.extra_responses)
+    drawn(recipe, out)
+    before = tiny.contents(out)
+    drawn(recipe, out)  # done
+    assert tiny.contents(out) == before
+    assert combine_stage(out, 1, K, str(file)).is_current()
+
+    text = file.read_text()
+    file.write_text(text.replace("scatters", "glows"))
+    for asked in (recipe, replace(recipe, extra_responses="")):
+        with pytest.raises(SPPOError, match=r"combine: (.|\n)*inputs\.extra_responses(.|\n)*--overwrite"):
+            combine(out, 1, K, False, recipe=asked)
+    assert tiny.contents(out) == before
+    file.write_text("".join(text.splitlines(keepends=True)[2:]))  # p4 has none
+    with pytest.raises(SPPOError, match=r"1 of 5 prompts have none \(p4\)"):
+        combine(out, 1, K, True, recipe=recipe)
+    assert tiny.contents(out) == before  # --overwrite deletes nothing for an error
+    file.unlink()
+    with pytest.raises(SPPOError, match="no such file"):
+        combine(out, 1, K, False, recipe=recipe)
+    file.write_text(text.replace("scatters", "glows"))
+    combine(out, 1, K, True, recipe=recipe)
+    assert "glows" in pq.read_table(out / "responses.parquet").to_pylist()[0]["responses"][K]["text"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(recipe: Recipe, models: Path, tmp_path: Path) -> None:
+    """By hand, combine_generate.py with another --model would write token ids that the policy reads as other text."""
+    out = tmp_path / "out"
+    for i in range(2):
+        generate_shards(recipe, out, [Slice(0, i, 2)], False)
+    with pytest.raises(SPPOError, match="mistral has another tokenizer than the model that drew .*pass --model"):
+        combine(out, 2, K, False, recipe=replace(recipe, model=str(models / "mistral")))
+    assert not (out / "responses.parquet").exists()
+    combine(out, 2, K, False, recipe=replace(recipe, model=""))  # the shards name theirs
+    assert (out / "responses.parquet").exists()
+
+
+# the tournament, and what is made of it
+
+
+def test_the_whole_chain_on_the_command_line(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K + E are ranked, win rates are means over K + E, and another model's answer is chosen, with its token ids."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
+    out = tmp_path / "out"
+    common = [f"--output_dir={out}", f"--pairs={K}", f"--model={recipe.model}", f"--ranker={recipe.ranker}"]
+    common += [f"--extra_responses={recipe.extra_responses}", "--estimator=auto"]
+    tiny.succeed("scripts/generate.py", *common, f"--prompts={recipe.prompts}", "--maxlen=6", "--engine=transformers")
+    assert "--extra_responses" in tiny.succeed("scripts/combine_generate.py", "--help").split("other scripts")[0]
+    tiny.succeed("scripts/combine_generate.py", *common)  # done already
+    tiny.succeed("scripts/rank.py", *common)
+    tiny.succeed("scripts/compute_prob.py", *common)
+
+    rows = pq.read_table(out / "train.parquet").to_pylist()
+    assert len(rows) == N
+    for row in rows:
+        texts = [r["text"] for r in row["responses"]]
+        assert len(texts) == K + E == len(row["probability"]) == len(row["rm_scores"])
+        assert row["chosen"][-1]["content"] == answers_of(row["prompt_id"])[0]
+        assert row["chosen_index"] == K
+        assert row["chosen_probs_win"] == pytest.approx(sum(row["probability"][K]) / (K + E))
+        assert row["rejected"][-1]["content"] == min(texts, key=len)
+    manifest = read_json(out / "train.manifest.json")
+    assert manifest["settings"]["pairs"] == K + E
+    assert manifest["counts"]["pairs"] == N * (K + E) * (K + E - 1)
+    assert read_json(out / "ranking" / "shard-00000.manifest.json")["counts"]["pairs"] == manifest["counts"]["pairs"]
+    refused = tiny.run("scripts/rank.py", *common, "--pairs=3", "--overwrite")
+    assert "has 4 responses, not --pairs 3 and 2 of --extra_responses" in refused.stderr
+
+
+@pytest.mark.parametrize("loss_type", ["sppo", "sppo_all"])
+def test_training_reads_all_of_them_token_for_token(recipe: Recipe, tmp_path: Path, loss_type: str) -> None:
+    """Also where the file was touched since: then texts and token ids are compared."""
+    recipe, out = replace(recipe, loss_type=loss_type), tmp_path / "out"
+    drawn(recipe, out)
+    rank_shards(recipe, out, [Slice(0, 0)], False)
+    compute_prob(recipe, out, False)
+    policy = open_policy(recipe.model)
+    tokenizer = policy.tokenizer()
+    rows = list(read_rows(out / "train.parquet", ["responses", "chosen_index", "rejected_index"]))
+    for _ in range(2):
+        data = load_training_set(out / "train.parquet", tokenizer, policy.stop_ids(tokenizer), recipe)
+        assert data.counts["rows_from_generated_ids"] == data.counts["rows"] == N
+        for found, row in zip(data.responses, rows, strict=True):
+            pair = [row["chosen_index"], row["rejected_index"]]
+            kept = [i for i, r in enumerate(row["responses"]) if r["text"].strip()] if loss_type == "sppo_all" else pair
+            assert [ids.tolist() for ids in found] == [row["responses"][i]["token_ids"] for i in kept]
+            assert K in kept
+        (out / "train.manifest.json").unlink(missing_ok=True)
+    generated = tmp_path / "generated.parquet"
+    _write_generated(out / "train.parquet", out / "test.parquet", generated, K + E)
+    (first, *_) = pq.read_table(generated).to_pylist()
+    assert first[f"generate_{K + E - 1}"][-1]["content"] == answers_of(first["prompt_id"])[1]
+
+
+# before anything is drawn
+
+
+def test_what_is_missing_is_said_before_anything_is_drawn(recipe: Recipe, tmp_path: Path) -> None:
+    file, out = Path(recipe.extra_responses), tmp_path / "out"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-4]))  # without p3 and the other run's
+    common = [f"--output_dir={out}", f"--pairs={K}", f"--model={recipe.model}", f"--prompts={recipe.prompts}"]
+    for more in (["--only_prompts"], ["--maxlen=6", "--engine=transformers"]):
+        refused = tiny.run("scripts/generate.py", *common, f"--extra_responses={file}", *more)
+        assert refused.returncode == 1
+        assert "1 of 5 prompts have none (p3); 4 of 5 prompts have 2" in refused.stderr
+    assert not list(out.glob("responses/*"))
+
+
+def test_an_overwrite_that_cannot_be_joined_keeps_what_was_drawn(recipe: Recipe, tmp_path: Path) -> None:
+    """generate.py --overwrite deleted the shards first, and then found that the file is not there."""
+    out = tmp_path / "out"
+    drawn(recipe, out)
+    before = tiny.contents(out)
+    with pytest.raises(SPPOError, match="no such file"):
+        generate_shards(replace(recipe, extra_responses="nowhere.jsonl"), out, [Slice(0, 0)], True)
+    assert tiny.contents(out) == before
+
+
+def test_the_preflight_checks_ids_and_counts_what_is_ranked(models: Path, tmp_path: Path) -> None:
+    """K = 3 and E = 2: 40 prompts x 5 x 4 comparisons. Each iteration has its own file by {iter}."""
+    flags = flags_of(models, tmp_path)
+    rows = [{"prompt_id": f"p{i}", "prompt": f"Name {i} rivers"} for i in range(40)]
+    tiny.write_jsonl(tmp_path / "prompts.jsonl", rows)
+    asked = f"--extra_responses={tmp_path}/extra-{{iter}}.jsonl"
+    tiny.write_jsonl(tmp_path / "extra-1.jsonl", one_a_row([f"p{i}" for i in range(40)]))
+    said = only_no(examined_by(models, tmp_path, asked))
+    assert said.startswith("iteration 2: --extra_responses")
+    assert "extra-2.jsonl: no such file" in said
+    tiny.write_jsonl(tmp_path / "extra-2.jsonl", one_a_row([f"p{i}" for i in range(39)]))
+    assert "iteration 2: " in (said := only_no(examined_by(models, tmp_path, asked)))
+    assert "1 of 40 prompts have none (p39)" in said
+    tiny.write_jsonl(tmp_path / "extra-2.jsonl", [{"prompt_id": f"p{i}", "response": "one"} for i in range(40)])
+    shown = tiny.succeed("scripts/doctor.py", *flags, asked)
+    assert "iteration 1: 2 answers of other models a prompt, ranked beside the 3 drawn" in shown
+    assert "iteration 2: 1 answer of other models a prompt" in shown
+    for i, comparisons in ((1, 800), (2, 480)):
+        assert re.search(rf"iteration {i} +40 +120 +{comparisons} ", shown), shown
+
+
+def test_reports_and_suites_draw_without_them(recipe: Recipe, tmp_path: Path) -> None:
+    """The file answers the training's prompts; a held-out set would be refused for its lack of answers."""
+    asked: list[list[str]] = []
+    with mock.patch.object(answers, "call", lambda script, words, *_, **__: asked.append([script, *words])):
+        answers.draw(recipe, tmp_path / "out", tmp_path / "logs", "eval")
+    assert [words[0] for words in asked] == ["launch", "combine_generate"]
+    assert all("--extra_responses=" in words for words in asked)
+
+
+def test_a_run_names_the_file_of_each_iteration_and_asks_for_it(recipe: Recipe, tmp_path: Path) -> None:
+    whole = iterations.opened(replace(recipe, extra_responses="x-{iter}.jsonl", run_dir=str(tmp_path / "run")))
+    assert [iterations.iteration(whole, i).extra_responses for i in (1, 2)] == ["x-1.jsonl", "x-2.jsonl"]
+
+    # is it done? With another file, or none, it is not: what is there is other work
+    mine = iterations.iteration(replace(whole, extra_responses=recipe.extra_responses), 1)
+    drawn(mine, Path(mine.data_dir))
+
+    def combined(one: Recipe) -> Stage:
+        *_, (stage,) = iterations.drawing_stages(one, Path(one.data_dir), one.extra_responses)
+        return stage
+
+    assert combined(mine).is_current()
+    assert not combined(replace(mine, extra_responses="")).is_current()
