@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.rankers import TRIAL
-from sppo.rankers.chat_server import TOO_MUCH, ChatServer
+from sppo.rankers.chat_server import ChatServer
 from sppo.rankers.templates import fill, load_template, presets, read_preset
 from sppo.rankers.verdicts import HARD, read_choice, verdict_pattern, vote
 from sppo.recipe import Recipe
@@ -98,9 +98,7 @@ class JudgeRanker:
             choices = self._sample(client, pair) if self.form.votes else self._ask(client, pair)
             verdicts = [read_choice(choice, self.form.verdict) for choice in choices]
         except self.server.failures as error:
-            if not isinstance(error, self.server.openai.APIStatusError) or error.status_code not in TOO_MUCH:
-                raise self.server.failure(error) from None
-            self.server.note(f"a pair was refused and its prompt is set aside: {self.server.words(error)}")
+            self.server.set_aside(error, "a pair")
             return math.nan
 
         left_out = "is no vote" if self.form.votes else "and its prompt is set aside"
