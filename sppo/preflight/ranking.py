@@ -23,9 +23,9 @@ def look_at_ranker(run: Run) -> Look[Ranker]:
     module = rankers.backend(recipe)
     kind = module.__name__.rpartition(".")[2]
     where = Path(module.fetch(recipe))
-    if kind == "judge":
+    if kind in ("judge", "reward_server"):
         yield ok(f"{recipe.ranker} at {recipe.ranker_url} answers a trial question")
-    if kind in ("judge", "function"):
+    if kind in ("judge", "reward_server", "function"):
         return Ranker(recipe, module, kind)
     on_disk = sum(f.stat().st_size for f in weight_files(where))
     return Ranker(recipe, module, kind, parameters(weight_shapes(where)), on_disk)

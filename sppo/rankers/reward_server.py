@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from math import isfinite, nan
+from math import isclose, isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,11 +38,8 @@ class _Way(NamedTuple):
     field: str
 
 
-_WAYS = (
-    _Way("/classify", "input"),
-    _Way("/classify", "input_ids"),
-    _Way("/pooling", "input"),
-)  # the second is SGLang's
+# vLLM's, SGLang's, and that of a vLLM whose model is not one to classify with
+_WAYS = (_Way("/classify", "input"), _Way("/classify", "input_ids"), _Way("/pooling", "input"))
 _OTHER_WAY = (400, 404, 405, 422)  # statuses that a server may answer to a way that is not its own
 
 
@@ -78,7 +75,8 @@ class RewardServer:
         """(name of the served model that is `ranker`, by its name or directory; the tokens that the server takes)."""
         models = self.server.served()
         for model in models:
-            if ranker in (model.id, root := getattr(model, "root", None)) or _is_same_directory(ranker, root):
+            root = getattr(model, "root", None)
+            if ranker in (model.id, root) or _is_same_directory(ranker, root):
                 return model.id, getattr(model, "max_model_len", None)
         names = ", ".join(model.id for model in models) or "no model"
         raise SPPOError(
@@ -102,9 +100,8 @@ class RewardServer:
                 pairs_of.setdefault(key, []).append(index)
 
         texts, rewards = list(pairs_of), {}
-        inputs = (
-            self.reader.read(*key).ids for key in texts
-        )  # read in this thread, where a template's time is limited
+        # read in this thread, where a template's time is limited
+        inputs = (self.reader.read(*key).ids for key in texts)
         for place, reward in self.server.ask_all(inputs, self._ask):
             rewards[texts[place]] = reward
             for index in pairs_of[texts[place]]:
@@ -151,8 +148,8 @@ class RewardServer:
         if told:
             raise self.server.failure(told[0]) from None
         raise SPPOError(
-            f"{self.server.url} serves {self.served}, but no rewards: it has neither /classify nor /pooling. Start vLLM "
-            "with --runner pooling, SGLang with --is-embedding"
+            f"{self.server.url} serves {self.served}, but no rewards: it has neither /classify nor /pooling. Start "
+            "vLLM with --runner pooling, SGLang with --is-embedding"
         )
 
     def _try(self, client: OpenAI, way: _Way, is_plain: bool) -> None:
@@ -174,10 +171,11 @@ class RewardServer:
 
         if not all(map(isfinite, rewards)):
             raise SPPOError(f"{url} gives {rewards} for trial texts, not finite numbers")
-        if rewards == squashed and all(0 <= reward <= 1 for reward in rewards) and not is_plain:
+        is_same = [isclose(*both, rel_tol=1e-3) for both in zip(rewards, squashed, strict=False)]
+        if is_same and all(is_same) and all(0 <= reward <= 1 for reward in rewards) and not is_plain:
             raise SPPOError(
-                f"{url} gives numbers between 0 and 1 for all trial texts, and heeds no use_activation: they seem to be "
-                "probabilities, not rewards. Start vLLM with --pooler-config '{\"use_activation\": false}'"
+                f"{url} gives numbers between 0 and 1 for all trial texts, and heeds no use_activation: they seem to "
+                "be probabilities, not rewards. Start vLLM with --pooler-config '{\"use_activation\": false}'"
             )
 
 
@@ -247,7 +245,7 @@ def fetch(recipe: Recipe) -> Path:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """The model's name, and the files that say how a text is read. Not the address, nor the weights, which are there."""
+    """The model's name, and the files that say how a text is read. Not the address, nor the weights behind it."""
     directory = _directory(recipe)
     files = {name: digest(directory / name) for name in ["config.json", *tokenizer_files(directory)]}
     return {"backend": "reward-server", "ranker": recipe.ranker, "reading": content_id(files)}

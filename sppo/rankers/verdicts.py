@@ -56,17 +56,18 @@ def read_choice(choice: dict[str, Any], pattern: re.Pattern[str]) -> Verdict:
     A judge may quote a verdict that stands in a response, so the last match counts, behind its thoughts. An answer that
     was cut off has not said its last word: it counts only for a pattern that is bound to the answer's start.
     """
-    answer = _answer(choice)
-    is_cut = choice.get("finish_reason") == "length"
-    found = _last(pattern, answer)
+    answer, places = _answer(choice), (choice.get("logprobs") or {}).get("content") or []
+    is_cut, is_bound = choice.get("finish_reason") == "length", pattern.pattern.startswith(r"\A")
+    standing = list(_standing(places, answer, pattern, is_bound))
+    found = _last(pattern, answer) or next((match for _, match in standing), None)
     names = _names(found[1]) if found else ()
-    if not found or not names or (is_cut and not pattern.pattern.startswith(r"\A")):
+    if not found or not names or (is_cut and not is_bound):
         return Verdict(math.nan, is_cut=is_cut)
     if found[1] not in names:
         return Verdict(0.0)  # a tie
 
-    for place in _places(choice, answer, pattern, found[1]):
-        if _spells(place["token"], names) == found[1]:
+    for place, match in standing:
+        if match[1] == found[1] == _spells(place["token"], names):
             logit = _logit_at(place, names)
             if logit is not None:
                 return Verdict(logit)
@@ -120,22 +121,30 @@ def _spells(token: str, names: tuple[str, ...]) -> str:
     return begun[0] if len(begun) == 1 else ""
 
 
-def _places(choice: dict[str, Any], answer: str, pattern: re.Pattern[str], said: str) -> Iterator[dict[str, Any]]:
-    """The token in which the verdict begins, where the log-probs have it.
+def _standing(
+    places: list[dict[str, Any]], answer: str, pattern: re.Pattern[str], is_bound: bool
+) -> Iterator[tuple[dict[str, Any], re.Match[str]]]:
+    """(the token in which the verdict begins, the verdict), as far as the log-probs have it, the likeliest first.
 
     The tokens hold the thoughts too, and servers spell them in several ways; so the answer's start is looked for as it
-    stands, else behind the thoughts, else at the start.
+    stands, else behind the thoughts, else at the start. For a pattern that is bound to the answer's start a token may
+    be the whole verdict, whatever the judge says behind it.
     """
-    places = (choice.get("logprobs") or {}).get("content") or []
+    if not answer:
+        return
     starts, joined = [], ""
     for place in places:
         starts.append(len(joined))
         joined += place["token"].translate({ord("▁"): " ", ord("Ġ"): " ", ord("Ċ"): "\n"})
-    behind = joined.rpartition("</think>")[2]
-    for start in (joined.rfind(answer), len(joined) - len(behind), 0):
-        found = _last(pattern, joined[start:]) if start >= 0 else None
-        if found and found[1] == said:
-            yield places[bisect_right(starts, start + found.start(1)) - 1]
+    answers = [joined.rfind(answer), len(joined) - len(joined.rpartition("</think>")[2]), 0]
+    for start in answers:
+        if start >= 0 and (match := _last(pattern, joined[start:])):
+            yield places[bisect_right(starts, start + match.start(1)) - 1], match
+    if is_bound:
+        begin = next(start for start in answers if start >= 0)
+        for start, place in zip(starts, places, strict=True):
+            if start >= begin and (match := _last(pattern, place["token"])):
+                yield place, match
 
 
 def _logit_at(place: dict[str, Any], names: tuple[str, ...]) -> float | None:
