@@ -36,6 +36,7 @@ from sppo.store.files import read_json
 KEY = "sk-" + "k" * 40
 USER = [{"role": "user", "content": "Why is the sky blue?"}]
 PAIR = (USER, "first", "second")
+LETTER = verdict_pattern(read_preset("letter")["verdict"], "--judge_verdict")
 judge_prompt = partial(judge.judge_prompt, load_template("letter", "--judge_template"))
 
 
@@ -157,10 +158,11 @@ def test_a_verdict_behind_other_words_is_read_at_its_token(
     url, directory = vllm
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     (tmp_path / "mine.txt").write_text("{conversation}\n{first}\n{second}\nWhich is better? Answer with A or B only.")
-    form = {"judge_template": str(tmp_path / "mine.txt"), "judge_verdict": r"\A[\s\S]*([AB])", "judge_max_tokens": 8}
+    form = {"judge_template": str(tmp_path / "mine.txt"), "judge_verdict": "([AB])", "judge_max_tokens": 8}
     ranker = JudgeRanker(Recipe(ranker="tiny-judge", ranker_url=url, **form))
     with ranker.server.client() as client:
         (choice,) = ranker._ask(client, PAIR)
+    choice["finish_reason"] = "stop"  # a tiny judge goes on for ever
     said = [place["token"] for place in choice["logprobs"]["content"]]
     at = max(i for i, token in enumerate(said) if token in ("A", "B"))
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
@@ -197,6 +199,8 @@ GOOD = (200, says("A", {"A": -0.1, "B": -2.6}))
             (says("A", {"A": -0.1, "B": broken, "x": -4.0}), math.nan)
             for broken in (math.nan, -math.inf, math.inf, None)
         ),
+        (says("A B", {"A": -0.1, "B": -2.6}, {" B": -0.1, " A": -9.0}), 2.5),  # the first letter that is said
+        (says("AAnd", {"A": -0.1, "B": -2.6}, {"And": -0.1, "B": -9.0}), 2.5),  # whatever is said behind it
         (says("A", {"A": 0.8, "B": 0.1, "x": 0.05}), math.nan),  # probabilities, not their logarithms
         (says("The better one is B."), -10.0),
         (says("Both, I think", {"Both": -0.1, "A": -3.0}), math.nan),
@@ -208,9 +212,7 @@ GOOD = (200, says("A", {"A": -0.1, "B": -2.6}))
 )
 def test_answers_by_hand(completion: dict[str, Any], logit: float) -> None:
     choice = next(iter(completion["choices"]), {})
-    assert read_choice(choice, verdict_pattern(read_preset("letter")["verdict"], "")).logit == pytest.approx(
-        logit, nan_ok=True
-    )
+    assert read_choice(choice, LETTER, first=True).logit == pytest.approx(logit, nan_ok=True)
 
 
 def test_a_server_of_newer_models_is_asked_in_its_own_words(
@@ -535,8 +537,7 @@ def test_an_answer_that_was_cut_off_has_not_said_its_last_word(
     assert found[1] == -10
     assert "raise --judge_max_tokens 2048" in capsys.readouterr().err
     assert {request["max_tokens"] for request in server.asked} == {2048}
-    letter = verdict_pattern(read_preset("letter")["verdict"], "")
-    assert read_choice(cut_off("B, since")["choices"][0], letter).logit == -10  # read from the start
+    assert read_choice(cut_off("B, since")["choices"][0], LETTER, first=True).logit == -10
 
 
 def test_a_thought_apart_from_the_answer_is_not_read() -> None:

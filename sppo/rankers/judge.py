@@ -31,10 +31,11 @@ _DEFAULT = "letter"  # the preset whose settings are left out of a ranking's ide
 
 
 class Form(NamedTuple):
-    """What a judge is asked, and how its answer is read. `votes`: 0 where log-probs are."""
+    """What a judge is asked, and how its answer is read. `first`: by the first match. `votes`: 0 where by log-probs."""
 
     template: str
     verdict: re.Pattern[str]
+    first: bool
     max_tokens: int
     votes: int
 
@@ -54,7 +55,8 @@ def judge_form(recipe: Recipe) -> Form:
             r"'\[\[([ABC])\]\]', say"
         )
     room = recipe.judge_max_tokens or preset["max_tokens"]
-    return Form(template, verdict_pattern(regex, "--judge_verdict"), room, recipe.judge_votes)
+    first = regex == preset["verdict"] and preset.get("first", False)
+    return Form(template, verdict_pattern(regex, "--judge_verdict"), first, room, recipe.judge_votes)
 
 
 def judge_prompt(template: str, prompt: list[Message], first: str, second: str) -> str:
@@ -96,7 +98,7 @@ class JudgeRanker:
     def _answer(self, client: OpenAI, pair: Pair) -> float:
         try:
             choices = self._sample(client, pair) if self.form.votes else self._ask(client, pair)
-            verdicts = [read_choice(choice, self.form.verdict) for choice in choices]
+            verdicts = [read_choice(choice, self.form.verdict, self.form.first) for choice in choices]
         except self.server.failures as error:
             self.server.set_aside(error, "a pair")
             return math.nan

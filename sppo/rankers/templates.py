@@ -28,7 +28,7 @@ def presets() -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """A preset's `template`, `verdict` and `max_tokens`."""
+    """A preset's `template`, `verdict` and `max_tokens`; `first` where the first match is the verdict."""
     return read_yaml((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 

@@ -1,7 +1,7 @@
 """How a judge's answer is read: where its verdict stands, what the verdict names, and its log-probability.
 
-A verdict is the last match of a regex with one group. The group's text names the first response (A, 1, first), the
-second (B, 2, second), or a tie (C, tie, equal), in capitals or not.
+A verdict is a match of a regex with one group, the last one in the answer. The group's text names the first response
+(A, 1, first), the second (B, 2, second), or a tie (C, tie, equal), in capitals or not.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def verdict_pattern(regex: str, flag: str) -> re.Pattern[str]:
     return pattern
 
 
-def read_choice(choice: dict[str, Any], pattern: re.Pattern[str]) -> Verdict:
+def read_choice(choice: dict[str, Any], pattern: re.Pattern[str], first: bool = False) -> Verdict:
     """The verdict of one choice of a chat completion; its logit is read at the token in which the group's text begins.
 
     A judge may quote a verdict that stands in a response, so the last match counts, behind its thoughts. An answer that
-    was cut off has not said its last word: it counts only for a pattern that is bound to the answer's start.
+    was cut off has not said its last word, and has no verdict. `first`: the first match counts, as soon as it is said.
     """
     answer, places = _answer(choice), (choice.get("logprobs") or {}).get("content") or []
-    is_cut, is_bound = choice.get("finish_reason") == "length", pattern.pattern.startswith(r"\A")
-    standing = list(_standing(places, answer, pattern, is_bound))
-    found = _last(pattern, answer) or next((match for _, match in standing), None)
+    is_cut = choice.get("finish_reason") == "length"
+    standing = list(_standing(places, answer, pattern, first))
+    found = standing[0][1] if first and standing else _match(pattern, answer, first)
     names = _names(found[1]) if found else ()
-    if not found or not names or (is_cut and not is_bound):
+    if not found or not names or (is_cut and not first):
         return Verdict(math.nan, is_cut=is_cut)
     if found[1] not in names:
         return Verdict(0.0)  # a tie
@@ -91,12 +91,10 @@ def _answer(choice: dict[str, Any]) -> str:
     return "" if said.startswith("<think>") else said
 
 
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    found = None
-    for match in pattern.finditer(text):
-        if match[1]:  # a group that takes no part, or is empty, names nothing
-            found = match
-    return found
+def _match(pattern: re.Pattern[str], text: str, first: bool) -> re.Match[str] | None:
+    """The first match, or the last; a group that takes no part, or is empty, names nothing."""
+    found = [match for match in pattern.finditer(text) if match[1]]
+    return found[0 if first else -1] if found else None
 
 
 def _names(said: str) -> tuple[str, ...]:
@@ -122,29 +120,26 @@ def _spells(token: str, names: tuple[str, ...]) -> str:
 
 
 def _standing(
-    places: list[dict[str, Any]], answer: str, pattern: re.Pattern[str], is_bound: bool
+    places: list[dict[str, Any]], answer: str, pattern: re.Pattern[str], first: bool
 ) -> Iterator[tuple[dict[str, Any], re.Match[str]]]:
     """(the token in which the verdict begins, the verdict), as far as the log-probs have it, the likeliest first.
 
     The tokens hold the thoughts too, and servers spell them in several ways; so the answer's start is looked for as it
-    stands, else behind the thoughts, else at the start. For a pattern that is bound to the answer's start a token may
-    be the whole verdict, whatever the judge says behind it.
+    stands, else behind the thoughts, else at the start. `first`: a token is a verdict by itself, whatever is beside it.
     """
-    if not answer:
+    if not answer or not places:
         return
     starts, joined = [], ""
     for place in places:
         starts.append(len(joined))
         joined += place["token"].translate({ord("▁"): " ", ord("Ġ"): " ", ord("Ċ"): "\n"})
-    answers = [joined.rfind(answer), len(joined) - len(joined.rpartition("</think>")[2]), 0]
-    for start in answers:
-        if start >= 0 and (match := _last(pattern, joined[start:])):
-            yield places[bisect_right(starts, start + match.start(1)) - 1], match
-    if is_bound:
-        begin = next(start for start in answers if start >= 0)
-        for start, place in zip(starts, places, strict=True):
-            if start >= begin and (match := _last(pattern, place["token"])):
-                yield place, match
+    tokens = list(zip(starts, [*starts[1:], len(joined)], strict=True))
+    for begin in (joined.rfind(answer), len(joined) - len(joined.rpartition("</think>")[2]), 0):
+        pieces = [piece for piece in tokens if piece[1] > begin] if first else [(begin, len(joined))]
+        for start, end in pieces if begin >= 0 else []:
+            if match := _match(pattern, joined[start:end], first):
+                yield places[bisect_right(starts, start + match.start(1)) - 1], match
+                break
 
 
 def _logit_at(place: dict[str, Any], names: tuple[str, ...]) -> float | None:
