@@ -173,8 +173,8 @@ def test_a_verdict_behind_other_words_is_read_at_its_token(
     assert at > 0
     assert read_choice(choice, ranker.form.verdict).logit == pytest.approx(float(logits[a] - logits[b]), abs=1e-3)
 
-    form = {**form, "judge_votes": 6, "judge_verdict": r"\A([AB])"}
-    logits = dict(JudgeRanker(Recipe(ranker="tiny-judge", ranker_url=url, **form)).logits([PAIR] * 3))
+    recipe = Recipe(ranker="tiny-judge", ranker_url=url, judge_votes=6, judge_max_tokens=1)
+    logits = dict(JudgeRanker(recipe).logits([PAIR] * 3))
     votes = [math.log((wins + 0.5) / (n - wins + 0.5)) for n in range(1, 7) for wins in range(n + 1)]
     assert all(min(abs(logit - vote) for vote in votes) < 1e-9 for logit in logits.values())
 
