@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from stub_server import Stub
 from test_reward_model import PROMPTS, RESPONSES, make
 
 from sppo.command.errors import SPPOError, UsageError
+from sppo.preflight.facts import Run
+from sppo.preflight.ranking import check_ranker, look_at_ranker
 from sppo.rankers import reward_server
 from sppo.rankers.reward_model import RewardModel
 from sppo.rankers.reward_server import RewardServer
@@ -216,6 +219,8 @@ def test_a_small_reward_is_no_probability(served: tuple[type[Stub], Recipe], tmp
     server, recipe = served
     server.behave = lambda n: classified(0.7 if server.asked[n]["use_activation"] else 0.85)
     RewardServer(recipe)
+    server.behave = lambda n: classified(3.5)  # a server that has no activation at all
+    RewardServer(recipe)
     server.behave = lambda n: classified(0.7)
     plain = make(tmp_path / "plain", "llama")
     tiny.edit_json(plain / "config.json", problem_type="regression")
@@ -332,3 +337,20 @@ def test_rank_goes_through_the_command_and_goes_on_after_a_failure(
     assert len(rows) == 3
     np.testing.assert_allclose(rows[0]["logits"], [[0, 1, 2], [-1, 0, 1], [-2, -1, 0]])
     assert read_json(out / "ranking" / "shard-00000.manifest.json")["inputs"]["ranker"]["backend"] == "reward-server"
+
+
+def test_the_preflight_asks_the_server(served: tuple[type[Stub], Recipe]) -> None:
+    """It has no weights to look at: the trial and the prompts that are cut are what it can know."""
+    _, recipe = served
+    run = Run(dataclasses.replace(recipe, run_dir="nowhere"), [], [])
+    looking = look_at_ranker(run)
+    findings = []
+    try:
+        while True:
+            findings.append(next(looking))
+    except StopIteration as end:
+        ranker = end.value
+    assert "answers a trial question" in str(findings)
+    assert (ranker.kind, ranker.parameters) == ("reward_server", 0)
+    nothing: Any = None
+    assert "answers a trial pair" in str(list(check_ranker(run, ranker, nothing, None, [])))
