@@ -60,6 +60,7 @@ setup(
     license="Apache-2.0",
     package_data={
         "sppo": ["py.typed"],
+        "sppo.rankers": ["judges/*.yaml"],
         "sppo.evaluation.page": ["page.html", "page.js"],
         "sppo.evaluation.suites": ["mt_bench_prompts.json"],
     },

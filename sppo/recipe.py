@@ -79,8 +79,8 @@ class Recipe:
     ranker: str = _key(
         "llm-blender/PairRM", "preference model: a local directory, Hub id, module:name, or a judge's model name"
     )
-    ranker_backend: Literal["auto", "function", "judge", "llm-blender", "pairrm", "reward-model"] = _key(
-        "auto", "what asks the ranker: auto is function for module:name, pairrm for everything else"
+    ranker_backend: Literal["auto", "function", "judge", "llm-blender", "pairrm", "reward-model", "reward-server"] = (
+        _key("auto", "what asks the ranker: auto is function for module:name, pairrm for everything else")
     )
     ranker_revision: str = _key("", "branch, tag or commit of the ranker on the Hub")
     ranker_prompt: Literal["text", "templated"] = _key(
@@ -90,10 +90,26 @@ class Recipe:
         "keep", "the prompt's system turn, for a ranker with a chat template: drop leaves it out, as some cards ask for"
     )
     batch_tokens: int = _key(16384, "tokens in one batch of the ranker, padding included", 1)
-    ranker_url: str = _key("", "a judge's OpenAI-compatible server: http://localhost:8000/v1")
-    ranker_concurrency: int = _key(32, "requests that a judge's server gets at once from each shard", 1)
-    ranker_timeout: float = _key(120, "seconds that a judge's answer may take", 1e-3)
-    ranker_retries: int = _key(5, "how often a request to a judge is sent again when it fails", 0)
+    ranker_url: str = _key("", "the server of a judge or of a reward model: http://localhost:8000/v1")
+    ranker_concurrency: int = _key(32, "requests that the ranker's server gets at once from each shard", 1)
+    ranker_timeout: float = _key(120, "seconds that an answer of the ranker's server may take", 1e-3)
+    ranker_retries: int = _key(5, "how often a request to the ranker's server is sent again when it fails", 0)
+    judge_template: str = _key(
+        "letter",
+        "what a judge is asked: letter, con-j, mt-bench, offsetbias, prometheus-2, rise, selene, or a file with "
+        "{conversation}, {first} and {second}",
+    )
+    judge_verdict: str = _key(
+        "",
+        r"regex whose one group names the better response in a judge's answer: '\[\[([ABC])\]\]'; empty: the preset's",
+    )
+    judge_max_tokens: int = _key(0, "tokens that a judge's answer may have; 0: the preset's, 1024 for a file", 0)
+    judge_votes: int = _key(
+        0,
+        "answers of a judge to each pair at temperature 1, whose verdicts are counted; 0: one, by its log-probs",
+        0,
+        128,
+    )
     # pairs
     estimator: Literal["auto", "released", "paper"] = _key(
         "released", "how win rates follow from the ranker's logits; auto is released for a PairRM, paper for all others"
@@ -195,7 +211,7 @@ _READS_SYSTEM = ("reward-model", "gpm", "reward-server")
 
 _ASKING = (
     "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs "
-    "trust_remote_code"
+    "judge_template judge_verdict judge_max_tokens judge_votes trust_remote_code"
 ).split()
 _RANKING = "model model_revision date ranker_prompt ranker_system batch_tokens ranker_concurrency".split()
 _DRAWING = (

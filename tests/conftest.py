@@ -61,7 +61,7 @@ def network(tmp_path: Path) -> Iterator[dict[str, str]]:
 def stub() -> Iterator[tuple[type[Stub], str]]:
     """A chat server, and its address."""
     pytest.importorskip("openai")
-    made = type("Made", (Stub,), {"asked": []})
+    made = type("Made", (Stub,), {"asked": [], "paths": []})
     with tiny.serving(made) as address:
         yield made, f"{address}/v1"
 

@@ -19,16 +19,19 @@ class Stub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     behave: Callable[[int], tuple]
     asked: list[dict[str, Any]]
+    paths: list[str]  # that were asked
+    models: list[dict[str, Any]] = [{"id": "tiny-judge", "object": "model"}]
     now = peak = left = 0  # under way, at most, given up by whoever asked
     lock = threading.Lock()
 
     def do_GET(self) -> None:  # noqa: N802 - the base class's name
-        self.answer(200, {"object": "list", "data": [{"id": "tiny-judge", "object": "model"}]})
+        self.answer(200, {"object": "list", "data": type(self).models})
 
     def do_POST(self) -> None:  # noqa: N802
         stub, body = type(self), json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with stub.lock:
             stub.asked.append(body)
+            stub.paths.append(self.path)
             number = len(stub.asked) - 1
             stub.now += 1
             stub.peak = max(stub.peak, stub.now)

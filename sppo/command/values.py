@@ -15,7 +15,7 @@ from sppo.command.errors import UsageError
 
 # settings and flags that may be a path, or a name on the Hub
 _PLACES = set("model prompts ranker eval_prompts anchor_model recipe base models mixture questions dataset "
-              "accelerate_config run_dir data_dir model_dir".split())  # fmt: skip
+              "accelerate_config run_dir data_dir model_dir judge_template".split())  # fmt: skip
 # An address with a password in it; a token of the Hub; a key of OpenAI's kind. Such a key begins a word, and has
 # capital letters, digits and a long piece without a hyphen: a model's name or a path may hold `sk-` too.
 _SECRET = re.compile(

@@ -44,9 +44,9 @@ def fetch_ranker(recipe: Recipe, told: str) -> Look[Ranker]:
     module = rankers.backend(recipe)
     kind = module.__name__.rpartition(".")[2]
     where = Path(module.fetch(recipe))
-    if kind == "judge":
+    if kind in ("judge", "reward_server"):
         yield ok(f"{told} at {recipe.ranker_url} answers a trial question")
-    if kind in ("judge", "function"):
+    if kind in ("judge", "reward_server", "function"):
         return Ranker(recipe, module, kind)
     on_disk = sum(f.stat().st_size for f in weight_files(where))
     return Ranker(recipe, module, kind, parameters(weight_shapes(where)), on_disk)
@@ -98,7 +98,7 @@ def try_ranker(run: Run, found: Ranker, machines: Machines, told: str, which: st
 
     told, which: what it is called, and the same with its flag.
     """
-    if found.kind == "judge":
+    if found.kind in ("judge", "reward_server"):
         return None
     recipe = found.recipe
     if found.kind == "function" and isinstance(load_function(recipe.ranker, which), type):

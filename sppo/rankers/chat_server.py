@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat server, asked many questions at once: what is tried again, and what its errors mean."""
+"""An OpenAI-compatible server, asked many questions at once: what is tried again, and what its errors mean."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from sppo.command.values import require_plain_address
 
 if TYPE_CHECKING:
     from openai import APIError, APIStatusError, OpenAI
+    from openai.types import Model
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -38,12 +39,13 @@ def is_logprob(value: Any) -> bool:
 class ChatServer:
     """The server at `url`, which gets `concurrency` requests at once. The key is OPENAI_API_KEY in the environment.
 
-    `url_flag` and `model_flag` are what messages tell the user to look at.
+    `url_flag` and `model_flag` are what messages tell the user to look at; `what` is what they call the server.
     """
 
     url: str
     url_flag: str
     model_flag: str
+    what: str = "judge"
     concurrency: int = 32
     timeout: float = 120  # seconds
     retries: int = 5
@@ -130,25 +132,40 @@ class ChatServer:
                 raise SPPOError(f"the judge at {self.url} {told}. Take another judge as {self.model_flag}") from None
             raise
 
-    def check_serves(self, model: str) -> None:
-        """Raises SPPOError where the server gives no answer, or has no such model."""
+    def post(self, client: OpenAI, path: str, body: dict[str, Any]) -> Any:
+        """The JSON that the server answers at a path beside its /v1; a text where it is no JSON."""
+        root = self.url.rstrip("/").removesuffix("/v1")
+        return client.post(root + path, body=body, cast_to=object)
+
+    def served(self) -> list[Model]:
+        """The models that the server lists. Raises SPPOError where it gives no answer."""
         try:
             with self.client() as client:
-                served = [listed.id for listed in client.models.list()]
+                return [model for model in client.models.list() if model.id]
         except self.failures as error:
             raise self.failure(error) from None
+
+    def check_serves(self, model: str) -> None:
+        """Raises SPPOError where the server gives no answer, or has no such model."""
+        served = [listed.id for listed in self.served()]
         if model not in served:
             raise SPPOError(f"{self.url} serves {', '.join(served) or 'no model'}, not {self.model_flag} {model}")
 
+    def set_aside(self, error: Exception, what: str) -> None:
+        """Note that a request was refused for what it holds. Raises SPPOError for every other failure."""
+        if not isinstance(error, self.openai.APIStatusError) or error.status_code not in TOO_MUCH:
+            raise self.failure(error) from None
+        self.note(f"{what} was refused and its prompt is set aside: {self.words(error)}")
+
     def failure(self, error: Exception) -> SPPOError:
         """What a failed request means for the user."""
-        status, where = getattr(error, "status_code", None), f"the judge at {self.url}"
+        status, where = getattr(error, "status_code", None), f"the {self.what} at {self.url}"
         if not isinstance(error, self.openai.APIError):
             return SPPOError(f"{where} is no OpenAI-compatible server; {self.url_flag} usually ends in /v1")
         if isinstance(error, self.openai.APIStatusError) and 300 <= error.status_code < 400:
             return SPPOError(
                 f"{where} answers HTTP {status} and points to {self._points_to(error)}; prompts are sent to no other "
-                f"address by themselves. If that is the judge, pass it as {self.url_flag}"
+                f"address by themselves. If that is the {self.what}, pass it as {self.url_flag}"
             )
         if status in (401, 403):
             return SPPOError(f"{where} answers HTTP {status}; check OPENAI_API_KEY in the environment")
@@ -179,4 +196,4 @@ class ChatServer:
         with self._lock:
             if kind not in self.noted:
                 self.noted.add(kind)
-                print(f"judge: {text}", file=sys.stderr, flush=True)
+                print(f"{self.what}: {text}", file=sys.stderr, flush=True)
