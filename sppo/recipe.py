@@ -66,12 +66,15 @@ class Recipe:
     ranker: str = _key(
         "llm-blender/PairRM", "preference model: a local directory, Hub id, module:function, or a judge's model name"
     )
-    ranker_backend: Literal["auto", "function", "judge", "llm-blender", "pairrm", "reward-model"] = _key(
-        "auto", "what asks the ranker: auto is a function for module:function, pairrm for everything else"
+    ranker_backend: Literal["auto", "function", "gpm", "judge", "llm-blender", "pair-lm", "pairrm", "reward-model"] = (
+        _key("auto", "what asks the ranker: auto is a function for module:function, pairrm for everything else")
     )
     ranker_revision: str = _key("", "branch, tag or commit of the ranker on the Hub")
     ranker_prompt: Literal["text", "templated"] = _key(
         "templated", "what a PairRM reads as the prompt: its text, or the policy's chat template around it"
+    )
+    ranker_template: str = _key(
+        "judge", "what a pair-lm is asked: judge, rlhflow, or a file with {conversation}, {first} and {second}"
     )
     batch_tokens: int = _key(16384, "tokens in one batch of the ranker, padding included", 1)
     ranker_url: str = _key("", "a judge's OpenAI-compatible server: http://localhost:8000/v1")
@@ -159,7 +162,8 @@ class Recipe:
 _REMOVED = {"fused_attention": False}
 
 _ASKING = (
-    "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs "
+    "ranker ranker_backend ranker_revision ranker_template ranker_url ranker_timeout ranker_retries "
+    "chat_template_kwargs "
     "trust_remote_code"
 ).split()
 _RANKING = "model model_revision ranker_prompt batch_tokens ranker_concurrency".split()
@@ -329,6 +333,8 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
 def _require_consistent(recipe: Recipe) -> None:
     """Raises UsageError for settings that contradict each other, whatever is done with them."""
     require_plain_address("--ranker_url", recipe.ranker_url)
+    if recipe.ranker_template != "judge" and recipe.ranker_backend != "pair-lm":
+        raise UsageError("--ranker_template is for --ranker_backend pair-lm")
     if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
         raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     parse_part(recipe.prompts_part)

@@ -45,9 +45,14 @@ the order. Answer with A or B only."""
 _CONTROL = re.compile(r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])")
 
 
+def without_control(text: str) -> str:
+    """A text that spells no control token of the usual chat formats."""
+    return _CONTROL.sub(r"\g<0> ", text)
+
+
 def judge_prompt(prompt: list[Message], first: str, second: str) -> str:
     """The judge's user turn. No text holds the code of its own tags, which is a hash over it; no control tokens."""
-    texts = [_CONTROL.sub(r"\g<0> ", text) for text in (prompt_text(prompt), first, second)]
+    texts = [without_control(text) for text in (prompt_text(prompt), first, second)]
     framed, code = [], ""
     for name, text in zip(("conversation", "response_A", "response_B"), texts, strict=True):
         code = hashlib.sha256(f"{code}{text}".encode()).hexdigest()[:12]  # pairs with the same start share a prefix

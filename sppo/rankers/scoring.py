@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -76,7 +78,7 @@ def load_network(
     options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
     if getattr(text, "attn_logit_softcapping", None):  # attention of other kinds ignores Gemma-2's caps
         options["attn_implementation"] = "eager"
-    with loading(f"ranker {directory}"):
+    with loading(f"ranker {directory}"), _quiet():
         network, report = auto_class.from_pretrained(
             directory,
             trust_remote_code=False,
@@ -89,6 +91,18 @@ def load_network(
     if wrong:
         raise SPPOError(f"ranker {directory} does not fit a {type(network).__name__}: {'; '.join(wrong)}")
     return network.to(device).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own table of weights that do not fit: the caller looks at each of them itself."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Networks:
