@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_reward_model import PROMPTS, RESPONSES
@@ -22,6 +25,7 @@ from sppo.rankers import gpm
 from sppo.rankers.gpm import GPM, Point, skew
 from sppo.ranking.shards import prompt_logits
 from sppo.recipe import Recipe
+from sppo.store.files import read_json
 
 KINDS = {"plain": ("llama3", 2, False), "prompt-head": ("llama3", 6, True), "gemma": ("gemma2", 4, True)}
 
@@ -203,3 +207,85 @@ def test_a_chat_model_and_a_pairrm_are_refused_before_anything_loads(models: Pat
         gpm.fetch(Recipe(ranker=str(models / "llama3")))
     with pytest.raises(SPPOError, match="--ranker_backend pairrm"):
         gpm.fetch(Recipe(ranker=str(models / "PairRM")))
+
+
+def kinds_of(tokenizer: Any, texts: list[str]) -> np.ndarray:
+    """(K,) rock, paper, scissors: 0, 1, 2 by an answer's last token. Each is beaten by the next."""
+    return np.array([tokenizer(f"x{text}", add_special_tokens=False)["input_ids"][-1] % 3 for text in texts])
+
+
+def train(source: Path, directory: Path) -> Path:
+    """A GPM of d = 2 that has learned from random answers to put each kind on a place of its own on the circle."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, steps, rng = AutoTokenizer.from_pretrained(source), 800, random.Random(0)
+    torch.manual_seed(0)
+    model, head = AutoModelForCausalLM.from_pretrained(source), torch.nn.Linear(64, 2, bias=False)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter *= 0.2 if parameter.dim() > 1 else 1  # the tiny models' weights are too wide to be trained
+    optimizer = torch.optim.AdamW([*model.model.parameters(), *head.parameters()])
+    words = range(5, len(tokenizer))  # as the tiny policies draw them, half of the bytes no whole letters
+    for step in range(steps):
+        texts = [tokenizer.decode(rng.choices(words, k=rng.randint(1, 12))) for _ in range(96)]
+        asked = [f"prompts {rng.randrange(99)}?" for _ in texts]
+        turns = [
+            [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            for question, text in zip(asked, texts, strict=True)
+        ]
+        rendered = [tokenizer.apply_chat_template(each, tokenize=False) for each in turns]
+        given = tokenizer(rendered, padding=True, padding_side="right", return_tensors="pt")
+        hidden = model.model(input_ids=given["input_ids"]).last_hidden_state  # (96, T, 64)
+        last = hidden[torch.arange(96), given["attention_mask"].sum(1) - 1]
+        turn = torch.tensor(kinds_of(tokenizer, texts)) * torch.pi * 2 / 3
+        wanted = torch.stack([turn.cos(), turn.sin()], -1)
+        loss = ((torch.nn.functional.normalize(head(last), dim=-1) - wanted) ** 2).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 30) * (1 - step / steps)
+        optimizer.step()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    spoil_weights(directory, lambda w: w.update({"value_head.weight": head.weight.detach()}))
+    return directory
+
+
+@pytest.mark.slow
+def test_a_loop_with_a_gpm_of_rock_paper_scissors_reports_its_circles(models: Path, tmp_path: Path) -> None:
+    """Else a GPM would be no better than a score: of three answers of three kinds nearly all go in a circle.
+
+    The manifest counts them. Two answers of a kind make no circle, whichever is the better.
+    """
+    from transformers import AutoTokenizer
+
+    ranker = train(models / "mistral", tmp_path / "gpm")
+    tokenizer = AutoTokenizer.from_pretrained(ranker)
+    for name, count in (("prompts", 24), ("held", 4)):
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}?"} for i in range(count)])
+    said = tiny.succeed(
+        *("scripts/run.sh", "--model", models / "mistral", "--prompts", tmp_path / "prompts.jsonl", "--ranker", ranker),
+        *("--ranker_backend=gpm", "--estimator=paper", "--recipe=recipes/sppo/demo.yaml", "--maxlen=12", "--pairs=4"),
+        *("--iterations=2", "--gpus=none", "--engine=transformers", "--run_dir", tmp_path / "run"),
+        *("--eval_prompts", tmp_path / "held.jsonl", "--learning_rate=1e-4"),
+    )
+    assert "it loads and answers a trial pair" in said
+    shown = (tmp_path / "run" / "report.html").read_text()
+    assert "share of triples that go in a circle" in shown
+    for i in (1, 2):
+        data = tmp_path / "run" / f"iter{i}" / "data"
+        ranked = {
+            row["prompt_id"]: np.array(row["logits"])
+            for row in pq.read_table(data / "ranking" / "shard-00000.parquet").to_pylist()
+        }
+        circles: dict[bool, list[float]] = {True: [], False: []}  # by whether a triple has all three kinds
+        for row in pq.read_table(data / "responses.parquet").to_pylist():
+            kinds, logits = kinds_of(tokenizer, [a["text"] for a in row["responses"]]), ranked[row["prompt_id"]]
+            for three in map(list, itertools.combinations(range(4), 3)):
+                is_mixed = len({*kinds[three]}) == 3
+                circles[is_mixed].append(intransitive_triples(logits[np.ix_(three, three)][None])[0])
+        assert np.mean(circles[True]) > 0.5  # about 1, as far as so small a model learns it
+        assert np.mean(circles[False]) < 0.3
+        share = read_json(data / "train.manifest.json")["counts"]["intransitive_triples"]
+        assert share == pytest.approx(np.mean(circles[True] + circles[False]), abs=1e-5)
+        assert share > 0.1

@@ -311,6 +311,7 @@ ALWAYS = {
         "ranker_concurrency ranker_timeout ranker_retries logging_steps save_steps report_to".split(), PLACE
     ),
     "ranker_url": "the same judge may be served anywhere",
+    "ranker_template": "only a pair-lm is asked by it, and with any other ranker it is refused",
 }
 NO_TEMPLATE = dict.fromkeys(
     "model trust_remote_code ranker_prompt chat_template_kwargs".split(),
@@ -323,6 +324,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "rank, a function": NO_TEMPLATE,
     "rank, PairRM and the text": TEXT,
     "rank, a reward model": NO_TEMPLATE,
+    "rank, a GPM": NO_TEMPLATE,
+    "rank, a causal LM": {key: reason for key, reason in NO_TEMPLATE.items() if key != "chat_template_kwargs"},
     "rank, a judge": {key: reason for key, reason in NO_TEMPLATE.items() if key != "chat_template_kwargs"},
     "train": ACCUMULATES,
     "train, sigmoid": ACCUMULATES,
@@ -348,6 +351,7 @@ ANOTHER: dict[str, Any] = {
     **{"seed": 7, "prompt_seeds": False, "system_prompt": "Be brief.", "chat_template_kwargs": {"a": 1}},
     **{"trust_remote_code": True, "gpu_memory_utilization": 0.5, "batch_tokens": 64},
     **{"ranker_concurrency": 3, "ranker_timeout": 5.0, "ranker_retries": 1, "ranker_url": "http://b/v1"},
+    **{"ranker_template": "rlhflow"},
     **{"estimator": "paper", "length_penalty": 0.5, "test_size": 2, "keep_degenerate": True, "ranker_prompt": "text"},
     **{"loss_type": "ipo", "beta": 0.5, "anchor": 0.3, "label_smoothing": 0.1, "learning_rate": 0.5, "optim": "sgd"},
     **{"lr_scheduler_type": "cosine", "warmup_ratio": 0.5, "num_train_epochs": 2.0, "schedule_epochs": 3.0},
@@ -474,6 +478,14 @@ SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
         *("rank", rank_identity, {"ranker": "model", "ranker_backend": "reward-model"}),
         {"ranker": "model2", "ranker_backend": "judge"},
     ),
+    "rank, a GPM": (
+        *("rank", rank_identity, {"ranker": "model", "ranker_backend": "gpm"}),
+        {"ranker": "model2", "ranker_backend": "judge"},
+    ),
+    "rank, a causal LM": (
+        *("rank", rank_identity, {"ranker": "model", "ranker_backend": "pair-lm"}),
+        {"ranker": "model2", "ranker_backend": "judge"},
+    ),
     "rank, a judge": (
         *("rank", rank_identity, {**FUNCTION, "ranker_backend": "judge", "ranker_url": "http://a/v1"}),
         {"ranker": "another", "ranker_backend": "function"},
@@ -509,6 +521,8 @@ def test_each_setting_is_in_the_identity_of_what_it_decides(name: str, world: Pa
         return [stage.identity for stage in stages(recipe, world)]
 
     first, elsewhere = identity(settings), {**ALWAYS, **ELSEWHERE.get(name, {})}
+    if settings.get("ranker_backend") == "pair-lm":
+        del elsewhere["ranker_template"]
     missing = {"engine"} if importlib.util.find_spec("vllm") is None else set()
     for key in set(KEYS[script]) - missing - WHERE:
         try:

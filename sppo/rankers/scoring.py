@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Item = TypeVar("Item")
+_CPU_SCORES = 1 << 18  # (T, T) scores in a batch: a CPU is slower on more than its cache holds
 
 
 class Opened(NamedTuple):
@@ -141,7 +142,8 @@ def score(
             ) from None
 
     found: list[list[float]] = [[] for _ in items]
-    for chosen in batches(lengths, batch_tokens):
+    scores = _CPU_SCORES if networks.usual.device.type == "cpu" else 1 << 62
+    for chosen in batches(lengths, batch_tokens, scores):
         for i, said in zip(chosen, asked(networks.usual, chosen), strict=True):
             is_lost = networks.dtype != torch.float32 and not all(map(isfinite, said))
             found[i] = asked(networks.exact, [i])[0] if is_lost else said
