@@ -110,4 +110,5 @@ def compare(scratch: Path, size: str, prompts: int, rounds: int, batch_tokens: i
                 if seconds[0] > 30 and DEVICE == "cpu":
                     break  # so long a round differs little from the next
             median = statistics.median(seconds[-rounds:])
-            print(f"  K = {k:2d}  {name:26s} {count / median:9.2f}  ({min(seconds):.2f} to {max(seconds):.2f} s)", flush=True)
+            spread = f"({min(seconds):.2f} to {max(seconds):.2f} s)"
+            print(f"  K = {k:2d}  {name:26s} {count / median:9.2f}  {spread}", flush=True)
