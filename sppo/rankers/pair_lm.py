@@ -183,6 +183,8 @@ class PairLM:
         head = network.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise SPPOError(f"ranker {self.directory}: its head is a {type(head).__name__}, which is not read here")
+        if max(self.asker.letters) >= len(head.weight):
+            raise SPPOError(f"ranker {self.directory}: its head has {len(head.weight)} rows, too few for its tokenizer")
         network.set_output_embeddings(AnswerHead(head, self.asker.letters))
         return network
 
