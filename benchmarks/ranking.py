@@ -4,8 +4,9 @@
     python benchmarks/ranking.py --short_texts      the same with texts of a line, where launching work is what costs
     python benchmarks/ranking.py --size large       DeBERTa-v3-large's shape, random weights; a handful of pairs
     python benchmarks/ranking.py --size large --prompts 64 --pairs 5      on a GPU
+    python benchmarks/ranking.py --decoders 0.1b    pair-lm and gpm against plain loops over transformers, K = 5 and 16
 
-Reads   nothing: makes a PairRM with random weights, and texts of mixed length.
+Reads   nothing: makes models with random weights, and texts of mixed length.
 Writes  nothing; prints medians over the rounds, ratios, and the share of this machine's matrix rate.
 Exit codes: 0 done, 1 failed.
 """
@@ -28,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import decoders  # noqa: E402
 import worlds  # noqa: E402
 from worlds import DEVICE  # noqa: E402
 
@@ -93,6 +95,7 @@ def rank_theirs(blender: Any, items: list[Item], batch_size: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=worlds.DEBERTAS, default="tiny")
+    parser.add_argument("--decoders", choices=worlds.LLAMAS, help="pair-lm and gpm of this shape, and no PairRM")
     parser.add_argument("--prompts", type=int, help="default: 12 for tiny, 2 for large")
     parser.add_argument("--pairs", type=int, help="K; default: 5 for tiny, 2 for large")
     parser.add_argument("--short_texts", action="store_true")
@@ -100,6 +103,10 @@ def main() -> None:
     parser.add_argument("--batch_tokens", type=int, default=16384)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4], help="llm-blender's, to find its best")
     args = parser.parse_args()
+    if args.decoders:
+        with tempfile.TemporaryDirectory() as scratch:
+            decoders.compare(Path(scratch), args.decoders, args.prompts or 2, args.rounds, args.batch_tokens)
+        return
     tiny = args.size == "tiny"
     items = make_items(args.prompts or (12 if tiny else 2), args.pairs or (5 if tiny else 2), args.short_texts)
     with tempfile.TemporaryDirectory() as scratch:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-# Llama-3.2-1B's and Llama-3.1-8B's shapes, and one for a CPU
+# Llama-3.2-1B's and Llama-3.1-8B's shapes, SmolLM2-135M's with fewer words, and one for a CPU
 LLAMAS: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
              "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "0.1b": {"vocab_size": 16384, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
            "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
     "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -40,21 +42,29 @@ def text(rng: random.Random, low: int, mean: int, high: int, words: int = 1000) 
     return " ".join(word(rng.randrange(words)) for _ in range(length))
 
 
-def llama(directory: Path, name: str) -> Path:
-    """A Llama of that shape in bfloat16 with a tokenizer of one token a word. Its responses end at random."""
+def llama(directory: Path, name: str, letters: tuple[str, ...] = ()) -> Path:
+    """A Llama of that shape in bfloat16 with a tokenizer of one token a word. Its responses end at random.
+
+    letters: further words of the tokenizer.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from examples.demo import CHAT_TEMPLATE
 
     shape = LLAMAS[name]
-    tokens = [*_SPECIAL, *(word(i) for i in range(shape["vocab_size"] - len(_SPECIAL)))]
+    tokens = [*_SPECIAL, *letters, *(word(i) for i in range(shape["vocab_size"] - len(_SPECIAL) - len(letters)))]
     words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<pad>"))  # noqa: S106
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = decoders.Fuse()
     words.add_special_tokens(_SPECIAL)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=8192
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<pad>",
+        model_max_length=8192,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
@@ -72,6 +82,21 @@ def llama(directory: Path, name: str) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=[2, *range(5, shape["vocab_size"], _STOPS)], bos_token_id=1)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def gpm(source: Path, directory: Path, dimensions: int = 6) -> Path:
+    """That Llama with random heads of a General Preference Model beside it."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, directory)
+    weights = load_file(directory / "model.safetensors")
+    hidden = weights["model.norm.weight"].shape[0]
+    weights["value_head.weight"] = torch.randn(dimensions, hidden) / hidden**0.5
+    weights["prompt_head.weight"] = torch.randn(dimensions // 2, hidden) / hidden**0.5
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

@@ -79,15 +79,18 @@ class Recipe:
     ranker: str = _key(
         "llm-blender/PairRM", "preference model: a local directory, Hub id, module:name, or a judge's model name"
     )
-    ranker_backend: Literal["auto", "function", "judge", "llm-blender", "pairrm", "reward-model", "reward-server"] = (
-        _key("auto", "what asks the ranker: auto is function for module:name, pairrm for everything else")
-    )
+    ranker_backend: Literal[
+        "auto", "function", "gpm", "judge", "llm-blender", "pair-lm", "pairrm", "reward-model", "reward-server"
+    ] = _key("auto", "what asks the ranker: auto is function for module:name, pairrm for everything else")
     ranker_revision: str = _key("", "branch, tag or commit of the ranker on the Hub")
     ranker_prompt: Literal["text", "templated"] = _key(
         "templated", "what a PairRM reads as the prompt: its text, or the policy's chat template around it"
     )
     ranker_system: Literal["keep", "drop"] = _key(
         "keep", "the prompt's system turn, for a ranker with a chat template: drop leaves it out, as some cards ask for"
+    )
+    ranker_template: str = _key(
+        "judge", "what a pair-lm is asked: judge, rlhflow, or a file with {conversation}, {first} and {second}"
     )
     batch_tokens: int = _key(16384, "tokens in one batch of the ranker, padding included", 1)
     ranker_url: str = _key("", "the server of a judge or of a reward model: http://localhost:8000/v1")
@@ -210,8 +213,8 @@ _REMOVED = {"fused_attention": False}
 _READS_SYSTEM = ("reward-model", "gpm", "reward-server")
 
 _ASKING = (
-    "ranker ranker_backend ranker_revision ranker_url ranker_timeout ranker_retries chat_template_kwargs "
-    "judge_template judge_verdict judge_max_tokens judge_votes trust_remote_code"
+    "ranker ranker_backend ranker_revision ranker_template ranker_url ranker_timeout ranker_retries "
+    "chat_template_kwargs judge_template judge_verdict judge_max_tokens judge_votes trust_remote_code"
 ).split()
 _RANKING = "model model_revision date ranker_prompt ranker_system batch_tokens ranker_concurrency".split()
 _DRAWING = (
@@ -401,6 +404,8 @@ def _require_consistent(recipe: Recipe) -> None:
             f"--ranker_system drop is for --ranker_backend {', '.join(_READS_SYSTEM)}, which read a prompt in a chat "
             f"template of their own; --ranker_backend {recipe.ranker_backend} does not"
         )
+    if recipe.ranker_template != "judge" and recipe.ranker_backend != "pair-lm":
+        raise UsageError("--ranker_template is for --ranker_backend pair-lm")
     if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
         raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     parse_part(recipe.prompts_part)

@@ -304,6 +304,7 @@ def test_a_shard_that_was_never_ranked_is_no_dropped_prompt(tmp_path: Path, rank
 
 FILES = "says which files are read; the identity holds what was read"
 PLACE = "decides only where and how fast"
+JUDGES = ("judge_template", "judge_verdict", "judge_max_tokens", "judge_votes")
 ALWAYS = {
     **dict.fromkeys("model_revision prompts_revision prompt_split ranker_revision anchor_revision".split(), FILES),
     **dict.fromkeys("batch_tokens gpu_memory_utilization gradient_checkpointing".split(), PLACE),
@@ -311,6 +312,8 @@ ALWAYS = {
         "ranker_concurrency ranker_timeout ranker_retries logging_steps save_steps report_to".split(), PLACE
     ),
     "ranker_url": "the same judge may be served anywhere",
+    "ranker_template": "only a pair-lm is asked by it, and with any other ranker it is refused",
+    **dict.fromkeys(JUDGES, "only a judge is asked by it"),
 }
 NO_TEMPLATE = dict.fromkeys(
     "model trust_remote_code ranker_prompt ranker_system chat_template_kwargs date".split(),
@@ -327,6 +330,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "rank, PairRM and the text": TEXT,
     "rank, PairRM": NO_SYSTEM,
     "rank, a reward model": {k: reason for k, reason in NO_TEMPLATE.items() if k not in ("date", "ranker_system")},
+    "rank, a GPM": {k: reason for k, reason in NO_TEMPLATE.items() if k not in ("date", "ranker_system")},
+    "rank, a causal LM": {k: r for k, r in NO_TEMPLATE.items() if k not in ("date", "chat_template_kwargs")},
     **dict.fromkeys(("best_of_n", "report", "win matrix"), NO_SYSTEM),
     "rank, a judge": {key: reason for key, reason in NO_TEMPLATE.items() if key != "chat_template_kwargs"},
     "train": ACCUMULATES,
@@ -354,6 +359,8 @@ ANOTHER: dict[str, Any] = {
     **{"trust_remote_code": True, "gpu_memory_utilization": 0.5, "batch_tokens": 64},
     **{"ranker_concurrency": 3, "ranker_timeout": 5.0, "ranker_retries": 1, "ranker_url": "http://b/v1"},
     **{"ranker_temperature": 2.0, "ranker_system": "drop", "select": "best_2sd", "min_margin": 0.25},
+    **{"ranker_template": "rlhflow", "judge_template": "mt-bench", "judge_verdict": "(A|B)"},
+    **{"judge_max_tokens": 9, "judge_votes": 3},
     **{"estimator": "paper", "length_penalty": 0.5, "test_size": 2, "keep_degenerate": True, "ranker_prompt": "text"},
     **{"loss_type": "ipo", "beta": 0.5, "anchor": 0.3, "label_smoothing": 0.1, "learning_rate": 0.5, "optim": "sgd"},
     **{"lr_scheduler_type": "cosine", "warmup_ratio": 0.5, "num_train_epochs": 2.0, "schedule_epochs": 3.0},
@@ -481,6 +488,14 @@ SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
         *("rank", rank_identity, {"ranker": "model", "ranker_backend": "reward-model"}),
         {"ranker": "model2", "ranker_backend": "judge"},
     ),
+    "rank, a GPM": (
+        *("rank", rank_identity, {"ranker": "model", "ranker_backend": "gpm"}),
+        {"ranker": "model2", "ranker_backend": "judge"},
+    ),
+    "rank, a causal LM": (
+        *("rank", rank_identity, {"ranker": "model", "ranker_backend": "pair-lm"}),
+        {"ranker": "model2", "ranker_backend": "judge"},
+    ),
     "rank, a judge": (
         *("rank", rank_identity, {**FUNCTION, "ranker_backend": "judge", "ranker_url": "http://a/v1"}),
         {"ranker": "another", "ranker_backend": "function"},
@@ -517,6 +532,10 @@ def test_each_setting_is_in_the_identity_of_what_it_decides(name: str, world: Pa
         return [stage.identity for stage in stages(recipe, world)]
 
     first, elsewhere = identity(settings), {**ALWAYS, **ELSEWHERE.get(name, {})}
+    if settings.get("ranker_backend") == "pair-lm":
+        del elsewhere["ranker_template"]
+    if settings.get("ranker_backend") == "judge":
+        elsewhere = {key: reason for key, reason in elsewhere.items() if key not in JUDGES}
     missing = {"engine"} if importlib.util.find_spec("vllm") is None else set()
     for key in set(KEYS[script]) - missing - WHERE:
         try:

@@ -105,7 +105,7 @@ def _drawing(work: Work, recipe: Recipe, parameters: int) -> float:
 
 
 def _ranking(work: Work, recipe: Recipe, ranker: Ranker | None) -> float:
-    """FLOPs of ranking them: a PairRM reads every ordered pair, a reward model every response once.
+    """FLOPs of ranking them: a PairRM reads every ordered pair, a reward model and a GPM every response once.
 
     0 where the ranker's size is not known.
     """
@@ -113,7 +113,7 @@ def _ranking(work: Work, recipe: Recipe, ranker: Ranker | None) -> float:
         return 0.0
     k = recipe.pairs + work.extra
     tokens = work.response_tokens(recipe) + work.prompts * work.extra * TYPICAL_RESPONSE
-    if ranker.kind == "reward_model":
+    if ranker.kind in ("reward_model", "gpm"):
         read = k * work.prompt_tokens + tokens
     else:
         read = k * (k - 1) * work.prompt_tokens + 2 * (k - 1) * tokens

@@ -98,7 +98,7 @@ def try_ranker(run: Run, found: Ranker, machines: Machines, told: str, which: st
 
     told, which: what it is called, and the same with its flag.
     """
-    if found.kind in ("judge", "reward_server"):
+    if found.kind == "judge":
         return None
     recipe = found.recipe
     if found.kind == "function" and isinstance(load_function(recipe.ranker, which), type):

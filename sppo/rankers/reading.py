@@ -52,12 +52,7 @@ class Reader:
         What the context has no room for goes from the left, behind the first token (BOS, an encoder's [CLS]).
         """
         try:
-            turns: list[Message] = json.loads(prompt)
-            if self.system == "drop":
-                turns = [turn for turn in turns if turn["role"] != "system"]
-            if not turns:
-                raise ValueError("nothing but a system turn")
-            messages = chat.with_system(self.tokenizer, turns, "")
+            messages = self.messages(json.loads(prompt))
             answered = [*messages, {"role": "assistant", "content": response}]
             ids = chat.conversation_ids(self.tokenizer, answered, False)
             if max(ids) >= self.rows:
@@ -70,6 +65,13 @@ class Reader:
             return Reading(ids[:1] + ids[1 - self.context :], prompt_cut=True, response_cut=own > self.context - 1)
         except ValueError:
             return Reading(None)
+
+    def messages(self, prompt: list[Message]) -> list[Message]:
+        """The prompt as the template takes it. Raises ValueError where nothing of it is left."""
+        turns = prompt if self.system == "keep" else [turn for turn in prompt if turn["role"] != "system"]
+        if not turns:
+            raise ValueError("nothing but a system turn")
+        return chat.with_system(self.tokenizer, turns, "")
 
     def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
         """How many of the texts do not fit the context: the prompt, where any response leaves it too little room."""

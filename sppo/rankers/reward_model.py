@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from math import isfinite, nan
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,18 +17,19 @@ from torch import nn
 
 from sppo.command.errors import SPPOError
 from sppo.command.importing import import_networks
-from sppo.models.files import is_adapter, model_identity, resolve
+from sppo.models.files import model_identity, resolve
 from sppo.models.frames import date_identity
-from sppo.models.loading import disable_cudnn_attention, loading
+from sppo.models.loading import disable_cudnn_attention
 from sppo.rankers._normalizer import normalizer_identity, restore_normalizer
-from sppo.rankers.batching import batches, device_and_dtype
+from sppo.rankers.batching import device_and_dtype
 from sppo.rankers.reading import Reader, context_of, system_identity
+from sppo.rankers.scoring import Networks, Opened, load_network, open_directory, require_template, score
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair
 from sppo.store.files import read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 Key = tuple[str, str]  # (prompt as JSON, response): what has one score
 _CLASSIFIER = "AutoModelForSequenceClassification"
@@ -53,20 +54,23 @@ class RewardModel:
     ) -> None:
         self.directory, self.device, self.batch_tokens = directory, device, batch_tokens
         disable_cudnn_attention()
-        config, tokenizer = _open_reward_model(directory)
-        text = config.get_text_config()
-        self.model = self._network(dtype)
+        opened = _open_reward_model(directory)
+        text = opened.config.get_text_config()
+        self.networks = Networks(self._network, dtype)
+        self.model: PreTrainedModel = self.networks.usual
         embeddings = self.model.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
         self.rows = embeddings.num_embeddings
-        self.reader = Reader(f"ranker {directory}", tokenizer, context_of(text, tokenizer), self.rows, date, system)
+        context = context_of(text, opened.tokenizer)
+        self.reader = Reader(f"ranker {directory}", opened.tokenizer, context, self.rows, date, system)
         pad = getattr(text, "pad_token_id", None)
         self.pad = pad if pad is not None and 0 <= pad < self.rows else None
-        self._exact: PreTrainedModel | None = None  # in float32, made when it is needed
 
     def _network(self, dtype: torch.dtype) -> PreTrainedModel:
         """The network, its last layer in float32: bfloat16 would round a reward of 20 to eighths."""
-        network = _load_strictly(self.directory, self.device, dtype).eval()
+        from transformers import AutoModelForSequenceClassification
+
+        network = load_network(self.directory, AutoModelForSequenceClassification, self.device, dtype)
         head = getattr(network, "score", None) or getattr(network, "classifier", None)
         if isinstance(head, nn.Linear):
             head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
@@ -85,44 +89,26 @@ class RewardModel:
                 pairs_of.setdefault(key, []).append(index)
 
         scores: dict[Key, float] = {}
-        for key, score in self._scores(list(pairs_of)):
-            scores[key] = score
+        for key, reward in self._scores(list(pairs_of)):
+            scores[key] = reward
             for index in pairs_of[key]:
                 first, second = keys[index]
                 if first in scores and second in scores:
                     yield index, scores[first] - scores[second]
 
     def _scores(self, keys: list[Key]) -> Iterator[tuple[Key, float]]:
-        """(key, its reward), NaN where it has none. Sorted by length and packed to batch_tokens: little is padding.
-
-        A reward that is not finite in half precision is asked again alone in float32.
-        """
+        """(key, its reward), NaN where it has none, in the order in which batches are scored."""
         inputs = {key: ids for key in keys if (ids := self.reader.read(*key).ids)}
         yield from ((key, nan) for key in keys if key not in inputs)
-        readable = list(inputs)
-        for batch in batches([len(ids) for ids in inputs.values()], self.batch_tokens):
-            chosen = [readable[i] for i in batch]
-            for key, score in zip(chosen, self._forward(self.model, [inputs[k] for k in chosen]), strict=True):
-                yield key, score if isfinite(score) else self._exactly(inputs[key])
-
-    def _exactly(self, ids: list[int]) -> float:
-        if self.model.dtype == torch.float32:
-            return nan
-        if self._exact is None:
-            self._exact = self._network(torch.float32)
-        return self._forward(self._exact, [ids])[0]
+        readable, texts = list(inputs), list(inputs.values())
+        found = score(texts, [len(ids) for ids in texts], self.batch_tokens, self.networks, self._forward)
+        yield from ((readable[i], reward) for i, [reward] in found)
 
     @torch.inference_mode()
-    def _forward(self, network: PreTrainedModel, inputs: list[list[int]]) -> list[float]:
+    def _forward(self, network: PreTrainedModel, inputs: list[list[int]]) -> list[list[float]]:
         """One reward for each input, in one batch."""
         ids, mask = self.padded(network, inputs)
-        try:
-            return network(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()  # (B, 1) -> B
-        except torch.OutOfMemoryError:
-            raise SPPOError(
-                f"out of memory scoring {ids.shape[0]} texts of up to {ids.shape[1]} tokens at once; "
-                f"lower --batch_tokens {self.batch_tokens} and run the same command to go on"
-            ) from None
+        return network(input_ids=ids, attention_mask=mask).logits.float().tolist()  # (B, 1)
 
     def padded(self, network: PreTrainedModel, inputs: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, attention_mask), both (B, T), padded on the right.
@@ -141,58 +127,20 @@ class RewardModel:
         return torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
 
 
-def _open_reward_model(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """(config, tokenizer) of a reward model. Raises SPPOError for a directory that is none."""
-    from transformers import AutoConfig, AutoTokenizer
-
+def _open_reward_model(directory: Path) -> Opened:
+    """A reward model without its weights. Raises SPPOError for a directory that is none."""
     name = f"ranker {directory}"
-    if not (directory / "config.json").exists():
-        raise SPPOError(f"{name}: no config.json in it; merge a LoRA adapter into its base model first")
-    raw = read_json(directory / "config.json")
-    if "model_name" in raw or "source_prefix_id" in raw:
-        raise SPPOError(f"{name} is a PairRM, not a reward model; pass --ranker_backend pairrm")
-    if is_adapter(directory, "ranker"):
-        raise SPPOError(f"{name} is an adapter; merge it into its base model first")
+    opened = open_directory(directory, "reward model")
+    raw, config, tokenizer = opened
     if _CLASSIFIER in (raw.get("auto_map") or {}):
         raise SPPOError(f"{name} needs code that comes with its weights, which is not run; take another reward model")
-    with loading(f"{name}: its config or tokenizer"):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        if config.model_type == "deberta-v2":
-            restore_normalizer(tokenizer, directory)
+    if config.model_type == "deberta-v2":
+        restore_normalizer(tokenizer, directory)
     if config.num_labels != 1:
         made = ", ".join(raw.get("architectures") or ["an unknown kind"])
         raise SPPOError(f"{name}: a reward model has one label; this one ({made}) has {config.num_labels}")
-    if not tokenizer.chat_template:
-        raise SPPOError(
-            f"{name}: its tokenizer has no chat template, so how it reads a conversation is not known; put the one it "
-            "was trained with into the directory as chat_template.jinja"
-        )
-    return config, tokenizer
-
-
-def _load_strictly(directory: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The network. A weight missing, left over or of another shape is an error: it would be random, or lost."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    text = config.get_text_config()
-    text.use_cache = False
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True}
-    if getattr(text, "attn_logit_softcapping", None):  # attention of other kinds ignores Gemma-2's caps
-        options["attn_implementation"] = "eager"
-    with loading(f"ranker {directory}"):
-        network, report = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them
-            **options,
-        )
-    wrong = [f"{what.replace('_', ' ')} {sorted(map(str, found))[:4]}" for what, found in report.items() if found]
-    if wrong:
-        raise SPPOError(f"ranker {directory} does not fit a {type(network).__name__}: {'; '.join(wrong)}")
-    return network.to(device)
+    require_template(directory, tokenizer)
+    return opened
 
 
 def fetch(recipe: Recipe) -> Path:

@@ -39,13 +39,17 @@ def load_template(name_or_file: str, flag: str) -> str:
     """
     if name_or_file in presets():
         return read_preset(name_or_file)["template"]
+    return read_template(name_or_file, flag, presets())
+
+
+def read_template(name_or_file: str, flag: str, known: list[str]) -> str:
+    """As load_template, of a file. `known`: the names that could have been meant."""
     try:
-        text = Path(name_or_file).read_text(encoding="utf-8").removesuffix("\n")
+        text = Path(name_or_file).expanduser().read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, ValueError) as error:
-        known = ", ".join(presets())
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as UTF-8 text: {error}"
-        hint = nearest(name_or_file, presets())
-        raise UsageError(f"{flag} {name_or_file}: {reason}; it is a file, or one of {known}{hint}") from None
+        hint = nearest(name_or_file, known)
+        raise UsageError(f"{flag} {name_or_file}: {reason}; it is a file, or one of {', '.join(known)}{hint}") from None
 
     # a typo in a field would otherwise be shown to the judge as it stands, and a text would be missing
     if doubled := re.search(r"\{\{\s*(\w+)\s*\}\}", text):
@@ -60,12 +64,17 @@ def load_template(name_or_file: str, flag: str) -> str:
     return text
 
 
+def without_control(text: str) -> str:
+    """A text that spells no control token of the usual chat formats."""
+    return _CONTROL.sub(r"\g<0> ", text)
+
+
 def fill(template: str, conversation: str, first: str, second: str) -> str:
     """The template with its texts, each between two tags with a code.
 
     No text holds the code of its own tags, which is a hash over it; control tokens of chat formats are broken.
     """
-    texts = [_CONTROL.sub(r"\g<0> ", text) for text in (conversation, first, second)]
+    texts = [without_control(text) for text in (conversation, first, second)]
     framed, code = {}, ""
     for (field, tag), text in zip(FIELDS.items(), texts, strict=True):
         code = hashlib.sha256(f"{code}{text}".encode()).hexdigest()[:12]  # pairs with the same start share a prefix
