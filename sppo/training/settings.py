@@ -133,8 +133,10 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
     output_dir = target_of(require_dir("--output_dir", recipe.model_dir))
     check_flags(recipe)
     steps = accumulation(recipe, processes)
-    recipe = _with_date(recipe, output_dir, overwrite)
     source, anchor = policy_of(recipe), None
+    refuse_overlap(output_dir, [part for part in (source.weights, source.adapter) if part])
+    recipe = _with_date(recipe, output_dir, overwrite)
+    source = dataclasses.replace(source, date=recipe.date)
     if recipe.anchor:
         if not recipe.anchor_model:
             raise UsageError("--anchor needs --anchor_model: the model that the run began with, most often")
@@ -142,7 +144,6 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
         if anchor.tokenizer().get_vocab() != source.tokenizer().get_vocab():
             raise SPPOError(f"--anchor_model {recipe.anchor_model} has another vocabulary than {recipe.model}")
     path = dataset_file(asked, recipe)
-    refuse_overlap(output_dir, [part for part in (source.weights, source.adapter) if part])
     inputs = {"model": source.identity(), "dataset": digest(path)}
     settings = {"global_batch_size": recipe.batch_size * steps * processes}
     settings |= {k: getattr(recipe, k) for k in IDENTITY if k != "anchor" or recipe.anchor}  # older runs have none
