@@ -406,6 +406,9 @@ def _require_consistent(recipe: Recipe) -> None:
         )
     if recipe.ranker_template != "judge" and recipe.ranker_backend != "pair-lm":
         raise UsageError("--ranker_template is for --ranker_backend pair-lm")
+    for name in ("judge_template", "judge_verdict", "judge_max_tokens", "judge_votes"):
+        if getattr(recipe, name) != _FIELDS[name].default and recipe.ranker_backend != "judge":
+            raise UsageError(f"--{name} is for --ranker_backend judge; a second judge (--judge) has the defaults")
     if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
         raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     parse_part(recipe.prompts_part)

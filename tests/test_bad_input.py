@@ -272,6 +272,7 @@ RANKERS: list[Case] = [
     ("a module with a syntax error", lambda w: w.rank(w.responses(), _module(w, "def")), 2, "can be imported"),
     ("a function that raises", lambda w: w.rank(w.responses(), "raises"), 1, "no GPU for you"),
     ("a function that says a word", lambda w: w.rank(w.responses(), "words"), 1, "not a number"),
+    ("a judge's votes without a judge", lambda w: w.rank(w.responses(), w.models / "PairRM", "--judge_votes=3"), 2, "--judge_votes is for --ranker_backend judge"),
     ("a judge without an address", lambda w: w.rank(w.responses(), "m", "--ranker=m", "--ranker_backend=judge"), 2, "needs --ranker_url"),
     ("a judge with a password in its address", lambda w: w.rank(w.responses(), "m", "--ranker=m", "--ranker_backend=judge", "--ranker_url=http://me:secret@127.0.0.1:9/v1"), 2, "set OPENAI_API_KEY"),
     ("a judge with a key in its address", lambda w: w.rank(w.responses(), "m", "--ranker=m", "--ranker_backend=judge", "--ranker_url=http://127.0.0.1:9/v1?api_key=s"), 2, "set OPENAI_API_KEY"),
