@@ -19,7 +19,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.01},
     },
-    "deepseek_v2": {"num_experts_per_tok": 6},
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "gemma2": {"sliding_window": 64},
@@ -39,11 +39,15 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
 }
 
-# Set once all else is small: vLLM's attention knows these sizes only, or it reads names that transformers does not.
+# Set once all else is small: vLLM's attention over compressed keys (MLA) knows these sizes only, or vLLM reads a name
+# that transformers does not, or computes a size that transformers has a name for.
 _MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "qk_head_dim": 80}
 AS_VLLM_READS: dict[str, dict[str, Any]] = {
+    "axk1": _MLA,
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
+    "falcon": {"ffn_hidden_size": 256},
+    "glm4_moe_lite": {**_MLA, "first_k_dense_replace": 1},
     "lfm2": {"block_dim": 64, "conv_dim": 64, "conv_dim_out": 64},
 }
 

@@ -39,15 +39,17 @@ def start(policy: Policy, recipe: Recipe, longest: int) -> Any:
     }
     options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization, "enable_prefix_caching": True}
     if current_platform.is_cpu():
-        # A prefill that is split crashes seeded sampling on the CPU build; recurrent layers' caches ask for it.
-        is_recurrent = EngineArgs(**model).create_model_config().has_inner_state
+        config = EngineArgs(**model).create_model_config()
         options = {
             "enforce_eager": True,
+            # a prefill that is split crashes seeded sampling on the CPU build; recurrent layers' caches ask for it
             "enable_chunked_prefill": False,
-            "enable_prefix_caching": not is_recurrent,
+            "enable_prefix_caching": not config.has_inner_state,
             "max_num_batched_tokens": max(longest, 2048),
             # its kernel turns what a model gives it as (T, heads, d) by wrong angles (LFM2, DeepSeek-V3)
             "compilation_config": {"custom_ops": ["-rotary_embedding"]},
+            # compressed keys (MLA): what it takes on a processor with AMX computes in bfloat16 alone
+            **({"attention_backend": "CPU_MLA"} if config.use_mla and str(config.dtype) == "torch.float32" else {}),
             "block_size": 32,  # its 128 hold most prompts whole, so that K responses would read the prompt K times
         }
     return LLM(
