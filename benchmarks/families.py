@@ -137,7 +137,12 @@ def run(python: str, log: Path, *words: str | Path, **more: str) -> str:
 
 
 # what says best why a command failed: a line of the preflight, our own error, a missing package, the first exception
-_TROUBLES = (r"^ +no +(.*)", r"^error: (.*)", r"ModuleNotFoundError: (.*)", r"\w*(?:Error|Exception): (?:\d+ validation .*\n +)?(.*)")
+_TROUBLES = (
+    r"^ +no +(.*)",
+    r"^error: (.*)",
+    r"ModuleNotFoundError: (.*)",
+    r"\w*(?:Error|Exception): (?:\d+ validation .*\n +)?(.*)",
+)
 SETTINGS = (
     "--recipe=recipes/sppo/demo.yaml --pairs=3 --maxlen=12 --gradient_checkpointing=true --learning_rate=1e-3 "
     "--global_batch_size=8 --batch_size=4 --iterations=2 --gpus=none"
