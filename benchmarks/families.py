@@ -273,9 +273,9 @@ Differences below 1e-3 are rounding. `[1]` is a note below the table.
   note may speak of a setting that published models have and a tiny one lacks, or of what vLLM cannot do on a CPU. Of
   `ernie4_5_moe` the CPU build leaves out the correction bias of the experts' choice: hence the difference.
 
-Not tried: encoders and other models that do not chat; Doge beyond its `keep_window_size`; weights in FP8 or MXFP4;
-gemma3n and phi4_multimodal with pictures; Emu3. A model with pictures is trained on text, and keeps the weights for
-pictures. `rwkv` is RWKV-4, which transformers has itself.
+Not tried: encoders and other models that do not chat; weights in FP8 or MXFP4; gemma3n and phi4_multimodal with
+pictures; Emu3. A model with pictures is trained on text, and keeps the weights for pictures. `rwkv` is RWKV-4, which
+transformers has itself. Doge is refused where `--max_length` is above its `keep_window_size`.
 
 The preflight tries the training on a miniature of your model: its own settings, a few narrow layers, random weights. It
 says what cannot be trained before anything is drawn, or that no miniature could be made.

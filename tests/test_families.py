@@ -32,7 +32,7 @@ from sppo.recipe import Recipe
 from sppo.training.data import load_training_set
 from sppo.training.first_step import FirstStep
 from sppo.training.logps import add_lean_forward, response_logps
-from sppo.training.network import check_network, disable_noise, lora_for
+from sppo.training.network import check_network, disable_noise, lora_for, refuse_untrainable
 from sppo.training.read_back import check_saved, logps_of, restore_untrained
 from sppo.training.trial import try_training
 
@@ -213,6 +213,18 @@ def test_quantised_weights_are_not_trained_themselves(kind: str, method: str, tm
     tiny.edit_json(model / "config.json", quantization_config={"quant_method": method})
     with pytest.raises(SPPOError, match="its weights are quantised, so they cannot be trained; pass --use_peft"):
         run_training(model, dataset, tmp_path / "out")
+
+
+def test_a_doge_is_not_trained_beyond_its_window(tmp_path: Path) -> None:
+    """In a longer row the same tokens have other logits: what was drawn would be trained at other log-probs."""
+    network = miniature(config_of("doge", keep_window_size=16))
+    with torch.no_grad():
+        short, long = (network(input_ids=IDS[:1, :width], use_cache=False).logits[:, :20] for width in (20, 32))
+    assert (short - long).abs().max() > 0.1
+    policy = open_policy(str(make_model("doge", tmp_path / "model", keep_window_size=16)))
+    refuse_untrainable(Recipe(max_length=16), policy)
+    with pytest.raises(SPPOError, match="keep_window_size of 16 tokens, .* pass --max_length of at most 16"):
+        refuse_untrainable(Recipe(max_length=17), policy)
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,29 @@ if TYPE_CHECKING:
 
 def check_network(recipe: Recipe, policy: Policy) -> None:
     """Raise SPPOError for a policy that cannot be trained as asked, without a look at its weights."""
-    refuse_quantised(recipe, policy)
+    refuse_untrainable(recipe, policy)
     network = empty_network(policy, recipe.attn_implementation)
     if recipe.use_peft and policy.adapter is None:
         add_adapter(network, policy, lora_for(recipe, miniature_of(policy), network))
 
 
-def refuse_quantised(recipe: Recipe, policy: Policy) -> None:
-    """Raise SPPOError for quantised weights that would have to be trained themselves."""
-    if getattr(load_config(policy), "quantization_config", None) is not None and not recipe.use_peft:
+def refuse_untrainable(recipe: Recipe, policy: Policy) -> None:
+    """Raise SPPOError where the config alone says that training would go wrong.
+
+    For quantised weights that would have to be trained themselves. And for Doge in rows beyond its `keep_window_size`:
+    it reads that many of all a row's tokens, some behind a token too, so that log-probs in training are others.
+    """
+    config = load_config(policy)
+    if getattr(config, "quantization_config", None) is not None and not recipe.use_peft:
         raise SPPOError(
             f"model {policy.weights}: its weights are quantised, so they cannot be trained; pass --use_peft to train "
             "an adapter on them, or take the model in bfloat16"
+        )
+    window = getattr(config, "keep_window_size", None)
+    if window is not None and recipe.max_length > window:
+        raise SPPOError(
+            f"model {policy.weights}: in rows beyond its keep_window_size of {window} tokens, a {config.model_type} "
+            f"reads the tokens behind a token too; pass --max_length of at most {window}"
         )
 
 

@@ -24,7 +24,7 @@ from sppo.training.checkpoints import (
     tidy,
     under_deepspeed,
 )
-from sppo.training.network import disable_noise, lora_and_quantization, lora_for, refuse_quantised, unsharded
+from sppo.training.network import disable_noise, lora_and_quantization, lora_for, refuse_untrainable, unsharded
 from sppo.training.save import finish
 from sppo.training.settings import Training, check_machine, is_first_rank
 
@@ -135,7 +135,7 @@ def make_trainer(training: Training) -> SPPOTrainer:
     from sppo.training.trial import has_unused_weights
 
     recipe, source, work = training.recipe, training.source, training.work
-    refuse_quantised(recipe, source)
+    refuse_untrainable(recipe, source)
     small = miniature_of(source)
     if small is not None:
         refuse_not_causal(small)
