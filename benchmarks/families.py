@@ -106,12 +106,16 @@ def try_family(python: str, kind: str, work: Path, known: dict[str, Any], with_v
             found["logps"] = one_line(error)
         found["loop"] = loop(python, work, "full", [])
         if found["loop"].startswith("yes"):
-            flags = ["--gradient_checkpointing=false"] if "checkpointing" in found["loop"] else []
-            found["processes"] = two_processes(python, work, flags)
+            found["processes"] = two_processes(python, work, flags_of(found))
         found["lora"] = loop(python, work, "lora", ["--use_peft"])
     if with_vllm and "vllm" not in found:
-        found["vllm"] = vllm(python, work)
+        found["vllm"] = vllm(python, work, flags_of(found))
     return {**found, "seconds": round(time.monotonic() - began)}
+
+
+def flags_of(found: dict[str, Any]) -> list[str]:
+    """What the family's training wants beside SETTINGS."""
+    return ["--gradient_checkpointing=false"] if "checkpointing" in found["loop"] else []
 
 
 def one_line(error: object) -> str:
@@ -182,11 +186,11 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
     return {k: v.float() for file in sorted(model.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def vllm(python: str, work: Path) -> str:
+def vllm(python: str, work: Path, flags: list[str]) -> str:
     """Nats a token between vLLM's log-probs and training's, of what vLLM drew; or why it does not serve the family."""
     data, log = work / "vllm", work / "vllm.log"
     words = [*SETTINGS, f"--model={work / 'model'}", f"--prompts={work / 'prompts.jsonl'}", f"--data_dir={data}"]
-    words += [f"--ranker={RANKER}", f"--dataset={data}", f"--model_dir={work / 'of_vllm'}", "--engine=vllm"]
+    words += [f"--ranker={RANKER}", f"--dataset={data}", f"--model_dir={work / 'of_vllm'}", "--engine=vllm", *flags]
     # vLLM itself in a Python of its own: it starts processes
     outcome = run(sys.executable, log, sys.executable, "scripts/generate.py", *words)
     for script in ("scripts/rank.py", "scripts/compute_prob.py", "sppo/run_sppo.py"):
