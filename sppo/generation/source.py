@@ -62,9 +62,14 @@ class Source:
         return Stage("generate", manifest, [path], self.inputs, settings, journal)
 
     def check_extras(self) -> None:
-        """Raise SPPOError where --extra_responses has not the same number of answers for each prompt. Only reads."""
+        """Raise SPPOError where --extra_responses has not the same number of answers for each prompt, or answers to
+        others. Only reads.
+        """
         if self.recipe.extra_responses:
-            Extras(self.recipe.extra_responses).each([p.prompt_id for p in self.prompts if not p.skip])
+            extras, asked = Extras(self.recipe.extra_responses), [p for p in self.prompts if not p.skip]
+            extras.each([prompt.prompt_id for prompt in asked])
+            for prompt in asked:
+                extras.refuse_other_prompt(prompt.prompt_id, prompt.messages)
 
     def refuse_others(self, output_dir: Path, frac_len: int = 0) -> None:
         """Raise SPPOError where a shard here was made otherwise, before any process begins. Changes nothing."""

@@ -219,7 +219,7 @@ def _pair(
         statistics.dropped[reason] += int((kept & found).sum())
         kept &= ~found
     statistics.add_ranked(logits, choice.probability, scores, choice.win_rates, lengths)
-    statistics.scale.add(choice.probability, choice.odds)
+    statistics.scale.add(choice.odds)
     statistics.add_pairs(rates[:, kept])
 
     made = {
