@@ -24,9 +24,11 @@ from transformers.utils import chat_template_utils
 from sppo import iterations
 from sppo.command.errors import SPPOError
 from sppo.evaluation import answers
+from sppo.evaluation.page.gather import gather
 from sppo.generation.combine import combine, combine_stage
 from sppo.generation.extras import Answer, Extras, Templater
 from sppo.generation.shards import generate_shards
+from sppo.hub.data_card import data_card
 from sppo.hub.push import _write_generated
 from sppo.models.policy import open_policy
 from sppo.pairing.training_set import compute_prob
@@ -323,7 +325,7 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Recipe, models: Path, t
 def test_the_whole_chain_on_the_command_line(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K + E are ranked, win rates are means over K + E, and another model's answer is chosen, with its token ids."""
     monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
-    out = tmp_path / "out"
+    out = tmp_path / "run" / "iter1" / "data"
     common = [f"--output_dir={out}", f"--pairs={K}", f"--model={recipe.model}", f"--ranker={recipe.ranker}"]
     common += [f"--extra_responses={recipe.extra_responses}", "--estimator=auto"]
     tiny.succeed("scripts/generate.py", *common, f"--prompts={recipe.prompts}", "--maxlen=6", "--engine=transformers")
@@ -345,6 +347,17 @@ def test_the_whole_chain_on_the_command_line(recipe: Recipe, tmp_path: Path, mon
     assert manifest["settings"]["pairs"] == K + E
     assert manifest["counts"]["pairs"] == N * (K + E) * (K + E - 1)
     assert read_json(out / "ranking" / "shard-00000.manifest.json")["counts"]["pairs"] == manifest["counts"]["pairs"]
+    # what is said of the data tells the policy's responses from others' answers
+    card = data_card("me/data", "iter1", ["train"], out)
+    assert "the first 2 were drawn from the policy, and the last 2 are other models' answers" in card
+    assert [f"| generate_{i} | the conversation with response {i}" in card for i in range(5)] == [*[True] * 4, False]
+    assert card.count("another model's |") == E
+    lengths = gather(tmp_path / "run").iterations[0].lengths
+    assert {name: len(found) for name, found in lengths.items()} == {
+        "drawn": N * K, "of other models": N * E, "chosen": N, "rejected": N
+    }  # fmt: skip
+    assert lengths["of other models"].max() > lengths["drawn"].max() == 6  # --maxlen
+
     refused = tiny.run("scripts/rank.py", *common, "--pairs=3", "--overwrite")
     assert "has 4 responses, not --pairs 3 and 2 of --extra_responses" in refused.stderr
 
