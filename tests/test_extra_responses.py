@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from bad_input import call
 from test_doctor import examined as examined_by
 from test_doctor import flags_of, only_no
 from test_template_dates import DATED
@@ -34,7 +35,7 @@ from sppo.models.policy import open_policy
 from sppo.pairing.training_set import compute_prob
 from sppo.ranking.shards import rank_shards
 from sppo.recipe import Recipe
-from sppo.store.files import read_json
+from sppo.store.files import read_json, write_json
 from sppo.store.manifest import Stage
 from sppo.store.parquet import read_rows
 from sppo.store.shards import Slice
@@ -244,7 +245,8 @@ def test_answers_to_other_prompts_under_the_same_ids_are_refused(recipe: Recipe,
     # in another model's template, with a system prompt folded into it, or as messages it is the same prompt
     templated = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in asked]
     folded = [[{"role": "user", "content": f"Be brief.\n\n{text} "}] for text in asked]
-    for number, prompts in enumerate((asked, templated, folded, [None] * N, [[]] * N, [7] * N)):
+    lines = [text.replace(" ", "\r\n") for text in asked]  # as a CSV file may have them
+    for number, prompts in enumerate((asked, templated, folded, lines, [None] * N, [[]] * N, [7] * N)):
         drawn(with_prompts(prompts), tmp_path / f"same{number}")
 
     out = tmp_path / "out"
@@ -455,3 +457,12 @@ def test_a_run_names_the_file_of_each_iteration_and_asks_for_it(recipe: Recipe, 
 
     assert combined(mine).is_current()
     assert not combined(replace(mine, extra_responses="")).is_current()
+
+    # the file is gone when all of the iteration is done: that was known only when its generate.sh looked for it
+    for name in ("data/train.manifest.json", "model/sppo_manifest.json"):
+        write_json(tmp_path / "run" / "iter1" / name, {"outputs": {}, "inputs": {}, "settings": {}, "counts": {}})
+    words = [f"--model={recipe.model}", f"--prompts={recipe.prompts}", "--pairs=2", "--gpus=none", "--iterations=1"]
+    words += [f"--ranker={recipe.ranker}", f"--run_dir={tmp_path / 'run'}", "--engine=transformers", "--dry_run"]
+    words += ["--maxlen=6", "--temperature=1.0"]
+    code, said = call(["scripts/plan.py", *words, f"--extra_responses={tmp_path / 'gone.jsonl'}"], {})
+    assert (code, "gone.jsonl: no such file" in said, "ready: yes" in said) == (1, True, False), said

@@ -440,6 +440,7 @@ EDITS = [
         (None, {}, THINK),
         (WITH_DEFAULT, THINK, {}),
         (DATED, {}, {}),
+        (DATED.replace("strftime_now('%d %b %Y')", "strftime_now(format='%A, %d.%m.')"), {}, {}),
         (DATED.replace("strftime_now('%d %b %Y')", "(day or strftime_now('%d %b'))"), {"day": "1 May"}, {}),
         (DATED.replace("strftime_now('%d %b %Y')", "(day or strftime_now('%d %b'))"), {}, {"day": "1 May"}),
     ],

@@ -106,13 +106,12 @@ class Extras:
 
 
 def _last_turn(prompt: Any) -> str:
-    """The text of a prompt's last turn; "" for what is no prompt."""
-    if isinstance(prompt, str):
-        return prompt.strip()
+    """The words of a prompt's last turn; "" for what is no prompt."""
     try:
-        return as_messages(prompt)[-1]["content"].strip()
+        text = prompt if isinstance(prompt, str) else as_messages(prompt)[-1]["content"]
     except ValueError:
         return ""
+    return " ".join(text.split())
 
 
 class Templater:
