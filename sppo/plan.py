@@ -52,7 +52,7 @@ def plan(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> None:
         asked = stop_file(run_dir)
         old_request = asked.exists()  # one that comes during the preflight is for this start
         recipes = [iterations.iteration(whole, number) for number in range(1, whole.iterations + 1)]
-        _require_held_out(whole)
+        _require_files(whole, recipes)
         left = iterations.left(recipes, whole)
         problems = 0 if args.skip_preflight else preflight(whole)
         if args.dry_run and not problems:
@@ -79,8 +79,15 @@ def stop_file(run_dir: Path) -> Path:
     return Path(os.environ.get(stopping.VARIABLE) or run_dir.absolute() / "stop")
 
 
-def _require_held_out(whole: Recipe) -> None:
-    """The preflight looks only at what is left to do, and the answers to other prompts may be there."""
+def _require_files(whole: Recipe, recipes: list[Recipe]) -> None:
+    """Raise for files that are gone: the preflight looks only at what is left to do, and what was made of them, or of
+    others, may be there.
+    """
+    from sppo.generation.extras import extras_file
+
+    for mine in recipes:
+        if mine.extra_responses and (Path(mine.data_dir) / "train.manifest.json").exists():
+            extras_file(mine.extra_responses)
     held_out = Path(whole.eval_prompts)
     is_file = held_out.suffix in (".parquet", ".jsonl", ".csv")
     if has_begun(Path(whole.run_dir)) and is_file and not held_out.exists():

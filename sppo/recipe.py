@@ -118,7 +118,9 @@ class Recipe:
         "released", "how win rates follow from the ranker's logits; auto is released for a PairRM, paper for all others"
     )
     ranker_temperature: float = _key(
-        1.0, "T: the ranker's logits are divided by it, before they are preferences; above 1 makes these softer", 1e-12
+        1.0,
+        "T: the ranker's logits are divided by it, before they are preferences; above 1 makes these softer",
+        *(1e-12, 1e12),
     )
     length_penalty: float = _key(
         0.0, "L: log-odds that a response loses for each mean length that it is longer than the other; 0: none", 0, 100

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +16,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from bad_input import call
 from test_doctor import examined as examined_by
 from test_doctor import flags_of, only_no
+from test_template_dates import DATED
+from transformers.utils import chat_template_utils
 
 from sppo import iterations
 from sppo.command.errors import SPPOError
 from sppo.evaluation import answers
+from sppo.evaluation.page.gather import gather
 from sppo.generation.combine import combine, combine_stage
-from sppo.generation.extras import Extras, Templater
+from sppo.generation.extras import Answer, Extras, Templater
 from sppo.generation.shards import generate_shards
+from sppo.hub.data_card import data_card
 from sppo.hub.push import _write_generated
 from sppo.models.policy import open_policy
 from sppo.pairing.training_set import compute_prob
 from sppo.ranking.shards import rank_shards
 from sppo.recipe import Recipe
-from sppo.store.files import read_json
+from sppo.store.files import read_json, write_json
 from sppo.store.manifest import Stage
 from sppo.store.parquet import read_rows
 from sppo.store.shards import Slice
@@ -97,8 +104,9 @@ def as_rows(path: Path, ids: list[str]) -> Path:
 def test_each_kind_of_file_has_the_same_answers(tmp_path: Path, name: str, write: Callable[..., Path]) -> None:
     ids = ["7", "b", "c"]
     extras = Extras(str(write(tmp_path / name, ids)))
-    assert extras.answers == {i: answers_of(i) for i in ids}
+    assert extras.answers == {i: [Answer(text) for text in answers_of(i)] for i in ids}
     assert extras.each(ids) == extras.each(["b"]) == E
+    assert extras.each([]) == 0  # a part of the prompts in which all are skipped
 
 
 @pytest.mark.parametrize(
@@ -112,6 +120,7 @@ def test_each_kind_of_file_has_the_same_answers(tmp_path: Path, name: str, write
         ([{"prompt_id": "p0", "response": "\ud800"}], "prompt p0 has an answer that is no text"),
         ([{"prompt_id": "p0", "responses": "two of them"}], "prompt p0 has an answer that is no text"),
         ([{"prompt_id": "p0", "responses": ["a", {"content": "b"}]}], "prompt p0 has an answer that is no text"),
+        ([{"prompt_id": "p0", "response": "a", "responses": ["b"]}], "p0 has both response and responses; keep one"),
     ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
@@ -153,7 +162,7 @@ def test_the_token_ids_are_the_templates_and_end_once(models: Path, family: str)
     prompt = [{"role": "user", "content": "Why?"}]
     end = tokenizer.decode(sorted(stops)[:1])
     for answer in (LONG, f"{LONG}{end}"):  # as some data sets hold it
-        made = Templater(tokenizer, stops, {}).response(prompt, answer)
+        made = Templater(tokenizer, stops, {}).response(prompt, Answer(answer))
         before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         after = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": LONG}], tokenize=False)
         assert made["text"] == LONG
@@ -170,8 +179,10 @@ def test_a_template_without_an_end_gets_the_tokenizers(models: Path) -> None:
     tokenizer = policy.tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    made = Templater(tokenizer, {3, 5, tokenizer.eos_token_id}, {}).response([{"role": "user", "content": "Q"}], "yes")
-    assert made["token_ids"] == [*tokenizer("yes", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    templater, prompt = Templater(tokenizer, {3, 5, tokenizer.eos_token_id}, {}), [{"role": "user", "content": "Q"}]
+    plain = tokenizer("yes", add_special_tokens=False)["input_ids"]
+    assert templater.response(prompt, Answer("yes"))["token_ids"] == [*plain, tokenizer.eos_token_id]
+    assert templater.response(prompt, Answer("yes", is_cut=True))["token_ids"] == plain
 
 
 def test_they_stand_behind_what_was_drawn_however_the_shards_are_cut(recipe: Recipe, tmp_path: Path) -> None:
@@ -184,9 +195,92 @@ def test_they_stand_behind_what_was_drawn_however_the_shards_are_cut(recipe: Rec
         assert [r["text"] for r in row["responses"][K:]] == answers_of(row["prompt_id"])
         assert {**row, "responses": []} == {**without, "responses": []}
     mine, its = (read_json(tmp_path / name / "responses.manifest.json") for name in ("one", "alone"))
-    assert mine["counts"] == {**its["counts"], "extra_responses": N * E, "extra_responses_each": E}
+    counts = {"extra_responses": N * E, "extra_responses_each": E, "extra_responses_cut": 0}
+    assert mine["counts"] == {**its["counts"], **counts, "extra_responses_with_an_end_within": 0}
     assert set(mine["inputs"]) - set(its["inputs"]) == {"extra_responses"}
     assert mine["settings"] == its["settings"]
+
+
+def test_an_answer_that_was_cut_gets_no_end(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another run's responses.parquet says which are. The policy was trained to end in the middle of a sentence."""
+    other = drawn(replace(recipe, extra_responses="", seed=7, maxlen=4), tmp_path / "other")
+    file = tmp_path / "other" / "responses.parquet"
+    rows = drawn(replace(recipe, extra_responses=str(file)), tmp_path / "out")
+    stops = open_policy(recipe.model).stop_ids(open_policy(recipe.model).tokenizer())
+    cut = 0
+    for row, theirs in zip(rows, other, strict=True):
+        for mine, its in zip(row["responses"][K:], theirs["responses"], strict=True):
+            is_cut = its["finish_reason"] == "length" and bool(its["text"].strip())
+            assert (mine["finish_reason"], mine["token_ids"][-1] in stops) == (
+                ("length", False) if is_cut else ("stop", True)
+            )
+            cut += is_cut
+    assert cut > N  # of 2 N
+    assert read_json(tmp_path / "out" / "responses.manifest.json")["counts"]["extra_responses_cut"] == cut
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_an_answer_that_spells_the_end_of_its_turn_is_counted(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind its middle it may hold a turn of the user, which the policy learns to write."""
+    forged = "Yes.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nAnd now?<|eot_id|>"
+    texts = [forged, "Yes.<|eot_id|>"]
+    file = tiny.write_jsonl(tmp_path / "e.jsonl", [{"prompt_id": f"p{n}", "responses": texts} for n in range(N)])
+    drawn(replace(recipe, extra_responses=str(file)), tmp_path / "out")
+    counts = read_json(tmp_path / "out" / "responses.manifest.json")["counts"]
+    assert counts["extra_responses_with_an_end_within"] == N
+    assert f"{N} answers spell an end of turn within their text" in capsys.readouterr().out
+
+
+def test_answers_to_other_prompts_under_the_same_ids_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    """Rows numbered from 0 in two data sets. Where the file has the prompts, it can be known."""
+    rows = [{"prompt_id": f"p{n}", "responses": answers_of(f"p{n}")} for n in range(N)]
+    asked = [f"Why is {n} blue?" for n in range(N)]
+
+    def with_prompts(prompts: list[Any]) -> Recipe:
+        whole = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+        return replace(recipe, extra_responses=str(tiny.write_jsonl(tmp_path / "e.jsonl", whole)))
+
+    # in another model's template, with a system prompt folded into it, or as messages it is the same prompt
+    templated = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in asked]
+    folded = [[{"role": "user", "content": f"Be brief.\n\n{text} "}] for text in asked]
+    lines = [text.replace(" ", "\r\n") for text in asked]  # as a CSV file may have them
+    for number, prompts in enumerate((asked, templated, folded, lines, [None] * N, [[]] * N, [7] * N)):
+        drawn(with_prompts(prompts), tmp_path / f"same{number}")
+
+    out = tmp_path / "out"
+    other = with_prompts([*asked[:-1], "Name three rivers."])
+    with pytest.raises(SPPOError, match=r"its prompt p4 is 'Name three rivers\.', and the run's is 'Why is 4 blue\?'"):
+        drawn(other, out)
+    assert not list(out.glob("responses/*"))  # before anything is drawn
+    drawn(recipe, out)
+    before = tiny.contents(out)
+    with pytest.raises(SPPOError, match="its prompt p4"):
+        combine(out, 1, K, True, recipe=other)
+    assert tiny.contents(out) == before
+
+
+def test_answers_are_templated_as_of_the_day_of_the_drawing(
+    recipe: Recipe, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The day may turn between a prompt and the same prompt with its answer, which then were not one's beginning."""
+    model = shutil.copytree(models / "llama3", tmp_path / "dated")
+    (model / "chat_template.jinja").write_text(DATED)
+    recipe, out = replace(recipe, model=str(model), extra_responses=""), tmp_path / "out"
+    drawn(recipe, out)
+    days = iter(range(1, 10_000))
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime.datetime:
+            return datetime.datetime(2026, 5, 1) + datetime.timedelta(next(days))
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    (out / "responses.manifest.json").unlink()
+    (out / "responses.parquet").unlink()
+    file = tiny.write_jsonl(tmp_path / "e.jsonl", one_a_row([f"p{n}" for n in range(N)]))
+    combine(out, 1, K, False, recipe=replace(recipe, extra_responses=str(file)))
 
 
 def test_a_changed_file_is_noticed_and_a_missing_one_costs_no_drawn_response(recipe: Recipe, tmp_path: Path) -> None:
@@ -233,7 +327,7 @@ def test_a_tokenizer_of_another_model_is_refused(recipe: Recipe, models: Path, t
 def test_the_whole_chain_on_the_command_line(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K + E are ranked, win rates are means over K + E, and another model's answer is chosen, with its token ids."""
     monkeypatch.setenv("PYTHONPATH", str(Path(tiny.__file__).parent))
-    out = tmp_path / "out"
+    out = tmp_path / "run" / "iter1" / "data"
     common = [f"--output_dir={out}", f"--pairs={K}", f"--model={recipe.model}", f"--ranker={recipe.ranker}"]
     common += [f"--extra_responses={recipe.extra_responses}", "--estimator=auto"]
     tiny.succeed("scripts/generate.py", *common, f"--prompts={recipe.prompts}", "--maxlen=6", "--engine=transformers")
@@ -255,6 +349,17 @@ def test_the_whole_chain_on_the_command_line(recipe: Recipe, tmp_path: Path, mon
     assert manifest["settings"]["pairs"] == K + E
     assert manifest["counts"]["pairs"] == N * (K + E) * (K + E - 1)
     assert read_json(out / "ranking" / "shard-00000.manifest.json")["counts"]["pairs"] == manifest["counts"]["pairs"]
+    # what is said of the data tells the policy's responses from others' answers
+    card = data_card("me/data", "iter1", ["train"], out)
+    assert "the first 2 were drawn from the policy, and the last 2 are other models' answers" in card
+    assert [f"| generate_{i} | the conversation with response {i}" in card for i in range(5)] == [*[True] * 4, False]
+    assert card.count("another model's |") == E
+    lengths = gather(tmp_path / "run").iterations[0].lengths
+    assert {name: len(found) for name, found in lengths.items()} == {
+        "drawn": N * K, "of other models": N * E, "chosen": N, "rejected": N
+    }  # fmt: skip
+    assert lengths["of other models"].max() > lengths["drawn"].max() == 6  # --maxlen
+
     refused = tiny.run("scripts/rank.py", *common, "--pairs=3", "--overwrite")
     assert "has 4 responses, not --pairs 3 and 2 of --extra_responses" in refused.stderr
 
@@ -352,3 +457,12 @@ def test_a_run_names_the_file_of_each_iteration_and_asks_for_it(recipe: Recipe, 
 
     assert combined(mine).is_current()
     assert not combined(replace(mine, extra_responses="")).is_current()
+
+    # the file is gone when all of the iteration is done: that was known only when its generate.sh looked for it
+    for name in ("data/train.manifest.json", "model/sppo_manifest.json"):
+        write_json(tmp_path / "run" / "iter1" / name, {"outputs": {}, "inputs": {}, "settings": {}, "counts": {}})
+    words = [f"--model={recipe.model}", f"--prompts={recipe.prompts}", "--pairs=2", "--gpus=none", "--iterations=1"]
+    words += [f"--ranker={recipe.ranker}", f"--run_dir={tmp_path / 'run'}", "--engine=transformers", "--dry_run"]
+    words += ["--maxlen=6", "--temperature=1.0"]
+    code, said = call(["scripts/plan.py", *words, f"--extra_responses={tmp_path / 'gone.jsonl'}"], {})
+    assert (code, "gone.jsonl: no such file" in said, "ready: yes" in said) == (1, True, False), said

@@ -46,7 +46,7 @@ def statistics_of(logits: np.ndarray, estimator: str = "paper") -> dict[str, Any
     gathered = Statistics()
     p = preference.probability(logits, estimator)
     gathered.add_ranked(logits, p, preference.mean_scores(logits), p.mean(-1), np.ones(logits.shape[:2]))
-    gathered.scale.add(p, preference.log_odds(logits, estimator))
+    gathered.scale.add(preference.log_odds(logits, estimator))
     return gathered.summary()
 
 
@@ -181,7 +181,7 @@ def test_another_temperature_is_refused_and_1_is_no_change(tmp_path: Path) -> No
     assert pairing_stage(Recipe(pairs=3, ranker_temperature=1.0), out).is_current()
     with pytest.raises(SPPOError, match=r"settings\.ranker_temperature"):
         compute_prob(Recipe(pairs=3, ranker_temperature=2.0), out, False)
-    for wrong in ("0", "-1", "nan"):
+    for wrong in ("0", "-1", "nan", "1e200"):  # whose squares are no numbers
         with pytest.raises(UsageError, match="ranker_temperature"):
             load_recipe(overrides={"ranker_temperature": wrong})
 
@@ -229,12 +229,19 @@ def test_certain_and_even_pairs_are_counted_by_hand() -> None:
     assert (empty["certain_pairs"], empty["even_pairs"]) == (None, None)
 
 
+def test_a_pair_counts_alike_whichever_of_the_two_is_named_first() -> None:
+    """P = 0.01 was certain, and P = 0.99 was not: 1 - 0.99 is a little more than 0.01."""
+    for p in (0.99, 0.01):
+        assert scale_of(np.array([math.log(p / (1 - p))])).certain == 0
+    assert [scale_of(np.array([sign * math.log(0.991 / 0.009)])).certain for sign in (1, -1)] == [1, 1]
+
+
 def scale_of(odds: np.ndarray) -> Scale:
     """Of pairs of K = 2, (N,)."""
     logits = np.zeros((len(odds), 2, 2))
     logits[:, 0, 1], logits[:, 1, 0] = odds, -odds
     made = Scale()
-    made.add(preference.paper_probability(logits), preference.log_odds(logits, "paper"))
+    made.add(preference.log_odds(logits, "paper"))
     return made
 
 
@@ -287,6 +294,21 @@ def test_compute_prob_warns_and_the_manifest_has_the_shares(tmp_path: Path) -> N
     assert "auto|released|paper" in read
 
 
+def test_a_length_penalty_is_no_part_of_the_rankers_scale(tmp_path: Path) -> None:
+    """No --ranker_temperature would help: it divides the logits, and the penalty comes behind it."""
+    logits = scores_as_logits(0.3, 0.0, -0.3).tolist()
+    rankings = [{"prompt_id": f"id{n}", "logits": logits, "scores": [0.0] * 3} for n in range(30)]
+    out = write(tmp_path / "d", responses_of(30, 3), rankings)
+    command = ["scripts/compute_prob.py", f"--output_dir={out}", "--pairs=3", "--estimator=paper", "--overwrite"]
+    shares = []
+    for penalty in (0, 100):
+        assert "warning" not in tiny.succeed(*command, f"--length_penalty={penalty}")
+        counts = read_json(out / "train.manifest.json")["counts"]
+        shares.append((counts["certain_pairs"], counts["even_pairs"]))
+    assert shares == [(0, 0), (0, 0)]
+    assert counts["p"]["mean"] > 0.95
+
+
 def test_the_preflight_says_what_released_does_and_looks_at_what_is_ranked(models: Path, tmp_path: Path) -> None:
     def notes(*more: str) -> str:
         return "\n".join(text for level, text in examined(models, tmp_path, *more) if level == "note")
@@ -303,6 +325,14 @@ def test_the_preflight_says_what_released_does_and_looks_at_what_is_ranked(model
     write_parquet(tmp_path / "run" / "iter1" / "data" / "ranking" / "shard-00000.parquet", ranking_schema(), rows)
     assert "of 27 pairs that iteration 1 has ranked: 100% of the pairs have a preference beyond 0.99" in notes()
     assert "iteration 1 has ranked" not in notes("--ranker_temperature=30")
+
+    # damaged, it is made again, so that nothing is wrong with the run
+    path = tmp_path / "run" / "iter1" / "data" / "ranking" / "shard-00000.parquet"
+    whole = path.read_bytes()
+    for damaged in (whole[:100], whole[:40] + bytes(400) + whole[440:]):
+        path.write_bytes(damaged)
+        assert not [text for level, text in examined(models, tmp_path) if level == "no"]
+        assert "iteration 1 has ranked" not in notes()
 
 
 # a system turn

@@ -17,6 +17,7 @@ from sppo.method import winrates
 from sppo.pairing.training_set import compute_prob, pairing_stage
 from sppo.recipe import Recipe, load_recipe
 from sppo.store.files import read_json
+from sppo.training.settings import check_flags
 
 
 def rankings_by_score(scores: np.ndarray) -> Rows:
@@ -63,6 +64,29 @@ def test_the_chosen_one_is_never_its_own_rejected() -> None:
     for w in range(4):
         found = winrates.random_other(np.full(40, w), draws, 4)
         assert Counter(found.tolist()) == {i: 40 // 3 + (i == min({0, 1, 2, 3} - {w})) for i in range(4) if i != w}
+
+
+@pytest.mark.parametrize("estimator", ["paper", "released"])
+@pytest.mark.parametrize("k", [3, 5])
+def test_responses_that_beat_each_other_in_a_circle_are_equal(tmp_path: Path, k: int, estimator: str) -> None:
+    """Each beats the next (k - 1) / 2. The same P summed in another order gave another last digit, and so a pair.
+
+    A judge that only says A or B has few different logits, so that such circles are common.
+    """
+    strengths = np.random.default_rng(0).uniform(0.1, 9, 200)
+    signs = np.array([[0 if i == j else 1 if (j - i) % k <= (k - 1) // 2 else -1 for j in range(k)] for i in range(k)])
+    rankings = [
+        {"prompt_id": f"id{n}", "logits": (signs * s).tolist(), "scores": [0.0] * k} for n, s in enumerate(strengths)
+    ]
+    # one prompt with a best: it beats all others, which go round in a circle behind it
+    best = np.array([[0, 1, 1, 1], [-1, 0, 1, -1], [-1, -1, 0, 1], [-1, 1, -1, 0]]) * 0.7
+    order = winrates.ordering_score(best[None], estimator)[0]
+    assert (order.argmax(), order[1] == order[2] == order[3]) == (0, True)
+
+    out = write(tmp_path / "d", responses_of(200, k), rankings)
+    for select in ("best_worst", "best_random"):
+        with pytest.raises(SPPOError, match="no pair is left to train on; dropped: {'equal scores': 200}"):
+            compute_prob(Recipe(pairs=k, estimator=estimator, select=select), out, True)
 
 
 def test_a_random_rejected_one_follows_from_seed_and_prompt(tmp_path: Path) -> None:
@@ -130,6 +154,17 @@ def test_a_margin_drops_pairs_and_counts_them(tmp_path: Path) -> None:
     assert len(training_rows(out)) == 3  # equal scores have no margin either
     with pytest.raises(SPPOError, match="no pair is left to train on; dropped: .*'below --min_margin': 4"):
         compute_prob(Recipe(pairs=2, estimator="paper", min_margin=0.6), out, True)
+
+
+def test_which_pair_is_no_question_where_all_responses_are_trained_on() -> None:
+    """It would only have decided which prompts are dropped for a tie."""
+    for select in ("best_random", "best_2sd"):
+        recipe = load_recipe(overrides={"select": select, "loss_type": "sppo_all"})
+        with pytest.raises(UsageError, match=f"--select {select} is for losses of a pair; sppo_all trains on all"):
+            check_flags(recipe)
+        for loss_type in ("sppo", "sigmoid", "kto_pair"):
+            check_flags(replace(recipe, loss_type=loss_type))
+    check_flags(load_recipe(overrides={"min_margin": 0.1, "loss_type": "sppo_all"}))
 
 
 def test_settings_at_their_defaults_are_no_change(tmp_path: Path) -> None:

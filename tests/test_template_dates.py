@@ -35,7 +35,8 @@ from sppo.rankers import pairrm, reward_model
 from sppo.recipe import KEYS, Recipe, load_recipe
 from sppo.store.files import read_json, write_json
 from sppo.store.journal import Journal
-from sppo.store.shards import Slice
+from sppo.store.manifest import OVERWRITE
+from sppo.store.shards import Slice, overwriting
 from sppo.training.data import load_training_set
 from sppo.training.settings import prepare
 
@@ -58,6 +59,7 @@ def day(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         monkeypatch.setattr(chat_template_utils, "datetime", Clock)
         monkeypatch.setattr(dates, "datetime", Clock)
+        monkeypatch.setattr("sppo.store.shards.datetime", Clock)
 
     return turn
 
@@ -159,6 +161,28 @@ def test_shards_that_begin_on_different_days_have_the_first_ones_date(
     code, said = call(words, {})
     assert code == 0, said
     assert days_of(tmp_path / "data" / "responses.parquet", dated) == {"01": 6}
+
+
+def test_an_overwrite_goes_on_the_next_day_with_its_own(
+    dated: Path, tmp_path: Path, day: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed overnight, it deleted the shards that it had made already. And shards of two days do not fit together."""
+    prompts, out = prompts_file(tmp_path), tmp_path / "data"
+    shards = [generating(dated, prompts, out, "--numgpu=2", f"--data_frac={number}") for number in range(2)]
+    day(1)
+    assert [start(command)[0] for command in shards] == [0, 0]
+    day(2)
+    name, _ = overwriting(out / "responses", 2, 2)  # as the launcher begins it, and goes on with it
+    monkeypatch.setenv(OVERWRITE, name)
+    assert start([*shards[0], "--overwrite"])[0] == 0
+    made = out / "responses" / "shard-00000.parquet"
+    stamp = made.stat().st_mtime_ns
+    day(3)
+    assert overwriting(out / "responses", 2, 2)[0] == name
+    assert [start([*command, "--overwrite"])[0] for command in shards] == [0, 0]
+    assert made.stat().st_mtime_ns == stamp
+    code, said = call(["scripts/combine_generate.py", f"--output_dir={out}", "--pairs=2"], {})
+    assert (code, days_of(out / "responses.parquet", dated)) == (0, {"02": 6}), said
 
 
 @pytest.mark.parametrize("template", [DATED.replace("strftime_now('%d %b %Y')", "date_string"), tiny.LLAMA3_TEMPLATE])
@@ -440,6 +464,7 @@ EDITS = [
         (None, {}, THINK),
         (WITH_DEFAULT, THINK, {}),
         (DATED, {}, {}),
+        (DATED.replace("strftime_now('%d %b %Y')", "strftime_now(format='%A, %d.%m.')"), {}, {}),
         (DATED.replace("strftime_now('%d %b %Y')", "(day or strftime_now('%d %b'))"), {"day": "1 May"}, {}),
         (DATED.replace("strftime_now('%d %b %Y')", "(day or strftime_now('%d %b'))"), {}, {"day": "1 May"}),
     ],

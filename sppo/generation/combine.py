@@ -22,6 +22,9 @@ from sppo.store.parquet import read_rows, write_parquet
 from sppo.store.responses import EXTRA, require_responses
 from sppo.store.shards import known_count, shard_paths
 
+# of the answers of other models, in the counts of responses.parquet's manifest
+_CUT, _ENDS_WITHIN = "extra_responses_cut", "extra_responses_with_an_end_within"
+
 
 def combine_stage(output_dir: Path, numgpu: int, pairs: int, extra_responses: str = "") -> Stage:
     """The stage that makes $DATA/responses.parquet of the shards 0..numgpu-1, which are there."""
@@ -75,42 +78,58 @@ def combine(
     counts: dict[str, Any] = {"prompts": total, "skipped": reasons}
     for key in ("written", "responses", "response_tokens", "cut_at_maxlen"):
         counts[key] = sum(manifest["counts"][key] for manifest in manifests)
-    if joined:
-        counts |= {"extra_responses": written * joined.each, EXTRA: joined.each}
+    counts |= joined.counts if joined else {}
     stage.finish(counts, skipped=skipped, generated=_generated(manifests[0]))
     print(f"combine: {path}: {json.dumps(counts)}")
+    if joined:
+        joined.warn()
 
 
 class _Joined:
-    """The answers of other models, ready to be put behind the drawn responses; `each`: E of them behind each prompt's.
+    """The answers of other models, ready to be put behind the drawn responses. `counts`: for the manifest.
 
-    Raises SPPOError for prompts without them, and for another tokenizer than that of the model which drew.
+    Raises SPPOError for prompts without them or with another prompt's, and for another tokenizer than that of the model
+    which drew.
     """
 
     def __init__(self, recipe: Recipe, directory: Path, manifests: list[dict[str, Any]]) -> None:
         self.extras = Extras(recipe.extra_responses)
         paths = [shard_paths(directory, i).parquet for i in range(len(manifests))]
-        ids = [row["prompt_id"] for path in paths for row in read_rows(path, ["prompt_id"])]
-        self.each = self.extras.each(ids) if ids else 0
+        ids: list[str] = []
+        for row in itertools.chain.from_iterable(read_rows(path, ["prompt_id", "prompt"]) for path in paths):
+            ids.append(row["prompt_id"])
+            self.extras.refuse_other_prompt(row["prompt_id"], row["prompt"])
+        each = self.extras.each(ids)
+        self.counts = {"extra_responses": len(ids) * each, EXTRA: each, _CUT: 0, _ENDS_WITHIN: 0}
 
         name = recipe.model or manifests[0]["model"]
-        policy = policy_of(dataclasses.replace(recipe, model=name))
+        settings = manifests[0]["settings"]
+        policy = policy_of(dataclasses.replace(recipe, model=name, date=settings.get("date", "")))
         tokenizer = policy.tokenizer()
         made = {row["tokenizer"] for path in paths for row in itertools.islice(read_rows(path, ["tokenizer"]), 1)}
         if made - {chat.tokenizer_identity(tokenizer)}:
             raise SPPOError(
                 f"{self.extras.what}: {name} has another tokenizer than the model that drew {directory}; pass --model"
             )
-        kwargs = manifests[0]["settings"]["chat_template_kwargs"]
-        self.templater = Templater(tokenizer, policy.stop_ids(tokenizer), kwargs)
+        self.templater = Templater(tokenizer, policy.stop_ids(tokenizer), settings["chat_template_kwargs"])
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A shard's row with the answers of other models behind its responses."""
+        """A shard's row with the answers of other models behind its responses, which are counted."""
+        answers = self.extras.answers[row["prompt_id"]]
         try:
-            extra = [self.templater.response(row["prompt"], text) for text in self.extras.answers[row["prompt_id"]]]
+            extra = [self.templater.response(row["prompt"], answer) for answer in answers]
         except ValueError as error:
             raise SPPOError(f"{self.extras.what}: prompt {row['prompt_id']}: {error}") from None
+        self.counts[_CUT] += sum(response["finish_reason"] == "length" for response in extra)
+        self.counts[_ENDS_WITHIN] += sum(map(self.templater.has_end_within, extra))
         return {**row, "responses": [*row["responses"], *extra]}
+
+    def warn(self) -> None:
+        if count := self.counts[_ENDS_WITHIN]:
+            print(
+                f"combine: warning: {self.extras.what}: {count} answers spell an end of turn within their text; what "
+                "follows it, perhaps another turn, counts as a part of the answer and is trained on"
+            )
 
 
 def _generated(manifest: dict[str, Any]) -> dict[str, Any]:

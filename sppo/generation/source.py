@@ -14,7 +14,7 @@ from sppo.models.dates import today
 from sppo.models.policy import Policy, policy_of
 from sppo.recipe import Recipe, parse_part
 from sppo.store.manifest import Stage
-from sppo.store.shards import Slice, begun_identities, known_count, shard_paths
+from sppo.store.shards import Slice, begun_identities, known_count, overwriting_since, shard_paths
 
 # Prompts of an iteration whose responses keep the engine's log-probs, for the trainer to compare with its own.
 SAMPLED = 32
@@ -62,9 +62,14 @@ class Source:
         return Stage("generate", manifest, [path], self.inputs, settings, journal)
 
     def check_extras(self) -> None:
-        """Raise SPPOError where --extra_responses has not the same number of answers for each prompt. Only reads."""
+        """Raise SPPOError where --extra_responses has not the same number of answers for each prompt, or answers to
+        others. Only reads.
+        """
         if self.recipe.extra_responses:
-            Extras(self.recipe.extra_responses).each([p.prompt_id for p in self.prompts if not p.skip])
+            extras, asked = Extras(self.recipe.extra_responses), [p for p in self.prompts if not p.skip]
+            extras.each([prompt.prompt_id for prompt in asked])
+            for prompt in asked:
+                extras.refuse_other_prompt(prompt.prompt_id, prompt.messages)
 
     def refuse_others(self, output_dir: Path, frac_len: int = 0) -> None:
         """Raise SPPOError where a shard here was made otherwise, before any process begins. Changes nothing."""
@@ -76,9 +81,12 @@ class Source:
 def with_date(recipe: Recipe, output_dir: Path, overwrite: bool = False) -> Recipe:
     """The recipe with the date for the chat template: its own, or the one that the shards here began with.
 
-    Today where none has begun, and with `overwrite`. Shards of an older version name none: then it stays empty, which
-    is today at each start, as it was for that version.
+    Today where none has begun; with `overwrite` the day on which all of them began to be made again. Shards of an older
+    version name none: then it stays empty, which is today at each start, as it was for that version.
     """
-    begun = [] if overwrite or recipe.date else begun_identities(output_dir / "responses")
-    date = begun[0]["settings"].get("date", "") if begun else recipe.date or today()
-    return dataclasses.replace(recipe, date=date)
+    shards = output_dir / "responses"
+    begun = [] if overwrite or recipe.date else begun_identities(shards)
+    if begun:
+        return dataclasses.replace(recipe, date=begun[0]["settings"].get("date", ""))
+    since = overwriting_since(shards) if overwrite else ""
+    return dataclasses.replace(recipe, date=recipe.date or since or today())

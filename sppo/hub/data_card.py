@@ -10,6 +10,7 @@ from sppo.models.cards import PAPER, table
 from sppo.schema import MEANING
 from sppo.store.files import read_json
 from sppo.store.parquet import open_parquet
+from sppo.store.responses import EXTRA
 
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 _ABOUT = {  # the statistics of train.manifest.json (see pairing/statistics.py)
@@ -38,6 +39,7 @@ def data_card(repo: str, tag: str, splits: list[str], output_dir: Path) -> str:
     manifests = [(output_dir / "ranking" / name).with_suffix(".manifest.json") for name in train["inputs"]["ranking"]]
     ranked = [read_json(path) for path in manifests if path.exists()]
     counts, k = train["counts"], train["settings"]["pairs"]
+    extra = drawn.get("counts", {}).get(EXTRA, 0)  # the last of the k
     rows = counts["train"] + counts["test"]
     head = DatasetCardData(
         pretty_name=repo.split("/")[1],
@@ -54,14 +56,16 @@ def data_card(repo: str, tag: str, splits: list[str], output_dir: Path) -> str:
     else:
         what = f"all K = {k} responses to each prompt, with their win rates against each other"
         columns = {c: MEANING[c] for c in ("prompt_id", "prompt", "probability", "rm_scores")}
-        columns |= {f"generate_{i}": f"the conversation with response {i}" for i in range(k)}
+        columns |= {f"generate_{i}": f"the conversation with response {i}" for i in range(k - extra)}
+        others = range(k - extra, k)
+        columns |= {f"generate_{i}": f"the conversation with response {i}, another model's" for i in others}
     return "\n".join(
         [
             *["---", head.to_yaml(), "---", ""],
             f"# {repo}",
             "",
-            f"An iteration of {PAPER}: {what}. Responses were drawn from the policy and compared in pairs by a "
-            "preference model, each pair both ways round.",
+            f"An iteration of {PAPER}: {what}. {_made_by(k, extra)} compared in pairs by a preference model, each pair "
+            "both ways round.",
             "",
             *["```python", "from datasets import load_dataset", ""],
             *[f'load_dataset("{repo}", revision="{tag}")', "```", ""],
@@ -81,6 +85,16 @@ def data_card(repo: str, tag: str, splits: list[str], output_dir: Path) -> str:
             "## Versions",
             *table("package", train["versions"]),
         ]
+    )
+
+
+def _made_by(k: int, extra: int) -> str:
+    """Where a prompt's k responses come from, of which the last `extra` are other models'."""
+    if not extra:
+        return "Responses were drawn from the policy and"
+    return (
+        f"Of each prompt's {k} responses the first {k - extra} were drawn from the policy, and the last {extra} are "
+        "other models' answers. So a win rate is against that mixture. All were"
     )
 
 

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from sppo.method.preference import Array, mean_scores, paper_probability
 
+_DIGITS = 12  # of what responses are ordered by
+
 
 def win_rates(probability: Array) -> Array:
     """P(y_i > pi_t | x), estimated by (1/K) sum_j P(y_i > y_j), (N, K, K) -> (N, K): the paper, section 4.
@@ -23,9 +25,13 @@ def ordering_score(logits: Array, estimator: str) -> Array:
     """The number by which the best and the worst response are picked, (N, K, K) -> (N, K).
 
     For `paper` it is the win rate. For `released` it is the score s_i: win rates put the responses into the same
-    order, but where scores are far apart the sigmoids round to 1 and tie.
+    order, but where scores are far apart the sigmoids round to 1 and tie. Both as shares of the prompt's largest and
+    without their last digits, in which a sum differs when its terms come in another order: rock, paper and scissors are
+    equally good.
     """
-    return mean_scores(logits) if estimator == "released" else win_rates(paper_probability(logits))
+    scores = mean_scores(logits) if estimator == "released" else win_rates(paper_probability(logits))
+    largest = np.abs(scores).max(-1, keepdims=True)
+    return (scores / np.where(largest > 0, largest, 1)).round(_DIGITS)
 
 
 def best_and_worst(scores: Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

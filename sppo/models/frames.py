@@ -108,7 +108,7 @@ def frame_of(
     if key not in known:
         texts, probe = chat.probe_of(roles)
         try:
-            rendered = chat.render(tokenizer, probe, True, {**template_kwargs, CLOCK: lambda *_: _DAY})
+            rendered = chat.render(tokenizer, probe, True, {**template_kwargs, CLOCK: lambda *_, **__: _DAY})
         except ValueError:
             rendered = ""
         split = re.split("(turn[0-9]+probe)", rendered)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sppo.method.preference import Array
+from sppo.method.preference import Array, sigmoid
 
 CERTAIN, EVEN = 0.99, 0.01  # P beyond this, or 1 - P; how near to 1/2
 _NEARLY_ALL = 0.9  # of the pairs
@@ -23,13 +23,14 @@ class Scale:
         self._tied = 0  # pairs with log-odds of 0
         self._sizes = np.zeros(2 * _DOUBLINGS * _PER_DOUBLING + 1, dtype=np.int64)  # of the others: |log-odds|
 
-    def add(self, probability: Array, odds: Array) -> None:
-        """P, and the log-odds that the ranker alone gives, (N, K, K) both."""
-        first, second = np.triu_indices(probability.shape[-1], 1)
-        p, sizes = probability[:, first, second], np.abs(odds[:, first, second])
+    def add(self, odds: Array) -> None:
+        """The ranker's log-odds, (N, K, K), without --length_penalty, which no temperature changes."""
+        first, second = np.triu_indices(odds.shape[-1], 1)
+        sizes = np.abs(odds[:, first, second])
+        p = sigmoid(sizes)  # of the better one
         self.pairs += p.size
-        self.certain += int(((p > CERTAIN) | (p < 1 - CERTAIN)).sum())
-        self.even += int((np.abs(p - 0.5) < EVEN).sum())
+        self.certain += int((p > CERTAIN).sum())
+        self.even += int((p - 0.5 < EVEN).sum())
         self._tied += int((sizes == 0).sum())
         self._sizes += _counted(sizes[sizes > 0])
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.progress import progress
 from sppo.method import preference
-from sppo.pairing.choose import choose
+from sppo.pairing.choose import Choice, choose
 from sppo.pairing.columns import conversations, lists, where
 from sppo.pairing.join import Rankings, hash64, prompt_ids
 from sppo.pairing.statistics import Statistics
@@ -185,6 +185,26 @@ def _pairs(
             bar.update(len(ranked))
 
 
+def _left_out(chosen: pa.Array, rejected: pa.Array, choice: Choice, recipe: Recipe) -> dict[str, NDArray[np.bool_]]:
+    """By reason: which of N pairs teach nothing, or too little, (N,) each. chosen, rejected: their texts."""
+    from pyarrow import compute
+
+    pc: Any = compute
+
+    def is_blank(texts: pa.Array) -> NDArray[np.bool_]:
+        return pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False)
+
+    narrow = {"below --min_margin": choice.is_narrow}
+    if recipe.keep_degenerate:
+        return narrow
+    return {
+        "equal scores": choice.is_equal,
+        "same text": pc.equal(chosen, rejected).to_numpy(zero_copy_only=False),
+        "empty response": is_blank(chosen) | is_blank(rejected),
+        **narrow,
+    }
+
+
 def _pair(
     batch: pa.RecordBatch, logits: preference.Array, recipe: Recipe, statistics: Statistics
 ) -> tuple[pa.RecordBatch, NDArray[np.bool_]]:
@@ -204,22 +224,12 @@ def _pair(
     w, l, rates = choice.chosen, choice.rejected, choice.rates  # noqa: E741 - the paper's
     chosen, rejected = texts.take(pa.array(row * k + w)), texts.take(pa.array(row * k + l))
 
-    # pairs that teach nothing, or too little
-    left_out = {}
-    if not recipe.keep_degenerate:
-        blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False).reshape(n, k)
-        left_out = {
-            "equal scores": choice.is_equal,
-            "same text": pc.equal(chosen, rejected).to_numpy(zero_copy_only=False),
-            "empty response": blank[row, w] | blank[row, l],
-        }
-    left_out["below --min_margin"] = choice.is_narrow
     kept = np.ones(n, dtype=bool)
-    for reason, found in left_out.items():
+    for reason, found in _left_out(chosen, rejected, choice, recipe).items():
         statistics.dropped[reason] += int((kept & found).sum())
         kept &= ~found
     statistics.add_ranked(logits, choice.probability, scores, choice.win_rates, lengths)
-    statistics.scale.add(choice.probability, choice.odds)
+    statistics.scale.add(choice.odds)
     statistics.add_pairs(rates[:, kept])
 
     made = {

@@ -19,6 +19,8 @@ def check_extras(run: Run, prompts: list[PromptSet], model: Model | None, tokeni
         try:
             extras = Extras(recipe.extra_responses.replace("{iter}", str(number)))
             made.extra[number] = extras.each(made.ids)
+            for prompt_id, messages in zip(made.asked, made.conversations, strict=True):
+                extras.refuse_other_prompt(prompt_id, messages)
         except SPPOError as error:
             yield no(f"iteration {number}: {error}")
             continue

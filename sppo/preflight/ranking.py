@@ -15,7 +15,7 @@ import numpy as np
 
 from sppo import rankers
 from sppo.command.errors import SPPOError
-from sppo.method.preference import estimator_for, log_odds, probability
+from sppo.method.preference import Array, estimator_for, log_odds
 from sppo.models.files import parameters, weight_files, weight_shapes
 from sppo.pairing.scale import Scale
 from sppo.preflight.facts import Machines, PromptSet, Ranker, Run
@@ -60,18 +60,29 @@ def check_scale(run: Run, found: Ranker) -> Look[None]:
             "--estimator released is made for PairRM's scores, and doubles the differences of another ranker's; "
             "--estimator paper takes them as they are, and auto takes what suits the ranker"
         )
-    ranking = run.run_dir / "iter1" / "data" / "ranking"
-    files = sorted(ranking.glob("*.parquet"))[:1]
-    if not files or not run.makes_data:
-        return
     scale = Scale()
-    for row in itertools.islice(read_rows(files[0], ["logits"]), _SAMPLE):
-        logits = np.array([row["logits"]], dtype=np.float64) / recipe.ranker_temperature
-        if np.isfinite(logits).all():
-            estimator = estimator_for(backend) if recipe.estimator == "auto" else recipe.estimator
-            scale.add(probability(logits, estimator), log_odds(logits, estimator))
+    for logits in _ranked(run.run_dir / "iter1" / "data" / "ranking") if run.makes_data else ():
+        estimator = estimator_for(backend) if recipe.estimator == "auto" else recipe.estimator
+        scale.add(log_odds(logits / recipe.ranker_temperature, estimator))
     if said := scale.warning(recipe.ranker_temperature):
         yield note(f"of {scale.pairs} pairs that iteration 1 has ranked: {said}")
+
+
+def _ranked(ranking: Path) -> list[Array]:
+    """Logits, (1, K, K), of the first prompts that are ranked; [] where none is.
+
+    Also where a file is damaged: a run makes it again.
+    """
+    found: list[Array] = []
+    try:
+        for path in sorted(ranking.glob("*.parquet"))[:1]:
+            for row in itertools.islice(read_rows(path, ["logits"]), _SAMPLE):
+                logits = np.array([row["logits"]], dtype=np.float64)
+                if np.isfinite(logits).all():
+                    found.append(logits)
+    except (SPPOError, OSError, ValueError, TypeError):  # pyarrow's errors are OSError and ValueError
+        return []
+    return found
 
 
 def check_ranker(run: Run, found: Ranker, machines: Machines, tokenizer: Any, prompts: list[PromptSet]) -> Look[None]:

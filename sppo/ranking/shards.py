@@ -29,7 +29,7 @@ from sppo.store.journal import Journal
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import open_parquet, read_rows, write_parquet
 from sppo.store.responses import Count, require_responses, responses_columns, responses_each
-from sppo.store.shards import Slice, begun_identities, lay_out, shard_paths
+from sppo.store.shards import Slice, begun_identities, lay_out, overwriting_since, shard_paths
 
 Logits = list[list[float]]
 _CHUNK = 64  # prompts whose pairs are packed into batches together
@@ -101,15 +101,18 @@ def _with_ranker_and_model(recipe: Recipe, output_dir: Path) -> Recipe:
 def _with_date(recipe: Recipe, output_dir: Path, overwrite: bool = False) -> Recipe:
     """The recipe with the date for chat templates: its own, or the one that the ranking here began with.
 
-    Where none has begun, and with `overwrite`, the one that the policy read, else today. A ranking of an older version
-    names none: then it stays empty, which is today at each start, as it was for that version.
+    Where none has begun, and with `overwrite`, the one that the policy read, else today, or the day on which the
+    overwriting began. A ranking of an older version names none: then it stays empty, which is today at each start, as
+    it was for that version.
     """
-    begun = [] if overwrite or recipe.date else begun_identities(output_dir / "ranking")
+    shards = output_dir / "ranking"
+    begun = [] if overwrite or recipe.date else begun_identities(shards)
     if begun:
         return dataclasses.replace(recipe, date=begun[0]["inputs"].get("ranker", {}).get("date", ""))
     manifest = output_dir / "responses.manifest.json"
     read = read_manifest(manifest).get("generated", {}) if manifest.exists() and not recipe.date else {}
-    return dataclasses.replace(recipe, date=recipe.date or read.get("date") or today())
+    since = overwriting_since(shards) if overwrite else ""
+    return dataclasses.replace(recipe, date=recipe.date or read.get("date") or since or today())
 
 
 def rank_shards(recipe: Recipe, output_dir: Path, parts: list[Slice], overwrite: bool) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from sppo.store.files import read_json, write_json
 from sppo.store.journal import identity_of
 
 COUNT = "shards.json"  # beside the shards: how many there are, and how they share the rows
-OVERWRITING = "overwrite.json"  # beside the shards, while --overwrite makes them again: its name, how many there are
+OVERWRITING = "overwrite.json"  # beside the shards, while --overwrite makes them again: its name, their number, its day
 _SUFFIXES = (".parquet", ".manifest.json", ".manifest.json.started", ".journal")  # of a shard's files
 
 
@@ -133,8 +134,14 @@ def overwriting(directory: Path, wanted: int, slots: int) -> tuple[str, int]:
         if wanted in (0, found["shards"]):
             return found["name"], found["shards"]
     name, count = uuid.uuid4().hex, wanted or slots
-    write_json(path, {"name": name, "shards": count})
+    write_json(path, {"name": name, "shards": count, "date": datetime.now().strftime("%Y-%m-%d")})
     return name, count
+
+
+def overwriting_since(directory: Path) -> str:
+    """The day on which the --overwrite that is under way began, YYYY-MM-DD; "" where none is, and in an older one."""
+    path = directory / OVERWRITING
+    return read_json(path).get("date", "") if path.exists() else ""
 
 
 def end_overwriting(directory: Path) -> None:

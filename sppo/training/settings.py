@@ -183,6 +183,10 @@ def check_flags(recipe: Recipe) -> None:
         raise UsageError("--anchor_model goes with --anchor")
     if recipe.anchor and recipe.load_in_4bit:
         raise UsageError("--anchor with --load_in_4bit: the anchor is read unquantised, so the two would not compare")
+    if recipe.loss_type == "sppo_all" and recipe.select != Recipe.select:
+        raise UsageError(
+            f"--select {recipe.select} is for losses of a pair; sppo_all trains on all responses of a prompt"
+        )
     if recipe.label_smoothing and recipe.loss_type != "sigmoid":
         raise UsageError(f"--label_smoothing is for --loss_type sigmoid; {recipe.loss_type} has win rates or none")
     for flag in ("load_in_4bit", "merge_adapter"):

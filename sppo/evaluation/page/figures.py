@@ -228,6 +228,6 @@ def rates(run: RunRecord) -> list[str]:
 
 
 def lengths(run: RunRecord) -> list[str]:
-    """Histograms of the lengths of all responses, of the chosen and of the rejected."""
+    """Histograms of the lengths of the responses: drawn, of other models, chosen and rejected."""
     longest = max((v.max() for i in run.iterations for v in i.lengths.values() if len(v)), default=1.0)
     return _histograms(run, lambda i: i.lengths, ("tokens", "responses, %"), np.linspace(0, longest, 21))

@@ -26,6 +26,7 @@ from sppo.schema import Message
 from sppo.store.directories import work_of
 from sppo.store.files import read_json
 from sppo.store.parquet import read_rows
+from sppo.store.responses import EXTRA
 
 _RATES = {"p": "chosen_probs", "p_win": "chosen_probs_win", "p_lose": "chosen_probs_lose"}
 
@@ -38,7 +39,7 @@ class IterationRecord:
     drawn: dict[str, Any] = field(default_factory=dict)  # counts of the responses
     paired: dict[str, Any] = field(default_factory=dict)  # counts and statistics of the training set
     rates: dict[str, Array] = field(default_factory=dict)  # p, p_win and p_lose of the pairs, each (N,)
-    lengths: dict[str, Array] = field(default_factory=dict)  # tokens of all, chosen and rejected responses, each (n,)
+    lengths: dict[str, Array] = field(default_factory=dict)  # tokens of the responses of each kind, (n,): see _pairs
     steps: list[dict[str, Any]] = field(default_factory=list)  # the training's metrics, a record a step
     trained: dict[str, Any] = field(default_factory=dict)  # the model's manifest
     compared: dict[str, Any] = field(default_factory=dict)  # the row of summary.json
@@ -144,7 +145,8 @@ def _iteration(here: Path, number: int, row: dict[str, Any], reader: _Reader) ->
     found.trained = reader.json(model / "sppo_manifest.json") or {}
 
     pairs = data / "train.parquet"
-    if found.paired and (known := reader.read(pairs, lambda: _pairs(pairs))):
+    extra = found.drawn.get(EXTRA, 0)
+    if found.paired and (known := reader.read(pairs, lambda: _pairs(pairs, extra))):
         found.rates, found.lengths = known
 
     metrics = model / "metrics.jsonl"
@@ -176,17 +178,18 @@ def _line(text: str) -> dict[str, Any]:
         return {}
 
 
-def _pairs(train: Path) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The rates and the lengths of an IterationRecord."""
+def _pairs(train: Path, extra: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The rates and the lengths of an IterationRecord. extra: how many of a prompt's responses are other models'."""
     columns = [*_RATES.values(), "responses", "chosen_index", "rejected_index"]
     rates: dict[str, list[float]] = {name: [] for name in _RATES}
-    lengths: dict[str, list[int]] = {"all": [], "chosen": [], "rejected": []}
+    lengths: dict[str, list[int]] = {"drawn": [], "of other models": [], "chosen": [], "rejected": []}
     for row in read_rows(train, columns):
         for name, column in _RATES.items():
             rates[name].append(row[column])
         tokens = [len(r["token_ids"] or []) for r in row["responses"] or []]
         if any(tokens):  # files of other tools may hold texts alone
-            lengths["all"] += tokens
+            lengths["drawn"] += tokens[: len(tokens) - extra]
+            lengths["of other models"] += tokens[len(tokens) - extra :]
             lengths["chosen"].append(tokens[row["chosen_index"]])
             lengths["rejected"].append(tokens[row["rejected_index"]])
     return _arrays(rates), _arrays(lengths)

@@ -216,7 +216,7 @@ def _data_table(run: RunRecord) -> list[list[str]]:
         ("responses cut at maxlen, %", lambda i: 100 * i.drawn["cut_at_maxlen"] / max(i.drawn["responses"], 1)),
         ("pairs to train on", lambda i: i.paired["train"]),
         ("pairs dropped", lambda i: sum(i.paired["dropped"].values())),
-        ("ties among comparisons, %", lambda i: 100 * i.paired["tied_pairs"] / max(i.paired["pairs"], 1)),
+        ("ties among comparisons, %", lambda i: 200 * i.paired["tied_pairs"] / max(i.paired["pairs"], 1)),
         ("pairs beyond 0.99 or below 0.01, %", lambda i: 100 * i.paired["certain_pairs"]),
         ("pairs within 0.01 of 1/2, %", lambda i: 100 * i.paired["even_pairs"]),
         ("share of triples that go in a circle", lambda i: i.paired["intransitive_triples"]),
