@@ -34,11 +34,11 @@ def main() -> None:
         if recipe.org and not recipe.name:
             raise UsageError("--org needs --name, the data sets' name on the Hub")
     from sppo.generation.shards import generate_shards
-    from sppo.generation.source import Source, with_date
+    from sppo.generation.source import Source, as_begun
     from sppo.store.shards import Slice, parse_shards
 
     if args.only_prompts:
-        source = Source.of(with_date(recipe, data_dir, args.overwrite))
+        source = Source.of(as_begun(recipe, data_dir, args.overwrite))
         if not args.overwrite:
             source.refuse_others(data_dir, args.frac_len)
         source.check_extras()

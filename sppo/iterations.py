@@ -15,7 +15,7 @@ import yaml
 from sppo.command.errors import OtherWorkError, SPPOError, UsageError
 from sppo.hub.push import check_name
 from sppo.launch.devices import devices, groups
-from sppo.recipe import Recipe, load_recipe, require_pairs
+from sppo.recipe import Recipe, load_recipe, read_yaml, require_pairs
 from sppo.store.files import atomic, digest_of, read_json
 from sppo.store.manifest import Stage
 from sppo.store.shards import Slice, known_count
@@ -46,7 +46,9 @@ def opened(recipe: Recipe) -> Recipe:
     if "\n" in run_dir or run_dir.startswith("-"):
         raise UsageError(f"--run_dir {run_dir!r} begins with - or has more than one line; name it by its whole path")
     opened = dataclasses.replace(recipe, name=name, run_dir=run_dir)
-    return dataclasses.replace(opened, date=recipe.date or _date_of_run(opened))
+    return dataclasses.replace(
+        opened, date=recipe.date or _date_of_run(opened), thinking_tags=_thinking_tags_of_run(opened)
+    )
 
 
 def _date_of_run(recipe: Recipe) -> str:
@@ -54,12 +56,21 @@ def _date_of_run(recipe: Recipe) -> str:
 
     Empty for a run of an older version, which goes on without one.
     """
-    from sppo.generation.source import with_date
+    from sppo.generation.source import as_begun
 
     first = path_of(dataclasses.replace(recipe, iteration=1))
     if first.exists():
         return load_recipe(first).date
-    return with_date(recipe, first.parent / "data").date
+    return as_begun(recipe, first.parent / "data").date
+
+
+def _thinking_tags_of_run(recipe: Recipe) -> str:
+    """--thinking_tags; `off` in a run of an older version, which told no thought apart, and goes on so."""
+    first = path_of(dataclasses.replace(recipe, iteration=1))
+    if recipe.thinking_tags != "auto" or recipe.thinking_budget or not first.exists():
+        return recipe.thinking_tags
+    written = read_yaml(first.read_text(encoding="utf-8")) or {}
+    return "off" if written.get("thinking_tags", "off") == "off" else "auto"
 
 
 def iteration(recipe: Recipe, number: int) -> Recipe:
@@ -168,12 +179,12 @@ def drawing_stages(recipe: Recipe, data_dir: Path, extra_responses: str = "") ->
     Raises SPPOError where none has begun.
     """
     from sppo.generation.combine import combine_stage
-    from sppo.generation.source import Source, with_date
+    from sppo.generation.source import Source, as_begun
 
     count = known_count(data_dir / "responses")
     if not count:
         raise SPPOError(f"{data_dir} is not begun")
-    source = Source.of(with_date(recipe, data_dir))
+    source = Source.of(as_begun(recipe, data_dir))
     yield [source.stage(data_dir, Slice(0, i, count)) for i in range(count)]
     yield [combine_stage(data_dir, count, recipe.pairs, extra_responses)]
 

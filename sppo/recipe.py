@@ -67,6 +67,14 @@ class Recipe:
     chat_template_kwargs: dict = _key(
         dict, 'arguments of the chat template, a judge\'s too: {"enable_thinking": false}'
     )
+    thinking_tags: str = _key(
+        "auto",
+        "what marks a thought before an answer: auto, as the chat template shows it; off: a thought is a part of the "
+        "answer; or OPEN,CLOSE: <think>,</think>",
+    )
+    thinking_budget: int = _key(
+        0, "tokens after which a thought that has not ended is ended, so that an answer follows; 0: no such limit", 0
+    )
     date: str = _key(
         "",
         "YYYY-MM-DD, which chat templates write where they ask for today's date. Empty: a driver takes the day of the "
@@ -221,7 +229,7 @@ _ASKING = (
 _RANKING = "model model_revision date ranker_prompt ranker_system batch_tokens ranker_concurrency".split()
 _DRAWING = (
     "model model_revision trust_remote_code prompt_column prompt_split maxlen engine temperature top_p seed "
-    "prompt_seeds system_prompt chat_template_kwargs date gpu_memory_utilization"
+    "prompt_seeds system_prompt chat_template_kwargs thinking_tags thinking_budget date gpu_memory_utilization"
 ).split()
 _PROCESSES = "gpus launcher world_size shards nodes ray_address".split()
 # The settings that each script reads; its --help shows them first.
@@ -416,6 +424,7 @@ def _require_consistent(recipe: Recipe) -> None:
     parse_part(recipe.prompts_part)
     if recipe.date and not _is_date(recipe.date):
         raise UsageError(f"date: {recipe.date!r}: not a day of the calendar as YYYY-MM-DD, such as 2026-05-01")
+    _require_thinking(recipe)
     if recipe.temperature < 0.01 and recipe.pairs > 1:
         raise UsageError(f"temperature: {recipe.temperature:g} draws {recipe.pairs} times the same; at least 0.01")
     if (recipe.public or recipe.push_model) and not recipe.org:
@@ -431,6 +440,18 @@ def _require_consistent(recipe: Recipe) -> None:
     is_listed = recipe.gpus != "auto" and set(recipe.gpus.split(",")) != {"none"}
     if recipe.launcher != "local" and is_listed:
         raise UsageError(f"--gpus {recipe.gpus}: {recipe.launcher} gives each process its GPUs; auto, or none")
+
+
+def _require_thinking(recipe: Recipe) -> None:
+    """Raises UsageError for marks of thoughts that are none, and for a budget that leaves nothing to end or to say."""
+    tags, budget = recipe.thinking_tags, recipe.thinking_budget
+    marks = [mark.strip() for mark in tags.split(",")]
+    if tags not in ("auto", "off") and not (len(marks) == 2 and all(marks) and marks[0] != marks[1]):
+        raise UsageError(f"thinking_tags: {tags!r}: auto, off, or two different marks as OPEN,CLOSE: <think>,</think>")
+    if budget and tags == "off":
+        raise UsageError(f"--thinking_budget {budget}: with --thinking_tags off no thought is known that it could end")
+    if budget >= recipe.maxlen:
+        raise UsageError(f"--thinking_budget {budget}: below --maxlen {recipe.maxlen}, which an answer must fit in too")
 
 
 def _is_date(text: str) -> bool:

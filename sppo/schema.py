@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 # Nats a token by which the log-probs of engine and trainer may differ for the same tokens: some three times what
 # bfloat16 and float32 differ by (docs/benchmarks.md).
 AGREEING = 0.02
+# The share of the responses whose thought did not end, so that they have no answer, above which a warning is given.
+MANY_UNFINISHED = 0.05
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,11 +69,15 @@ MEANING = {
     "prompt": "the conversation up to the response, as messages {role, content}",
     "responses": "the K responses, those of other models last: text, token_ids (the stop token included), "
     "finish_reason (stop or length), logps (for a sample of the prompts: the engine's log-probability of each token, "
-    "before temperature and top_p)",
+    "before temperature and top_p), thought (what a model that thinks wrote before its answer; null without one), "
+    "thought_tokens (how many of token_ids come before the answer's first; all of them where the thought did not end "
+    "and there is no answer). text is the answer alone",
     "prompt_token_ids": "the prompt as the policy read it",
     "tokenizer": "fingerprint of the tokenizer that made the token ids",
-    "logits": "K x K; row i, column j: how strongly the ranker prefers response i to j when i is shown first",
-    "scores": "one score a response: the mean over j of logits[i][j] - logits[j][i]",
+    "logits": "K x K; row i, column j: how strongly the ranker prefers response i to j when i is shown first; 0 where "
+    "one of the two has no answer, for which the ranker is not asked",
+    "scores": "one score a response: the mean over j of logits[i][j] - logits[j][i], over those with an answer; null "
+    "for a response without one",
     "chosen": "the conversation with the best response",
     "rejected": "the conversation with the worst response, or with what --select took instead",
     "chosen_probs": "P(chosen > rejected)",
@@ -79,7 +85,8 @@ MEANING = {
     "chosen_probs_lose": "P(rejected > policy): the rejected response's mean win rate over the K responses",
     "chosen_index": "which of the K responses is the chosen one",
     "rejected_index": "which of the K responses is the rejected one",
-    "probability": "K x K win rates, row against column, after any temperature and length penalty",
+    "probability": "K x K win rates, row against column, after any temperature and length penalty; a response with an "
+    "answer beats one without in every comparison",
     "rm_scores": "the ranking's scores, without any temperature or length penalty",
 }
 
@@ -95,6 +102,8 @@ def responses_schema() -> pa.Schema:
             ("token_ids", pa.list_(pa.int32())),
             ("finish_reason", pa.string()),
             ("logps", pa.list_(pa.float32())),
+            ("thought", pa.string()),
+            ("thought_tokens", pa.int32()),
         ]
     )
     return pa.schema(
@@ -140,6 +149,25 @@ def training_schema() -> pa.Schema:
             ("tokenizer", pa.string()),
         ]
     )
+
+
+NO_ANSWER = "no response has an answer: no thought ended"  # why a prompt is left out
+
+
+def has_answer(response: dict[str, Any]) -> bool:
+    """Whether a response has an answer, be it an empty one: not where its thought did not end."""
+    thought_tokens = response.get("thought_tokens")
+    return thought_tokens is None or thought_tokens < len(response.get("token_ids") or [])
+
+
+def answered_of(responses: list[dict[str, Any] | None]) -> list[int]:
+    """Which of a prompt's responses have an answer: their places. One that is null has an empty one."""
+    return [i for i, response in enumerate(responses) if response is None or has_answer(response)]
+
+
+def answer_tokens(response: dict[str, Any]) -> int:
+    """How many tokens a response's answer has, its thought not counted."""
+    return len(response.get("token_ids") or []) - (response.get("thought_tokens") or 0)
 
 
 def content_id(value: Any) -> str:

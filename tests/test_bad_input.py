@@ -159,6 +159,11 @@ RECIPES: list[Case] = [
     ("a password in an address", lambda w: w.recipe("ranker_url: http://me:secret@h/v1"), 2, "ranker_url holds a password"),
     ("a key in an address", lambda w: w.recipe("ranker_url: http://h/v1?key=secret"), 2, "--ranker_url is an address"),
     ("a number as a key", lambda w: w.recipe("chat_template_kwargs: {1: 2}"), 2, "JSON"),
+    ("one mark of a thought", lambda w: w.generate(w.good(), "--thinking_tags=<think>"), 2, "two different marks as OPEN,CLOSE"),
+    ("a mark twice", lambda w: w.generate(w.good(), "--thinking_tags=<think>, <think>"), 2, "two different marks"),
+    ("a budget of all tokens", lambda w: w.generate(w.good(), "--maxlen=9", "--thinking_budget=9"), 2, "below --maxlen 9"),
+    ("a budget and no marks", lambda w: w.generate(w.good(), "--thinking_tags=off", "--thinking_budget=9"), 2, "--thinking_tags off"),
+    ("a budget and no thoughts", lambda w: w.generate(w.good(), "--maxlen=20", "--thinking_budget=9"), 1, "no marks of a thought"),
     ("a date that no calendar has", lambda w: w.recipe("date: '2026-02-30'"), 2, "as YYYY-MM-DD"),
     ("a date in words", lambda w: w.recipe("date: 1 May 2026"), 2, "as YYYY-MM-DD"),
 ]  # fmt: skip

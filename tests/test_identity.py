@@ -339,7 +339,9 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "train, LoRA": ACCUMULATES,
     "evaluate, mt_bench": {"temperature": OWN, "top_p": OWN},
     "evaluate, open_llm": dict.fromkeys(
-        "maxlen temperature top_p prompt_seeds system_prompt chat_template_kwargs date".split(), OWN
+        "maxlen temperature top_p prompt_seeds system_prompt chat_template_kwargs thinking_tags thinking_budget "
+        "date".split(),
+        OWN,
     ),
 }
 # where a stage's work is done, and what it is called: no result depends on it; what it reads there is in the identity
@@ -370,7 +372,7 @@ ANOTHER: dict[str, Any] = {
     **{"merge_adapter": True, "logging_steps": 9, "save_steps": 9, "report_to": "tensorboard", "eval_pairs": 3},
     **{"judge": "two_rankers:shortest", "measure": "two_rankers:measure", "base_perplexity": True},
     **dict.fromkeys("model_revision prompts_revision ranker_revision anchor_revision".split(), "main"),
-    **{"prompt_split": "test", "date": "2024-02-29"},
+    **{"prompt_split": "test", "date": "2024-02-29", "thinking_tags": "<think>,</think>", "thinking_budget": 5},
 }
 
 
@@ -464,12 +466,13 @@ def tasks_identity(recipe: Recipe, world: Path) -> list[Stage]:
 
 
 PAIRRM = {"ranker": "PairRM", "ranker_backend": "pairrm", "chat_template_kwargs": {"b": 2}}
-EVALUATION = {"eval_prompts": "p.jsonl", **PAIRRM}
+THINKS = {"thinking_tags": "<a>,</a>"}
+EVALUATION = {"eval_prompts": "p.jsonl", **PAIRRM, **THINKS}
 FUNCTION = {"ranker": "two_rankers:longest", "ranker_backend": "function"}
 ANCHOR = {"anchor": 0.1, "anchor_model": "model"}
 # by name: the script, the stages that do its work, the settings to begin with; what is changed in another way
 SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
-    "generate": ("generate", drawn_identity, {}, {}),
+    "generate": ("generate", drawn_identity, THINKS, {}),
     "combine": ("combine_generate", lambda r, w: [combine_stage(w / "data", 1, r.pairs, r.extra_responses)], {}, {}),
     "rank, a function": (
         "rank",
@@ -505,11 +508,11 @@ SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
     "train, kto_pair": ("train", training_identity, {"loss_type": "kto_pair"}, {}),
     "train, sigmoid": ("train", training_identity, {"loss_type": "sigmoid"}, {}),
     "train, LoRA": ("train", training_identity, {"use_peft": True}, {"use_peft": False}),
-    "best_of_n": ("best_of_n", best_identity, PAIRRM, {}),
+    "best_of_n": ("best_of_n", best_identity, {**PAIRRM, **THINKS}, {}),
     "report": ("report", report_identity, EVALUATION, {}),
     "win matrix": ("win_matrix", matrix_identity, EVALUATION, {}),
-    "evaluate, alpaca_eval": ("evaluate", suite_identity("alpaca_eval"), {}, {}),
-    "evaluate, mt_bench": ("evaluate", suite_identity("mt_bench"), {}, {}),
+    "evaluate, alpaca_eval": ("evaluate", suite_identity("alpaca_eval"), THINKS, {}),
+    "evaluate, mt_bench": ("evaluate", suite_identity("mt_bench"), THINKS, {}),
     "evaluate, open_llm": ("evaluate", tasks_identity, {}, {}),
 }
 DECIDED: dict[str, set[str]] = {}  # by script: the settings that some scenario has decided

@@ -210,7 +210,7 @@ def test_work_of_an_older_version_goes_on_as_it_did(
     prompts, out = prompts_file(tmp_path), tmp_path / "data"
     day(1)
     with monkeypatch.context() as older:
-        older.setattr(shards, "with_date", lambda recipe, *_: recipe)
+        older.setattr(shards, "as_begun", lambda recipe, *_: recipe)
         assert start(generating(dated, prompts, out), 3)[0] == 130
     day(2)
     code, said = start(generating(dated, prompts, out, "--date=2026-05-01"))

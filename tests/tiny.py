@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,19 @@ TEXTS = [
 ] * 4
 
 
-def tokenizer(special: list[str], bos: str, eos: str, pad: str, template: str, adds_bos: bool = True) -> Any:
-    """A byte-level BPE like Llama-3's, whose plain call adds a BOS, so that a BOS too many is seen."""
+def tokenizer(
+    special: list[str],
+    bos: str,
+    eos: str,
+    pad: str,
+    template: str,
+    adds_bos: bool = True,
+    more: Sequence[str] = (),
+) -> Any:
+    """A byte-level BPE like Llama-3's, whose plain call adds a BOS, so that a BOS too many is seen.
+
+    more: texts whose words are to be tokens too.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,8 +70,10 @@ def tokenizer(special: list[str], bos: str, eos: str, pad: str, template: str, a
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        [*TEXTS, *more],
+        trainers.BpeTrainer(
+            vocab_size=512 if more else 384, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     if adds_bos:
         made.post_processor = processors.TemplateProcessing(

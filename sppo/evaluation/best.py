@@ -16,12 +16,12 @@ import numpy as np
 from sppo.command.errors import SPPOError
 from sppo.evaluation.answers import call, draw, launch, settings
 from sppo.method.preference import estimator_for, probability
-from sppo.method.winrates import ordering_score
+from sppo.method.winrates import among_answers, ordering_score, over_no_answer
 from sppo.models.files import public_name
 from sppo.rankers import backend, estimator_of
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
-from sppo.schema import Message, prompt_text
+from sppo.schema import NO_ANSWER, Message, answered_of, prompt_text
 from sppo.store.files import atomic, digest, write_json
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import read_rows, write_parquet
@@ -76,17 +76,20 @@ def best_of_n(recipe: Recipe, out: Path, overwrite: bool, load_prompts: Callable
 
     skipped = list(read_manifest(out / "responses.manifest.json", "skipped")["skipped"])
     unanswered = [row["prompt_id"] for row in rows if row["prompt_id"] not in found]
-    skipped += [{"prompt_id": key, "reason": _UNANSWERED} for key in unanswered]
+    without = {row["prompt_id"] for row in rows if not answered_of(row["responses"])}
+    skipped += [{"prompt_id": key, "reason": NO_ANSWER if key in without else _UNANSWERED} for key in unanswered]
     counts = {
         "prompts": len(chosen) + len(skipped),
         "written": len(chosen),
         "skipped": dict(Counter(each["reason"] for each in skipped)),
         "responses": sum(len(row["responses"]) for row in rows),
-        "equal to an earlier one": sum(len(row["responses"]) - len(set(_texts(row))) for row in rows),
+        "equal to an earlier one": sum(len(texts) - len(set(texts)) for texts in map(_answers, rows)),
         "comparisons": len(chosen) * recipe.pairs * (recipe.pairs - 1) // 2,
         "tied comparisons": sum(best.tied for _, best in chosen),
         "comparisons of equal texts": sum(best.same for _, best in chosen),
     }
+    if unfinished := sum(len(row["responses"]) - len(answered_of(row["responses"])) for row in rows):
+        counts["unfinished thoughts"] = unfinished
     stage.finish(counts, ranker=recipe.ranker, skipped=skipped)
     print(f"best_of_n: {stage.outputs[0]}: {json.dumps(counts)}")
 
@@ -115,12 +118,19 @@ def _texts(row: Row) -> list[str]:
     return [(response or {}).get("text") or "" for response in row["responses"]]
 
 
+def _answers(row: Row) -> list[str]:
+    """The texts of those that have an answer."""
+    texts = _texts(row)
+    return [texts[i] for i in answered_of(row["responses"])]
+
+
 def _choose(recipe: Recipe, out: Path, rows: list[Row]) -> dict[str, Best]:
     """By prompt_id, from the ranking's shards: the best response, by the rule of `chosen` in the training set.
 
-    Of equally good ones it is the first. A prompt without a finite answer of the ranker is in no shard.
+    Of equally good ones it is the first. A response without an answer is behind all that have one. A prompt without a
+    finite answer of the ranker is in no shard.
     """
-    texts = {row["prompt_id"]: _texts(row) for row in rows}
+    asked = {row["prompt_id"]: row for row in rows}
     files, responses = ranking_files(out), out / "responses.parquet"
     check_rankings(files, responses, digest(responses))
     estimator = estimator_of(recipe, files)
@@ -129,11 +139,16 @@ def _choose(recipe: Recipe, out: Path, rows: list[Row]) -> dict[str, Best]:
     for path in files:
         for row in read_rows(path, ["prompt_id", "logits"]):
             logits = np.array([row["logits"]], dtype=np.float64) / recipe.ranker_temperature  # (1, n, n)
-            index = int(ordering_score(logits, estimator)[0].argmax())
-            against_all = probability(logits, estimator)[0, index].sum()  # with 1/2 against itself
-            win_rate = float((against_all - 0.5) / (logits.shape[-1] - 1))
-            same = sum(a == b for a, b in itertools.combinations(texts[row["prompt_id"]], 2))
-            equal = int(np.triu(logits[0] == logits[0].T, 1).sum())
+            of, n = asked[row["prompt_id"]], logits.shape[-1]
+            places = answered_of(of["responses"])
+            answered = np.isin(np.arange(n), places)[None]  # (1, n)
+            logits = among_answers(logits, answered, estimator)
+            index = int(np.where(answered, ordering_score(logits, estimator), -np.inf)[0].argmax())
+            against_all = over_no_answer(probability(logits, estimator), answered)[0, index].sum()  # 1/2 against itself
+            win_rate = float((against_all - 0.5) / (n - 1))
+            same = sum(a == b for a, b in itertools.combinations(_answers(of), 2))
+            compared = logits[0][np.ix_(places, places)]
+            equal = int(np.triu(compared == compared.T, 1).sum())
             found[row["prompt_id"]] = Best(index, win_rate, equal - same, same)
     return found
 

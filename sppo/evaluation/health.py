@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sppo.schema import answer_tokens, has_answer
+
 _GRAM, _SHARE = 4, 0.25  # runs of so many words; the share of them that may have stood there before
 _END, _FEWEST, _TIMES = 50, 6, 3  # the last words; how many there must be; how often each stands there on average
 
@@ -26,11 +28,20 @@ def repeats(text: str) -> bool:
 def health(responses: list[dict[str, Any]]) -> dict[str, float]:
     """Shares of the responses (text, token_ids, finish_reason) that are empty, repeat themselves, or are cut at
     maxlen, and their mean length in tokens.
+
+    Of a model that thinks this is about its answers. Beside it stand its thoughts' mean length, marks and all, and the
+    share of the responses whose thought did not end: they have no answer, so none that is empty.
     """
     count = len(responses)
-    return {
-        "mean_tokens": sum(len(r["token_ids"]) for r in responses) / count,
-        "empty": sum(not r["text"].strip() for r in responses) / count,
-        "repeated": sum(repeats(r["text"]) for r in responses) / count,
+    answers = [r for r in responses if has_answer(r)]
+    found = {
+        "mean_tokens": sum(map(answer_tokens, answers)) / max(len(answers), 1),
+        "empty": sum(not r["text"].strip() for r in answers) / count,
+        "repeated": sum(repeats(r["text"]) for r in answers) / count,
         "cut": sum(r["finish_reason"] == "length" for r in responses) / count,
     }
+    thoughts = [r["thought_tokens"] for r in responses if r.get("thought_tokens") is not None]
+    if thoughts:
+        found["mean_thought_tokens"] = sum(thoughts) / len(thoughts)
+        found["unfinished_thoughts"] = 1 - len(answers) / count
+    return found

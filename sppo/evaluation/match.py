@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sppo.method.preference import Array, sigmoid
 from sppo.models.files import public_name
 from sppo.rankers import Ranker, backend, log_odds, pending_chunks
 from sppo.recipe import Recipe, second_judge
-from sppo.schema import Message, content_id
+from sppo.schema import Message, Pair, answer_tokens, content_id, has_answer
 from sppo.store.files import digest
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage
@@ -32,8 +33,9 @@ _CHUNK = 64  # prompts whose comparisons a ranker gets at once
 class Match:
     """What a judge thinks of N prompts' answers: n responses of the challenger to each, m of the opponent.
 
-    probability: P(challenger's response beats opponent's), (N, n, m); NaN where the judge gave no answer.
-    challenger_tokens, opponent_tokens: the lengths of their responses, (N, n) and (N, m).
+    probability: P(challenger's response beats opponent's), (N, n, m); NaN where the judge gave no answer. Where a
+    response has no answer, because its thought did not end, the judge is not asked: see winrates.over_no_answer.
+    challenger_tokens, opponent_tokens: the lengths of their answers, (N, n) and (N, m); NaN where there is none.
     """
 
     probability: Array
@@ -189,8 +191,8 @@ def _compare(
 
 
 def _lengths(responses: list[list[dict[str, Any]]]) -> Array:
-    """Tokens of each response, (N, n)."""
-    return np.array([[len(r["token_ids"]) for r in row] for row in responses], dtype=np.float64)
+    """Tokens of each answer, (N, n); NaN for a response without one."""
+    return np.array([[answer_tokens(r) if has_answer(r) else np.nan for r in row] for row in responses], np.float64)
 
 
 def _schema() -> Any:
@@ -212,11 +214,21 @@ def _pairings(challenger: Path, opponent: Path) -> list[_Pairing]:
 
 
 def _blocks(ranker: Ranker, pairings: list[_Pairing], temperature: float) -> Iterator[Array]:
-    """P(challenger's i beats opponent's j), (n, m), of each prompt, from both orders of each pair."""
-    pairs = [(p.prompt, a["text"], b["text"]) for p in pairings for a in p.challenger for b in p.opponent]
+    """P(challenger's i beats opponent's j), (n, m), of each prompt, from both orders of each pair of answers.
+
+    An answer beats a response without one for certain; two without one are even.
+    """
+    pairs: list[Pair] = []
+    for p in pairings:
+        challenger, opponent = (filter(has_answer, responses) for responses in (p.challenger, p.opponent))
+        pairs += [(p.prompt, a["text"], b["text"]) for a, b in itertools.product(challenger, opponent)]
     found = sigmoid(log_odds(ranker, pairs) / temperature)
     start = 0
     for pairing in pairings:
-        n, m = len(pairing.challenger), len(pairing.opponent)
-        yield found[start : start + n * m].reshape(n, m)
-        start += n * m
+        first, second = (np.array([*map(has_answer, r)]) for r in (pairing.challenger, pairing.opponent))
+        block = 0.5 + 0.5 * (first[:, None].astype(np.float64) - second[None, :])  # (n, m)
+        both = first[:, None] & second[None, :]
+        count = int(both.sum())
+        block[both] = found[start : start + count]  # in the order of the pairs: by row
+        yield block
+        start += count

@@ -129,7 +129,7 @@ def _tables(models: list[int], by_name: dict[str, Recipe], played: dict[str, Mat
         "ranker": by_name["ranker"].ranker,
         "prompts": len(against_first[0].probability),
         **made["ranker"],
-        "mean_tokens": [round(float(x.mean()), 2) for x in lengths],
+        "mean_tokens": [mean_length(x) for x in lengths],
         "judge": {"name": shown(by_name[second[0]]), **made[second[0]]} if second else None,
         "von_neumann": {"mixture": np.maximum(mixture, 0).round(4).tolist(), "value": round(value, 4)},
     }
@@ -186,15 +186,18 @@ def interval(probability: Array) -> WinRate:
 def length_controlled(played: Match) -> float:
     """The win rate at equal length: sigmoid(theta) of the fit P = sigmoid(theta + phi * tanh(d / std(d))).
 
-    d is the difference of the two responses' lengths in tokens. This is AlpacaEval 2's model (arXiv 2404.04475,
+    d is the difference of the two answers' lengths in tokens; a pair with a response without an answer has none, and is
+    left out. This is AlpacaEval 2's model (arXiv 2404.04475,
     equation 2) without its term for the instruction's difficulty, which takes many models to estimate. Fitted by
     cross-entropy.
     """
     from scipy.optimize import minimize
 
     apart = played.challenger_tokens[:, :, None] - played.opponent_tokens[:, None, :]  # (N, n, m)
-    answered = np.isfinite(played.probability)
+    answered = np.isfinite(played.probability) & np.isfinite(apart)
     p, d = played.probability[answered], apart[answered]
+    if not d.size:  # every pair has a response without an answer
+        return interval(played.probability).rate
     spread = d.std()
     x = np.tanh(d / spread) if spread > 0 else np.zeros_like(d)
 
@@ -206,6 +209,12 @@ def length_controlled(played: Match) -> float:
         return value, np.array([error.mean(), (error * x).mean()]) + 1e-4 * weights
 
     return float(sigmoid(minimize(loss, np.zeros(2), jac=True).x[0]))
+
+
+def mean_length(lengths: Array) -> float:
+    """The mean tokens of the answers, (N, n) with NaN where a response has none; 0 where none has."""
+    known = lengths[np.isfinite(lengths)]
+    return round(float(known.mean()), 2) if known.size else 0.0
 
 
 def von_neumann_winner(win_rates: Array) -> tuple[Array, float]:

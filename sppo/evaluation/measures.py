@@ -20,7 +20,7 @@ from sppo.models.policy import open_policy
 from sppo.rankers.batching import batches, device_and_dtype
 from sppo.rankers.function import load_function, source_file
 from sppo.recipe import Recipe
-from sppo.schema import prompt_text
+from sppo.schema import has_answer, prompt_text
 from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import Stage
 from sppo.store.parquet import read_rows
@@ -28,7 +28,7 @@ from sppo.store.parquet import read_rows
 _BATCH_TOKENS = 4096  # logits of a 128k vocabulary in float32: 2 GB
 _TAKEN = {  # the report's own names
     *("iteration", "base", "suites", "prompts", "responses", "loss", "beta2_loss", "mean_tokens", "base_perplexity"),
-    *("empty", "cut", "repeated"),
+    *("empty", "cut", "repeated", "mean_thought_tokens", "unfinished_thoughts"),
 }
 
 
@@ -69,7 +69,7 @@ def _own(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
     function = load_function(name, "--measure")
     values: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        for response in row["responses"]:
+        for response in filter(has_answer, row["responses"]):
             for key, numbers in ask(function, name, prompt_text(row["prompt"]), response["text"]).items():
                 values[key] += numbers
     refuse_taken(values, name)
@@ -99,15 +99,22 @@ def ask(function: Any, name: str, prompt: str, answer: str) -> dict[str, list[fl
 
 
 def _perplexity(recipe: Recipe, base: str, rows: list[dict[str, Any]]) -> float:
-    """exp of the mean of -log p(token | prompt and the tokens before it) under the base, over all answers' tokens."""
+    """exp of the mean of -log p(token | prompt and the tokens before it) under the base, over all answers' tokens.
+
+    A thought is among the tokens before an answer, and not counted itself.
+    """
     import torch
 
     device, dtype = device_and_dtype()
     policy = open_policy(base, recipe.model_revision, recipe.trust_remote_code)
     with heard():
         network = load_causal_lm(policy, dtype).to(device).eval()
-    answers = [(row["prompt_token_ids"], r["token_ids"]) for row in rows for r in row["responses"]]
-    sequences = [(prompt, response) for prompt, response in answers if response]
+    sequences = [  # (what was read and thought, the answer)
+        ([*row["prompt_token_ids"], *r["token_ids"][: r.get("thought_tokens") or 0]], answer)
+        for row in rows
+        for r in row["responses"]
+        if (answer := r["token_ids"][r.get("thought_tokens") or 0 :])
+    ]
     if not sequences:
         raise SPPOError(f"{recipe.eval_prompts}: no answer has a token, so they have no perplexity")
     total, count = 0.0, 0

@@ -16,7 +16,7 @@ import numpy as np
 from sppo.command.progress import columns
 from sppo.evaluation.answers import draw
 from sppo.evaluation.match import fetch_judge, iterations_of, judges, match, shown
-from sppo.evaluation.matrix import interval
+from sppo.evaluation.matrix import interval, mean_length
 from sppo.evaluation.measures import measure
 from sppo.rankers import backend
 from sppo.rankers.function import load_function
@@ -25,7 +25,7 @@ from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import Stage
 
-_NO_SHARES = ("mean_tokens", "base_perplexity")  # measures that are never shown in %
+_NO_SHARES = ("mean_tokens", "mean_thought_tokens", "base_perplexity")  # measures that are never shown in %
 
 
 def comparing(recipe: Recipe, run_dir: Path, iteration: int, base: str) -> Recipe:
@@ -128,8 +128,8 @@ def _compare(recipe: Recipe, run_dir: Path, iteration: int, overwrite: bool) -> 
     return {
         "prompts": len(played.probability),
         **result,
-        "mean_tokens": round(float(played.challenger_tokens.mean()), 2),
-        "base_mean_tokens": round(float(played.opponent_tokens.mean()), 2),
+        "mean_tokens": mean_length(played.challenger_tokens),
+        "base_mean_tokens": mean_length(played.opponent_tokens),
     }
 
 

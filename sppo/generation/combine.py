@@ -14,8 +14,9 @@ from sppo.generation.extras import Extras, Templater, extras_file
 from sppo.generation.prompts import fingerprint, load_prompts
 from sppo.models import chat
 from sppo.models.policy import policy_of
+from sppo.models.thoughts import marks_of
 from sppo.recipe import Recipe
-from sppo.schema import responses_schema
+from sppo.schema import MANY_UNFINISHED, responses_schema
 from sppo.store.files import digest
 from sppo.store.manifest import Stage, read_manifest
 from sppo.store.parquet import read_rows, write_parquet
@@ -24,6 +25,8 @@ from sppo.store.shards import known_count, shard_paths
 
 # of the answers of other models, in the counts of responses.parquet's manifest
 _CUT, _ENDS_WITHIN = "extra_responses_cut", "extra_responses_with_an_end_within"
+# What is counted of the responses of a model that thinks.
+OF_THOUGHTS = ("thought_tokens", "unfinished_thoughts", "thoughts_cut_at_budget")
 
 
 def combine_stage(output_dir: Path, numgpu: int, pairs: int, extra_responses: str = "") -> Stage:
@@ -76,13 +79,27 @@ def combine(
         raise SPPOError(f"no prompt was answered; skipped: {reasons}")
 
     counts: dict[str, Any] = {"prompts": total, "skipped": reasons}
-    for key in ("written", "responses", "response_tokens", "cut_at_maxlen"):
+    of_thoughts = OF_THOUGHTS if "thinking" in manifests[0]["settings"] else ()
+    for key in ("written", "responses", "response_tokens", "cut_at_maxlen", *of_thoughts):
         counts[key] = sum(manifest["counts"][key] for manifest in manifests)
     counts |= joined.counts if joined else {}
     stage.finish(counts, skipped=skipped, generated=_generated(manifests[0]))
     print(f"combine: {path}: {json.dumps(counts)}")
     if joined:
         joined.warn()
+    if of_thoughts and (said := unfinished_warning(counts)):
+        print(f"combine: warning: {said}")
+
+
+def unfinished_warning(counts: dict[str, Any]) -> str:
+    """What to do where thoughts did not end in many of the responses that a manifest counts; "" where few are so."""
+    unfinished, total = counts.get("unfinished_thoughts", 0), counts["responses"]
+    if unfinished <= MANY_UNFINISHED * total:
+        return ""
+    return (
+        f"{unfinished} of {total} responses have no answer, because their thought did not end within --maxlen; raise "
+        "--maxlen, or end thoughts with --thinking_budget"
+    )
 
 
 class _Joined:
@@ -111,7 +128,11 @@ class _Joined:
             raise SPPOError(
                 f"{self.extras.what}: {name} has another tokenizer than the model that drew {directory}; pass --model"
             )
-        self.templater = Templater(tokenizer, policy.stop_ids(tokenizer), settings["chat_template_kwargs"])
+        stop_ids, kwargs, tags = policy.stop_ids(tokenizer), settings["chat_template_kwargs"], settings.get("thinking")
+        marks = marks_of(tokenizer, stop_ids, kwargs, "auto") if tags else None
+        if tags and (marks is None or [marks.open, marks.close] != tags):
+            marks = marks_of(tokenizer, stop_ids, kwargs, ",".join(tags))
+        self.templater = Templater(tokenizer, stop_ids, kwargs, marks)
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """A shard's row with the answers of other models behind its responses, which are counted."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sppo.command.errors import SPPOError
 from sppo.generation.files import file_rows
 from sppo.models import chat
+from sppo.models.thoughts import Marks, split
 from sppo.schema import Message, as_messages, is_text
 
 if TYPE_CHECKING:
@@ -115,10 +116,16 @@ def _last_turn(prompt: Any) -> str:
 
 
 class Templater:
-    """Makes answers of other models into responses: their token ids are the chat template's, with its end unless cut."""
+    """Makes answers of other models into responses: token ids by the chat template, with its end unless they are cut."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], template_kwargs: dict[str, Any]) -> None:
-        self.tokenizer, self.stop_ids, self.template_kwargs = tokenizer, stop_ids, template_kwargs
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: set[int],
+        template_kwargs: dict[str, Any],
+        marks: Marks | None = None,
+    ) -> None:
+        self.tokenizer, self.stop_ids, self.template_kwargs, self.marks = tokenizer, stop_ids, template_kwargs, marks
 
     def response(self, prompt: list[Message], answer: Answer) -> dict[str, Any]:
         """As generation writes one, without log-probs, which only the policy's engine knows.
@@ -132,7 +139,10 @@ class Templater:
             return {"text": text, "token_ids": own, "finish_reason": "length", "logps": None}
         if own == ids:  # a template that puts no end behind an answer
             ids = [*ids, min(self.stop_ids, key=lambda token: (token != self.tokenizer.eos_token_id, token))]
-        return {"text": text, "token_ids": ids, "finish_reason": "stop", "logps": None}
+        found = split(self.marks, self.tokenizer, ids) if self.marks else None
+        # a template may write an empty thought before an answer
+        thought = {"thought": found.thought, "thought_tokens": found.thought_tokens} if found and found.finished else {}
+        return {"text": text, "token_ids": ids, "finish_reason": "stop", "logps": None, **thought}
 
     def has_end_within(self, response: dict[str, Any]) -> bool:
         """Whether a response spells an end of turn before its own end. What follows is trained on as a part of it."""

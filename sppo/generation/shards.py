@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
-from sppo.generation.combine import combine
+from sppo.generation.combine import OF_THOUGHTS, combine
 from sppo.generation.engines import Request, Response, finished_responses
-from sppo.generation.source import Source, with_date
+from sppo.generation.source import Source, as_begun
 from sppo.generation.templating import Templated, to_requests
 from sppo.models import chat
 from sppo.models.files import public_name
+from sppo.models.thoughts import Budget, Marks, marks_of, split
 from sppo.recipe import Recipe, parse_part
-from sppo.schema import responses_schema
+from sppo.schema import has_answer, responses_schema
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage
 from sppo.store.parquet import write_parquet
@@ -48,7 +49,7 @@ def generate_shards(recipe: Recipe, output_dir: Path, shards: list[Slice], overw
     Finished prompts of an earlier, killed try are kept. A shard that holds all prompts is the only one:
     $DATA/responses.parquet is made of it at once.
     """
-    source = Source.of(with_date(recipe, output_dir, overwrite))
+    source = Source.of(as_begun(recipe, output_dir, overwrite))
     total = len(source.prompts)
     stages = [source.stage(output_dir, shard) for shard in shards]
     source.check_extras()  # before --overwrite deletes anything
@@ -67,6 +68,8 @@ def _generate(source: Source, stages: list[Stage], label: str) -> None:
     recipe, policy, engine = source.recipe, source.policy, stages[0].settings["engine"]
     tokenizer = policy.tokenizer()
     stop_ids, identity = policy.stop_ids(tokenizer), chat.tokenizer_identity(tokenizer)
+    marks = marks_of(tokenizer, stop_ids, recipe.chat_template_kwargs, recipe.thinking_tags)
+    budget = Budget(recipe.thinking_budget, marks, tokenizer) if marks and recipe.thinking_budget else None
 
     shards = [_begin(source, stage, tokenizer) for stage in stages]
     for shard in shards:
@@ -80,12 +83,12 @@ def _generate(source: Source, stages: list[Stage], label: str) -> None:
 
     tokens = 0
     with progress(len(shard_of), label, "prompt", len(shard_of) - len(requests)) as bar:
-        for request, responses in finished_responses(engine, policy, recipe, stop_ids, requests):
+        for request, responses in finished_responses(engine, policy, recipe, stop_ids, requests, budget):
             if len(responses) != recipe.pairs:
                 found = f"{len(responses)} responses, not {recipe.pairs}"
                 raise SPPOError(f"the engine gave {found}, to {request.prompt_id}")
             shard = shard_of[request.prompt_id]
-            shard.journal.add(request.prompt_id, _kept(request, responses, tokenizer))
+            shard.journal.add(request.prompt_id, _kept(request, responses, tokenizer, marks))
             tokens += sum(len(response.token_ids) for response in responses)
             bar.update()
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s", refresh=False)
@@ -122,24 +125,32 @@ def _begin(source: Source, stage: Stage, tokenizer: PreTrainedTokenizerBase) -> 
     return shard
 
 
-def _kept(request: Request, responses: list[Response], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _kept(
+    request: Request, responses: list[Response], tokenizer: PreTrainedTokenizerBase, marks: Marks | None
+) -> dict[str, Any]:
     """What the journal keeps of a prompt. Its token ids too: a template that writes the date makes others tomorrow."""
     kept = []
     for response in responses:
         ids = response.token_ids
         text_ids = ids[:-1] if response.finish_reason == "stop" else ids
-        text = tokenizer.decode(text_ids, skip_special_tokens=True)
+        found = split(marks, tokenizer, ids) if marks else None
+        text = found.text if found else tokenizer.decode(text_ids, skip_special_tokens=True)
         one = {"text": text, "token_ids": ids, "finish_reason": response.finish_reason}
         if response.logps is not None:
             one["logps"] = [round(x, 5) for x in response.logps]  # the batch decides the digits behind these
+        if found and found.thought is not None:
+            one |= {"thought": found.thought, "thought_tokens": found.thought_tokens}
         kept.append(one)
-    return {"prompt_token_ids": list(request.token_ids), "responses": kept}
+    cut = sum(response.is_thought_cut for response in responses)
+    return {"prompt_token_ids": list(request.token_ids), "responses": kept, **({"thoughts_cut": cut} if cut else {})}
 
 
 def _finish(source: Source, shard: _Shard, identity: str) -> None:
     """Write a shard that is whole, and its manifest."""
     recipe, stage, skipped = source.recipe, shard.stage, shard.prompts.skipped
     counts: dict[str, int] = dict.fromkeys(("written", "responses", "response_tokens", "cut_at_maxlen"), 0)
+    if "thinking" in stage.settings:
+        counts |= dict.fromkeys(OF_THOUGHTS, 0)
     write_parquet(stage.outputs[0], responses_schema(), _rows(shard, identity, counts))
 
     start, stop = stage.settings["rows"]
@@ -161,6 +172,10 @@ def _rows(shard: _Shard, identity: str, counts: dict[str, int]) -> Iterator[dict
         counts["responses"] += len(responses)
         counts["response_tokens"] += sum(len(r["token_ids"]) for r in responses)
         counts["cut_at_maxlen"] += sum(r["finish_reason"] == "length" for r in responses)
+        if "thought_tokens" in counts:
+            counts["thought_tokens"] += sum(r.get("thought_tokens") or 0 for r in responses)
+            counts["unfinished_thoughts"] += sum(not has_answer(r) for r in responses)
+            counts["thoughts_cut_at_budget"] += kept.get("thoughts_cut", 0)
         yield {
             "prompt_id": request.prompt_id,
             "prompt": shard.prompts.conversations[request.prompt_id],

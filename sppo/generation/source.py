@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sppo.command.errors import SPPOError
 from sppo.generation.engines import pick_engine, prompt_seed
 from sppo.generation.extras import Extras
 from sppo.generation.prompts import Prompt, fingerprint, load_prompts
@@ -30,7 +31,7 @@ class Source:
     """The policy and the prompts of one generation.
 
     `sampled`: the prompts whose responses keep the engine's log-probs: the same, however the shards are cut.
-    `date`: of Policy.date_identity.
+    `date`: of Policy.date_identity. `thinking`: of Policy.thinking_identity, with the budget where there is one.
     """
 
     recipe: Recipe
@@ -39,16 +40,20 @@ class Source:
     inputs: dict[str, Any]
     sampled: set[str]
     date: dict[str, str]
+    thinking: dict[str, Any]
 
     @classmethod
     def of(cls, recipe: Recipe) -> Source:
-        """The recipe's policy and prompts: its --prompts_part of them. Only reads."""
+        """The recipe's policy and prompts: its --prompts_part of them. Only reads.
+
+        Raises SPPOError for --thinking_budget where nothing is thought.
+        """
         policy = policy_of(recipe)
         prompts = load_prompts(recipe.prompts, recipe, parse_part(recipe.prompts_part))
         inputs = {"model": policy.identity(), "prompts": fingerprint(prompts), "prompts_total": len(prompts)}
         ids = sorted((p.prompt_id for p in prompts), key=lambda i: prompt_seed(recipe.seed, i))
         date = policy.date_identity(recipe.chat_template_kwargs)
-        return cls(recipe, policy, prompts, inputs, set(ids[:SAMPLED]), date)
+        return cls(recipe, policy, prompts, inputs, set(ids[:SAMPLED]), date, _thinking(recipe, policy))
 
     def stage(self, output_dir: Path, shard: Slice) -> Stage:
         """The stage that makes a shard."""
@@ -58,6 +63,7 @@ class Source:
             "engine": pick_engine(self.recipe.engine),
             **{key: getattr(self.recipe, key) for key in _SETTINGS},
             **self.date,
+            **self.thinking,
         }
         return Stage("generate", manifest, [path], self.inputs, settings, journal)
 
@@ -78,15 +84,44 @@ class Source:
             self.stage(output_dir, Slice(frac_len, number, count)).refuse_others()
 
 
-def with_date(recipe: Recipe, output_dir: Path, overwrite: bool = False) -> Recipe:
-    """The recipe with the date for the chat template: its own, or the one that the shards here began with.
+def _thinking(recipe: Recipe, policy: Policy) -> dict[str, Any]:
+    found: dict[str, Any] = policy.thinking_identity(recipe.thinking_tags, recipe.chat_template_kwargs)
+    if not recipe.thinking_budget:
+        return found
+    if not found:
+        raise SPPOError(
+            f"--thinking_budget {recipe.thinking_budget}: the chat template of {recipe.model} shows no marks of a "
+            "thought, with these --chat_template_kwargs; leave it out, or name the marks: --thinking_tags OPEN,CLOSE"
+        )
+    return {**found, "thinking_budget": recipe.thinking_budget}
 
-    Today where none has begun; with `overwrite` the day on which all of them began to be made again. Shards of an older
-    version name none: then it stays empty, which is today at each start, as it was for that version.
+
+def as_begun(recipe: Recipe, output_dir: Path, overwrite: bool = False) -> Recipe:
+    """The recipe with what the shards here began with, where it leaves that open: the date, the marks.
+
+    With `overwrite`, as where none has begun; but the day is that on which all of them began to be made again.
     """
     shards = output_dir / "responses"
-    begun = [] if overwrite or recipe.date else begun_identities(shards)
-    if begun:
-        return dataclasses.replace(recipe, date=begun[0]["settings"].get("date", ""))
+    begun = [] if overwrite else begun_identities(shards)
+    settings = begun[0]["settings"] if begun else None
     since = overwriting_since(shards) if overwrite else ""
-    return dataclasses.replace(recipe, date=recipe.date or since or today())
+    return _with_thinking(_with_date(recipe, settings, since), settings)
+
+
+def _with_date(recipe: Recipe, begun: dict[str, Any] | None, since: str) -> Recipe:
+    """The recipe with the date for the chat template: its own, or the one of what has begun.
+
+    Where nothing has, `since`, or else today. Shards of an older version name none: then it stays empty, which is today
+    at each start, as it was for that version.
+    """
+    if recipe.date:
+        return recipe
+    return dataclasses.replace(recipe, date=since or today() if begun is None else begun.get("date", ""))
+
+
+def _with_thinking(recipe: Recipe, begun: dict[str, Any] | None) -> Recipe:
+    """The recipe with --thinking_tags off where shards have begun without marks: so had older versions."""
+    is_split = begun is None or "thinking" in begun
+    if is_split or recipe.thinking_tags != "auto" or recipe.thinking_budget:
+        return recipe
+    return dataclasses.replace(recipe, thinking_tags="off")

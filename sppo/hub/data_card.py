@@ -13,6 +13,11 @@ from sppo.store.parquet import open_parquet
 from sppo.store.responses import EXTRA
 
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
+_OF_THOUGHTS = {  # counts of the responses of a model that thinks
+    "thought_tokens": "of these tokens before an answer: thoughts and marks",
+    "unfinished_thoughts": "responses without an answer, because the thought did not end",
+    "thoughts_cut_at_budget": "thoughts ended by thinking_budget",
+}
 _ABOUT = {  # the statistics of train.manifest.json (see pairing/statistics.py)
     "pairs": "ordered comparisons",
     "tied_pairs": "pairs with win rate 1/2",
@@ -103,7 +108,8 @@ def _settings(train: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[st
     made = drawn.get("generated", {})
     names = {"policy": "model", "prompts": "prompts"}
     shown = {label: made["names"][name] for label, name in names.items() if name in made.get("names", {})}
-    keys = "engine temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs date".split()
+    keys = "engine temperature top_p maxlen seed prompt_seeds system_prompt chat_template_kwargs thinking".split()
+    keys += ["thinking_budget", "date"]
     shown |= {key: made[key] for key in keys if key in made}
     for manifest in ranked[:1]:  # all shards were made alike
         ranker = manifest["inputs"]["ranker"]
@@ -126,6 +132,7 @@ def _counts(counts: dict[str, Any], drawn: dict[str, Any], ranked: list[dict[str
         if "extra_responses" in asked:
             shown["answers of other models"] = asked["extra_responses"]
         shown |= {"tokens in responses": asked["response_tokens"], "responses cut at maxlen": asked["cut_at_maxlen"]}
+        shown |= {about: asked[key] for key, about in _OF_THOUGHTS.items() if key in asked}
     shown["prompts ranked"] = counts["prompts"]
     if ranked:
         shown["texts cut for the ranker"] = sum(m["counts"]["texts_cut_for_the_ranker"] for m in ranked)

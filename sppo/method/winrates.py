@@ -13,6 +13,29 @@ from sppo.method.preference import Array, mean_scores, paper_probability
 _DIGITS = 12  # of what responses are ordered by
 
 
+def among_answers(logits: Array, answered: NDArray[np.bool_], estimator: str) -> Array:
+    """Logits of which the estimator makes what it would make of a prompt's A responses with an answer alone.
+
+    (N, K, K), answered (N, K) -> (N, K, K). 0 where one of two responses has none. The score of `released` is a mean
+    over all K, so what is left is K / A times as large there.
+    """
+    both = answered[:, :, None] & answered[:, None, :]
+    count = np.maximum(answered.sum(-1), 1)[:, None, None]  # A
+    return np.where(both, logits, 0) * (answered.shape[-1] / count if estimator == "released" else 1)
+
+
+def over_no_answer(probability: Array, answered: NDArray[np.bool_]) -> Array:
+    """P where some responses have no answer, because their thought did not end: (N, K, K), (N, K) -> (N, K, K).
+
+    That an answer beats none is certain: P is 1, and 0 the other way round; of two without one it is 1/2. So all
+    win rates stay between 0 and 1, P_ij + P_ji is 1, and a response without an answer is behind each that has one. P is
+    set and no logit, so nothing is infinite, and neither a temperature nor a length penalty changes it.
+    """
+    first, second = answered[:, :, None], answered[:, None, :]
+    certain = 0.5 + 0.5 * (first.astype(np.float64) - second)
+    return np.where(first & second, probability, certain)
+
+
 def win_rates(probability: Array) -> Array:
     """P(y_i > pi_t | x), estimated by (1/K) sum_j P(y_i > y_j), (N, K, K) -> (N, K): the paper, section 4.
 
@@ -50,10 +73,12 @@ def two_deviations_below(scores: Array, chosen: NDArray[np.intp]) -> NDArray[np.
 
     arXiv 2502.16825: best against worst gets worse as K grows, because the worst of many is an accident. The
     deviation is that of the K scores themselves, so no score of K <= 5 is below it, and it picks the worst there. The
-    unit and the zero of the scores do not matter. The first one wins a tie.
+    unit and the zero of the scores do not matter. The first one wins a tie. A response without an answer has no score
+    (NaN) and is picked where there is no other.
     """
-    aim = scores.mean(-1, keepdims=True) - 2 * scores.std(-1, keepdims=True)
-    apart = np.abs(scores - aim)
+    has_score = np.isfinite(scores)
+    aim = scores.mean(-1, keepdims=True, where=has_score) - 2 * scores.std(-1, keepdims=True, where=has_score)
+    apart = np.where(has_score, np.abs(scores - aim), np.finfo(np.float64).max)
     apart[np.arange(len(scores)), chosen] = np.inf
     return apart.argmin(-1)
 

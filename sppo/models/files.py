@@ -237,6 +237,12 @@ def model_identity(path: Path, code: bool = False) -> str:
     return sha.hexdigest()
 
 
+def template_files(directory: Path, remote_code: bool = False) -> list[Path]:
+    """The files that may hold a model's chat template; with remote code, which may write one, its Python files too."""
+    names = [name for name in tokenizer_files(directory) if name.endswith((".jinja", "config.json", "template.json"))]
+    return [*(directory / name for name in names), *(directory.glob("*.py") if remote_code else ())]
+
+
 def tokenizer_files(directory: Path) -> list[str]:
     """The files of a model's tokenizer, processor and chat template, by their paths in the model's directory.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.models import chat
 from sppo.models.dates import CLOCK, asks_for_date
-from sppo.models.files import tokenizer_files
+from sppo.models.files import template_files
 from sppo.schema import Message, only_text
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def date_identity(
     """
     if not date:
         return {}
-    names = [name for name in tokenizer_files(directory) if name.endswith((".jinja", "config.json", "template.json"))]
-    files = [*(directory / name for name in names), *(directory.glob("*.py") if remote_code else ())]
-    if not any(CLOCK.encode() in file.read_bytes() for file in files):
+    if not any(CLOCK.encode() in file.read_bytes() for file in template_files(directory, remote_code)):
         return {}
     return {"date": date} if writes_date(chat.load_tokenizer(directory, remote_code), template_kwargs) else {}
 

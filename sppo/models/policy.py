@@ -18,6 +18,7 @@ from sppo.models.files import (
     weight_files,
 )
 from sppo.models.frames import date_identity
+from sppo.models.thoughts import thinking_identity
 from sppo.recipe import Recipe
 from sppo.store.files import changed, read_json
 from sppo.store.manifest import MANIFEST
@@ -57,6 +58,10 @@ class Policy:
     def date_identity(self, template_kwargs: dict[str, Any]) -> dict[str, str]:
         """{"date": its date} where its template writes that into prompts, else {}. For the identity of a stage."""
         return date_identity(self.date, self.tokenizer_dir, template_kwargs, self.remote_code)
+
+    def thinking_identity(self, tags: str, template_kwargs: dict[str, Any]) -> dict[str, list[str]]:
+        """The marks at which its responses are split, by --thinking_tags; {} where they are not. See thoughts.py."""
+        return thinking_identity(tags, self.tokenizer_dir, template_kwargs, self.remote_code)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Token ids that end a response."""

@@ -26,24 +26,31 @@ class Choice(NamedTuple):
     is_narrow: NDArray[np.bool_]  # (N,): their win rates are less than --min_margin apart
 
 
-def choose(logits: Array, lengths: Array, ids: list[str], recipe: Recipe) -> Choice:
+def choose(logits: Array, lengths: Array, answered: NDArray[np.bool_], ids: list[str], recipe: Recipe) -> Choice:
     """Win rates and pairs, by --estimator, --length_penalty and --select. logits: after --ranker_temperature.
 
-    logits: (N, K, K), lengths: (N, K), ids: the prompts' ids. --estimator is not `auto` here.
+    logits: (N, K, K), lengths: (N, K), of answers; answered: (N, K), whether a response has an answer: one that has
+    none is behind all that have; ids: the prompts' ids. --estimator is not `auto` here.
     """
     row = np.arange(len(logits))
-    judged = winrates.penalised(logits, lengths, recipe.length_penalty) if recipe.length_penalty else logits
-    probability = preference.probability(judged, recipe.estimator)
+    if recipe.length_penalty:
+        mean = lengths.mean(-1, keepdims=True, where=answered | ~answered.any(-1, keepdims=True))
+        judged = winrates.penalised(logits, np.where(answered, lengths, mean), recipe.length_penalty)
+    else:
+        judged = logits
+    judged = winrates.among_answers(judged, answered, recipe.estimator)
+    probability = winrates.over_no_answer(preference.probability(judged, recipe.estimator), answered)
     win_rates = winrates.win_rates(probability)
 
-    order = winrates.ordering_score(judged, recipe.estimator)  # (N, K)
+    order = np.where(answered, winrates.ordering_score(judged, recipe.estimator), -np.inf)  # (N, K)
     w, l = winrates.best_and_worst(order)  # noqa: E741 - the paper's
     if recipe.select == "best_random":
         # by seed and prompt alone, so that shards and other prompts decide nothing
         draws = hash64(f"{recipe.seed} rejected {prompt_id}" for prompt_id in ids)
         l = winrates.random_other(w, draws, logits.shape[-1])  # noqa: E741
     elif recipe.select == "best_2sd":
-        l = winrates.two_deviations_below(preference.mean_scores(judged), w)  # noqa: E741
+        scores = np.where(answered | ~answered.any(-1, keepdims=True), preference.mean_scores(judged), np.nan)
+        l = winrates.two_deviations_below(scores, w)  # noqa: E741
 
     rates = np.stack([probability[row, w, l], win_rates[row, w], win_rates[row, l]])
     is_equal = np.asarray(order[row, w] == order[row, l])

@@ -46,6 +46,7 @@ class Statistics:
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
         self.scale = Scale()
+        self.thinks = False  # whether any response has a thought
         self._energies = np.zeros(2)  # of the mean log-odds: of what goes in circles, of all
         self._sums: Counter[str] = Counter()
         # of (score, length) and (win rate, length), each less the prompt's mean: sums of x^2, y^2, xy
@@ -53,8 +54,17 @@ class Statistics:
         self._rate_sums = np.zeros(3)  # of p, p_win, p_lose
         self._histograms = np.zeros((3, _STEPS + 1), dtype=np.int64)  # of the same, at multiples of 1/_STEPS
 
+    def add_responses(self, answered: NDArray[np.bool_], thinks: bool) -> None:
+        """Which responses of N ranked prompts have an answer (N, K), and whether any of them has a thought."""
+        self._sums["not judged"] += int((~answered.all(-1)).sum())
+        self._sums["unfinished"] += int((~answered).sum())
+        self.thinks |= thinks
+
     def add_ranked(self, logits: Array, probability: Array, scores: Array, win_rates: Array, lengths: Array) -> None:
-        """C and P (N, K, K), scores, win rates and lengths in characters (N, K). C: after --ranker_temperature."""
+        """C and P (N, K, K), scores, win rates and lengths in characters (N, K). C: after --ranker_temperature.
+
+        Of prompts whose responses all have an answer: of the others the ranker has not seen all.
+        """
         n, k, _ = logits.shape
         upper = np.triu_indices(k, 1)
         self._sums["prompts"] += n
@@ -100,9 +110,10 @@ class Statistics:
             correlations[f"{name}_length_correlation"] = round(float(xy / np.sqrt(xx * yy)), 4) if is_known else None
 
         return {
-            "prompts": sums["prompts"],
+            "prompts": sums["prompts"] + sums["not judged"],
             "pairs": sums["pairs"],
             "dropped": {k: v for k, v in self.dropped.items() if v},
+            **({"unfinished_thoughts": sums["unfinished"]} if self.thinks else {}),
             "tied_pairs": sums["ties"],
             **self.scale.shares(),
             "intransitive_triples": round(sums["circles"] / sums["triples"], 5) if sums["triples"] else None,

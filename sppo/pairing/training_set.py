@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.progress import progress
-from sppo.method import preference
+from sppo.method import preference, winrates
 from sppo.pairing.choose import Choice, choose
 from sppo.pairing.columns import conversations, lists, where
 from sppo.pairing.join import Rankings, hash64, prompt_ids
 from sppo.pairing.statistics import Statistics
 from sppo.rankers import estimator_of
 from sppo.recipe import Recipe
-from sppo.schema import content_id, training_schema
+from sppo.schema import NO_ANSWER, content_id, training_schema
 from sppo.store.files import atomic_together, digest
 from sppo.store.manifest import Stage
 from sppo.store.parquet import RowGroups, open_parquet, read_batches
@@ -185,22 +185,28 @@ def _pairs(
             bar.update(len(ranked))
 
 
-def _left_out(chosen: pa.Array, rejected: pa.Array, choice: Choice, recipe: Recipe) -> dict[str, NDArray[np.bool_]]:
-    """By reason: which of N pairs teach nothing, or too little, (N,) each. chosen, rejected: their texts."""
+def _left_out(
+    chosen: pa.Array, rejected: pa.Array, choice: Choice, answered: NDArray[np.bool_], recipe: Recipe
+) -> dict[str, NDArray[np.bool_]]:
+    """By reason: which of N pairs teach nothing, or too little, (N,). chosen, rejected: texts; answered: (N, K)."""
     from pyarrow import compute
 
     pc: Any = compute
+    row = np.arange(len(answered))
 
-    def is_blank(texts: pa.Array) -> NDArray[np.bool_]:
-        return pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False)
+    def is_blank(texts: pa.Array, which: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Of a response with an answer. One without is the rejected one, and teaches to end thoughts."""
+        blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False)
+        return blank & answered[row, which]
 
-    narrow = {"below --min_margin": choice.is_narrow}
+    none, narrow = {NO_ANSWER: ~answered.any(1)}, {"below --min_margin": choice.is_narrow}
     if recipe.keep_degenerate:
-        return narrow
+        return none | narrow
     return {
+        **none,
         "equal scores": choice.is_equal,
         "same text": pc.equal(chosen, rejected).to_numpy(zero_copy_only=False),
-        "empty response": is_blank(chosen) | is_blank(rejected),
+        "empty response": is_blank(chosen, choice.chosen) | is_blank(rejected, choice.rejected),
         **narrow,
     }
 
@@ -215,21 +221,26 @@ def _pair(
     pc: Any = compute  # its functions are made when it is imported, where no type checker sees them
     n, k, _ = logits.shape
     row = np.arange(n)
-    texts = pc.fill_null(pc.struct_field(batch.column("responses").flatten(), "text"), "")  # (N * K,)
+    responses = batch.column("responses").flatten()
+    texts = pc.fill_null(pc.struct_field(responses, "text"), "")  # (N * K,)
     lengths = pc.utf8_length(texts).to_numpy().reshape(n, k).astype(np.float64)
+    answered = _answered(responses).reshape(n, k)
+    statistics.add_responses(answered, pc.struct_field(responses, "thought_tokens").null_count < n * k)
 
-    scores = preference.mean_scores(logits)  # (N, K)
+    scores = preference.mean_scores(winrates.among_answers(logits, answered, "released"))  # (N, K)
     logits = logits / recipe.ranker_temperature
-    choice = choose(logits, lengths, batch.column("prompt_id").to_pylist(), recipe)
+    choice = choose(logits, lengths, answered, batch.column("prompt_id").to_pylist(), recipe)
     w, l, rates = choice.chosen, choice.rejected, choice.rates  # noqa: E741 - the paper's
     chosen, rejected = texts.take(pa.array(row * k + w)), texts.take(pa.array(row * k + l))
 
     kept = np.ones(n, dtype=bool)
-    for reason, found in _left_out(chosen, rejected, choice, recipe).items():
+    for reason, found in _left_out(chosen, rejected, choice, answered, recipe).items():
         statistics.dropped[reason] += int((kept & found).sum())
         kept &= ~found
-    statistics.add_ranked(logits, choice.probability, scores, choice.win_rates, lengths)
-    statistics.scale.add(choice.odds)
+    whole = answered.all(1)
+    of_whole = (each[whole] for each in (logits, choice.probability, scores, choice.win_rates, lengths))
+    statistics.add_ranked(*of_whole)
+    statistics.scale.add(choice.odds[whole])
     statistics.add_pairs(rates[:, kept])
 
     made = {
@@ -241,8 +252,18 @@ def _pair(
         "chosen_index": pa.array(w.astype(np.int32)),
         "rejected_index": pa.array(l.astype(np.int32)),
         "probability": lists(lists(pa.array(choice.probability.reshape(-1)), k), k),
-        "rm_scores": lists(pa.array(scores.reshape(-1).astype(np.float32)), k),
+        "rm_scores": lists(pa.array(scores.reshape(-1).astype(np.float32), mask=~answered.reshape(-1)), k),
         **dict(zip(batch.schema.names, batch.columns, strict=True)),
     }
     columns = [made[f.name] if f.name in made else pa.nulls(n, f.type) for f in training_schema()]
     return pa.RecordBatch.from_arrays(columns, schema=training_schema()), kept
+
+
+def _answered(responses: pa.Array) -> NDArray[np.bool_]:
+    """Whether each of so many responses has an answer, as schema.has_answer says it."""
+    from pyarrow import compute
+
+    pc: Any = compute
+    tokens = pc.fill_null(pc.list_value_length(pc.struct_field(responses, "token_ids")), 0)
+    found = pc.less(pc.struct_field(responses, "thought_tokens"), tokens)  # null where nothing was thought
+    return pc.fill_null(found, True).to_numpy(zero_copy_only=False)

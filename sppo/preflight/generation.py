@@ -17,6 +17,7 @@ from sppo.models.loading import empty_network, load_config
 from sppo.models.miniature import miniature_of, why_not_drawn
 from sppo.models.policy import Policy, adapter_base, open_policy
 from sppo.models.shape import Shape, stored_bytes
+from sppo.models.thoughts import marks_of
 from sppo.models.vllm import check_vllm
 from sppo.preflight.facts import Machines, Model, PromptSet, Run
 from sppo.preflight.findings import Finding, Look, fits, many, no, note, ok, parameters_text, size
@@ -95,6 +96,7 @@ def look_at_tokenizer(run: Run, model: Model) -> Look[PreTrainedTokenizerBase]:
     """The model's tokenizer, with a look at its chat template."""
     tokenizer = model.policy.tokenizer()
     yield from check_template(model.policy, tokenizer, run.recipe.chat_template_kwargs)
+    yield from _thinking(run.recipe, model.policy, tokenizer)
     return tokenizer
 
 
@@ -130,6 +132,26 @@ def check_template(policy: Policy, tokenizer: PreTrainedTokenizerBase, kwargs: d
             )
     system = "taken" if chat.takes_system(tokenizer) else "folded into the first user turn"
     yield ok(f"a system turn is {system}")
+
+
+def _thinking(recipe: Recipe, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Look[None]:
+    """Whether the model thinks before it answers. How many thoughts end within --maxlen shows only when it is drawn."""
+    tags, budget = recipe.thinking_tags, recipe.thinking_budget
+    marks = marks_of(
+        tokenizer, policy.stop_ids(tokenizer), recipe.chat_template_kwargs, "auto" if tags == "off" else tags
+    )
+    if marks is None and budget:
+        yield no(
+            f"--thinking_budget {budget}: the template shows no marks of a thought; leave it out, or name the marks: "
+            "--thinking_tags OPEN,CLOSE"
+        )
+    elif marks is None and tags not in ("auto", "off"):
+        yield note(f"--thinking_tags {tags}: the template ends the thought in the prompt, so nothing is thought")
+    elif marks and tags == "off":
+        yield note(f"this template thinks: {marks}; with --thinking_tags off a thought is a part of the answer")
+    elif marks:
+        limit = f"; ended after {budget} tokens" if budget else ""
+        yield ok(f"this template thinks: {marks}{limit}; the ranker sees the answer alone")
 
 
 def _bos(tokenizer: Any, ids: list[int]) -> Look[None]:

@@ -17,13 +17,13 @@ import numpy as np
 from sppo import rankers
 from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
-from sppo.method.preference import mean_scores
+from sppo.method.preference import Array, mean_scores
 from sppo.models.dates import today
 from sppo.models.files import public_name
 from sppo.rankers import Ranker
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
-from sppo.schema import Message, Pair, as_messages, ranking_schema
+from sppo.schema import NO_ANSWER, Message, Pair, answered_of, as_messages, ranking_schema
 from sppo.store.files import digest
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage, read_manifest
@@ -50,6 +50,8 @@ def prompt_logits(ranker: Ranker, items: list[tuple[list[Message], list[str]]]) 
 
     left = Counter(owners)
     answers: list[dict[tuple[str, str], float]] = [{} for _ in items]
+    for owner in sorted({*range(len(items))} - {*owners}):  # fewer than two responses: nothing to ask
+        yield owner, _logit_matrix(items[owner][1], answers[owner])
     for index, logit in ranker.logits(pairs):
         owner = owners[index]
         answers[owner][pairs[index][1:]] = logit
@@ -162,6 +164,8 @@ def _rank_shard(recipe: Recipe, stage: Stage, shard: int, load: Callable[[], Ran
         "texts_cut_for_the_ranker": outcome.texts_cut,
         "skipped": dict(Counter(prompt["reason"] for prompt in outcome.skipped)),
     }
+    if outcome.unfinished:
+        counts["unfinished_thoughts"] = outcome.unfinished
     stage.finish(counts, ranker=recipe.ranker, ranker_name=public_name(recipe.ranker), skipped=outcome.skipped)
     journal.remove()
     print(f"rank: {path}: {json.dumps(counts)}")
@@ -174,12 +178,28 @@ def _ask_ranker(rows: Iterator[dict[str, Any]], journal: Journal, load: Callable
         return row["prompt_id"] in journal.done
 
     for ranker, chunk in rankers.pending_chunks(rows, is_done, _CHUNK, load):
-        items = [(row["prompt"], [(answer or {}).get("text") or "" for answer in row["responses"]]) for row in chunk]
+        answered = [answered_of(row["responses"]) for row in chunk]
+        items = [
+            (row["prompt"], [(row["responses"][i] or {}).get("text") or "" for i in places])
+            for row, places in zip(chunk, answered, strict=True)
+        ]
         for index, logits in prompt_logits(ranker, items):
             if not is_done(chunk[index]):
-                prompt_id = chunk[index]["prompt_id"]
-                journal.add(prompt_id, {"logits": logits, "cut": ranker.count_cut(*items[index])})
+                prompt_id, places = chunk[index]["prompt_id"], answered[index]
+                kept: dict[str, Any] = {"logits": logits, "cut": ranker.count_cut(*items[index]) if places else 0}
+                if len(places) < (k := len(chunk[index]["responses"])):
+                    kept |= {"logits": _with_unanswered(logits, places, k), "answered": places}
+                journal.add(prompt_id, kept)
                 yield prompt_id
+
+
+def _with_unanswered(logits: Logits, places: list[int], k: int) -> Logits:
+    """(A, A) logits of the responses at `places`, those with an answer, as (K, K): 0 where one of two has none."""
+    whole = [[0.0] * k for _ in range(k)]
+    for i, line in zip(places, logits, strict=True):
+        for j, logit in zip(places, line, strict=True):
+            whole[i][j] = logit
+    return whole
 
 
 def _checked_rows(responses: Path, start: int, stop: int, each: Count) -> Iterator[dict[str, Any]]:
@@ -209,6 +229,7 @@ class _Outcome:
     """What a shard's manifest says besides the number of rows. `skipped`: prompt_id and reason of each."""
 
     texts_cut: int = 0
+    unfinished: int = 0  # responses without an answer, about which the ranker was not asked
     skipped: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -218,7 +239,19 @@ def _shard_rows(prompt_ids: Iterator[str], journal: Journal, outcome: _Outcome) 
         answer = journal.read(prompt_id)
         outcome.texts_cut += answer["cut"]
         logits = np.array(answer["logits"])  # (K, K)
-        if np.isfinite(logits).all():
-            yield {"prompt_id": prompt_id, "logits": answer["logits"], "scores": mean_scores(logits).tolist()}
+        places = answer.get("answered", range(len(logits)))
+        outcome.unfinished += len(logits) - len(places)
+        if not places:
+            outcome.skipped.append({"prompt_id": prompt_id, "reason": NO_ANSWER})
+        elif np.isfinite(logits).all():
+            yield {"prompt_id": prompt_id, "logits": answer["logits"], "scores": _scores(logits, list(places))}
         else:
             outcome.skipped.append({"prompt_id": prompt_id, "reason": "the ranker's logits are not finite"})
+
+
+def _scores(logits: Array, places: list[int]) -> list[float | None]:
+    """The scores (K,) of those with an answer, among themselves; None for the others."""
+    scores: list[float | None] = [None] * len(logits)
+    for place, score in zip(places, mean_scores(logits[np.ix_(places, places)]).tolist(), strict=True):
+        scores[place] = score
+    return scores

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 _WIDTH = 48  # letters of a plot's width: a judge's name may be longer
+_LENGTHS = ("mean_tokens", "mean_thought_tokens")
 _INK = "#123457"  # replaced by currentColor
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, for all kinds of sight
 _STYLE: dict[RcKeyType, Any] = {
@@ -119,11 +120,11 @@ def _cells(axis: Axes, found: dict[str, Any], models: list[str]) -> None:
 
 def measures(runs: list[RunRecord]) -> list[str]:
     """What answers are like, over iterations: each measure in a plot of its own kind."""
-    shares = ("empty", "repeated", "cut")
+    shares = ("empty", "repeated", "cut", "unfinished_thoughts")
     seen = list(dict.fromkeys(name for run in runs for name in run.base))
-    own = tuple(name for name in seen if name not in (*shares, "mean_tokens", "base_perplexity"))
+    own = tuple(name for name in seen if name not in (*shares, *_LENGTHS, "base_perplexity"))
     plots = [  # (title, measures, label of the axis, scale)
-        ("Length", ("mean_tokens",), "tokens per answer", 1.0),
+        ("Length", _LENGTHS, "tokens per answer", 1.0),
         ("Health", shares, "answers, %", 100.0),
         ("Your measures (--measure)", own, "mean", 1.0),
         ("Perplexity under the first model", ("base_perplexity",), "perplexity", 1.0),

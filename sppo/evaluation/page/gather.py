@@ -22,7 +22,7 @@ from sppo.command.errors import SPPOError
 from sppo.evaluation.match import iterations_of
 from sppo.method.preference import Array
 from sppo.recipe import read_yaml
-from sppo.schema import Message
+from sppo.schema import Message, answer_tokens, has_answer
 from sppo.store.directories import work_of
 from sppo.store.files import read_json
 from sppo.store.parquet import read_rows
@@ -47,11 +47,20 @@ class IterationRecord:
 
 
 @dataclass
+class Answer:
+    """An answer, and the thought before it if there was any. `text` is empty where the thought did not end."""
+
+    text: str
+    thought: str = ""
+    is_unfinished: bool = False
+
+
+@dataclass
 class AnsweredPrompt:
     """A held-out prompt, as text, and the answers of each iteration, by its number."""
 
     text: str
-    answers: dict[int, list[str]]
+    answers: dict[int, list[Answer]]
 
 
 @dataclass
@@ -186,7 +195,7 @@ def _pairs(train: Path, extra: int) -> tuple[dict[str, Array], dict[str, Array]]
     for row in read_rows(train, columns):
         for name, column in _RATES.items():
             rates[name].append(row[column])
-        tokens = [len(r["token_ids"] or []) for r in row["responses"] or []]
+        tokens = [answer_tokens(r) for r in row["responses"] or []]
         if any(tokens):  # files of other tools may hold texts alone
             lengths["drawn"] += tokens[: len(tokens) - extra]
             lengths["of other models"] += tokens[len(tokens) - extra :]
@@ -206,7 +215,10 @@ def _prompts(run_dir: Path, numbers: list[int], reader: _Reader) -> list[Answere
         path = run_dir / f"iter{number}" / "eval" / "responses.parquet"
         for row in reader.read(path, partial(_answered, path)) or []:
             prompt = found.setdefault(row["prompt_id"], AnsweredPrompt(_shown(row["prompt"]), {}))
-            prompt.answers[number] = [response["text"] for response in row["responses"]]
+            prompt.answers[number] = [
+                Answer(response["text"], response.get("thought") or "", not has_answer(response))
+                for response in row["responses"]
+            ]
     return list(found.values())
 
 

@@ -15,7 +15,7 @@ from sppo.evaluation.page import figures
 from sppo.evaluation.page.gather import IterationRecord, RunRecord, gather
 from sppo.evaluation.report import summary_table
 from sppo.models.files import public_name
-from sppo.schema import AGREEING
+from sppo.schema import AGREEING, MANY_UNFINISHED
 from sppo.store.files import atomic
 
 # above these shares and this ratio of perplexities a reader is warned
@@ -214,6 +214,9 @@ def _data_table(run: RunRecord) -> list[list[str]]:
         ("responses", lambda i: i.drawn["responses"]),
         ("answers of other models", lambda i: i.drawn["extra_responses"]),
         ("responses cut at maxlen, %", lambda i: 100 * i.drawn["cut_at_maxlen"] / max(i.drawn["responses"], 1)),
+        ("responses without an answer: the thought did not end, %", _unfinished),
+        ("thoughts ended by --thinking_budget", lambda i: i.drawn["thoughts_cut_at_budget"]),
+        ("tokens of a response before its answer, mean", lambda i: i.drawn["thought_tokens"] / i.drawn["responses"]),
         ("pairs to train on", lambda i: i.paired["train"]),
         ("pairs dropped", lambda i: sum(i.paired["dropped"].values())),
         ("ties among comparisons, %", lambda i: 200 * i.paired["tied_pairs"] / max(i.paired["pairs"], 1)),
@@ -228,6 +231,10 @@ def _data_table(run: RunRecord) -> list[list[str]]:
         ("the same, largest of a response", lambda i: i.trained["agreement"]["largest_difference"]),
     ]
     return _by_iteration(run, rows)
+
+
+def _unfinished(iteration: IterationRecord) -> float:
+    return 100 * iteration.drawn["unfinished_thoughts"] / max(iteration.drawn["responses"], 1)
 
 
 def _by_iteration(run: RunRecord, rows: list[tuple[str, _Cell]]) -> list[list[str]]:
@@ -299,6 +306,14 @@ def warnings(run: RunRecord) -> list[str]:
         if i.drawn and i.drawn["cut_at_maxlen"] > _MANY_CUT * i.drawn["responses"]:
             share = i.drawn["cut_at_maxlen"] / i.drawn["responses"]
             said.append(f"{where}: {share:.0%} of the responses are cut at maxlen; raise --maxlen.")
+        if i.drawn and i.drawn.get("unfinished_thoughts", 0) > MANY_UNFINISHED * i.drawn["responses"]:
+            share = i.drawn["unfinished_thoughts"] / i.drawn["responses"]
+            said.append(
+                f"{where}: {share:.0%} of the responses have no answer, because their thought did not end; raise "
+                "--maxlen, or set --thinking_budget."
+            )
+        if row.get("unfinished_thoughts", 0) > MANY_UNFINISHED:
+            said.append(f"{where}: {row['unfinished_thoughts']:.0%} of the held-out thoughts did not end.")
         if i.paired and sum(i.paired["dropped"].values()) > _MANY_DROPPED * max(i.paired["prompts"], 1):
             said.append(f"{where}: {sum(i.paired['dropped'].values())} of {i.paired['prompts']} prompts give no pair.")
         if row.get("repeated", 0) > _MANY_REPEATED:

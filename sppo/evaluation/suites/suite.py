@@ -18,7 +18,7 @@ from sppo.evaluation.answers import draw
 from sppo.models.files import public_name
 from sppo.rankers.chat_server import TOO_MUCH, ChatServer
 from sppo.recipe import Recipe
-from sppo.schema import Message
+from sppo.schema import Message, has_answer
 from sppo.store.files import atomic, digest, write_json
 from sppo.store.journal import Journal, refuse_another
 from sppo.store.manifest import Stage
@@ -108,7 +108,10 @@ def _drawn(
     questions = {"prompts": str(prompts), "prompts_revision": "", "prompts_part": "0/1", "prompt_column": "prompt"}
     recipe = dataclasses.replace(recipe, **questions, pairs=1, **settings)
     drawn = draw(recipe, out, order.out / "logs", name.replace("/", "-"), order.overwrite)
-    return {row["prompt_id"]: row["responses"][0]["text"] for row in read_rows(drawn, ["prompt_id", "responses"])}
+    answers = {row["prompt_id"]: row["responses"][0] for row in read_rows(drawn, ["prompt_id", "responses"])}
+    if unfinished := sum(not has_answer(response) for response in answers.values()):
+        print(f"evaluate: the thoughts on {unfinished} questions did not end; their answers count as empty")
+    return {key: response["text"] for key, response in answers.items()}
 
 
 def text_of(choice: dict[str, Any]) -> str:

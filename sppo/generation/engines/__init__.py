@@ -1,7 +1,8 @@
 """The engines that draw responses, one file each: vLLM, and transformers' generate where vLLM is not installed.
 
-An engine has one function, `draw(policy, recipe, stop_ids, requests)`. It yields each request with its K
-responses as soon as all of them are finished. Another engine is another file here, and a name in recipe.py (`engine`).
+An engine has one function, `draw(policy, recipe, stop_ids, requests, budget)`. It yields each request with its K
+responses as soon as all of them are finished. With a budget it ends each thought that is longer, and goes on to the
+answer. Another engine is another file here, and a name in recipe.py (`engine`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from sppo.command.errors import SPPOError
 from sppo.command.importing import is_installed
 from sppo.models.policy import Policy
+from sppo.models.thoughts import Budget
 from sppo.recipe import Recipe
 
 
@@ -36,12 +38,14 @@ class Request:
 class Response:
     """One response: its token ids (the stop token included, if it produced one) and how it ended.
 
-    `logps`: each token's log-probability under the policy itself, before temperature and top_p; None where not asked.
+    `logps`: each token's log-probability under the policy itself, before temperature and top_p; None where not asked,
+    and where `is_thought_cut`: whether the budget has ended its thought, by tokens that the policy did not draw.
     """
 
     token_ids: list[int]
     finish_reason: str  # "stop" or "length"
     logps: list[float] | None = None
+    is_thought_cut: bool = False
 
 
 Finished = Iterator[tuple[Request, list[Response]]]
@@ -61,9 +65,15 @@ def prompt_seed(seed: int, prompt_id: str) -> int:
 
 
 def finished_responses(
-    engine: str, policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request]
+    engine: str,
+    policy: Policy,
+    recipe: Recipe,
+    stop_ids: set[int],
+    requests: list[Request],
+    budget: Budget | None = None,
 ) -> Finished:
     """All requests' responses from the engine of that name, in the order in which prompts finish."""
     if not requests:
         return iter(())
-    return importlib.import_module(f"sppo.generation.engines.{engine}").draw(policy, recipe, stop_ids, requests)
+    module = importlib.import_module(f"sppo.generation.engines.{engine}")
+    return module.draw(policy, recipe, stop_ids, requests, budget)

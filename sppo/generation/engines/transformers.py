@@ -9,6 +9,7 @@ from sppo.generation.engines import Finished, Request, Response
 from sppo.models.loading import load_causal_lm
 from sppo.models.miniature import ignores_padding, knows_float64, miniature_of, refuse_not_causal
 from sppo.models.policy import Policy
+from sppo.models.thoughts import Budget
 from sppo.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ BATCH, _BUCKET = 64, 16
 DOUBLE = 2 << 30
 
 
-def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request]) -> Finished:
+def draw(
+    policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Request], budget: Budget | None = None
+) -> Finished:
     """K responses a request, on one device: --world_size is vLLM's.
 
     Sampling is inverse-CDF on one uniform number per (prompt seed, k, position), so which batch a prompt
@@ -53,7 +56,7 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
         left = list(members)
         while left:
             try:
-                finished = _batch(network, recipe, stop_ids, left[:width], length)
+                finished = _batch(network, recipe, stop_ids, left[:width], length, budget)
             except torch.OutOfMemoryError:
                 if width == 1:
                     raise
@@ -65,7 +68,7 @@ def draw(policy: Policy, recipe: Recipe, stop_ids: set[int], requests: list[Requ
 
 
 def _batch(
-    network: Any, recipe: Recipe, stop_ids: set[int], batch: list[Request], length: int
+    network: Any, recipe: Recipe, stop_ids: set[int], batch: list[Request], length: int, budget: Budget | None
 ) -> list[tuple[Request, list[Response]]]:
     """The responses of prompts that are padded, on the left, to `length` tokens."""
     import torch
@@ -75,14 +78,14 @@ def _batch(
     each = [r for r in batch for _ in range(recipe.pairs)]
     rows = [[pad] * (length - len(r.token_ids)) + list(r.token_ids) for r in each]
     mask = [[0] * (length - len(r.token_ids)) + [1] * len(r.token_ids) for r in each]
-    budget = max(r.max_new_tokens for r in batch)
-    sampler = _Sampler(recipe, batch, length, budget)
+    longest = max(r.max_new_tokens for r in batch)
+    sampler = _Sampler(recipe, batch, length, longest, budget)
     with torch.inference_mode():
         output = network.generate(
             torch.tensor(rows, device=network.device),  # (B * K, length)
             attention_mask=torch.tensor(mask, device=network.device),
             generation_config=GenerationConfig(
-                max_new_tokens=budget, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad
+                max_new_tokens=longest, do_sample=False, eos_token_id=sorted(stop_ids), pad_token_id=pad
             ),
             logits_processor=[sampler],
         )
@@ -90,9 +93,11 @@ def _batch(
     for i, request in enumerate(batch):
         answers = drawn[i * recipe.pairs : (i + 1) * recipe.pairs]
         responses = [_finish(ids[: request.max_new_tokens], stop_ids) for ids in answers]
-        if request.logps:
-            for k, response in enumerate(responses):
-                response.logps = sampler.logps(i * recipe.pairs + k)[: len(response.token_ids)]
+        for k, response in enumerate(responses):
+            row = i * recipe.pairs + k
+            response.is_thought_cut = row in sampler.endings
+            if request.logps and not response.is_thought_cut:
+                response.logps = sampler.logps(row)[: len(response.token_ids)]
         finished.append((request, responses))
     return finished
 
@@ -105,19 +110,27 @@ def _finish(ids: list[int], stop_ids: set[int]) -> Response:
 
 
 class _Sampler:
-    """A logits processor that draws the token itself: temperature, top-p, then the inverse CDF."""
+    """A logits processor that draws the token itself: temperature, top-p, then the inverse CDF.
 
-    def __init__(self, recipe: Recipe, requests: list[Request], prompt_length: int, budget: int) -> None:
+    `endings`: by the row of the batch, the tokens that end a thought for which the budget is used up. They stand where
+    drawn ones would, so no other draw changes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, requests: list[Request], prompt_length: int, longest: int, budget: Budget | None = None
+    ) -> None:
         import numpy as np
         import torch
 
         self.temperature, self.top_p, self.prompt_length = recipe.temperature, recipe.top_p, prompt_length
         uniform = [
-            np.random.Generator(np.random.Philox(key=[r.seed, k])).random(budget)
+            np.random.Generator(np.random.Philox(key=[r.seed, k])).random(longest)
             for r in requests
             for k in range(recipe.pairs)
         ]
-        self.uniform = torch.from_numpy(np.stack(uniform))  # (B, budget) float64
+        self.uniform = torch.from_numpy(np.stack(uniform))  # (B, longest) float64
+        self.budget, self.endings = budget, dict[int, list[int]]()
+        self.rooms = [r.max_new_tokens for r in requests for _ in range(recipe.pairs)]
         self.drawn: list[torch.Tensor] | None = [] if any(r.logps for r in requests) else None  # a (B,) for each step
 
     def logps(self, row: int) -> list[float]:
@@ -127,7 +140,8 @@ class _Sampler:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         import torch
 
-        u = self.uniform[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device)  # (B, 1)
+        place = input_ids.shape[1] - self.prompt_length
+        u = self.uniform[:, place, None].to(scores.device)  # (B, 1)
         temperature = self.temperature or 1e-9  # 0: all of the mass on the likeliest token
         probs, order = torch.softmax(scores.double() / temperature, -1).sort(dim=-1, descending=True, stable=True)
         cumulative = probs.cumsum(-1)  # (B, V)
@@ -136,7 +150,20 @@ class _Sampler:
         nucleus = (cumulative - probs < self.top_p).sum(-1, keepdim=True)  # tokens kept
         mass = cumulative.gather(-1, nucleus - 1)
         rank = torch.searchsorted(cumulative, u * mass, right=True).minimum(nucleus - 1)
-        token = order.gather(-1, rank)
+        token = self._with_endings(order.gather(-1, rank), input_ids, place)
         if self.drawn is not None:
             self.drawn.append(torch.log_softmax(scores.double(), -1).gather(-1, token).squeeze(-1).cpu())
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+    def _with_endings(self, token: torch.Tensor, input_ids: torch.Tensor, place: int) -> torch.Tensor:
+        """The tokens (B, 1) for a place, with those that end a thought in the place of drawn ones."""
+        if self.budget is None or place < self.budget.tokens:
+            return token
+        if place == self.budget.tokens:
+            for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
+                if ending := self.budget.ending(ids, self.rooms[row]):
+                    self.endings[row] = ending
+        for row, ending in self.endings.items():
+            if place - self.budget.tokens < len(ending):
+                token[row] = ending[place - self.budget.tokens]
+        return token
