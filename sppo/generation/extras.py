@@ -116,7 +116,7 @@ def _last_turn(prompt: Any) -> str:
 
 
 class Templater:
-    """Makes answers of other models into responses: token ids by the chat template, with its end unless they are cut."""
+    """Makes answers of other models into responses: token ids by the chat template, with its end unless cut off."""
 
     def __init__(
         self,

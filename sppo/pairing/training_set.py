@@ -199,11 +199,12 @@ def _left_out(
         blank = pc.equal(pc.utf8_trim_whitespace(texts), "").to_numpy(zero_copy_only=False)
         return blank & answered[row, which]
 
-    none, narrow = {NO_ANSWER: ~answered.any(1)}, {"below --min_margin": choice.is_narrow}
+    no_answer: NDArray[np.bool_] = ~np.asarray(answered.any(1))
+    narrow = {"below --min_margin": choice.is_narrow}
     if recipe.keep_degenerate:
-        return none | narrow
+        return {NO_ANSWER: no_answer, **narrow}
     return {
-        **none,
+        NO_ANSWER: no_answer,
         "equal scores": choice.is_equal,
         "same text": pc.equal(chosen, rejected).to_numpy(zero_copy_only=False),
         "empty response": is_blank(chosen, choice.chosen) | is_blank(rejected, choice.rejected),
