@@ -178,7 +178,6 @@ FLAGS: list[Case] = [
     ("a run directory of two lines", lambda w: [*w.loop(), "--run_dir=a\nb"], 2, "more than one line"),
     ("a run directory like a flag", lambda w: [*w.loop(), "--run_dir=-a"], 2, "begins with -"),
     ("a second judge without answers to judge", lambda w: [*w.loop(), "--judge=mine:longer"], 2, "--judge needs --eval_prompts"),
-    ("a measure without answers to measure", lambda w: [*w.loop(), "--measure=mine:words"], 2, "--measure needs --eval_prompts"),
     ("an iteration's recipe for a run", lambda w: [*w.loop(), "--iteration=2"], 2, "for one iteration by hand"),
     ("a GPU twice", lambda w: _shards(w, "--gpus=0,0"), 2, "named twice"),
     ("GPUs that do not divide", lambda w: _shards(w, "--gpus=0,1,2", "--world_size=2"), 2, "does not divide"),
