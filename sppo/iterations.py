@@ -40,6 +40,8 @@ def opened(recipe: Recipe) -> Recipe:
         raise UsageError("--split_prompts splits one prompt set; these prompts already differ by {iter}")
     if recipe.evaluate and not recipe.eval_prompts:
         raise UsageError("--evaluate needs --eval_prompts, the held-out prompts on which the models are compared")
+    if recipe.judge and not recipe.eval_prompts:
+        raise UsageError("--judge needs --eval_prompts, the held-out prompts whose answers it compares")
     if recipe.org:
         check_name(recipe.org, f"{name}-iter{recipe.iterations}")
     run_dir = recipe.run_dir or str(Path("runs") / name)

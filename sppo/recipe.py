@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -276,6 +277,7 @@ _ON_A_SERVER = ("judge", "reward-server")
 _OWN = r"[\w.]+:\w+"  # module:name, a function or class of the user's
 _TYPES = typing.get_type_hints(Recipe)
 _FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
+_BACKENDS = [name for name in typing.get_args(_TYPES["ranker_backend"]) if name != "auto"]
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -406,19 +408,9 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
 
 def _require_consistent(recipe: Recipe) -> None:
     """Raises UsageError for settings that contradict each other, whatever is done with them."""
-    require_plain_address("--ranker_url", recipe.ranker_url)
     if recipe.judge:
         second_judge(recipe.judge)
-    if recipe.ranker_system == "drop" and recipe.ranker_backend not in _READS_SYSTEM:
-        raise UsageError(
-            f"--ranker_system drop is for --ranker_backend {', '.join(_READS_SYSTEM)}, which read a prompt in a chat "
-            f"template of their own; --ranker_backend {recipe.ranker_backend} does not"
-        )
-    if recipe.ranker_template != "judge" and recipe.ranker_backend != "pair-lm":
-        raise UsageError("--ranker_template is for --ranker_backend pair-lm")
-    for name in ("judge_template", "judge_verdict", "judge_max_tokens", "judge_votes"):
-        if getattr(recipe, name) != _FIELDS[name].default and recipe.ranker_backend != "judge":
-            raise UsageError(f"--{name} is for --ranker_backend judge; a second judge (--judge) has the defaults")
+    _require_ranker(recipe)
     if recipe.test_size > 1 and not float(recipe.test_size).is_integer():
         raise UsageError(f"test_size: {recipe.test_size:g}: a whole number of prompts, or a share below 1")
     parse_part(recipe.prompts_part)
@@ -454,11 +446,44 @@ def _require_thinking(recipe: Recipe) -> None:
         raise UsageError(f"--thinking_budget {budget}: below --maxlen {recipe.maxlen}, which an answer must fit in too")
 
 
+def _require_ranker(recipe: Recipe) -> None:
+    """Raises UsageError for a ranker that is none, and for a setting of the ranker that nobody would read."""
+    require_plain_address("--ranker_url", recipe.ranker_url)
+    name, asks = recipe.ranker, backend_name(recipe)
+    if recipe.ranker_backend == "auto" and ":" in name and not _is_own(name) and not os.path.exists(name):
+        raise UsageError(
+            f"--ranker {name.partition('@')[0]}: neither a model's directory or Hub id, nor module:name of a function "
+            f"or class; --ranker_backend says what asks a model ({', '.join(_BACKENDS)})"
+        )
+    if recipe.ranker_url and asks not in _ON_A_SERVER:
+        raise UsageError(
+            f"--ranker_url is for --ranker_backend {' or '.join(_ON_A_SERVER)}, and the one here is {asks}: name that "
+            "backend, or leave the address out (--ranker_url= where a recipe has one)"
+        )
+    if recipe.ranker_system == "drop" and asks not in _READS_SYSTEM:
+        raise UsageError(
+            f"--ranker_system drop is for --ranker_backend {', '.join(_READS_SYSTEM)}, which read a prompt in a chat "
+            f"template of their own; {asks} does not"
+        )
+    if recipe.ranker_template != "judge" and asks != "pair-lm":
+        raise UsageError("--ranker_template is for --ranker_backend pair-lm")
+    for key in ("judge_template", "judge_verdict", "judge_max_tokens", "judge_votes"):
+        if getattr(recipe, key) != _FIELDS[key].default and asks != "judge":
+            raise UsageError(f"--{key} is for --ranker_backend judge; a second judge (--judge) has the defaults")
+
+
 def _is_date(text: str) -> bool:
     try:
         return bool(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) and date.fromisoformat(text))
     except ValueError:
         return False
+
+
+def backend_name(recipe: Recipe) -> str:
+    """What asks the ranker: `auto` is a function for module:name, else PairRM."""
+    if recipe.ranker_backend != "auto":
+        return recipe.ranker_backend
+    return "function" if re.fullmatch(_OWN, recipe.ranker) else "pairrm"
 
 
 class SecondJudge(NamedTuple):
@@ -472,13 +497,11 @@ class SecondJudge(NamedTuple):
 def second_judge(text: str) -> SecondJudge:
     """--judge, backend:ranker or module:name. Raises UsageError for what is neither, or shows more than an address."""
     head, _, rest = text.partition(":")
-    backends = [name for name in typing.get_args(_TYPES["ranker_backend"]) if name != "auto"]
-    misspelt = head.replace("_", "-") in backends  # as if it were a module: reward_model
-    if re.fullmatch(_OWN, text) and (not misspelt or _is_module(head)):
+    if _is_own(text):
         return SecondJudge("function", text)
-    if head not in backends:
-        form = f"backend:ranker ({', '.join(backends)}), nor module:name of a function or class"
-        raise UsageError(f"--judge {text.partition('@')[0]}: not {form}{nearest(head, backends)}")
+    if head not in _BACKENDS:
+        form = f"backend:ranker ({', '.join(_BACKENDS)}), nor module:name of a function or class"
+        raise UsageError(f"--judge {text.partition('@')[0]}: not {form}{nearest(head, _BACKENDS)}")
 
     if head in _ON_A_SERVER:
         served = re.fullmatch("(.+?)@(https?://.+)", rest)
@@ -493,9 +516,17 @@ def second_judge(text: str) -> SecondJudge:
     return SecondJudge(head, rest)
 
 
-def _is_module(name: str) -> bool:
-    """Whether a backend's name is a Python module too: a user's judge.py was meant by judge:likes, and still is."""
-    return is_installed(name) or Path(f"{name}.py").is_file()
+def is_second_judge(recipe: Recipe) -> bool:
+    """Whether the recipe's ranker is what its --judge names, as in the recipe that evaluation/match.py makes of it."""
+    asked = (recipe.ranker_backend, recipe.ranker, recipe.ranker_url)
+    return bool(recipe.judge) and second_judge(recipe.judge) == asked
+
+
+def _is_own(text: str) -> bool:
+    """Whether a text is module:name. A backend's name is a module where there is one: a user's judge.py, say."""
+    head = text.partition(":")[0]
+    is_backend = head.replace("_", "-") in _BACKENDS
+    return bool(re.fullmatch(_OWN, text)) and (not is_backend or is_installed(head) or Path(f"{head}.py").is_file())
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -187,6 +187,8 @@ def spoil_weights(directory: Path, change: Any) -> None:
     [
         (lambda w: w.pop("value_head.weight"), "no value_head.weight in its weights, so it is no GPM"),
         (lambda w: w.update({"value_head.weight": torch.zeros(1, 64)}), "Bradley-Terry"),
+        (lambda w: w.update({"value_head.weight": torch.zeros(0, 64)}), r"is \[0, 64\], and \[2, 64\] would fit"),
+        (lambda w: w.update({"value_head.weight": torch.tensor(1.0)}), r"is \[\], and \[2, 64\] would fit"),
         (lambda w: w.update({"value_head.weight": torch.zeros(3, 64)}), r"is \[3, 64\], and \[4, 64\] would fit"),
         (lambda w: w.update({"value_head.weight": torch.zeros(6, 32)}), r"is \[6, 32\], and \[6, 64\] would fit"),
         (lambda w: w.update({"prompt_head.weight": torch.zeros(2, 64)}), r"is \[2, 64\], and \[3, 64\] would fit"),

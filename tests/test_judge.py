@@ -328,6 +328,81 @@ def test_what_no_retry_mends(
         judge.load(Recipe(ranker="tiny-judge"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("OPENAI_API_KEY", "key\n", "OPENAI_API_KEY in the environment has a character that no key has"),
+        ("OPENAI_API_KEY", "clé", "OPENAI_API_KEY in the environment has a character that no key has"),
+        ("ALL_PROXY", "ftp://me:hidden@127.0.0.1:9", "cannot be asked: see to HTTP_PROXY.*Unknown scheme"),
+        (
+            "SSL_CERT_FILE",
+            "/no/such/file",
+            "cannot be asked: see to HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE",
+        ),
+        (
+            "HTTP_PROXY",
+            "http://me:hidden@127.0.0.1:9",
+            r"\(asked through HTTP_PROXY; NO_PROXY=127.0.0.1 .*Connection refused",
+        ),
+    ],
+)
+def test_an_environment_through_which_nobody_can_be_asked_is_one_line(
+    stub: tuple[type[Stub], str], monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    """They ended in a traceback, or in a word about the server, which had heard nothing."""
+    server, url = stub
+    server.behave = lambda n: GOOD
+    for other in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    recipe = Recipe(ranker="tiny-judge", ranker_url=url, ranker_retries=0)
+    for step in (judge.fetch, lambda recipe: list(judge.load(recipe).logits([PAIR]))):
+        with pytest.raises(SPPOError, match=said) as failure:
+            step(recipe)
+        assert "hidden" not in str(failure.value)
+        assert "\n" not in str(failure.value)
+    assert not server.asked
+
+
+@pytest.mark.parametrize("answer", ["[" * 100_000, '{"choices": [{"message": {"content": 1' + "0" * 400 + "}}]}"])
+def test_an_answer_that_breaks_the_reader_is_one_line(stub: tuple[type[Stub], str], answer: str) -> None:
+    server, url = stub
+    server.behave = lambda n: (200, answer)
+    recipe = Recipe(ranker="tiny-judge", ranker_url=url)
+    with pytest.raises(SPPOError, match="no OpenAI-compatible server"):
+        list(JudgeRanker(recipe).logits([PAIR]))
+    least = '{"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"token": "A", "top_logprobs": '
+    server.behave = lambda n: (200, f'{least}[{{"token": "A", "logprob": -1{"0" * 400}}}, {{"token": "B"}}]}}]}}}}]}}')
+    with pytest.raises(SPPOError, match="no OpenAI-compatible server"):
+        list(JudgeRanker(recipe).logits([PAIR]))
+    server.models = [{"id": 5}]
+    with pytest.raises(SPPOError, match="no OpenAI-compatible server"):
+        judge.fetch(recipe)
+
+
+def test_a_regex_that_tries_for_ever_ends(stub: tuple[type[Stub], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It held the interpreter in a thread: not even Ctrl-C was heard."""
+    server, url = stub
+    server.behave = lambda n: (200, says("a" * 60))
+    monkeypatch.setattr(judge, "_SECONDS", 0.3)
+    recipe = Recipe(ranker="tiny-judge", ranker_url=url, judge_verdict="^(?:a+)+([12])")
+    started = time.monotonic()
+    with pytest.raises(SPPOError, match=r"--judge_verdict \^\(\?:a\+\)\+\(\[12\]\) .* too many ways"):
+        list(JudgeRanker(recipe).logits([PAIR]))
+    assert time.monotonic() - started < 60
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_an_answer_that_names_nobody_is_shown(stub: tuple[type[Stub], str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A group around too much is found out by the trial question, and is seen in what the judge has said."""
+    server, url = stub
+    server.behave = lambda n: (200, says("Both are fine. My choice: [[A]]"))
+    form = {"judge_template": "mt-bench", "judge_verdict": r"(\[\[[AB]\]\])"}
+    with pytest.raises(SPPOError, match="without a verdict"):
+        judge.fetch(Recipe(ranker="tiny-judge", ranker_url=url, **form))
+    assert "it ends in 'Both are fine. My choice: [[A]]'" in capsys.readouterr().err
+
+
 def test_a_server_without_log_probs_gives_hard_answers(stub: tuple[type[Stub], str]) -> None:
     """One that leaves them out, and one that takes no request for them."""
     server, url = stub
@@ -538,6 +613,15 @@ def test_an_answer_that_was_cut_off_has_not_said_its_last_word(
     assert "raise --judge_max_tokens 2048" in capsys.readouterr().err
     assert {request["max_tokens"] for request in server.asked} == {2048}
     assert read_choice(cut_off("B, since")["choices"][0], LETTER, first=True).logit == -10
+
+
+@pytest.mark.parametrize("ended", ["content_filter", "abort", "error"])
+def test_an_answer_that_was_stopped_has_not_said_its_last_word(ended: str) -> None:
+    """A response that holds a verdict and what a filter stops would write the judge's verdict."""
+    made = says("The first one says [[A]] and then")["choices"][0]
+    pattern = verdict_pattern(read_preset("mt-bench")["verdict"], "")
+    assert read_choice(made, pattern).logit == 10
+    assert math.isnan(read_choice({**made, "finish_reason": ended}, pattern).logit)
 
 
 def test_a_thought_apart_from_the_answer_is_not_read() -> None:

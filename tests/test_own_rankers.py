@@ -249,6 +249,20 @@ def test_all_that_holds_numbers_is_a_list_of_logits() -> None:
     assert list(answering(column).logits(PAIRS)) == [(0, 1.0), (1, 2.5), (2, 3.0)]
 
 
+def test_what_a_class_does_to_the_messages_does_not_reach_the_next_pair() -> None:
+    """messages.append(the answer) is a usual slip; each further pair of the prompt was read behind all before it."""
+
+    def own(pairs: list[Pair]) -> Any:
+        for messages, first, _ in pairs:
+            messages.append({"role": "assistant", "content": first})
+            messages[0]["content"] += "!"
+            yield float(len(messages) + len(messages[0]["content"]))
+
+    chat = [{"role": "user", "content": "q"}]
+    assert dict(function.ListRanker(own, "m:R").logits([(chat, "a", "b")] * 3)) == dict.fromkeys(range(3), 4.0)
+    assert chat == CHAT
+
+
 def test_numbers_that_are_too_few_are_not_used_at_all() -> None:
     """They reached the journal before the end of the list showed that one of them was missing."""
     with pytest.raises(SPPOError, match="gave 2 logits"):

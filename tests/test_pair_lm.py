@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from test_reward_model import PROMPTS
 from sppo.command.errors import SPPOError, UsageError
 from sppo.rankers import pair_lm
 from sppo.rankers.pair_lm import AnswerHead, PairLM
-from sppo.rankers.pair_template import Question
+from sppo.rankers.pair_template import Question, question_text
 from sppo.rankers.templates import fill, load_template
 from sppo.ranking.shards import prompt_logits
 from sppo.recipe import Recipe, load_recipe
@@ -191,6 +192,96 @@ def test_the_letter_follows_a_space_where_the_template_puts_one(wide: Path, tmp_
     (copy / "tokenizer.json").write_text(json.dumps(spoken))
     asker = pair_lm._open_pair_lm(copy, Recipe())
     assert asker.tokenizer.convert_ids_to_tokens(list(asker.letters)) == ["ĠA", "ĠB"]
+
+
+ASSISTANT = "{{ '<|im_start|>assistant\n"
+# as Qwen3's: the last turn of an answered conversation has an empty thought
+EMPTY_THOUGHT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and "
+    "enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def templated(source: Path, directory: Path, template: str, **more: Any) -> pair_lm.Asker:
+    shutil.copytree(source, directory)
+    (directory / "chat_template.jinja").write_text(template)
+    return pair_lm._open_pair_lm(directory, Recipe(**more))
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "begins"),
+    [
+        (EMPTY_THOUGHT, {}, r"<think>\n\n</think>"),
+        (EMPTY_THOUGHT, {"enable_thinkng": False}, r"<think>\n\n</think>"),
+        (tiny.QWEN3_TEMPLATE.replace(ASSISTANT, ASSISTANT + "<think>\n"), {}, r"<think>\n"),
+        (tiny.QWEN3_TEMPLATE.replace(ASSISTANT, ASSISTANT + "Sure, "), {}, "Sure, "),
+        (tiny.QWEN3_TEMPLATE.partition("{% if add_generation_prompt")[0], {}, r"<|im_start|>assistant"),
+    ],
+)
+def test_a_model_that_would_say_something_else_first_is_refused(
+    wide: Path, tmp_path: Path, template: str, kwargs: dict[str, Any], begins: str
+) -> None:
+    """The letters' logits where a thought begins are noise, and looked like preferences."""
+    with pytest.raises(SPPOError, match=re.escape(f"begins an answer with '{begins}', not with A or B")) as refused:
+        templated(wide / "qwen3", tmp_path / "model", template, chat_template_kwargs=kwargs)
+    assert '{"enable_thinking": false}' in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "kwargs", "end"),
+    [
+        ("qwen3", EMPTY_THOUGHT, {"enable_thinking": False}, "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        # as GLM-4's: the line break is the answer's
+        (
+            "llama3",
+            "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant' }}{% endif %}",
+            {},
+            "<|start_header_id|>assistant\n",
+        ),
+        # as DeepSeek's, to a tokenizer without a token " A"
+        (
+            "llama3",
+            "{% for m in messages %}{{ ('User: ' if m['role'] == 'user' else 'Bot: ') + m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'Bot:' }}{% endif %}",
+            {},
+            "Bot: ",
+        ),
+    ],
+)
+def test_the_letter_is_read_where_the_templates_own_answers_have_it(
+    wide: Path, tmp_path: Path, family: str, template: str, kwargs: dict[str, Any], end: str
+) -> None:
+    asker = templated(wide / family, tmp_path / "model", template, chat_template_kwargs=kwargs)
+    asked = asker.read(json.dumps(PROMPTS[0]), "first", "second").ids
+    assert asked is not None
+    assert asker.tokenizer.decode(asked).endswith(end)
+    assert asker.tokenizer.convert_ids_to_tokens(list(asker.letters)) == ["A", "B"]
+    question = asker.question.ask(asker.question.conversation(PROMPTS[0]), "first", "second")
+    for letter, token in zip("AB", asker.letters, strict=True):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": letter}]
+        answered = asker.tokenizer.apply_chat_template(turns, **kwargs)["input_ids"]
+        assert answered[: len(asked) + 1] == [*asked, token]
+
+
+def test_a_prompt_that_a_repeated_field_leaves_no_room_for_is_counted(wide: Path, tmp_path: Path) -> None:
+    """A response that stands in a question twice takes its room twice; the cut conversation was counted as whole."""
+    (tmp_path / "own").write_text("{conversation}\n{first}\n{second}\nAgain:\n{first}\n{second}\nA or B?")
+    asker = pair_lm._open_pair_lm(wide / "llama3", Recipe(ranker_template=str(tmp_path / "own")))
+    asker.context = 900
+    texts = ["x" * 180, "y" * 180]
+    cut = [{"role": "user", "content": "why? " * 90}]
+    assert asker.read(json.dumps(cut), *texts).prompt_cut
+    assert asker.count_cut(cut, texts) == 1
+
+
+def test_a_mark_that_an_editor_puts_before_a_template_is_not_asked(tmp_path: Path) -> None:
+    """Notepad's: no model has seen it, and it made the same words another question. Line ends are as on Unix."""
+    (tmp_path / "plain").write_bytes(b"a\n{conversation}{first}{second}\n")
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfa\r\n{conversation}{first}{second}\r\n")
+    assert question_text(str(tmp_path / "marked")) == question_text(str(tmp_path / "plain"))
 
 
 def test_a_model_without_one_token_for_a_letter_is_refused(wide: Path, tmp_path: Path) -> None:

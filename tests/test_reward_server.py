@@ -267,6 +267,24 @@ def test_one_bad_text_sets_its_pairs_aside_and_a_busy_server_is_asked_again(
         asked = len(server.asked)
 
 
+def test_a_server_that_cuts_long_texts_is_found_out(served: tuple[type[Stub], Recipe]) -> None:
+    """SGLang's --allow-auto-truncate: the trial texts are short, and the reward of a long one was of its beginning."""
+    server, recipe = served
+    server.models = [{"id": recipe.ranker, "max_model_len": "400"}]  # no number: the model's own context counts
+
+    def behave(number: int) -> tuple:
+        ids = server.asked[number].get("input_ids")
+        if ids is None:
+            return 400, {"error": {"message": "no input_ids"}}
+        return 200, {"embedding": [2.5], "meta_info": {"prompt_tokens": min(300, len(ids))}}
+
+    server.behave = behave
+    ranker = RewardServer(recipe)
+    assert dict(ranker.logits([(PROMPTS[0], "a", "b")])) == {0: 0.0}
+    with pytest.raises(SPPOError, match="reads 300 tokens where 4[0-9][0-9] were sent.*allow-auto-truncate"):
+        list(ranker.logits([(PROMPTS[0], "q" * 400, "b")]))
+
+
 def test_a_refused_conversation_and_the_same_text_twice(served: tuple[type[Stub], Recipe], tmp_path: Path) -> None:
     server, recipe = served
     strict = make(tmp_path / "strict", "llama")

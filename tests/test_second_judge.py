@@ -18,7 +18,7 @@ from test_reward_model import make, one_by_one
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.evaluation import report
-from sppo.evaluation.match import judges, match_stage, shown
+from sppo.evaluation.match import judges, match, match_stage, shown
 from sppo.evaluation.page import figures
 from sppo.evaluation.page.gather import IterationRecord, RunRecord
 from sppo.launch.devices import CPU
@@ -262,6 +262,30 @@ def test_the_preflight_looks_at_the_judge(tmp_path: Path, stub: tuple[type[Stub]
     with pytest.raises(SPPOError, match="^--judge judge:other: .* serves tiny-judge, not"):
         looked(Recipe(judge=f"judge:other@{url}"))
     assert looked(Recipe()) == []
+
+
+def test_a_judges_failures_name_its_own_flag(run: Path, stub: tuple[type[Stub], str], capsys: Any) -> None:
+    """--ranker_url and --judge_template are not its settings: who follows such advice changes the ranker."""
+    server, url = stub
+    ask = f"judge:tiny-judge@{url}"
+    named = "^--judge judge:tiny-judge: "
+    server.behave = lambda number: (200, {"ok": True})
+    with pytest.raises(SPPOError, match=f"{named}.*the address in --judge usually ends in /v1") as wrong:
+        looked(Recipe(judge=ask, ranker_retries=0))
+    server.behave = lambda number: (404, {"error": {"message": "no"}})
+    with pytest.raises(SPPOError, match=f"{named}.*check --judge, and the address in --judge") as lost:
+        looked(Recipe(judge=ask, ranker_retries=0))
+    server.behave = lambda number: (200, says("Hm"))
+    with pytest.raises(SPPOError, match=f"{named}.*without a verdict.*enable_thinking") as unsaid:
+        looked(Recipe(judge=ask))
+    found = [wrong, lost, unsaid]
+
+    server.behave = lambda number: (200, says("A")) if number < len(server.asked) - 1 else (500, {"error": {}})
+    recipe = Recipe(ranker="mine:longer", judge=ask, ranker_retries=0, ranker_concurrency=1)
+    with pytest.raises(SPPOError, match=f"{named}the judge at .* gives no answer") as gone:
+        match(judges(recipe)["judge-tiny-judge"], "judge-tiny-judge", run, 0, 1)
+    for failure in (*found, gone):
+        assert not re.search("--(ranker|judge_)", str(failure.value))
 
 
 def test_a_long_name_stays_inside_its_picture() -> None:

@@ -1,4 +1,6 @@
-"""The request to stop in an orderly way: a file that somebody, or a cluster's batch script, puts there.
+"""How work ends before it is done: by a request to stop in an orderly way, or where it computes for too long.
+
+The request is a file that somebody, or a cluster's batch script, puts there.
 
 Signals do not reach the processes of other machines; a file on the shared disk does. `SPPO_STOP` names it: the drivers
 set it to <run_dir>/stop. Where it is there, shards end with their journals, and training saves a checkpoint at the step
@@ -13,6 +15,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sppo.command.errors import SPPOError
 
 VARIABLE = "SPPO_STOP"
 _SECONDS = 0.5  # between two looks for the file
@@ -57,3 +61,26 @@ def heard() -> Iterator[None]:
         yield
     finally:
         is_over.set()
+
+
+@contextmanager
+def time_limit(seconds: float, failure: str) -> Iterator[None]:
+    """Raise SPPOError(failure) where this process computes for so long: for what a user or a model brings to be run.
+
+    The time is this process's own computing, so a machine that is busy or asleep does not matter. Python gives signals
+    to the main thread only; in another thread there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(*_: object) -> None:
+        raise SPPOError(failure)
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sppo.command.errors import UsageError
 
@@ -50,9 +51,20 @@ def refuse_secret_flags(words: Sequence[str]) -> None:
 
 
 def require_plain_address(flag: str, url: str) -> None:
-    """Raise UsageError for a server's address with more in it than where the server is."""
+    """Raise UsageError for a server's address that is none, or has more in it than where the server is."""
     if "@" in url or "?" in url or "#" in url:
         raise UsageError(
             f"{flag} is an address with a user, a `?` or a `#` in it, which may be a password or a key, and recipes, "
             "logs and pages would show it; set OPENAI_API_KEY in the environment, and leave these out"
         )
+    if url and not _is_address(url):
+        raise UsageError(f"{flag} {url!r} is no address of a server; one is written as http://localhost:8000/v1")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        return False
+    return is_whole and not re.search(r"[\x00-\x20\x7f]", url)  # urlsplit takes a line break away

@@ -19,7 +19,7 @@ from sppo.command.progress import progress
 from sppo.method.preference import Array, sigmoid
 from sppo.models.files import public_name
 from sppo.rankers import Ranker, backend, log_odds, pending_chunks
-from sppo.recipe import Recipe, second_judge
+from sppo.recipe import Recipe, is_second_judge, second_judge
 from sppo.schema import Message, Pair, answer_tokens, content_id, has_answer
 from sppo.store.files import digest
 from sppo.store.journal import Journal
@@ -96,12 +96,14 @@ def fetch_judge(recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def naming(judge: Recipe) -> Iterator[None]:
-    """Put --judge before what a backend says of it."""
+    """Put --judge before what a second judge's backend says of it. The ranker's own failures stay as they are."""
     try:
         yield
     except UsageError:  # it names the flag itself
         raise
     except SPPOError as error:
+        if not is_second_judge(judge):
+            raise
         raise SPPOError(f"--judge {shown(judge)}: {error}") from None
 
 
@@ -127,7 +129,9 @@ def match_stage(judge: Recipe, judge_name: str, run_dir: Path, opponent: int, ch
     """The comparison of two iterations' answers by the ranker of the recipe `judge`, called `judge_name`."""
     challenging, opposing = answers_of(run_dir, challenger), answers_of(run_dir, opponent)
     here, name = challenging.parent, f"against-iter{opponent}-{_file_name(judge, judge_name)}"  # may hold dots
-    inputs = {"first": digest(opposing), "second": digest(challenging), "ranker": backend(judge).identity(judge)}
+    with naming(judge):
+        asked = backend(judge).identity(judge)
+    inputs = {"first": digest(opposing), "second": digest(challenging), "ranker": asked}
     # the file holds probabilities, so that another temperature compares again
     settings = {} if judge.ranker_temperature == 1 else {"ranker_temperature": judge.ranker_temperature}
     output = here / f"{name}.parquet"
@@ -161,7 +165,8 @@ def match(
         journal = stage.open_journal()
         label = f"{judge_name}: iteration {challenger} against {opponent}"
         ranker = load or partial(backend(judge).load, judge)
-        _compare(ranker, judge.ranker_temperature, pairings, journal, label)
+        with naming(judge):
+            _compare(ranker, judge.ranker_temperature, pairings, journal, label)
         made = ({"prompt_id": each.prompt_id, **journal.read(each.prompt_id)} for each in pairings)
         stage.finish({"prompts": write_parquet(stage.outputs[0], _schema(), made)}, ranker=judge.ranker)
         journal.remove()

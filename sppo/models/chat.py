@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import FOREIGN, SPPOError, with_code_hint
 from sppo.command.importing import import_networks
+from sppo.command.stopping import time_limit
 from sppo.models.dates import clock, fix_date
 from sppo.schema import Message
 from sppo.store.files import read_json
@@ -182,7 +180,7 @@ def _applied(
     **how: bool,
 ) -> Any:
     try:
-        with _time_limit(tokenizer):
+        with _in_time(tokenizer):
             return tokenizer.apply_chat_template(
                 _as_template_reads(tokenizer, messages),
                 add_generation_prompt=add_generation_prompt,
@@ -227,30 +225,13 @@ def _as_template_reads(tokenizer: PreTrainedTokenizerBase, messages: list[Messag
     ]
 
 
-@contextmanager
-def _time_limit(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Raise SPPOError where a template computes for too long: jinja bounds a range, but no loops inside of each other.
-
-    The time is this process's own computing, so a machine that is busy or asleep does not matter. Python gives signals
-    to the main thread only, where our commands do all rendering; in another thread there is no limit.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def give_up(*_: object) -> None:
-        raise SPPOError(
-            f"the chat template of {tokenizer.name_or_path} has not rendered a conversation within "
-            f"{TEMPLATE_SECONDS} s: it may loop for ever. Take the model's own template, or mend this one"
-        )
-
-    before = signal.signal(signal.SIGVTALRM, give_up)
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+def _in_time(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[None]:
+    """jinja bounds a range, but no loops inside of each other."""
+    return time_limit(
+        TEMPLATE_SECONDS,
+        f"the chat template of {tokenizer.name_or_path} has not rendered a conversation within {TEMPLATE_SECONDS} s: "
+        "it may loop for ever. Take the model's own template, or mend this one",
+    )
 
 
 def stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ import numpy as np
 from sppo.command.errors import SPPOError
 from sppo.command.stopping import end_if_asked, heard
 from sppo.method.preference import Array, estimator_for
-from sppo.recipe import Recipe
+from sppo.recipe import Recipe, backend_name
 from sppo.schema import Message, Pair
 from sppo.store.rankings import backend_of
 
@@ -55,11 +54,8 @@ class Ranker(Protocol):
 
 
 def backend(recipe: Recipe) -> ModuleType:
-    """The module that the recipe's ranker_backend names; `auto` is a function for module:function, else PairRM."""
-    name = recipe.ranker_backend
-    if name == "auto":
-        name = "function" if re.fullmatch(r"[\w.]+:\w+", recipe.ranker) else "pairrm"
-    return importlib.import_module(f"sppo.rankers.{name.replace('-', '_')}")
+    """The module that the recipe's ranker_backend names."""
+    return importlib.import_module(f"sppo.rankers.{backend_name(recipe).replace('-', '_')}")
 
 
 def estimator_of(recipe: Recipe, rankings: list[Path]) -> str:

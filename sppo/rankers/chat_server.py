@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from sppo.command.errors import SPPOError
+from sppo.command.errors import SPPOError, first_line
 from sppo.command.importing import is_installed
 from sppo.command.values import require_plain_address
+from sppo.recipe import Recipe, is_second_judge
 
 if TYPE_CHECKING:
     from openai import APIError, APIStatusError, OpenAI
@@ -40,6 +42,7 @@ class ChatServer:
     """The server at `url`, which gets `concurrency` requests at once. The key is OPENAI_API_KEY in the environment.
 
     `url_flag` and `model_flag` are what messages tell the user to look at; `what` is what they call the server.
+    Raises SPPOError, or UsageError for the address, where no server could be asked in this way.
     """
 
     url: str
@@ -61,20 +64,35 @@ class ChatServer:
         self._lock = threading.Lock()
         self.openai = openai
         # all but the first: the server has answered with something that is no chat completion
-        self.failures = (openai.APIError, AttributeError, KeyError, TypeError, ValueError)
+        broken = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+        self.failures = (openai.APIError, *broken)
         self.key = os.environ.get("OPENAI_API_KEY", "")
+        if not re.fullmatch("[!-~]*", self.key):
+            raise SPPOError(
+                "OPENAI_API_KEY in the environment has a character that no key has, such as a space, a line break or a "
+                "letter beyond ASCII; set it anew"
+            )
 
     def client(self) -> OpenAI:
         """A client for any number of threads. It retries 408, 409, 429, 5xx, a lost connection and a timeout itself.
 
         It follows no redirect: prompts and key go to the address that the user has named, and nowhere else.
+        Raises SPPOError where the environment's own settings of the network do not let one be made.
         """
+        try:
+            through = self.openai.DefaultHttpxClient(follow_redirects=False)
+        except (ImportError, OSError, ValueError) as error:
+            said = re.sub(r"://[^/\s']*@", "://***@", first_line(error))
+            raise SPPOError(
+                f"the {self.what} at {self.url} cannot be asked: see to HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and "
+                f"SSL_CERT_FILE in the environment ({said})"
+            ) from None
         return self.openai.OpenAI(
             base_url=self.url,
             api_key=self.key or "none",
             timeout=self.timeout,
             max_retries=self.retries,
-            http_client=self.openai.DefaultHttpxClient(follow_redirects=False),
+            http_client=through,
         )
 
     def ask_all(self, items: Iterable[Item], ask: Callable[[OpenAI, Item], Answer]) -> Iterator[tuple[int, Answer]]:
@@ -141,7 +159,7 @@ class ChatServer:
         """The models that the server lists. Raises SPPOError where it gives no answer."""
         try:
             with self.client() as client:
-                return [model for model in client.models.list() if model.id]
+                return [model for model in client.models.list() if model.id and model.id.strip()]
         except self.failures as error:
             raise self.failure(error) from None
 
@@ -159,7 +177,7 @@ class ChatServer:
 
     def failure(self, error: Exception) -> SPPOError:
         """What a failed request means for the user."""
-        status, where = getattr(error, "status_code", None), f"the {self.what} at {self.url}"
+        status, where = getattr(error, "status_code", None), f"the {self.what} at {self.url}{self._proxied()}"
         if not isinstance(error, self.openai.APIError):
             return SPPOError(f"{where} is no OpenAI-compatible server; {self.url_flag} usually ends in /v1")
         if isinstance(error, self.openai.APIStatusError) and 300 <= error.status_code < 400:
@@ -180,14 +198,24 @@ class ChatServer:
             "see to the server and run the same command to go on"
         )
 
+    def _proxied(self) -> str:
+        """That the environment sends the requests through a proxy, whose words may not be the server's. Not which."""
+        address = urlsplit(self.url)
+        proxies = getproxies()
+        name = next((name for name in (address.scheme, "all") if proxies.get(name)), "")
+        host = address.hostname or ""
+        if not name or proxy_bypass(host):
+            return ""
+        return f" (asked through {name.upper()}_PROXY; NO_PROXY={host} in the environment goes past it)"
+
     def _points_to(self, error: APIStatusError) -> str:
         """Where a redirect leads, without what may be secret in it."""
         aim = urlsplit(urljoin(self.url, error.response.headers.get("location", "")))
         return f"{aim.scheme}://{aim.netloc.rpartition('@')[2]}{aim.path}"
 
     def words(self, error: APIError) -> str:
-        """The error in a line, without the key, should the server repeat it."""
-        text = " ".join(error.message.split())
+        """The error in a line, and what the network said, without the key, should the server repeat it."""
+        text = " ".join(f"{error.message} {error.__cause__ or ''}".split())
         return (text.replace(self.key, "***") if self.key else text)[:300]
 
     def note(self, text: str) -> None:
@@ -197,3 +225,17 @@ class ChatServer:
             if kind not in self.noted:
                 self.noted.add(kind)
                 print(f"{self.what}: {text}", file=sys.stderr, flush=True)
+
+
+def ranker_server(recipe: Recipe, what: str) -> ChatServer:
+    """The server of the recipe's ranker. Messages name the flag that has named it: a second judge is all --judge."""
+    is_second = is_second_judge(recipe)
+    return ChatServer(
+        recipe.ranker_url,
+        url_flag="the address in --judge" if is_second else "--ranker_url",
+        model_flag="--judge" if is_second else "--ranker",
+        what=what,
+        concurrency=recipe.ranker_concurrency,
+        timeout=recipe.ranker_timeout,
+        retries=recipe.ranker_retries,
+    )

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.command.errors import FOREIGN, SPPOError, UsageError
-from sppo.recipe import Recipe
+from sppo.recipe import Recipe, is_second_judge
 from sppo.schema import Message, Pair, prompt_text
 from sppo.store.files import digest
 
@@ -41,10 +41,16 @@ def load_function(name: str, flag: str) -> Function:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that a file here hides no package
     try:
-        found = getattr(importlib.import_module(module), function)
+        imported = importlib.import_module(module)
     except FOREIGN as error:
         said = f"{type(error).__name__}: {error}"
         raise UsageError(f"{flag} {name}: not a module:function that can be imported ({said})") from None
+    found = getattr(imported, function, None)
+    if found is None:  # the file may be another one of this name than the user thinks of
+        file = getattr(imported, "__file__", None) or "which is built into Python"
+        raise UsageError(
+            f"{flag} {name}: not a module:function that can be imported: there is no {function} in {module}, {file}"
+        )
     if not callable(found):
         raise UsageError(f"{flag} {name}: not a function or a class")
     return found
@@ -143,7 +149,7 @@ class ListRanker:
 
     def _answers(self, pairs: list[Pair]) -> Iterator[Any]:
         try:
-            given = self.ask(pairs)
+            given = self.ask([(_copied(messages), *texts) for messages, *texts in pairs])
             if isinstance(given, _NO_LIST):
                 raise SPPOError(f"{self.name} gave {_short(given)}, not {_LISTS}")
             yield from given
@@ -162,9 +168,14 @@ class ListRanker:
         if self._count is None:
             return 0
         try:
-            return operator.index(self._count(prompt, list(responses)))
+            return operator.index(self._count(_copied(prompt), list(responses)))
         except FOREIGN as error:
             raise _failed(f"{self.name}: count_cut", error) from None
+
+
+def _copied(messages: list[Message]) -> list[Message]:
+    """Messages for one call of the user's code: an answer that it appends to them must not reach the next pair."""
+    return [{**message} for message in messages]
 
 
 def _number(name: str, said: Any) -> float:
@@ -237,9 +248,8 @@ def _said_identity(found: Function, name: str) -> dict[str, Any]:
 
 
 def _flag(recipe: Recipe) -> str:
-    """The flag that named what is the ranker of this recipe; for the second judge's recipe see evaluation/match.py."""
-    is_judge = recipe.ranker_backend == "function" and recipe.judge.removeprefix("function:") == recipe.ranker
-    return "--judge" if is_judge else "--ranker"
+    """The flag that named what is the ranker of this recipe."""
+    return "--judge" if is_second_judge(recipe) else "--ranker"
 
 
 def fetch(recipe: Recipe) -> Path:

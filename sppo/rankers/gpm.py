@@ -174,9 +174,10 @@ def _open_gpm(directory: Path) -> Opened:
     shapes, hidden = weight_shapes(directory), opened.config.get_text_config().hidden_size
     if VALUE not in shapes:
         raise SPPOError(f"{name}: no {VALUE} in its weights, so it is no GPM; a plain reward model is reward-model")
-    d = shapes[VALUE][0]
+    d = next(iter(shapes[VALUE]), 0)
     if d == 1:
         raise SPPOError(f"{name}: its {VALUE} has one row, so it is a Bradley-Terry reward model and no GPM")
+    d = max(d, 2)  # a head without rows would fit, and prefer nothing
     for head, wanted in ((VALUE, [d + d % 2, hidden]), (PROMPT, [d // 2, hidden])):
         if shapes.get(head, wanted) != wanted:
             raise SPPOError(f"{name}: its {head} is {shapes[head]}, and {wanted} would fit")

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sppo.command.errors import SPPOError, UsageError
+from sppo.command.stopping import time_limit
 from sppo.rankers import TRIAL
-from sppo.rankers.chat_server import ChatServer
+from sppo.rankers.chat_server import ranker_server
 from sppo.rankers.templates import fill, load_template, presets, read_preset
-from sppo.rankers.verdicts import HARD, read_choice, verdict_pattern, vote
-from sppo.recipe import Recipe
+from sppo.rankers.verdicts import HARD, Verdict, read_choice, verdict_pattern, vote
+from sppo.recipe import Recipe, is_second_judge
 from sppo.schema import Message, Pair, prompt_text
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TOP_LOGPROBS = 20
 _ROOM = 1024  # tokens for the answer to a template of the user's
+_SECONDS = 10  # of computing that the regex may take for the answers to one pair
 _DEFAULT = "letter"  # the preset whose settings are left out of a ranking's identity
 
 
@@ -72,14 +74,7 @@ class JudgeRanker:
     def __init__(self, recipe: Recipe) -> None:
         if not recipe.ranker_url:
             raise UsageError("--ranker_backend judge needs --ranker_url, its server: http://localhost:8000/v1")
-        self.server = ChatServer(
-            recipe.ranker_url,
-            url_flag="--ranker_url",
-            model_flag="--ranker",
-            concurrency=recipe.ranker_concurrency,
-            timeout=recipe.ranker_timeout,
-            retries=recipe.ranker_retries,
-        )
+        self.server = ranker_server(recipe, "judge")
         self.recipe, self.form = recipe, judge_form(recipe)
         self.logprobs = True  # until the server refuses a request for the sake of them
         self.many = True  # until it refuses one for several answers
@@ -93,27 +88,50 @@ class JudgeRanker:
 
         Raises SPPOError for what no further request would mend, and where a request failed once too often.
         """
-        return self.server.ask_all(pairs, self._answer)
+        for index, choices in self.server.ask_all(pairs, self._choices):
+            yield index, math.nan if choices is None else self._logit(choices)
 
-    def _answer(self, client: OpenAI, pair: Pair) -> float:
+    def _choices(self, client: OpenAI, pair: Pair) -> list[dict[str, Any]] | None:
+        """The judge's answers to a pair; None where it is refused."""
         try:
-            choices = self._sample(client, pair) if self.form.votes else self._ask(client, pair)
-            verdicts = [read_choice(choice, self.form.verdict, self.form.first) for choice in choices]
+            return self._sample(client, pair) if self.form.votes else self._ask(client, pair)
         except self.server.failures as error:
             self.server.set_aside(error, "a pair")
-            return math.nan
+            return None
 
-        left_out = "is no vote" if self.form.votes else "and its prompt is set aside"
-        if any(verdict.is_cut and math.isnan(verdict.logit) for verdict in verdicts):
-            room = f"--judge_max_tokens {self.form.max_tokens}"
-            self.server.note(f"an answer was cut off before its verdict, {left_out}: raise {room}, if this is frequent")
-        elif not verdicts or any(math.isnan(verdict.logit) for verdict in verdicts):
-            self.server.note(f"an answer without a verdict, or with invalid log-probs, {left_out}")
+    def _logit(self, choices: list[dict[str, Any]]) -> float:
+        """What the answers say of a pair. In the main thread, where the time of a user's regex is limited."""
+        regex = self.form.verdict.pattern
+        slow = (
+            f"--judge_verdict {regex} has not read an answer within {_SECONDS} s: it has too many ways to match one. "
+            "Take a repeat inside of a repeat out of it"
+        )
+        try:
+            with time_limit(_SECONDS, slow):
+                verdicts = [read_choice(choice, self.form.verdict, self.form.first) for choice in choices]
+        except self.server.failures as error:
+            raise self.server.failure(error) from None
+
+        self._note_unread(verdicts, choices)
         if self.form.votes:
             return vote(verdicts)
         if any(verdict.is_hard for verdict in verdicts):
             self.server.note(f"the server gives no log-probs, so an answer counts as a logit of {HARD:g} or {-HARD:g}")
         return verdicts[0].logit if verdicts else math.nan
+
+    def _note_unread(self, verdicts: list[Verdict], choices: list[dict[str, Any]]) -> None:
+        """Say once why an answer counts for nothing, and what could be done."""
+        left_out = "is no vote" if self.form.votes else "and its prompt is set aside"
+        unread = [i for i, verdict in enumerate(verdicts) if math.isnan(verdict.logit)]
+        if any(verdicts[i].is_cut for i in unread):
+            more = f": raise --judge_max_tokens {self.form.max_tokens}, if this is frequent"
+            more = "" if is_second_judge(self.recipe) else more
+            self.server.note(f"an answer was cut off before its verdict, {left_out}{more}")
+        elif unread or not verdicts:
+            said = choices[unread[0]].get("message") if unread else None
+            end = str((said or {}).get("content") or "")[-80:]
+            told = f"an answer without a verdict, or with invalid log-probs, {left_out}"
+            self.server.note(f"{told}: it ends in {end!r}" if end else told)
 
     def _request(self, pair: Pair) -> dict[str, Any]:
         content = judge_prompt(self.form.template, *pair)
@@ -163,10 +181,10 @@ def fetch(recipe: Recipe) -> str:
     judge = JudgeRanker(recipe)
     judge.server.check_serves(recipe.ranker)
     if not all(math.isfinite(logit) for _, logit in judge.logits([TRIAL])):
+        more = "" if is_second_judge(recipe) else ", or a --judge_template for judges that reason"
         raise SPPOError(
             f"the judge {recipe.ranker} answers a trial question without a verdict (the line above says more); one "
-            """that thinks aloud wants --chat_template_kwargs '{"enable_thinking": false}', or a --judge_template """
-            "for judges that reason"
+            f"""that thinks aloud wants --chat_template_kwargs '{{"enable_thinking": false}}'{more}"""
         )
     return recipe.ranker_url
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import nan
@@ -60,50 +63,72 @@ class Asker:
         self.control = {token for token in control if token != tokenizer.unk_token_id}
 
         plain = self.question.ask("prompt", "first", "second")
+        self.lead: list[int] = []
         try:
+            self.lead, self.letters = self._opening(plain)
             ids = self._ids(plain)
             self.turns, self.frame = self._control_of(ids), len(ids) - self._length(plain)
-            self.letters = self._letters(plain, ids)
         except ValueError as error:
             raise SPPOError(f"{name}: {error}") from None
         self.length = lru_cache(maxsize=4096)(self._length)
 
     def _ids(self, asked: str, answer: str = "") -> list[int]:
-        """The question in the chat template, to be answered; or answered already."""
+        """The question in the chat template, up to the place of the letter; or answered already."""
         turns = [{"role": "user", "content": asked}]
         if answer:
             turns.append({"role": "assistant", "content": answer})
         ids = chat.conversation_ids(self.tokenizer, turns, not answer, self.kwargs)
         bare = self.question.name == "rlhflow" and ids[:1] == [self.tokenizer.bos_token_id]
-        return ids[1:] if bare else ids
+        ids = ids[1:] if bare else ids
+        return ids if answer else ids + self.lead
 
-    def _letters(self, asked: str, ids: list[int]) -> Letters:
-        """As the template's own answers begin, else as the tokenizer goes on behind the question.
+    def _opening(self, asked: str) -> tuple[list[int], Letters]:
+        """(the white space that the template puts before an answer, the letters behind it).
 
-        So " A" where the template puts a space before an answer, and "A" behind thoughts that are left out.
+        As the template's own answers begin. Where it has left something out of these, which it writes in a question to
+        be answered, the letters are as the tokenizer goes on behind that. Raises SPPOError where a letter is not what
+        an answer begins with: its logit would be noise.
         """
-        turns = [{"role": "user", "content": asked}]
-        text = chat.render(self.tokenizer, turns, True, self.kwargs)
-        for way in ("as an answer", "behind the question"):
-            both = []
-            for letter in "AB":
-                if way == "as an answer":
-                    found = self._ids(asked, letter)
-                else:
-                    whole = self.tokenizer(text + letter, add_special_tokens=False)["input_ids"]
-                    found = ids + list(whole)[len(chat.prompt_ids(self.tokenizer, turns, self.kwargs)) :]
-                if found[: len(ids)] == ids and self._says(found[len(ids) :], letter):
-                    both.append(found[len(ids)])
-            if len(both) == 2:
-                return Letters(*both)
-        raise SPPOError(
-            f'{self.name}: "A" and "B" are not one token each where it would answer, so a preference cannot be read '
-            "there; take another model, or a judge on a server"
-        )
+        ids = self._ids(asked)
+        answered = [self._ids(asked, letter) for letter in "AB"]
+        if any(found[: len(ids)] != ids for found in answered):
+            text = self._text(asked)
+            self._require_answerable(text.removeprefix(os.path.commonprefix([text, self._text(asked, "A")])))
+            plain, *both = (
+                list(self.tokenizer(text + end, add_special_tokens=False)["input_ids"]) for end in ("", *"AB")
+            )
+            answered = [ids + found[len(plain) :] if found[: len(plain)] == plain else ids for found in both]
 
-    def _says(self, ids: list[int], letter: str) -> bool:
-        """Whether the first of some ids is the letter, and the letter is no part of a longer token."""
-        return bool(ids) and str(self.tokenizer.decode(ids[:1])).strip() == letter
+        same = next((i for i, both in enumerate(zip(*answered, strict=False)) if len(set(both)) > 1), len(ids))
+        lead, letters = answered[0][len(ids) : same], [found[same : same + 1] for found in answered]
+        if before := str(self.tokenizer.decode(lead)).strip():
+            raise self._not_at_once(before)
+        if [str(self.tokenizer.decode(letter)).strip() for letter in letters] != ["A", "B"]:
+            raise SPPOError(
+                f'{self.name}: "A" and "B" are not one token each where it would answer, so a preference cannot be '
+                "read there; take another model, or a judge on a server"
+            )
+        return lead, Letters(*itertools.chain(*letters))
+
+    def _text(self, asked: str, answer: str = "") -> str:
+        turns = [{"role": "user", "content": asked}]
+        if answer:
+            turns.append({"role": "assistant", "content": answer})
+        return chat.render(self.tokenizer, turns, not answer, self.kwargs)
+
+    def _require_answerable(self, opened: str) -> None:
+        """Raise SPPOError for the start of an answer that is to be followed by something else than a letter.
+
+        opened: what the template writes there, and leaves out of an answer: nothing, or thoughts that are over.
+        """
+        if opened.strip() and not re.search(r"[<\[]/[\w:]+[>\]]\s*$", opened):
+            raise self._not_at_once(opened)
+
+    def _not_at_once(self, before: str) -> SPPOError:
+        return SPPOError(
+            f"{self.name}: its chat template begins an answer with {before[-60:]!r}, not with A or B. One that thinks "
+            """first may take --chat_template_kwargs '{"enable_thinking": false}'; else take a judge on a server"""
+        )
 
     def _control_of(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token in self.control]
@@ -140,7 +165,8 @@ class Asker:
         lengths = {text: self.length(self.question.harmless(text)) for text in responses}
         texts = sorted(lengths, key=lambda text: -lengths[text])
         whole = self.question.ask(self.question.conversation(prompt), "", "")
-        if self.frame + self.length(whole) + 2 * lengths[texts[0]] + _SLACK <= self.context:
+        shown = self.question.shown * lengths[texts[0]]  # at most
+        if self.frame + self.length(whole) + shown + _SLACK <= self.context:
             return 0
         pairs = [(a, b) for a in texts for b in texts if a != b] or [(a, a) for a in texts]
         return int(any(self.read(json.dumps(prompt), a, b).prompt_cut for a, b in pairs))
@@ -217,7 +243,10 @@ class PairLM:
 
 def _open_pair_lm(directory: Path, recipe: Recipe) -> Asker:
     """A model that can be asked, without its weights. Raises SPPOError for a directory that holds none."""
-    _, config, tokenizer = open_directory(directory, "causal LM")
+    raw, config, tokenizer = open_directory(directory, "causal LM")
+    made = ", ".join(map(str, raw.get("architectures") or []))
+    if "ForSequenceClassification" in made:  # seen before its weights are loaded, which may be hours later
+        raise SPPOError(f"ranker {directory} is a {made} and no causal LM; a reward model's backend is reward-model")
     require_template(directory, tokenizer)
     fix_date(tokenizer, recipe.date)
     return Asker(f"ranker {directory}", tokenizer, context_of(config.get_text_config(), tokenizer), recipe)

@@ -31,11 +31,13 @@ class Question:
     """A template, and how texts are put into it for a tokenizer.
 
     name: as in --ranker_template. A text cannot forge a turn: a space parts the name of a control token in it. Nor can
-    it forge another text's beginning: the same is done to what a template has before and behind its fields.
+    it forge another text's beginning: the same is done to what a template has before and behind its fields. shown: how
+    many times a response stands in a question: 2, or more where a template repeats a field.
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.name, self.template = name, question_text(name)
+        self.shown = sum(field in ("first", "second") for field in _FIELD.findall(self.template))
         added = tokenizer.added_tokens_decoder.values()
         control = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         marks = ["<turn>", *_marks(self.template)] if name == "rlhflow" else _marks(self.template)

@@ -18,7 +18,7 @@ from sppo.models.files import json_object, resolve, tokenizer_files
 from sppo.models.frames import date_identity
 from sppo.models.loading import loading
 from sppo.rankers import TRIAL
-from sppo.rankers.chat_server import ChatServer
+from sppo.rankers.chat_server import ChatServer, ranker_server
 from sppo.rankers.reading import Reader, system_identity
 from sppo.recipe import Recipe
 from sppo.schema import Message, Pair, content_id
@@ -55,15 +55,7 @@ class RewardServer:
     def __init__(self, recipe: Recipe) -> None:
         if not recipe.ranker_url:
             raise UsageError("--ranker_backend reward-server needs --ranker_url, its server: http://localhost:8000/v1")
-        self.server = ChatServer(
-            recipe.ranker_url,
-            url_flag="--ranker_url",
-            model_flag="--ranker",
-            what="reward server",
-            concurrency=recipe.ranker_concurrency,
-            timeout=recipe.ranker_timeout,
-            retries=recipe.ranker_retries,
-        )
+        self.server = ranker_server(recipe, "reward server")
         directory = _directory(recipe)
         tokenizer, config = _open_reading(directory)
         self.served, longest = self._served(recipe.ranker)
@@ -79,11 +71,12 @@ class RewardServer:
         for model in models:
             root = getattr(model, "root", None)
             if ranker in (model.id, root) or _is_same_directory(ranker, root):
-                return model.id, getattr(model, "max_model_len", None)
+                longest = getattr(model, "max_model_len", None)
+                return model.id, longest if isinstance(longest, int) and longest > 0 else None
         names = ", ".join(model.id for model in models) or "no model"
         raise SPPOError(
-            f"{self.server.url} serves {names}, not --ranker {ranker}. If that is the same model, start its server "
-            f"with --served-model-name {ranker}"
+            f"{self.server.url} serves {names}, not {self.server.model_flag} {ranker}. If that is the same model, "
+            f"start its server with --served-model-name {ranker}"
         )
 
     def count_cut(self, prompt: list[Message], responses: Sequence[str]) -> int:
@@ -115,13 +108,24 @@ class RewardServer:
         if ids is None:  # the chat template refuses the conversation
             return nan
         try:
-            reward = _one_number(self.server, self._post(client, self.way, ids))
+            reward = self._reward(client, self.way, ids)
         except self.server.failures as error:
             self.server.set_aside(error, "a text")
             return nan
         if not isfinite(reward):
             self.server.note("a reward is not a finite number; its prompt is set aside")
         return reward
+
+    def _reward(self, client: OpenAI, way: _Way, ids: list[int], activation: bool = False) -> float:
+        """The reward of a text. Raises SPPOError where the server has read another one: some cut what is too long."""
+        answer = self._post(client, way, ids, activation)
+        read = _tokens_read(answer)
+        if read not in (None, len(ids)):
+            raise SPPOError(
+                f"{self.server.url} reads {read} tokens where {len(ids)} were sent, so its rewards are of other texts. "
+                "Start it so that it cuts no text: SGLang without --allow-auto-truncate"
+            )
+        return _one_number(self.server, answer)
 
     def _post(self, client: OpenAI, way: _Way, ids: list[int], activation: bool = False) -> Any:
         """The server's answer to a text. vLLM's default is the reward's sigmoid; older ones call it `activation`."""
@@ -161,15 +165,9 @@ class RewardServer:
             ids = self.reader.read(json.dumps(TRIAL[0]), response).ids
             if ids is None:
                 raise SPPOError(f"{self.reader.name}: its chat template refuses a question and its answer")
-            answer = self._post(client, way, ids)
-            rewards.append(_one_number(self.server, answer))
-            read = _tokens_read(answer)
-            if read not in (None, len(ids)):
-                raise SPPOError(
-                    f"{url} reads {read} tokens where {len(ids)} were sent, so its rewards are of other texts"
-                )
+            rewards.append(self._reward(client, way, ids))
             if way.field == "input":
-                squashed.append(_one_number(self.server, self._post(client, way, ids, activation=True)))
+                squashed.append(self._reward(client, way, ids, activation=True))
 
         if not all(map(isfinite, rewards)):
             raise SPPOError(f"{url} gives {rewards} for trial texts, not finite numbers")
@@ -206,7 +204,8 @@ def _flat(found: Any) -> Iterator[Any]:
 
 def _tokens_read(answer: Any) -> int | None:
     """How many tokens the server has read, where it says so."""
-    told = answer.get("usage") or answer.get("meta_info") or {} if isinstance(answer, dict) else {}
+    text = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer  # SGLang's, of several texts
+    told = text.get("usage") or text.get("meta_info") or {} if isinstance(text, dict) else {}
     return told.get("prompt_tokens")
 
 

@@ -45,7 +45,9 @@ def open_directory(directory: Path, kind: str) -> Opened:
         raise SPPOError(f"{name}: no config.json in it; merge a LoRA adapter into its base model first")
     raw = read_json(directory / "config.json")
     if "model_name" in raw or "source_prefix_id" in raw:
-        raise SPPOError(f"{name} is a PairRM, not a {kind}; pass --ranker_backend pairrm")
+        raise SPPOError(
+            f"{name} is a PairRM, not a {kind}; pass --ranker_backend pairrm, or --judge pairrm:... for a second judge"
+        )
     if is_adapter(directory, "ranker"):
         raise SPPOError(f"{name} is an adapter; merge it into its base model first")
     with loading(f"{name}: its config or tokenizer"):

@@ -45,9 +45,11 @@ def load_template(name_or_file: str, flag: str) -> str:
 def read_template(name_or_file: str, flag: str, known: list[str]) -> str:
     """As load_template, of a file. `known`: the names that could have been meant."""
     try:
-        text = Path(name_or_file).expanduser().read_text(encoding="utf-8").removesuffix("\n")
+        # utf-8-sig: some editors put a mark before the text, which no model has seen
+        text = Path(name_or_file).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as UTF-8 text: {error}"
+        told = f"as UTF-8 text: {error}" if isinstance(error, ValueError) else f"({error.strerror})"
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read {told}"
         hint = nearest(name_or_file, known)
         raise UsageError(f"{flag} {name_or_file}: {reason}; it is a file, or one of {', '.join(known)}{hint}") from None
 
@@ -56,7 +58,10 @@ def read_template(name_or_file: str, flag: str, known: list[str]) -> str:
         raise UsageError(f"{flag} {name_or_file}: {doubled[0]}: a field has one brace on each side: {{{doubled[1]}}}")
     named = re.findall(r"\{(\w+)\}", text)
     if unknown := [name for name in named if name not in FIELDS]:
-        raise UsageError(f"{flag} {name_or_file}: unknown field {{{unknown[0]}}}{nearest(unknown[0], FIELDS)}")
+        raise UsageError(
+            f"{flag} {name_or_file}: unknown field {{{unknown[0]}}}{nearest(unknown[0], FIELDS)}. What is to stay as "
+            f"it is has a space inside its braces: {{ {unknown[0]} }}"
+        )
     if missing := [name for name in FIELDS if name not in named]:
         raise UsageError(
             f"{flag} {name_or_file}: no {{{missing[0]}}} in it; a template needs {{{'}, {'.join(FIELDS)}}}"

@@ -21,6 +21,7 @@ HARD = 10.0  # an answer without log-probs has this logit, or its negative
 _UNLISTED = -9999.0  # what servers write where a token has no probability
 _NAMES = (("a", "b"), ("1", "2"), ("first", "second"))
 _TIES = ("c", "tie", "equal")
+_BROKEN_OFF = ("length", "content_filter", "abort", "error")  # reasons for which an answer ends before its end
 
 
 class Verdict(NamedTuple):
@@ -54,14 +55,16 @@ def read_choice(choice: dict[str, Any], pattern: re.Pattern[str], first: bool = 
     """The verdict of one choice of a chat completion; its logit is read at the token in which the group's text begins.
 
     A judge may quote a verdict that stands in a response, so the last match counts, behind its thoughts. An answer that
-    was cut off has not said its last word, and has no verdict. `first`: the first match counts, as soon as it is said.
+    was broken off, by its length or a filter, has not said its last word, and has no verdict. `first`: the first match
+    counts, as soon as it is said.
     """
     answer, places = _answer(choice), (choice.get("logprobs") or {}).get("content") or []
-    is_cut = choice.get("finish_reason") == "length"
+    ended = choice.get("finish_reason")
+    is_cut = ended == "length"
     standing = list(_standing(places, answer, pattern, first))
     found = standing[0][1] if first and standing else _match(pattern, answer, first)
     names = _names(found[1]) if found else ()
-    if not found or not names or (is_cut and not first):
+    if not found or not names or (ended in _BROKEN_OFF and not first):
         return Verdict(math.nan, is_cut=is_cut)
     if found[1] not in names:
         return Verdict(0.0)  # a tie
