@@ -42,9 +42,10 @@ def responses_of(prompts: int, k: int) -> Rows:
             ids = rng.integers(0, 99, 1 + int(rng.integers(9))).tolist()
             logps = [-0.5] * len(ids) if n % 2 else None
             text = f"é{i} " + "x" * len(ids)
-            responses.append({"text": text, "token_ids": ids, "finish_reason": "stop", "logps": logps})
+            response = {"text": text, "token_ids": ids, "finish_reason": "stop", "logps": logps}
+            responses.append({**response, "thought": None, "thought_tokens": None})
         row = {"prompt_id": f"id{n}", "prompt": prompt, "responses": responses}
-        rows.append({**row, "prompt_token_ids": [n, n + 1], "tokenizer": "t"})
+        rows.append({**row, "prompt_token_ids": [n, n + 1], "tokenizer": "t", "prompt_thoughts": None})
     return rows
 
 

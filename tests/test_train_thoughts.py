@@ -26,6 +26,7 @@ from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
 from sppo.generation.templating import to_requests
 from sppo.models import chat
+from sppo.models.dates import fix_date
 from sppo.models.frames import reads_as
 from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
@@ -293,6 +294,15 @@ def test_an_edited_thought_is_refused_where_its_ids_are_trained_on(
     assert tokenizer.decode(data.responses[0][0]) == "<think>\nNone and\n</think>\n\nred<|im_end|>"
 
 
+def test_an_answer_behind_a_thought_without_an_end_is_refused(models: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """It would be trained on as a part of the thought."""
+    row = row_of(tokenizer, two(tokenizer)[0], drawn(tokenizer, "<think>x x x", 4, end=""))
+    assert len(read(models, tmp_path / "t.parquet", [row])) == 1
+    row["rejected"][-1] = answer("sky")
+    with pytest.raises(SPPOError, match="row 0: an answer was written behind a thought that has no end"):
+        read(models, tmp_path / "t.parquet", [row])
+
+
 def test_impossible_thought_tokens_are_one_clear_error(models: Path, tmp_path: Path, tokenizer: Any) -> None:
     row = row_of(tokenizer, *two(tokenizer))
     row["responses"][1]["thought_tokens"] = 9
@@ -379,8 +389,18 @@ def test_an_answers_start_is_found_behind_half_characters(tokenizer: Any) -> Non
         before = tokenizer(f"<think>{thought}</think>", add_special_tokens=False)["input_ids"]
         behind = tokenizer(f"{said}<|im_end|>", add_special_tokens=False)["input_ids"]
         assert answer_start(tokenizer, {2}, before + behind, said) == len(before)
-    with pytest.raises(ValueError, match="the chat template writes another answer behind the thought"):
-        answer_start(tokenizer, {2}, before + behind, "blue")
+    assert answer_start(tokenizer, {2}, before + behind, "blue") is None
+
+
+def test_an_answer_that_the_template_changes_is_trained_on_with_its_thought_only(models: Path, tmp_path: Path) -> None:
+    """Where the answer begins cannot be known then. Counting what is cut does not leave a row out."""
+    bluer = QWEN3.replace("c + '<|im_end|>", "c.replace('red', 'blue') + '<|im_end|>")
+    rows = [{"chosen": [USER, answer("red", thinking="None")], "rejected": [USER, answer("no")]}]
+    limits = {"max_length": 14, "max_prompt_length": 10}
+    whole = read(models, tmp_path / "t.parquet", rows, bluer, **limits)
+    assert (whole.counts["responses_cut"], whole.counts["responses_with_a_thought"]) == (2, 1)
+    with pytest.raises(SPPOError, match="no rows to train on.*writes another answer behind the thought"):
+        read(models, tmp_path / "t.parquet", rows, bluer, train_thoughts=False)
 
 
 REAL = {  # in trl, as published
@@ -434,6 +454,20 @@ def test_earlier_thoughts_are_templated_as_the_template_does_it(models: Path, tu
     is_kept = name in ("kept", "magistral") or (name == "gpt-oss" and turns is IN_CONTENT)  # it only reads its field
     assert ("secret" in text, "Because." in text) == (is_kept, True)
     assert reads_as(tokenizer, chat.prompt_ids(tokenizer, given), given, {})
+
+
+def test_a_prompt_of_another_day_is_the_same_prompt_without_its_earlier_thoughts(models: Path) -> None:
+    """Its token ids do not hold what the template rightly left out. An edited answer makes it another prompt."""
+    tokenizer = tokenizer_of(models, "{{ strftime_now('%d %B %Y') }}\n" + QWEN3)
+    for turns in (TURNS, IN_CONTENT):
+        given = as_messages(turns)
+        fix_date(tokenizer, "2026-11-02")
+        token_ids = chat.prompt_ids(tokenizer, given)
+        fix_date(tokenizer, "2026-11-29")
+        assert chat.prompt_ids(tokenizer, given) != token_ids
+        assert reads_as(tokenizer, token_ids, given, {})
+        edited = [given[0], {**given[1], "content": given[1]["content"] + "!"}, given[2]]
+        assert not reads_as(tokenizer, token_ids, edited, {})
 
 
 def test_prompts_without_thoughts_are_as_they_were(tmp_path: Path) -> None:

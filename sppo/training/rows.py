@@ -242,7 +242,10 @@ class Reading:
         is_cut = min(len(ids.prompt), self.recipe.max_prompt_length) + len(ids.response) > self.recipe.max_length
         self.counts["responses_with_a_thought"] += answer.has_thought()
         if answer.has_thought() and (is_cut or not self.recipe.train_thoughts):
-            ids = ids._replace(thought=answer_start(self.tokenizer, self.stop_ids, ids.response, answer.alone(text)))
+            start = answer_start(self.tokenizer, self.stop_ids, ids.response, answer.alone(text))
+            if start is None and not self.recipe.train_thoughts:
+                raise BeyondTextError("the chat template writes another answer behind the thought")
+            ids = ids._replace(thought=start or 0)
         return ids
 
     def _without_end(self, answer: str) -> str:

@@ -53,15 +53,15 @@ def as_template_takes(
     return answer
 
 
-def answer_start(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], ids: list[int], answer: str) -> int:
+def answer_start(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], ids: list[int], answer: str) -> int | None:
     """How many of a response's token ids come before the first one of its answer.
 
-    Raises BeyondTextError where the ids do not end with this answer.
+    None where the ids do not end with this answer.
     """
     ids, wanted = _without_stop(ids, stop_ids), answer.strip()
 
     def spelled(start: int) -> str:
-        return str(tokenizer.decode(ids[start:])).strip()
+        return str(tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)).strip()
 
     # the last start behind which there are as many characters as the answer has, by bisection
     low, high = 0, len(ids)
@@ -72,10 +72,7 @@ def answer_start(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], ids: li
         else:
             high = middle - 1
     # half a character counts as one, so it may lie a few tokens before
-    for start in range(low, max(-1, low - 4), -1):
-        if spelled(start) == wanted:
-            return start
-    raise BeyondTextError("the chat template writes another answer behind the thought")
+    return next((start for start in range(low, max(-1, low - 4), -1) if spelled(start) == wanted), None)
 
 
 def spells(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], response: dict[str, Any], answer: Answer) -> bool:
@@ -92,7 +89,8 @@ def spells(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], response: dic
         if text.endswith(said) and len(_text(tokenizer, ids[before + 1 :]).lstrip()) < len(said):
             text = said
     same = text == said
-    if same and response.get("text") not in (None, answer.text):
+    own = response.get("text")
+    if same and own is not None and (own.lstrip() if before else own) != said:
         raise ValueError("responses was edited; this loss trains on chosen and rejected, so edit it there")
     if before:
         drawn = _words(str(tokenizer.decode(ids[:before])))
@@ -109,8 +107,10 @@ def rewritten(
 ) -> list[int]:
     """A drawn response whose answer was edited: its first `before` token ids, the answer's, and an end.
 
-    Raises ValueError where that does not spell the answer.
+    Raises ValueError where that does not spell the answer, and for a thought without an end.
     """
+    if before >= len(ids):
+        raise ValueError("an answer was written behind a thought that has no end; take that row out")
     made = [*ids[:before], *tokenizer(answer, add_special_tokens=False)["input_ids"]]
     if _words(str(tokenizer.decode(made))) != _words(str(tokenizer.decode(ids[:before])) + answer):
         raise ValueError("the tokenizer does not write the edited answer behind the thought as it is")
