@@ -495,7 +495,8 @@ def blind(prompt: str, first: str, second: str) -> float:
 
 
 def test_earlier_thoughts_stay_in_the_files_and_rankers_see_none(models: Path, tmp_path: Path) -> None:
-    recipe, data = generated(models, tmp_path, KEPT, TURNS, IN_CONTENT, SHOWN)
+    closed = KEPT.replace("assistant\n<think>\n' }}", "assistant\n' }}")  # its own answers are no thoughts
+    recipe, data = generated(models, tmp_path, closed, TURNS, IN_CONTENT, SHOWN)
     rows = pq.read_table(data / "responses.parquet").to_pylist()
     assert [row["prompt"] for row in rows] == [SHOWN] * 3
     assert [row["prompt_thoughts"] for row in rows] == [apart(turns).thoughts for turns in (TURNS, IN_CONTENT, SHOWN)]
