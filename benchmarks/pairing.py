@@ -54,7 +54,9 @@ def make(directory: Path, prompts: int, pairs: int, tokens: int, shuffle: bool) 
         message = pa.StructArray.from_arrays([pa.array(["user"] * n), prompt], ["role", "content"])
         finish = pa.array(["stop"] * (n * pairs))
         response = pa.StructArray.from_arrays([text, token_ids, finish], ["text", "token_ids", "finish_reason"])
-        return [pa.array(ids), lists(message, 1), lists(response, pairs), prompt_ids, pa.array(["tokenizer"] * n)]
+        thoughts = pa.nulls(n, pa.list_(pa.string()))
+        tokenizer = pa.array(["tokenizer"] * n)
+        return [pa.array(ids), lists(message, 1), lists(response, pairs), prompt_ids, tokenizer, thoughts]
 
     def rankings(ids: list[str]) -> list[pa.Array]:
         logits = rng.normal(size=(len(ids), pairs, pairs)).astype(np.float32) * 2

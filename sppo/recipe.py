@@ -168,6 +168,9 @@ class Recipe:
     max_prompt_length: int = _key(512, "longest prompt trained on, in tokens; cut on the left", 1)
     max_length: int = _key(1024, "longest prompt and response trained on, in tokens; the response is cut", 2)
     attn_implementation: str = _key("", "attention of transformers; empty: eager for Gemma-2, else its default")
+    train_thoughts: bool = _key(
+        True, "train on a response's thought and answer; false: on the answer alone, given the thought"
+    )
     use_peft: bool = _key(False, "train a LoRA adapter; a policy that is an adapter goes on with its own")
     lora_r: int = _key(16, "rank of a new adapter", 1)
     lora_alpha: int = _key(32, "scale of a new adapter: lora_alpha / lora_r", 1)
@@ -253,7 +256,8 @@ KEYS: dict[str, Sequence[str]] = {
         "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta anchor anchor_model "
         "anchor_revision label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
         "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
-        "chat_template_kwargs date use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
+        "train_thoughts chat_template_kwargs date use_peft lora_r lora_alpha lora_target_modules load_in_4bit "
+        "merge_adapter"
     ).split(),
     "best_of_n": list(
         dict.fromkeys(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 # Nats a token by which the log-probs of engine and trainer may differ for the same tokens: some three times what
 # bfloat16 and float32 differ by (docs/benchmarks.md).
@@ -22,14 +22,19 @@ MANY_UNFINISHED = 0.05
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+# {"role": ..., "content": ...}, and "reasoning_content" where an assistant's turn has a thought beside its content
+Message = dict[str, str]
 Pair = tuple[list[Message], str, str]  # (prompt, the response shown first, the response shown second)
 
 # What chat templates read of a message beside role and content. None of it is handed on, so none may be lost silently.
 BEYOND_TEXT = (
-    "tool_calls tool_call_id function_call tool_plan tool_responses name reasoning_content reasoning thinking "
+    "tool_calls tool_call_id function_call tool_plan tool_responses name "
     "images image videos video audio documents attachments"
 ).split()
+# Where tools keep an assistant's thought, and chat templates read it. Here it is always the first.
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+# The usual marks of a thought that stands in a content. A template may have written the first one into the prompt.
+THOUGHT_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 # The same of a row, in columns beside its conversation.
 BESIDE = "tools images image videos video audio documents chat_template_kwargs".split()
 # How a prompt begins and ends as text of the usual chat templates. Both must be there: that is hardly ever by chance.
@@ -73,6 +78,7 @@ MEANING = {
     "thought_tokens (how many of token_ids come before the answer's first; all of them where the thought did not end "
     "and there is no answer). text is the answer alone",
     "prompt_token_ids": "the prompt as the policy read it",
+    "prompt_thoughts": "where earlier turns of the prompt have thoughts: the thought of each turn, else null",
     "tokenizer": "fingerprint of the tokenizer that made the token ids",
     "logits": "K x K; row i, column j: how strongly the ranker prefers response i to j when i is shown first; 0 where "
     "one of the two has no answer, for which the ranker is not asked",
@@ -113,6 +119,7 @@ def responses_schema() -> pa.Schema:
             ("responses", pa.list_(response)),
             ("prompt_token_ids", pa.list_(pa.int32())),
             ("tokenizer", pa.string()),
+            ("prompt_thoughts", pa.list_(pa.string())),
         ]
     )
 
@@ -147,6 +154,7 @@ def training_schema() -> pa.Schema:
             ("rm_scores", pa.list_(pa.float32())),
             ("prompt_token_ids", pa.list_(pa.int32())),
             ("tokenizer", pa.string()),
+            ("prompt_thoughts", pa.list_(pa.string())),
         ]
     )
 
@@ -176,7 +184,11 @@ def content_id(value: Any) -> str:
 
 
 def prompt_text(messages: list[Message]) -> str:
-    """A prompt as the plain text that a ranker reads: the user's words; earlier turns, if any, each after its role."""
+    """A prompt as the plain text that a ranker reads: the user's words; earlier turns, if any, each after its role.
+
+    Without the thoughts of earlier turns.
+    """
+    messages = apart(messages).messages
     if len(messages) == 1:
         return messages[0]["content"]
     if [m["role"] for m in messages] == ["system", "user"]:
@@ -191,7 +203,8 @@ class BeyondTextError(ValueError):
 def as_messages(value: Any) -> list[Message]:
     """A conversation, as any tool writes it, as messages {role, content} with plain texts.
 
-    Text parts ([{"type": "text", "text": ...}]) are joined; ShareGPT's from and value become role and content. Raises
+    Text parts ([{"type": "text", "text": ...}]) are joined; ShareGPT's from and value become role and content. An
+    assistant's thought, in a field of THOUGHT_FIELDS or in parts before its text, becomes `reasoning_content`. Raises
     BeyondTextError for a message with a field of BEYOND_TEXT or a part that is an image or the like, and ValueError for
     what is no text.
     """
@@ -262,6 +275,68 @@ def only_text(messages: list[Message]) -> str:
     return texts[0] if len(texts) == 1 else ""
 
 
+class Apart(NamedTuple):
+    """A conversation and its thoughts."""
+
+    messages: list[Message]  # without any thought
+    thoughts: list[str | None] | None  # of each turn; None where no turn has one
+
+
+def apart(messages: list[Message]) -> Apart:
+    """A conversation as everybody but the policy's chat template reads it, and the thoughts of its assistant's turns.
+
+    A thought that stands in a content keeps its marks, so that `together` puts it there again.
+    """
+    kept: list[Message] = []
+    thoughts: list[str | None] = []
+    for message in messages:
+        thought, content = message.get("reasoning_content"), message["content"]
+        if thought is None and message["role"] == "assistant":
+            thought, content = split_content(content)
+        kept.append({"role": message["role"], "content": content})
+        thoughts.append(thought or None)
+    return Apart(kept, thoughts if any(thoughts) else None)
+
+
+def together(messages: list[Message], thoughts: list[str | None] | None) -> list[Message]:
+    """What `apart` took apart. Raises ValueError where `thoughts` are not one a turn."""
+    if not thoughts:
+        return messages
+    if len(thoughts) != len(messages):
+        raise ValueError(f"prompt_thoughts has {len(thoughts)} entries for a prompt of {len(messages)} turns")
+    whole: list[Message] = []
+    for message, thought in zip(messages, thoughts, strict=True):
+        if thought and split_content(thought) == (thought, ""):
+            message = {**message, "content": thought + message["content"]}
+        elif thought:
+            message = {**message, "reasoning_content": thought}
+        whole.append(message)
+    return whole
+
+
+def split_content(content: str) -> tuple[str, str]:
+    """(the thought at the beginning of an assistant's content, with its marks and the white space; the answer).
+
+    The thought is "" where there is none. A content may begin within a thought, as a model writes it whose template has
+    opened the thought in the prompt.
+    """
+    for begin, end in THOUGHT_MARKS:
+        before, mark, answer = content.partition(end)
+        inside = before.lstrip().removeprefix(begin)
+        if mark and begin not in inside:
+            answer = answer.lstrip()
+            return content[: len(content) - len(answer)], answer
+    return "", content
+
+
+def thought_in(marked: str) -> str:
+    """A thought without its marks, as split_content gives it with them."""
+    for begin, end in THOUGHT_MARKS:
+        if marked.rstrip().endswith(end):
+            return marked.rstrip().removesuffix(end).lstrip().removeprefix(begin).strip()
+    return marked.strip()
+
+
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise ValueError("not text")
@@ -272,19 +347,44 @@ def _message(turn: Any) -> Message:
     if role is None and content is None:
         role, content = turn.get("from"), turn.get("value")
         role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+
+    thoughts = {name: turn[name] for name in THOUGHT_FIELDS if turn.get(name)}
     if isinstance(content, list):
-        if any(isinstance(part, dict) and (part.get("type") or "text") != "text" for part in content):
-            raise BeyondTextError("a message has parts that are not text")
-        texts: list[str] = []
-        for part in content:
-            text = part.get("text") if isinstance(part, dict) else None
-            if not is_text(text):
-                raise ValueError("a message has parts that are not text")
-            texts.append(text)
-        content = "".join(texts)
+        thinking = [part for part in content if isinstance(part, dict) and part.get("type") == "thinking"]
+        if thinking and content[: len(thinking)] == thinking:
+            thoughts["thinking"] = "".join(_joined(part.get("thinking")) for part in thinking)
+            content = content[len(thinking) :]
+        content = _joined(content)
     if not (role and is_text(role) and is_text(content)):
         raise ValueError("not text")
-    return {"role": role, "content": content}
+    message = {"role": role, "content": content}
+    if thoughts:
+        message["reasoning_content"] = _only_thought(role, thoughts)
+    return message
+
+
+def _joined(content: Any) -> str:
+    """A content in parts, which must all be text."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    if any(isinstance(part, dict) and (part.get("type") or "text") != "text" for part in parts):
+        raise BeyondTextError("a message has parts that are not text")
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else None
+        if not is_text(text):
+            raise ValueError("a message has parts that are not text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _only_thought(role: str, thoughts: dict[str, Any]) -> str:
+    """The thought of an assistant's turn, which some tools write into two fields."""
+    name, thought = next(iter(thoughts.items()))
+    if role != "assistant" or not is_text(thought):
+        raise BeyondTextError(f"a message has {name}, which this pipeline does not hand on")
+    if any(other != thought for other in thoughts.values()):
+        raise BeyondTextError(f"a message has different thoughts in {' and '.join(thoughts)}")
+    return thought
 
 
 def is_text(value: Any) -> TypeGuard[str]:

@@ -66,7 +66,16 @@ SKIPPED = [
     ([{**USER, "name": "Anna"}], f"a message has name, {HANDS_ON}"),
     ([{**USER, "documents": [{"text": "a"}]}], f"a message has documents, {HANDS_ON}"),
     ([{**USER, "attachments": ["a.pdf"]}], f"a message has attachments, {HANDS_ON}"),
-    ([USER, answer("b", reasoning_content="so"), USER], f"a message has reasoning_content, {HANDS_ON}"),
+    ([USER, answer("b"), {**USER, "reasoning_content": "so"}], f"a message has reasoning_content, {HANDS_ON}"),
+    ([USER, answer("b", thinking={"a": 1}), USER], f"a message has thinking, {HANDS_ON}"),
+    (
+        [USER, answer("b", thinking="a", reasoning="b"), USER],
+        "a message has different thoughts in reasoning and thinking",
+    ),
+    (
+        [USER, answer([*parts("b"), {"type": "thinking", "thinking": "a"}]), USER],
+        "a message has parts that are not text",
+    ),
     ([{"role": "user", "content": [*parts("a"), IMAGE]}], "a message has parts that are not text"),
     ([{"role": "user", "content": [{"type": "text", "text": None}]}], "a message has parts that are not text"),
     ([{"role": "user", "content": ["a"]}], "a message has parts that are not text"),

@@ -368,6 +368,7 @@ ANOTHER: dict[str, Any] = {
     **{"lr_scheduler_type": "cosine", "warmup_ratio": 0.5, "num_train_epochs": 2.0, "schedule_epochs": 3.0},
     **{"weight_decay": 0.1, "max_grad_norm": 1.0, "global_batch_size": 32, "batch_size": 4, "accumulate": 16},
     **{"gradient_checkpointing": False, "max_prompt_length": 7, "max_length": 900, "attn_implementation": "sdpa"},
+    **{"train_thoughts": False},
     **{"use_peft": True, "lora_r": 3, "lora_alpha": 5, "lora_target_modules": "q_proj", "load_in_4bit": True},
     **{"merge_adapter": True, "logging_steps": 9, "save_steps": 9, "report_to": "tensorboard", "eval_pairs": 3},
     **{"judge": "two_rankers:shortest", "measure": "two_rankers:measure", "base_perplexity": True},

@@ -45,7 +45,7 @@ def responses_of(prompts: int, k: int) -> Rows:
             response = {"text": text, "token_ids": ids, "finish_reason": "stop", "logps": logps}
             responses.append({**response, "thought": None, "thought_tokens": None})
         row = {"prompt_id": f"id{n}", "prompt": prompt, "responses": responses}
-        rows.append({**row, "prompt_token_ids": [n, n + 1], "tokenizer": "t"})
+        rows.append({**row, "prompt_token_ids": [n, n + 1], "tokenizer": "t", "prompt_thoughts": None})
     return rows
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sppo.recipe import Recipe
 from sppo.schema import MANY_UNFINISHED, responses_schema
 from sppo.store.files import digest
 from sppo.store.manifest import Stage, read_manifest
-from sppo.store.parquet import read_rows, write_parquet
+from sppo.store.parquet import open_parquet, read_rows, write_parquet
 from sppo.store.responses import EXTRA, require_responses
 from sppo.store.shards import known_count, shard_paths
 
@@ -70,7 +71,7 @@ def combine(
         return
     stage.begin()
     path = stage.outputs[0]
-    rows = itertools.chain.from_iterable(read_rows(directory / name, responses_schema().names) for name in names)
+    rows = itertools.chain.from_iterable(_rows(directory / name) for name in names)
     written = write_parquet(path, responses_schema(), map(joined.row, rows) if joined else rows)
     skipped = [one for manifest in manifests for one in manifest["skipped"]]
     reasons = dict(Counter(one["reason"] for one in skipped))
@@ -151,6 +152,12 @@ class _Joined:
                 f"combine: warning: {self.extras.what}: {count} answers spell an end of turn within their text; what "
                 "follows it, perhaps another turn, counts as a part of the answer and is trained on"
             )
+
+
+def _rows(shard: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a shard; of an older version's, without the columns that it did not know."""
+    there = open_parquet(shard, []).schema_arrow.names
+    return read_rows(shard, [name for name in responses_schema().names if name in there])
 
 
 def _generated(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -182,4 +182,5 @@ def _rows(shard: _Shard, identity: str, counts: dict[str, int]) -> Iterator[dict
             "responses": responses,
             "prompt_token_ids": kept["prompt_token_ids"],
             "tokenizer": identity,
+            "prompt_thoughts": shard.prompts.thoughts.get(request.prompt_id),
         }

@@ -12,7 +12,7 @@ from sppo.models import chat
 from sppo.models.frames import in_own_template
 from sppo.models.policy import Policy
 from sppo.recipe import Recipe
-from sppo.schema import Message
+from sppo.schema import Message, apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,9 @@ class Templated:
     """Prompts in the policy's chat template."""
 
     requests: list[Request] = field(default_factory=list)
-    conversations: dict[str, list[Message]] = field(default_factory=dict)  # as the template got them, by prompt_id
+    # by prompt_id: as the template got them, but without the thoughts of earlier turns, for all that reads them later
+    conversations: dict[str, list[Message]] = field(default_factory=dict)
+    thoughts: dict[str, list[str | None]] = field(default_factory=dict)  # of those conversations that have some
     skipped: list[dict[str, str]] = field(default_factory=list)  # prompt_id, and the reason
 
 
@@ -42,7 +44,9 @@ def to_requests(recipe: Recipe, policy: Policy, tokenizer: PreTrainedTokenizerBa
         room = min(recipe.maxlen, context - len(ids)) if context else recipe.maxlen
         seed = prompt_seed(recipe.seed, prompt.prompt_id)
         made.requests.append(Request(prompt.prompt_id, array("i", ids), seed, room))
-        made.conversations[prompt.prompt_id] = messages
+        made.conversations[prompt.prompt_id], thoughts = apart(messages)
+        if thoughts:
+            made.thoughts[prompt.prompt_id] = thoughts
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,17 @@ from sppo.command.errors import FOREIGN, SPPOError, with_code_hint
 from sppo.command.importing import import_networks
 from sppo.command.stopping import time_limit
 from sppo.models.dates import clock, fix_date
-from sppo.schema import Message
+from sppo.schema import THOUGHT_FIELDS, Message
 from sppo.store.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# why a conversation with a thought in a field cannot be rendered
+NO_THOUGHT = (
+    f"the chat template reads no thought in {', '.join(THOUGHT_FIELDS)}: leave it out, write it into the content as "
+    "the model writes it, or take a template that reads it"
+)
 TEMPLATE_SECONDS = 60  # of computing that a chat template may take for one conversation
 
 
@@ -115,23 +121,30 @@ def prompt_ids(
 def response_ids(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
-    response: str,
+    response: str | Message,
     stop_ids: set[int],
     template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids) of a finished conversation whose generated token ids are not known.
 
+    response: a text, or the assistant's turn with a thought (see answer_turn), for a template that takes it.
     The response ends with the template's own end token, once; what a template puts behind that (a newline)
     is never generated and so not trained on. Raises ValueError where the template does not keep the prompt.
     """
     prompt = prompt_ids(tokenizer, messages, template_kwargs)
-    answer = [{"role": "assistant", "content": response}]
-    whole = conversation_ids(tokenizer, messages + answer, False, template_kwargs)
+    turn = answer_turn(response) if isinstance(response, str) else response
+    whole = conversation_ids(tokenizer, [*messages, turn], False, template_kwargs)
     if whole[: len(prompt)] != prompt:
         raise ValueError("the chat template renders the prompt differently once it is answered")
     ids = whole[len(prompt) :]
     ends = [i for i, token in enumerate(ids) if token in stop_ids]
     return prompt, ids[: ends[-1] + 1] if ends else ids
+
+
+def answer_turn(response: str, thought: str = "") -> Message:
+    """The assistant's turn of a response."""
+    turn = {"role": "assistant", "content": response}
+    return {**turn, "reasoning_content": thought} if thought else turn
 
 
 def without_end(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: set[int]) -> str:
@@ -217,12 +230,46 @@ def _is_read(tokenizer: PreTrainedTokenizerBase, role: str, roles: tuple[str, ..
     return text in rendered and f"'text': '{text}" not in rendered
 
 
+def thought_field(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the template reads the thought of the last assistant's turn: a field of THOUGHT_FIELDS, or "part", for a
+    part of the content as in Magistral's; "" where it reads it nowhere. Asked of the template itself, once.
+
+    Whether it writes the thoughts of earlier turns is its own affair; most leave them out.
+    """
+    known = tokenizer.__dict__
+    if "_sppo_thought_field" not in known:
+        texts, probe = probe_of(("user", "assistant"))
+        probe[1]["reasoning_content"] = thought = "thought-probe"
+        for name in (*THOUGHT_FIELDS, "part", ""):
+            known["_sppo_thought_field"] = name  # what is rendered below uses what is known so far
+            try:
+                rendered = render(tokenizer, probe, False) if name else ""
+            except ValueError:
+                continue
+            if thought in rendered and texts[1] in rendered and not re.search(f"""["']: ?["']{thought}""", rendered):
+                break
+    return known["_sppo_thought_field"]
+
+
 def _as_template_reads(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[dict[str, Any]]:
-    parts = _in_parts(tokenizer)
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]} if message["role"] in parts else message
-        for message in messages
-    ]
+    """Messages with the contents and the thoughts where the template reads them.
+
+    Raises ValueError for a thought where it reads none.
+    """
+    parts, made = _in_parts(tokenizer), []
+    for message in messages:
+        turn: dict[str, Any] = dict(message)
+        if message["role"] in parts:
+            turn["content"] = [{"type": "text", "text": message["content"]}]
+        if (thought := turn.pop("reasoning_content", "")) and not (field := thought_field(tokenizer)):
+            raise ValueError(NO_THOUGHT)
+        if thought and field == "part":
+            text = {"type": "text", "text": message["content"]}
+            turn["content"] = [{"type": "thinking", "thinking": thought}, text]
+        elif thought:
+            turn[field] = thought
+        made.append(turn)
+    return made
 
 
 def _in_time(tokenizer: PreTrainedTokenizerBase) -> AbstractContextManager[None]:

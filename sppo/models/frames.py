@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.models import chat
 from sppo.models.dates import CLOCK, asks_for_date
 from sppo.models.files import template_files
-from sppo.schema import Message, only_text
+from sppo.schema import Message, apart, only_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,9 +44,12 @@ def reads_as(
         pass  # perhaps these arguments are what it refuses
     text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     roles = tuple(m["role"] for m in messages)
-    contents = [m["content"].strip() for m in messages]
     frames = [frame_of(tokenizer, roles, kwargs) for kwargs in ([template_kwargs, {}] if template_kwargs else [{}])]
-    return any(_is_framed(tokenizer, text, contents, frame) for frame in frames if frame)
+    for shown in (messages, apart(messages).messages):  # templates leave out the thoughts of earlier turns
+        contents = [m["content"].strip() for m in shown]
+        if any(_is_framed(tokenizer, text, contents, frame) for frame in frames if frame):
+            return True
+    return False
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> bool:

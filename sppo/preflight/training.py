@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+from pathlib import Path
+from typing import Any
 
+from sppo.models import chat
 from sppo.models.loading import empty_network, load_config, original_context
 from sppo.models.policy import open_policy
 from sppo.models.shape import Shape
@@ -12,10 +16,14 @@ from sppo.preflight.facts import Machines, Model, Run
 from sppo.preflight.findings import Look, fits, many, no, note, ok, size
 from sppo.preflight.memory import RUNTIME, training_memory
 from sppo.recipe import Recipe
+from sppo.schema import THOUGHT_MARKS
+from sppo.store.parquet import read_rows
 from sppo.training.launching import AccelerateConfig, training_config
 from sppo.training.network import check_network
 from sppo.training.settings import accumulation, check_flags, check_machine
 from sppo.training.trial import try_training
+
+_LOOKED_AT = 200  # rows of a training set
 
 
 def check_settings(run: Run, model: Model | None) -> Look[None]:
@@ -38,6 +46,31 @@ def check_settings(run: Run, model: Model | None) -> Look[None]:
                 f"the model computes otherwise beyond {context} tokens (longrope): under ZeRO-3 or FSDP, keep "
                 f"--max_length at {context}, or the first step is an error"
             )
+
+
+def check_thoughts(run: Run, tokenizer: Any) -> Look[None]:
+    """--train_thoughts false, where nothing has a thought: the data that are there, or the model that would draw."""
+    if run.recipe.train_thoughts:
+        return
+    without = "--train_thoughts false changes nothing: a response without a thought is trained on whole"
+    for i in run.left:
+        path = run.run_dir / f"iter{i.number}" / "data" / "train.parquet"
+        if i.training and not i.data and not _has_thoughts(path):
+            yield note(f"iteration {i.number}: no response in {path} has a thought. {without}")
+    if run.makes_data and tokenizer is not None and not _thinks(tokenizer):
+        yield note(f"nothing in the chat template or the vocabulary shows that this model thinks. {without}")
+
+
+def _has_thoughts(path: Path) -> bool:
+    """Whether a response in the first rows of a training set has a thought."""
+    rows = itertools.islice(read_rows(path, ["responses"]), _LOOKED_AT)
+    return any((response or {}).get("thought_tokens") for row in rows for response in row["responses"] or ())
+
+
+def _thinks(tokenizer: Any) -> bool:
+    """Whether the model may think before it answers, by its template or its tokens."""
+    shown = chat.template_source(tokenizer) + "".join(tokenizer.get_added_vocab())
+    return bool(chat.thought_field(tokenizer)) or any(mark in shown for pair in THOUGHT_MARKS for mark in pair)
 
 
 def look_at_config(run: Run) -> Look[AccelerateConfig]:

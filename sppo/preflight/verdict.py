@@ -84,6 +84,7 @@ def examine(run: Run) -> Examined:
         tokenizer = learn("chat template", generation.look_at_tokenizer(run, model))
     if run.trains:
         learn("training", training.check_settings(run, model))
+        learn("training", training.check_thoughts(run, tokenizer))
         config = learn("training", training.look_at_config(run))
     if config:
         batch = learn("training", training.look_at_batch(recipe, config))

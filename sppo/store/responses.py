@@ -84,7 +84,12 @@ def responses_columns(path: Path) -> pa.Schema:
             if said := beyond_text(row):
                 raise SPPOError(f"{path}, row {number}: {said}")
             try:
-                as_messages(row["prompt"])
+                messages = as_messages(row["prompt"])
             except ValueError as error:
                 raise SPPOError(f"{path}, row {number}: prompt: {error}") from None
+            if any("reasoning_content" in message for message in messages):
+                raise SPPOError(
+                    f"{path}, row {number}: prompt: a message has a thought, which belongs into a column "
+                    "prompt_thoughts: a list with the thought of each turn, or null"
+                )
     return pa.schema([f for f in responses_schema() if f.name in found.names])

@@ -27,12 +27,13 @@ Ids = np.ndarray  # (T,), int32: a list of Python integers takes nine times the 
 class Example(NamedTuple):
     """A row within its budgets: two responses, chosen first, or for `sppo_all` up to K."""
 
-    prompts: tuple[Ids, ...]  # the prompt as cut for each response
-    responses: tuple[Ids, ...]
+    # what each response is given: the prompt as cut, and without train_thoughts its thought too
+    prompts: tuple[Ids, ...]
+    responses: tuple[Ids, ...]  # what is trained on: the rest
     win_rates: list[float]  # P(response > policy) of each
     p: float  # P(chosen > rejected)
     pair: tuple[int, int]  # which of the responses are the chosen and the rejected one
-    drawn_logps: list[float]  # the engine's log-prob of each whole response; NaN where it is not known
+    drawn_logps: list[float]  # the engine's log-prob of what is trained on of each whole response; NaN: not known
 
 
 class TrainingSet:
@@ -123,21 +124,24 @@ def fit(row: Row, reading: Reading) -> Example:
     """The row with what is too long cut, and counted.
 
     Only a prompt of more than max_prompt_length tokens is cut, on the left. Each response, by itself, is cut on the
-    right to what its prompt leaves of max_length.
+    right to what its prompt leaves of max_length. A thought is no part of the prompt in this, so it is never cut on the
+    left; what follows the cut is trained on, or without train_thoughts the answer behind the thought alone.
     """
-    counts = reading.counts
+    counts, trains_thoughts = reading.counts, reading.recipe.train_thoughts
     prompts, responses, drawn_logps = [], [], []
     for tokens in row.responses:
         prompt = _fit_prompt(tokens.prompt, reading)
         room = reading.recipe.max_length - len(prompt)
         counts["responses_cut"] += len(tokens.response) > room
         counts["response_tokens_cut"] += max(0, len(tokens.response) - room)
-        prompts.append(np.array(prompt, np.int32))
-        responses.append(np.array(tokens.response[:room], np.int32))
+        counts["responses_cut_before_the_answer"] += room <= tokens.thought < len(tokens.response)
+        given = 0 if trains_thoughts else tokens.thought
+        prompts.append(np.array([*prompt, *tokens.response[:given]], np.int32))
+        responses.append(np.array(tokens.response[given:room], np.int32))
 
         # the engine's log-prob is of the whole response after the whole prompt
         is_whole = len(prompt) == len(tokens.prompt) and len(tokens.response) <= room
-        drawn_logps.append(_drawn_logp(tokens) if is_whole else np.nan)
+        drawn_logps.append(_drawn_logp(tokens, given) if is_whole else np.nan)
     return Example(tuple(prompts), tuple(responses), row.win_rates, row.p, row.pair, drawn_logps)
 
 
@@ -151,8 +155,8 @@ def _fit_prompt(prompt: list[int], reading: Reading) -> list[int]:
     return head + prompt[len(prompt) - most + len(head) :]
 
 
-def _drawn_logp(tokens: Tokens) -> float:
-    """The engine's log-prob of the response; NaN where it is not known of each token."""
+def _drawn_logp(tokens: Tokens, given: int) -> float:
+    """The engine's log-prob of the response behind its first `given` tokens; NaN where it is not known of each."""
     if tokens.logps is None or len(tokens.logps) != len(tokens.response):
         return np.nan
-    return sum(tokens.logps)
+    return sum(tokens.logps[given:])

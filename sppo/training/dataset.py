@@ -17,7 +17,7 @@ RATES = ["chosen_probs", "chosen_probs_win", "chosen_probs_lose"]
 WITHOUT_RATES = ("sigmoid", "hinge", "ipo", "kto_pair")  # losses of chosen and rejected alone
 # Read where they are there: with them, what was generated is trained on, token for token.
 GENERATED = "prompt responses chosen rejected chosen_index rejected_index prompt_token_ids tokenizer system".split()
-GENERATED += [*RATES, *BESIDE]
+GENERATED += ["prompt_thoughts", *RATES, *BESIDE]
 
 
 def columns(loss_type: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 What was generated is what is trained on: where a row holds token ids of this very tokenizer and its text is still the
 text that they spell, those ids are used. Otherwise, and for other tools' data, one templating of the conversation.
+
+A response's token ids hold its thought, if it has one, and its answer; texts are of the answer alone.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import numpy as np
 from sppo.models import chat
 from sppo.models.frames import in_own_template, reads_as
 from sppo.recipe import Recipe
-from sppo.schema import BeyondTextError, Message, as_messages, beyond_text, with_own_system, written_out
+from sppo.schema import BeyondTextError, Message, as_messages, beyond_text, together, with_own_system, written_out
 from sppo.training.dataset import RATES, WITHOUT_RATES
+from sppo.training.thoughts import Answer, answer_start, as_template_takes, refuse_without_answer, rewritten, spells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +35,7 @@ class Tokens(NamedTuple):
     prompt: list[int]
     response: list[int]
     logps: list[float] | None = None  # the engine's, one a response token; None where they are not known
+    thought: int = 0  # how many of the response's come before its answer
 
 
 @dataclass
@@ -78,14 +82,15 @@ class Reading:
             if loss_type not in WITHOUT_RATES:
                 raise
             p, *rates = [np.nan] * 3
-        return Row(self._pair(values), rates, p)
+        pair = self._pair(values)
+        for tokens in pair:
+            self._refuse_without_answer(tokens)
+        return Row(pair, rates, p)
 
     def _pair(self, values: dict[str, Any]) -> list[Tokens]:
         """The chosen and the rejected response."""
-        generated: list[dict[str, Any]] = []
-        indices = [values.get("chosen_index"), values.get("rejected_index")]
-        if self._has_prompt_ids(values) and None not in indices:
-            generated = [values["responses"][i] for i in indices]
+        drawn = _drawn_pair(values)
+        generated = drawn if self._has_prompt_ids(values) else []
         if self.as_written and _have_ids(generated):
             return self._as_generated(values, generated)
 
@@ -93,9 +98,12 @@ class Reading:
         other_prompt, rejected = _conversation(values, "rejected")
         if prompt != other_prompt:
             raise ValueError("chosen and rejected answer different prompts")
-        self.counts["pairs_of_equal_answers"] += chosen == rejected
-        self.counts["empty_answers"] += (not chosen.strip()) + (not rejected.strip())
-        return self._compared(values, prompt, [chosen, rejected], generated)
+        self.counts["pairs_of_equal_answers"] += chosen.text == rejected.text
+        self.counts["empty_answers"] += (not chosen.text.strip()) + (not rejected.text.strip())
+        answers = [chosen, rejected]
+        if drawn:  # their thoughts are beside the texts
+            answers = [a._replace(thought=a.thought or _thought(r)) for a, r in zip(answers, drawn, strict=True)]
+        return self._compared(values, prompt, answers, generated)
 
     def _all_responses(self, values: dict[str, Any]) -> Row:
         """All K responses with their win rates, the row means of `probability`; those without a text are left out."""
@@ -109,17 +117,37 @@ class Reading:
         self.counts["empty_responses_left_out"] += k - len(kept)
         if not kept:
             return Row([], [], 0.5)
-        rates = [sum(probability[i]) / k for i in kept]
         generated = [responses[i] for i in kept] if self._has_prompt_ids(values) else []
         if self.as_written and _have_ids(generated):
             tokens = self._as_generated(values, generated)
         else:
-            prompt = with_own_system(_messages(values["prompt"], "prompt"), values)
+            prompt = _prompt(_messages(values["prompt"], "prompt"), values)
             _refuse_edited_pair(values, prompt)
-            tokens = self._compared(values, prompt, [responses[i]["text"] for i in kept], generated)
+            answers = [Answer(responses[i]["text"], _thought(responses[i])) for i in kept]
+            tokens = self._compared(values, prompt, answers, generated)
 
+        answered = [n for n, each in enumerate(tokens) if self._has_answer(each)]
+        tokens, kept = [tokens[n] for n in answered], [kept[n] for n in answered]
+        if not kept:
+            return Row([], [], 0.5)
+        rates = [sum(probability[i]) / k for i in kept]
         best, worst = int(np.argmax(rates)), int(np.argmin(rates))
         return Row(tokens, rates, probability[kept[best]][kept[worst]], (best, worst))
+
+    def _refuse_without_answer(self, tokens: Tokens) -> None:
+        """Raise BeyondTextError where the answer alone is trained on, and there is none within the budgets."""
+        if not self.recipe.train_thoughts:
+            prompt = min(len(tokens.prompt), self.recipe.max_prompt_length)
+            refuse_without_answer(tokens.thought, len(tokens.response), self.recipe.max_length - prompt)
+
+    def _has_answer(self, tokens: Tokens) -> bool:
+        """The same as an answer, and counted."""
+        try:
+            self._refuse_without_answer(tokens)
+        except BeyondTextError as error:
+            self.counts[f"responses_left_out ({error})"] += 1
+            return False
+        return True
 
     def _has_prompt_ids(self, values: dict[str, Any]) -> bool:
         """Whether the row holds its prompt's token ids, of this very tokenizer, and the responses."""
@@ -129,10 +157,18 @@ class Reading:
     def _as_generated(self, values: dict[str, Any], responses: list[dict[str, Any]]) -> list[Tokens]:
         """The token ids that the policy read and wrote, without a look at any text."""
         self.counts["rows_from_generated_ids"] += 1
-        return [Tokens(values["prompt_token_ids"], r["token_ids"], r.get("logps")) for r in responses]
+        return [self._drawn(values["prompt_token_ids"], response) for response in responses]
+
+    def _drawn(self, prompt_ids: list[int], response: dict[str, Any]) -> Tokens:
+        """A response as it was drawn. Raises ValueError where its `thought_tokens` cannot be."""
+        before, ids = response.get("thought_tokens") or 0, response["token_ids"]
+        if not 0 <= before <= len(ids):
+            raise ValueError(f"a response has {before} thought_tokens and {len(ids)} token_ids")
+        self.counts["responses_with_a_thought"] += before > 0
+        return Tokens(prompt_ids, ids, response.get("logps"), before)
 
     def _compared(
-        self, values: dict[str, Any], prompt: list[Message], answers: list[str], generated: list[dict[str, Any]]
+        self, values: dict[str, Any], prompt: list[Message], answers: list[Answer], generated: list[dict[str, Any]]
     ) -> list[Tokens]:
         """Token ids of each answer: those that were generated where the text is still theirs, else the template's.
 
@@ -146,23 +182,27 @@ class Reading:
         prompt_ids = values["prompt_token_ids"]
         is_prompt_kept = self._spells_prompt(prompt_ids, prompt)
         column = values.get("prompt")
-        if is_prompt_kept and isinstance(column, list) and as_messages(column) != prompt:
+        if is_prompt_kept and isinstance(column, list) and _prompt(as_messages(column), values) != prompt:
             raise ValueError("prompt was edited; this loss trains on chosen and rejected, so edit it there")
 
+        read = prompt_ids
+        if not is_prompt_kept:
+            read = chat.prompt_ids(self.tokenizer, self._for_template(prompt), self.template_kwargs)
         tokens: list[Tokens] = []
         is_edited = False
         for answer, response in zip(answers, generated, strict=True):
-            response_ids = response["token_ids"]
-            if not self._spells_answer(response, answer):
-                made = self._templated(prompt, answer)
-                if is_prompt_kept:
-                    made = Tokens(prompt_ids, made.response)
-            elif is_prompt_kept:
-                made = Tokens(prompt_ids, response_ids, response.get("logps"))
+            is_kept = spells(self.tokenizer, self.stop_ids, response, answer)
+            if is_kept or response.get("thought_tokens"):
+                made = self._drawn(read, response)
+                if not is_prompt_kept:
+                    made = made._replace(logps=None)
+                if not is_kept:
+                    text = self._without_end(answer.text)
+                    ids = rewritten(self.tokenizer, self.stop_ids, made.response, made.thought, text)
+                    made = made._replace(response=ids, logps=None)
             else:
-                messages = self._for_template(prompt)
-                made = Tokens(chat.prompt_ids(self.tokenizer, messages, self.template_kwargs), response_ids)
-            is_edited |= (made.prompt, made.response) != (prompt_ids, response_ids)
+                made = self._templated(prompt, answer)._replace(prompt=read)
+            is_edited |= (made.prompt, made.response) != (prompt_ids, response["token_ids"])
             tokens.append(made)
         self.counts["rows_edited" if is_edited else "rows_from_generated_ids"] += 1
         return tokens
@@ -175,18 +215,6 @@ class Reading:
             return False
         return reads_as(self.tokenizer, ids, messages, self.template_kwargs)
 
-    def _spells_answer(self, response: dict[str, Any], text: str) -> bool:
-        """Whether the response's token ids spell the text.
-
-        Raises ValueError where they do, but the response's own text is another: only that one was edited.
-        """
-        ids = response["token_ids"]
-        ids = ids[:-1] if ids[-1] in self.stop_ids else ids
-        same = self.tokenizer.decode(ids, skip_special_tokens=True) == text
-        if same and response.get("text") not in (None, text):
-            raise ValueError("responses was edited; this loss trains on chosen and rejected, so edit it there")
-        return same
-
     def _for_template(self, prompt: list[Message]) -> list[Message]:
         """The prompt as the template takes it.
 
@@ -198,14 +226,41 @@ class Reading:
             raise BeyondTextError("prompt: it ends with an assistant's turn, which the answer would continue")
         return chat.with_system(self.tokenizer, prompt, "")
 
-    def _templated(self, prompt: list[Message], answer: str) -> Tokens:
-        """Token ids of one templating of the conversation."""
+    def _templated(self, prompt: list[Message], answer: Answer) -> Tokens:
+        """Token ids of one templating of the conversation.
+
+        Raises BeyondTextError where the template does not render a thought of the prompt's or the answer's.
+        """
         messages = self._for_template(prompt)
+        answer = as_template_takes(self.tokenizer, messages, answer, self.template_kwargs)
+        text = self._without_end(answer.text)
+        turn = chat.answer_turn(text, answer.thought)
+        ids = Tokens(*chat.response_ids(self.tokenizer, messages, turn, self.stop_ids, self.template_kwargs))
+        self.counts["ends_spelled_within_answers"] += any(i in self.stop_ids for i in ids.response[:-1])
+
+        # where the answer begins is only of interest where not all is trained on
+        is_cut = min(len(ids.prompt), self.recipe.max_prompt_length) + len(ids.response) > self.recipe.max_length
+        self.counts["responses_with_a_thought"] += answer.has_thought()
+        if answer.has_thought() and (is_cut or not self.recipe.train_thoughts):
+            start = answer_start(self.tokenizer, self.stop_ids, ids.response, answer.alone(text))
+            if start is None and not self.recipe.train_thoughts:
+                raise BeyondTextError("the chat template writes another answer behind the thought")
+            ids = ids._replace(thought=start or 0)
+        return ids
+
+    def _without_end(self, answer: str) -> str:
+        """An answer without the ends of turn that it spells behind itself, which are counted."""
         text = chat.without_end(self.tokenizer, answer, self.stop_ids)
         self.counts["ends_spelled_behind_answers"] += text != answer
-        ids = Tokens(*chat.response_ids(self.tokenizer, messages, text, self.stop_ids, self.template_kwargs))
-        self.counts["ends_spelled_within_answers"] += any(i in self.stop_ids for i in ids.response[:-1])
-        return ids
+        return text
+
+
+def _drawn_pair(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What generation wrote about the chosen and the rejected response; [] where the row does not have both."""
+    drawn = values.get("responses") or []
+    indices = [values.get("chosen_index"), values.get("rejected_index")]
+    pair = [drawn[i] for i in indices if i is not None and 0 <= i < len(drawn) and isinstance(drawn[i], dict)]
+    return pair if len(pair) == len(indices) else []
 
 
 def _have_ids(responses: list[dict[str, Any]]) -> bool:
@@ -213,7 +268,16 @@ def _have_ids(responses: list[dict[str, Any]]) -> bool:
     return bool(responses) and all(response and response.get("token_ids") for response in responses)
 
 
-def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], str]:
+def _thought(response: dict[str, Any]) -> str:
+    return response.get("thought") or ""
+
+
+def _prompt(messages: list[Message], values: dict[str, Any]) -> list[Message]:
+    """A row's prompt, with what stands beside it: the thoughts of its turns, and a system turn."""
+    return with_own_system(together(messages, values.get("prompt_thoughts")), values)
+
+
+def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], Answer]:
     """(prompt, answer) of `chosen` or `rejected`: a whole conversation, or what follows the column `prompt`.
 
     trl's data sets have either form. What follows a prompt is a text, where the prompt is one, or messages of which the
@@ -229,7 +293,8 @@ def _conversation(values: dict[str, Any], column: str) -> tuple[list[Message], s
         messages = messages if messages[: len(before)] == before else before + messages
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(f"{column} {_WANTED}")
-    return with_own_system(messages[:-1], values), messages[-1]["content"]
+    answer = Answer(messages[-1]["content"], messages[-1].get("reasoning_content", ""))
+    return _prompt(messages[:-1], values), answer
 
 
 def _messages(value: Any, column: str) -> list[Message]:
@@ -248,8 +313,8 @@ def _refuse_edited_pair(values: dict[str, Any], prompt: list[Message]) -> None:
         index = values.get(f"{column}_index")
         if not values.get(column) or index is None:
             continue
-        drawn = prompt, values["responses"][index]["text"] or ""
-        if _conversation(values, column) != drawn:
+        other_prompt, answer = _conversation(values, column)
+        if (other_prompt, answer.text) != (prompt, values["responses"][index]["text"] or ""):
             raise ValueError(
                 f"{column} was edited; sppo_all trains on responses, so edit prompt or responses[{index}] too"
             )

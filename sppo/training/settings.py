@@ -26,7 +26,7 @@ from sppo.training.dataset import dataset_file
 IDENTITY = (
     "seed loss_type beta anchor label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
     "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
-    "chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
+    "train_thoughts chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
 ).split()
 
 _IF_MEANT = f"If the change was meant: copy the model without its {MANIFEST}, change the copy, and name it as --model"
@@ -146,7 +146,8 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
     path = dataset_file(asked, recipe)
     inputs = {"model": source.identity(), "dataset": digest(path)}
     settings = {"global_batch_size": recipe.batch_size * steps * processes}
-    settings |= {k: getattr(recipe, k) for k in IDENTITY if k != "anchor" or recipe.anchor}  # older runs have none
+    unused = {"anchor": not recipe.anchor, "train_thoughts": recipe.train_thoughts}  # as in all older runs
+    settings |= {k: getattr(recipe, k) for k in IDENTITY if not unused.get(k)}
     settings |= source.date_identity(recipe.chat_template_kwargs)
     if anchor:
         inputs["anchor"] = anchor.identity()

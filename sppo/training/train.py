@@ -53,6 +53,8 @@ def train(training: Training) -> None:
     checkpoint = broadcast_checkpoint(trainer.accelerator, training.work, checkpoint)
     if is_first:
         print(f"train: {_plan(training, data, checkpoint)}")
+        if not training.recipe.train_thoughts and not data.counts.get("responses_with_a_thought"):
+            print("train: warning: --train_thoughts false, and no response has a thought: each is trained on whole")
         write_json(training.work / "identity.json", training.stage.identity)
     if checkpoint:
         only_plain_values(checkpoint)
