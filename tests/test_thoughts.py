@@ -42,8 +42,12 @@ def thinkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def load(directory: Path) -> Any:
+    return chat.load_tokenizer(directory)
+
+
 def found(directory: Path, tags: str = "auto", **kwargs: Any) -> Marks | None:
-    tokenizer = chat.load_tokenizer(directory)
+    tokenizer = load(directory)
     return marks_of(tokenizer, chat.stop_token_ids(directory, tokenizer), kwargs, tags)
 
 
@@ -58,7 +62,7 @@ def test_the_template_shows_the_marks(thinkers: Path, kind: str) -> None:
     assert marks.is_open == (kind == "opened")
     assert marks.header == (FINAL if kind == "channels" else "")
     assert marks.ending == KINDS[kind].ending
-    tokenizer = chat.load_tokenizer(thinkers / kind)
+    tokenizer = load(thinkers / kind)
     assert (tokenizer.decode(marks.open_ids), tokenizer.decode(marks.close_ids)) == TAGS[kind]
     assert (len(marks.close_ids) == 1) == (kind in ("special", "opened"))
     assert thinking_identity("auto", thinkers / kind, {}) == {"thinking": list(TAGS[kind])}
@@ -120,7 +124,7 @@ STRIPS = (
 def test_other_ways_in_which_templates_think(
     models: Path, template: str, kwargs: dict[str, Any], expected: Any
 ) -> None:
-    tokenizer = chat.load_tokenizer(models / "qwen3")
+    tokenizer = load(models / "qwen3")
     tokenizer.chat_template = template
     marks = marks_of(tokenizer, {0}, kwargs, "auto")
     assert (marks and (marks.open, marks.close, marks.is_open)) == expected
@@ -150,7 +154,7 @@ def test_the_marks_of_real_templates(models: Path, name: str) -> None:
     path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
     if not path.exists():
         pytest.skip(f"this trl has no {name}")
-    tokenizer = copy.deepcopy(chat.load_tokenizer(models / "qwen3"))
+    tokenizer = copy.deepcopy(load(models / "qwen3"))
     tokenizer.chat_template = path.read_text()
     marks = marks_of(tokenizer, {0}, {}, "auto")
     assert (marks and (marks.open, marks.close, marks.is_open)) == REAL[name]
@@ -158,7 +162,7 @@ def test_the_marks_of_real_templates(models: Path, name: str) -> None:
 
 def test_a_mark_that_stops_generation_is_refused(thinkers: Path) -> None:
     """gpt-oss's <|end|> as a stop token: each response would be a thought, and nothing would say why."""
-    tokenizer = chat.load_tokenizer(thinkers / "channels")
+    tokenizer = load(thinkers / "channels")
     stops = {*chat.stop_token_ids(thinkers / "channels", tokenizer), tokenizer.convert_tokens_to_ids("<|end|>")}
     with pytest.raises(SPPOError, match=r"generation stops at <\|end\|>.*eos_token_id"):
         marks_of(tokenizer, stops, {}, "auto")
@@ -195,7 +199,8 @@ def test_a_mark_that_stops_generation_is_refused(thinkers: Path) -> None:
 def test_a_response_is_split(
     thinkers: Path, kind: str, written: str, thought: str | None, text: str, answer_begins: str | None
 ) -> None:
-    tokenizer, marks = chat.load_tokenizer(thinkers / kind), found(thinkers / kind)
+    tokenizer, marks = load(thinkers / kind), found(thinkers / kind)
+    assert marks is not None
     ids = tokenizer(written, add_special_tokens=False)["input_ids"]
     told = split(marks, tokenizer, ids)
     assert (told.thought, told.text) == (thought, text)
@@ -228,7 +233,7 @@ def test_a_mark_whose_end_is_one_token_with_what_follows(models: Path) -> None:
         trainers.BpeTrainer(vocab_size=300, special_tokens=["<e>"], initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>", bos_token="<e>")  # noqa: S106
-    tokenizer.chat_template = chat.load_tokenizer(models / "qwen3").chat_template
+    tokenizer.chat_template = load(models / "qwen3").chat_template
     marks = marks_of(tokenizer, {0}, {}, ",".join(THINK))
     assert marks is not None
 
@@ -268,7 +273,7 @@ def test_answers_and_thoughts_are_told_apart_where_they_are_drawn(
     thinkers: Path, recipe: Recipe, tmp_path: Path, kind: str
 ) -> None:
     recipe.model = str(thinkers / kind)
-    tokenizer = chat.load_tokenizer(thinkers / kind)
+    tokenizer = load(thinkers / kind)
     rows = drawn(recipe, tmp_path / "on")
     for r in responses(rows):
         whole = tokenizer.decode(r["token_ids"])
@@ -313,7 +318,7 @@ def test_a_budget_ends_thoughts_and_goes_on_to_the_answer(
     recipe = replace(recipe, engine=engine, maxlen=40, thinking_budget=7)
     for kind in kinds:
         mine = replace(recipe, model=str(thinkers / kind))
-        tokenizer, out = chat.load_tokenizer(thinkers / kind), tmp_path / kind
+        tokenizer, out = load(thinkers / kind), tmp_path / kind
         rows = drawn(mine, out)
         cut, close = 0, TAGS[kind][1]
         for r in responses(rows):

@@ -28,7 +28,7 @@ from sppo.generation.shards import generate_shards
 from sppo.hub.data_card import data_card
 from sppo.method.winrates import among_answers, over_no_answer, two_deviations_below
 from sppo.pairing.training_set import compute_prob
-from sppo.rankers.function import FunctionRanker
+from sppo.rankers.function import FunctionRanker, load_function
 from sppo.ranking.shards import rank_shards
 from sppo.recipe import Recipe
 from sppo.schema import NO_ANSWER, has_answer, responses_schema
@@ -164,9 +164,7 @@ def test_the_rules_themselves() -> None:
 
 def test_a_match_of_answers_and_none_by_hand(tmp_path: Path, strict: str) -> None:
     """Two against two: P by the judge for the two answers, 1, 0, and 1/2. Means of 5/8 and so on, nothing is lost."""
-    import strict as module
-
-    ranker = FunctionRanker(module.longer, strict)
+    ranker = FunctionRanker(load_function(strict, "--ranker"), strict)
     prompt = [{"role": "user", "content": "q"}]
     first = _Pairing("p", prompt, [said("red red"), UNFINISHED], [UNFINISHED, said("red")])
     both = _Pairing("q", prompt, [UNFINISHED, UNFINISHED], [said("red"), said("blue")])
