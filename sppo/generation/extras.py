@@ -115,7 +115,7 @@ def _last_turn(prompt: Any) -> str:
 
 
 class Templater:
-    """Makes answers of other models into responses: their token ids are the chat template's, with its end unless cut."""
+    """Makes answers of other models into responses: token ids by the chat template, with its end unless cut off."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], template_kwargs: dict[str, Any]) -> None:
         self.tokenizer, self.stop_ids, self.template_kwargs = tokenizer, stop_ids, template_kwargs
