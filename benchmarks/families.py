@@ -9,7 +9,7 @@ LoRA; training by two processes against one; and vLLM's CPU build, where it serv
 Reads   nothing; what <work_dir>/families.jsonl holds of a family is not tried again.
 Writes  <work_dir>/families.jsonl, a line a family as it is made; <output_dir>/families.md, the table of all that it
         holds. <output_dir> is docs where no family is named, else <work_dir>.
-On two cores a family takes 20 seconds, all take half an hour; vLLM takes another minute for each.
+On two cores a family takes 20 seconds, all take half an hour; vLLM takes another half minute for each.
 Exit codes: 0 done, 2 wrong use. A family that fails is a row of the table.
 """
 
@@ -120,7 +120,8 @@ def flags_of(found: dict[str, Any]) -> list[str]:
 
 def one_line(error: object) -> str:
     """A message in one line, without the paths of this machine."""
-    return re.sub(r"/\S*/(\w+/model)", r"\1", " ".join(str(error).split()).partition(" [type=")[0])[:160]
+    text = re.split(r" \[type=| for now\. Supported architectures", " ".join(str(error).split()))[0]
+    return re.sub(r"/\S*/(\w+/model)", r"\1", text)[:160]
 
 
 def run(python: str, log: Path, *words: str | Path, **more: str) -> str:
@@ -140,12 +141,14 @@ def run(python: str, log: Path, *words: str | Path, **more: str) -> str:
     return f"exit code {done.returncode}"
 
 
-# what says best why a command failed: a line of the preflight, our own error, a missing package, the first exception
+# what says best why a command failed: a line of the preflight, our own error, a missing package, the first exception,
+# or one without words
 _TROUBLES = (
     r"^ +no +(.*)",
     r"^error: (.*)",
     r"ModuleNotFoundError: (.*)",
     r"\w*(?:Error|Exception): (?:\d+ validation .*\n +)?(.*)",
+    r"(\w+Error)$",
 )
 SETTINGS = (
     "--recipe=recipes/sppo/demo.yaml --pairs=3 --maxlen=12 --gradient_checkpointing=true --learning_rate=1e-3 "
@@ -261,7 +264,7 @@ A policy is what transformers' `AutoModelForCausalLM` loads: {count} families we
 CPU; {done} of them go through the whole loop. The table was written on {date}, with
 {versions}, by
 
-    python benchmarks/families.py             # half an hour, and two hours more for vLLM
+    python benchmarks/families.py             # half an hour, and one to two hours more for vLLM
     python benchmarks/families.py llama       # one family; the table goes to runs/families
 
 Differences below 1e-3 are rounding. `[1]` is a note below the table.
@@ -275,7 +278,8 @@ Differences below 1e-3 are rounding. `[1]` is a note below the table.
   training changed. With experts this can be more: rounding sends a token to another expert.
 - **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Empty: not tried. A
   note may speak of a setting that published models have and a tiny one lacks, or of what vLLM cannot do on a CPU. Of
-  `ernie4_5_moe` the CPU build leaves out the correction bias of the experts' choice: hence the difference.
+  `ernie4_5_moe` the CPU build leaves out the correction bias of the experts' choice. Training warns of a difference
+  above 0.02.
 
 Not tried: encoders and other models that do not chat; weights in FP8 or MXFP4; gemma3n and phi4_multimodal with
 pictures; Emu3. A model with pictures is trained on text, and keeps the weights for pictures. `rwkv` is RWKV-4, which

@@ -48,6 +48,7 @@ AS_VLLM_READS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _MLA,
     "falcon": {"ffn_hidden_size": 256},
     "glm4_moe_lite": {**_MLA, "first_k_dense_replace": 1},
+    "jetmoe": {"kv_channels": 32},
     "lfm2": {"block_dim": 64, "conv_dim": 64, "conv_dim_out": 64},
 }
 
