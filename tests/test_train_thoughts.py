@@ -241,7 +241,8 @@ def test_a_response_without_an_answer_has_nothing_to_train_on(
             "rows_left_out (a thought leaves its answer no room within --max_length)": 1,
         }
     else:
-        assert [len(row) for row in whole.responses] == [2, 2, 2, 2]
+        assert [len(row) for row in whole.responses] == [2, 3, 2, 3]
+        assert alone.counts["responses_left_out (a thought has no end, so there is no answer to train on)"] == 2
         assert [[len(r) for r in row] for row in alone.responses] == [[3, 5], [3, 5], [3], [3, 5]]
         assert alone.counts["responses_left_out (a thought leaves its answer no room within --max_length)"] == 1
         assert [alone.pair[2], alone.sequence_rates.tolist()[4]] == [(0, 0), pytest.approx(0.55)]

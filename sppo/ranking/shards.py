@@ -23,7 +23,7 @@ from sppo.models.files import public_name
 from sppo.rankers import Ranker
 from sppo.rankers.pinning import pinned
 from sppo.recipe import Recipe
-from sppo.schema import NO_ANSWER, Message, Pair, answered_of, as_messages, ranking_schema
+from sppo.schema import NO_ANSWER, Message, Pair, answered_of, apart, as_messages, ranking_schema
 from sppo.store.files import digest
 from sppo.store.journal import Journal
 from sppo.store.manifest import Stage, read_manifest
@@ -216,7 +216,7 @@ def _checked_rows(responses: Path, start: int, stop: int, each: Count) -> Iterat
         if len(answers) != each.total:
             raise SPPOError(f"{responses}: prompt {name} has {len(answers)} responses, not {each}")
         try:
-            row["prompt"] = as_messages(row["prompt"])
+            row["prompt"] = apart(as_messages(row["prompt"])).messages  # thoughts of earlier turns are the policy's
         except ValueError as error:
             raise SPPOError(
                 f"{responses}: prompt {name} is no list of messages with a role and a text: {error}"

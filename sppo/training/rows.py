@@ -18,7 +18,16 @@ import numpy as np
 from sppo.models import chat
 from sppo.models.frames import in_own_template, reads_as
 from sppo.recipe import Recipe
-from sppo.schema import BeyondTextError, Message, as_messages, beyond_text, together, with_own_system, written_out
+from sppo.schema import (
+    BeyondTextError,
+    Message,
+    as_messages,
+    beyond_text,
+    has_answer,
+    together,
+    with_own_system,
+    written_out,
+)
 from sppo.training.dataset import RATES, WITHOUT_RATES
 from sppo.training.thoughts import Answer, answer_start, as_template_takes, refuse_without_answer, rewritten, spells
 
@@ -106,14 +115,16 @@ class Reading:
         return self._compared(values, prompt, answers, generated)
 
     def _all_responses(self, values: dict[str, Any]) -> Row:
-        """All K responses with their win rates, the row means of `probability`; those without a text are left out."""
+        """All K responses with their win rates, the row means of `probability`. Those without a text are left out, but
+        not a thought without an end, which teaches to end thoughts.
+        """
         responses, probability = values["responses"] or [], values["probability"]
         k = len(responses)
         if len(probability or []) != k or any(len(line) != k for line in probability):
             raise ValueError(f"{k} responses, and a probability that is not {k} x {k}")
         probability = [as_rates(line) for line in probability]
 
-        kept = [i for i, response in enumerate(responses) if (response["text"] or "").strip()]
+        kept = [i for i, each in enumerate(responses) if (each["text"] or "").strip() or not has_answer(each)]
         self.counts["empty_responses_left_out"] += k - len(kept)
         if not kept:
             return Row([], [], 0.5)
