@@ -278,8 +278,8 @@ Differences below 1e-3 are rounding. `[1]` is a note below the table.
   training changed. With experts this can be more: rounding sends a token to another expert.
 - **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Empty: not tried. A
   note may speak of a setting that published models have and a tiny one lacks, or of what vLLM cannot do on a CPU. Of
-  `ernie4_5_moe` the CPU build leaves out the correction bias of the experts' choice. Training warns of a difference
-  above 0.02.
+  `ernie4_5_moe` the CPU build leaves out the correction bias of the experts' choice. Why `hrm_text`, `jetmoe` and
+  `zaya` differ is not known. Training warns of a difference above 0.02.
 
 Not tried: encoders and other models that do not chat; weights in FP8 or MXFP4; gemma3n and phi4_multimodal with
 pictures; Emu3. A model with pictures is trained on text, and keeps the weights for pictures. `rwkv` is RWKV-4, which
