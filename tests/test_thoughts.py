@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,28 @@ def test_other_ways_in_which_templates_think(
     assert (marks and (marks.open, marks.close, marks.is_open)) == expected
 
 
+LLAMA = (  # the prompt ends as an answer begins
+    "{# reasoning #}{% for m in messages %}{{ '<' + m['role'] + '>\n' + (m['content'] | trim) + '<e>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+)
+DUMPS = LLAMA.replace("(m['content'] | trim)", "(m | tojson)")
+FAST = TURNS + "{% if add_generation_prompt %}{{ '<a>' if enable_thinking | default(true) else '<fast>' }}{% endif %}"
+NEMOTRON = LLAMA.replace(
+    "(m['content'] | trim)", "(m['content'].split('</think>')[-1] if m['content'] is string else m['content'] | trim)"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"), [(LLAMA, None), (DUMPS, None), (FAST, None), (NEMOTRON, (*THINK, False))]
+)
+def test_what_is_no_mark_is_taken_for_none(models: Path, template: str, expected: Any) -> None:
+    """A list of parts as Python or JSON prints it, and another beginning of an answer."""
+    tokenizer = load(models / "qwen3")
+    tokenizer.chat_template = template
+    marks = marks_of(tokenizer, {0}, {}, "auto")
+    assert (marks and (marks.open, marks.close, marks.is_open)) == expected
+
+
 REAL = {
     "deepseek_r1_distill": (*THINK, True),
     "deepseekv3": (*THINK, True),
@@ -245,6 +268,32 @@ def test_a_mark_whose_end_is_one_token_with_what_follows(models: Path) -> None:
     assert split(marks, tokenizer, ids) == ("hmm", "(red", len(ids) - 3, True)
 
 
+@pytest.mark.parametrize("is_byte_level", [True, False])
+def test_an_answer_that_begins_within_the_marks_last_token_is_whole(models: Path, is_byte_level: bool) -> None:
+    """That token may hold half a character; and a decoder leaves out the space before the first token it is given."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    space: Any = pre_tokenizers.ByteLevel if is_byte_level else pre_tokenizers.Metaspace
+    options = {"add_prefix_space": False, "use_regex": False} if is_byte_level else {"prepend_scheme": "never"}
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet()] if is_byte_level else [*"</>()abcdehiklmnoprstu▁"]
+    merge = (">", "Ã") if is_byte_level else (">", "(")  # é is Ã and ©
+    vocab = {token: n for n, token in enumerate(["<e>", *alphabet, "".join(merge)])}
+    made = Tokenizer(kinds.BPE(vocab, [merge]))
+    made.pre_tokenizer = space(**options)
+    made.decoder = decoders.ByteLevel() if is_byte_level else decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>")  # noqa: S106
+    tokenizer.add_special_tokens({"eos_token": "<e>"})
+    tokenizer.chat_template = load(models / "qwen3").chat_template
+    marks = marks_of(tokenizer, {0}, {}, ",".join(THINK))
+    assert marks is not None
+    said = "é red" if is_byte_level else "( red"
+    ids = tokenizer(f"<think>hmm</think>{said}", add_special_tokens=False)["input_ids"]
+    assert "".join(merge) in tokenizer.convert_ids_to_tokens(ids)
+    assert split(marks, tokenizer, [*ids, 0]) == ("hmm", said, len("<think>hmm</think>") - 1, True)
+
+
 # Drawing
 
 
@@ -335,6 +384,41 @@ def test_a_budget_ends_thoughts_and_goes_on_to_the_answer(
         assert counts["thoughts_cut_at_budget"] == cut > 0
         assert counts["unfinished_thoughts"] == 0
         assert read_json(out / "responses.manifest.json")["generated"]["thinking_budget"] == 7
+
+
+@pytest.mark.parametrize("budget", [0, 7])
+def test_a_turn_that_switches_thinking_off_does_so_for_its_prompt(
+    thinkers: Path, recipe: Recipe, tmp_path: Path, budget: int
+) -> None:
+    """Nemotron's templates open a thought, and close an empty one where a turn says /no_think."""
+    model = tmp_path / "model"
+    shutil.copytree(thinkers / "opened", model)
+    tokenizer = load(model)
+    assert "enable_thinking is defined and not enable_thinking" in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "enable_thinking is defined and not enable_thinking", "'/no_think' in messages[-1]['content']"
+    )
+    tokenizer.save_pretrained(model)
+    prompts = [{"prompt": f"Why {n}?" + " /no_think" * (n % 2)} for n in range(8)]
+    tiny.write_jsonl(Path(recipe.prompts), prompts)
+    rows = drawn(replace(recipe, model=str(model), maxlen=40, thinking_budget=budget), tmp_path / "out")
+    for row in rows:
+        is_off = "/no_think" in row["prompt"][-1]["content"]
+        for r in row["responses"]:
+            assert (r["thought"] is None) == (r["thought_tokens"] is None) == is_off
+            assert has_answer(r)
+            assert words(r["text"]) <= {*SAYING}
+            assert r["text"]
+            if is_off:
+                assert r["logps"] is not None  # nothing was put into it
+    counts = read_json(tmp_path / "out" / "responses.manifest.json")["counts"]
+    assert (counts["thoughts_cut_at_budget"] > 0) == (budget > 0)
+
+
+def test_marks_that_are_the_templates_own_are_ended_as_it_writes_them(thinkers: Path) -> None:
+    """Else two recipes with one identity would go on with each other's work, and end thoughts otherwise."""
+    for kind, tags in TAGS.items():
+        assert found(thinkers / kind, ",".join(tags)) == found(thinkers / kind)
 
 
 def test_a_budget_changes_no_draw_before_it_is_used_up(recipe: Recipe, tmp_path: Path) -> None:

@@ -327,6 +327,23 @@ def test_thoughts_of_another_tokenizer_go_through_the_template_or_the_row_is_lef
             read(models, tmp_path / "t.parquet", [row], template, loss_type=loss_type)
 
 
+@pytest.mark.parametrize("train_thoughts", [True, False])
+def test_a_thought_without_an_end_gets_none_from_the_template(
+    models: Path, tmp_path: Path, tokenizer: Any, train_thoughts: bool
+) -> None:
+    """With another tokenizer its token ids are of no use. Templated it would be an empty answer, and that it ends."""
+    best, worst = two(tokenizer)
+    unfinished = drawn(tokenizer, "<think>x x x", 4, end="")
+    rows = [row_of(tokenizer, best, worst), row_of(tokenizer, best, unfinished)]
+    rows = [{**row, "tokenizer": "another"} for row in rows]
+    why = "(a thought has no end, which only token ids of its own tokenizer can show)"
+    data = read(models, tmp_path / "t.parquet", rows, train_thoughts=train_thoughts)
+    assert (len(data), data.counts[f"rows_left_out {why}"]) == (1, 1)
+    data = read(models, tmp_path / "t.parquet", rows, loss_type="sppo_all", train_thoughts=train_thoughts)
+    assert [len(row) for row in data.responses] == [2, 1]
+    assert data.counts[f"responses_left_out {why}"] == 1
+
+
 # Data of other tools
 
 FORMS = [

@@ -130,9 +130,7 @@ class _Joined:
                 f"{self.extras.what}: {name} has another tokenizer than the model that drew {directory}; pass --model"
             )
         stop_ids, kwargs, tags = policy.stop_ids(tokenizer), settings["chat_template_kwargs"], settings.get("thinking")
-        marks = marks_of(tokenizer, stop_ids, kwargs, "auto") if tags else None
-        if tags and (marks is None or [marks.open, marks.close] != tags):
-            marks = marks_of(tokenizer, stop_ids, kwargs, ",".join(tags))
+        marks = marks_of(tokenizer, stop_ids, kwargs, ",".join(tags)) if tags else None
         self.templater = Templater(tokenizer, stop_ids, kwargs, marks)
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:

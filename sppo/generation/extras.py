@@ -133,13 +133,14 @@ class Templater:
         prompt: as the template takes it. Raises ValueError where the template refuses the conversation.
         """
         text = chat.without_end(self.tokenizer, answer.text, self.stop_ids)
-        _, ids = chat.response_ids(self.tokenizer, prompt, text, self.stop_ids, self.template_kwargs)
+        prompt_ids, ids = chat.response_ids(self.tokenizer, prompt, text, self.stop_ids, self.template_kwargs)
         own = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         if answer.is_cut and own:
             return {"text": text, "token_ids": own, "finish_reason": "length", "logps": None}
         if own == ids:  # a template that puts no end behind an answer
             ids = [*ids, min(self.stop_ids, key=lambda token: (token != self.tokenizer.eos_token_id, token))]
-        found = split(self.marks, self.tokenizer, ids) if self.marks else None
+        marks = self.marks.of_prompt(self.tokenizer, prompt_ids) if self.marks else None
+        found = split(marks, self.tokenizer, ids) if marks else None
         # a template may write an empty thought before an answer
         thought = {"thought": found.thought, "thought_tokens": found.thought_tokens} if found and found.finished else {}
         return {"text": text, "token_ids": ids, "finish_reason": "stop", "logps": None, **thought}

@@ -130,6 +130,7 @@ def _kept(
 ) -> dict[str, Any]:
     """What the journal keeps of a prompt. Its token ids too: a template that writes the date makes others tomorrow."""
     kept = []
+    marks = marks.of_prompt(tokenizer, request.token_ids) if marks else None
     for response in responses:
         ids = response.token_ids
         text_ids = ids[:-1] if response.finish_reason == "stop" else ids

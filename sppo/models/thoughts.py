@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +33,7 @@ _OFF = (
 )
 _MARK = r"(?:<[^<>\s][^<>]*>|\[[^\[\]]+\]|◁[^◁▷]+▷)"  # how templates mark things: <think>, [THINK], ◁think▷
 _THINKS = r"[\w:|]*(?:think|thought|reason)[\w:|]*"  # a mark of this name marks a thought
+_END = 64  # tokens of a prompt's end, which hold any mark
 _PAIR = re.compile(rf"<({_THINKS})>[^<]*</\1>|\[({_THINKS})\][^\[]*\[/\2\]", re.IGNORECASE)
 
 
@@ -41,7 +42,8 @@ class Marks:
     """How a model marks its thoughts.
 
     open, close: the marks, as text without white space around. ending: all that the template writes between a thought
-    and its answer, white space too. is_open: whether the prompt ends with `open`, so that the model does not write it.
+    and its answer, white space too. is_open: whether the prompt ends with `open`, so that the model does not write it;
+    `of_prompt` says it of one prompt.
     header: for a model that marks its answers too (gpt-oss) what stands before each answer; else "". stop_ids: the
     tokens that end a response.
     """
@@ -55,6 +57,16 @@ class Marks:
     is_open: bool = False
     header: str = ""
     stop_ids: frozenset[int] = frozenset()
+
+    def of_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> Marks | None:
+        """The marks in a response to this prompt; None where the prompt closes an empty thought.
+
+        Some templates open or close a thought by what a turn says: /no_think.
+        """
+        if self.header:
+            return self
+        end = _decoded(tokenizer, list(prompt_ids[-_END:])).rstrip()
+        return None if end.endswith(self.close) else replace(self, is_open=end.endswith(self.open))
 
     def __str__(self) -> str:
         return f"{self.open} … {self.close}" + (", opened in the prompt" if self.is_open else "")
@@ -82,13 +94,15 @@ class Budget:
     marks: Marks
     tokenizer: PreTrainedTokenizerBase
 
-    def ending(self, token_ids: Sequence[int], room: int) -> list[int]:
+    def ending(self, prompt_ids: Sequence[int], token_ids: Sequence[int], room: int) -> list[int]:
         """What is put behind a response of `tokens` tokens to end its thought. Nothing where it is in no thought.
 
         What the response has begun to write of the mark is finished, not repeated. room: the most tokens that the
         response may have. Nothing too where it leaves no room for an answer.
         """
-        marks, ids = self.marks, tuple(token_ids)
+        marks, ids = self.marks.of_prompt(self.tokenizer, prompt_ids), tuple(token_ids)
+        if marks is None:
+            return []
         whole = _decoded(self.tokenizer, list(ids))
         is_open = marks.is_open or marks.header or marks.open in whole
         if not is_open or (marks.header or marks.close) in whole or marks.stop_ids & {*ids}:
@@ -125,8 +139,9 @@ def split(marks: Marks, tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[
     before, _, behind = _decoded(tokenizer, ids[:n]).partition(mark)
     thought = _without_marks(marks, before)
     if behind.strip():
-        text = behind.lstrip() + _answer(marks, tokenizer, ids[n:])
-        return Split(thought, text, n - 1, True)
+        # decoded together, as one may hold half a character, and the first one's space be left out
+        end = len(_decoded(tokenizer, ids[n - 1 : n])) - len(behind)  # of the mark, in characters
+        return Split(thought, _answer(marks, tokenizer, ids[n - 1 :])[end:].lstrip(), n - 1, True)
     while n < len(ids) and not _decoded(tokenizer, ids[n : n + 1]).strip():
         n += 1
     return Split(thought, _answer(marks, tokenizer, ids[n:]).lstrip(), n, n < len(ids))
@@ -170,7 +185,9 @@ def marks_of(
     prompt = _prompt(tokenizer, template_kwargs)
     if tags == "off" or not prompt:
         return None
-    found = _found(tokenizer, template_kwargs, prompt) if tags == "auto" else _Found(*_given(tags))
+    found = _found(tokenizer, template_kwargs, prompt)
+    if tags != "auto" and not (found and [found.open, found.ending.strip()] == _given(tags)):
+        found = _Found(*_given(tags))  # else the template's own, with the white space that it writes
     close = found.ending.strip() if found else ""
     if not found or not close or prompt.rstrip().endswith(close):
         return None
@@ -252,6 +269,8 @@ def _of_a_written_thought(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, 
     turns: list[dict[str, Any]] = [{"content": _SAID, name: _THOUGHT} for name in _FIELDS]
     for turn in [*turns, {"content": parts}]:
         written = _behind(tokenizer, kwargs, {"role": "assistant", **turn}, prompt=False)
+        if re.search(rf"""["']: ?["']{_THOUGHT}""", written):
+            continue  # what is no text has been written as Python or JSON prints it
         before, is_thought, rest = written.partition(_THOUGHT)
         ending, is_said, _ = rest.partition(_SAID)
         if is_thought and is_said and ending.strip():
@@ -280,7 +299,7 @@ def _of_an_empty_thought(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, A
         else:  # another mark in its place, as DeepSeek-V3.1's
             opened, instead = _last_mark(prompt), _last_mark(closed)
             same = prompt.rstrip().removesuffix(opened) == closed.rstrip().removesuffix(instead)
-            close = re.search(_MARK, instead) if same and opened != instead else None
+            close = re.search(_MARK, instead) if same and instead.replace("/", "", 1) == opened != instead else None
         if close and opened:
             return _Found(opened, close[0])
     return None

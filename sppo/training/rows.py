@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _WANTED = "is not a conversation, each turn with its text, that ends with the assistant"
+_ENDLESS = "a thought has no end, which only token ids of its own tokenizer can show"
 _ROUNDING = 1e-9  # a mean of win rates may lie this far below 0 or above 1
 
 
@@ -110,6 +111,8 @@ class Reading:
         self.counts["pairs_of_equal_answers"] += chosen.text == rejected.text
         self.counts["empty_answers"] += (not chosen.text.strip()) + (not rejected.text.strip())
         answers = [chosen, rejected]
+        if not _have_ids(generated) and any(map(_is_endless, drawn)):
+            raise BeyondTextError(_ENDLESS)
         if drawn:  # their thoughts are beside the texts
             answers = [a._replace(thought=a.thought or _thought(r)) for a, r in zip(answers, drawn, strict=True)]
         return self._compared(values, prompt, answers, generated)
@@ -134,6 +137,10 @@ class Reading:
         else:
             prompt = _prompt(_messages(values["prompt"], "prompt"), values)
             _refuse_edited_pair(values, prompt)
+            if not _have_ids(generated):  # a template would put an end behind it
+                endless = [i for i in kept if _is_endless(responses[i])]
+                self.counts.update([f"responses_left_out ({_ENDLESS})"] * len(endless))
+                kept = [i for i in kept if i not in endless]
             answers = [Answer(responses[i]["text"], _thought(responses[i])) for i in kept]
             tokens = self._compared(values, prompt, answers, generated)
 
@@ -277,6 +284,11 @@ def _drawn_pair(values: dict[str, Any]) -> list[dict[str, Any]]:
 def _have_ids(responses: list[dict[str, Any]]) -> bool:
     """Whether there are responses, each with the token ids that were generated."""
     return bool(responses) and all(response and response.get("token_ids") for response in responses)
+
+
+def _is_endless(response: dict[str, Any]) -> bool:
+    """Whether a response is a thought without an end."""
+    return not has_answer(response) and not (response.get("text") or "").strip()
 
 
 def _thought(response: dict[str, Any]) -> str:

@@ -130,6 +130,7 @@ class _Sampler:
         ]
         self.uniform = torch.from_numpy(np.stack(uniform))  # (B, longest) float64
         self.budget, self.endings = budget, dict[int, list[int]]()
+        self.prompts = [r.token_ids for r in requests for _ in range(recipe.pairs)]
         self.rooms = [r.max_new_tokens for r in requests for _ in range(recipe.pairs)]
         self.drawn: list[torch.Tensor] | None = [] if any(r.logps for r in requests) else None  # a (B,) for each step
 
@@ -161,7 +162,7 @@ class _Sampler:
             return token
         if place == self.budget.tokens:
             for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
-                if ending := self.budget.ending(ids, self.rooms[row]):
+                if ending := self.budget.ending(self.prompts[row], ids, self.rooms[row]):
                     self.endings[row] = ending
         for row, ending in self.endings.items():
             if place - self.budget.tokens < len(ending):

@@ -162,7 +162,7 @@ def _rests(request: Request, half: _Halves, budget: Budget | None) -> Iterator[_
         ids, room = response.token_ids, request.max_new_tokens
         if not budget or response.finish_reason != "length" or len(ids) >= room:
             continue
-        if ending := budget.ending(ids, room):
+        if ending := budget.ending(request.token_ids, ids, room):
             half.responses[k] = Response([*ids, *ending], "length", None, is_thought_cut=True)
         half.left += 1
         yield _Job(request, k, half.responses[k].token_ids)
