@@ -27,6 +27,7 @@ from sppo.recipe import Recipe, load_recipe
 from sppo.schema import has_answer
 from sppo.store.files import read_json, write_json
 from sppo.store.shards import Slice
+from sppo.training.thoughts import Answer, rewritten, spells
 
 Rows = list[dict[str, Any]]
 THINK, FINAL = ("<think>", "</think>"), "<|channel|>final<|message|>"
@@ -292,7 +293,14 @@ def test_an_answer_that_begins_within_the_marks_last_token_is_whole(models: Path
     said = "é red" if is_byte_level else "( red"
     ids = tokenizer(f"<think>hmm</think>{said}", add_special_tokens=False)["input_ids"]
     assert "".join(merge) in tokenizer.convert_ids_to_tokens(ids)
-    assert split(marks, tokenizer, [*ids, 0]) == ("hmm", said, len("<think>hmm</think>") - 1, True)
+    told = split(marks, tokenizer, [*ids, 0])
+    assert told == ("hmm", said, len("<think>hmm</think>") - 1, True)
+    # training finds the answer there again, and an edited one keeps the mark
+    response = {"token_ids": [*ids, 0], **told._asdict()}
+    assert spells(tokenizer, {0}, response, Answer(said, "hmm"))
+    assert not spells(tokenizer, {0}, response, Answer("thin", "hmm"))
+    made = rewritten(tokenizer, {0}, response["token_ids"], response["thought_tokens"], said, "thin")
+    assert tokenizer.decode(made) == "<think>hmm</think>thin<e>"
 
 
 # Drawing
