@@ -121,13 +121,15 @@ def digest_of_recipes(paths: list[Path]) -> str:
 def of_run(recipe: Recipe) -> Recipe:
     """An iteration's recipe with the model and the seed that its run began with: what all its reports compare with.
 
-    They stand in the first iteration's recipe. Where there is none, `recipe` as it is.
+    And with --thinking_tags off where that run is of an older version: the answers of all its models are told apart
+    alike. They stand in the first iteration's recipe. Where there is none, `recipe` as it is.
     """
     written = path_of(dataclasses.replace(recipe, iteration=1))
     if not written.exists():
         return recipe
     first = load_recipe(written)
-    return dataclasses.replace(recipe, model=first.model, model_revision=first.model_revision, seed=first.seed)
+    began = {"model": first.model, "model_revision": first.model_revision, "seed": first.seed}
+    return dataclasses.replace(recipe, **began, thinking_tags=_thinking_tags_of_run(recipe))
 
 
 # What is left to do

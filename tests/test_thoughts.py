@@ -17,6 +17,7 @@ from tiny_thinkers import KINDS, MUSING, SAYING
 from sppo import iterations
 from sppo.cli import flags
 from sppo.command.errors import SPPOError, UsageError
+from sppo.generation.combine import combine
 from sppo.generation.shards import generate_shards
 from sppo.models import chat
 from sppo.models.policy import open_policy
@@ -24,8 +25,9 @@ from sppo.models.thoughts import Marks, marks_of, split, thinking_identity
 from sppo.preflight.generation import _thinking
 from sppo.recipe import Recipe, load_recipe
 from sppo.schema import has_answer
-from sppo.store.files import read_json
+from sppo.store.files import read_json, write_json
 from sppo.store.shards import Slice
+from sppo.training.thoughts import Answer, rewritten, spells
 
 Rows = list[dict[str, Any]]
 THINK, FINAL = ("<think>", "</think>"), "<|channel|>final<|message|>"
@@ -291,7 +293,14 @@ def test_an_answer_that_begins_within_the_marks_last_token_is_whole(models: Path
     said = "é red" if is_byte_level else "( red"
     ids = tokenizer(f"<think>hmm</think>{said}", add_special_tokens=False)["input_ids"]
     assert "".join(merge) in tokenizer.convert_ids_to_tokens(ids)
-    assert split(marks, tokenizer, [*ids, 0]) == ("hmm", said, len("<think>hmm</think>") - 1, True)
+    told = split(marks, tokenizer, [*ids, 0])
+    assert told == ("hmm", said, len("<think>hmm</think>") - 1, True)
+    # training finds the answer there again, and an edited one keeps the mark
+    response = {"token_ids": [*ids, 0], **told._asdict()}
+    assert spells(tokenizer, {0}, response, Answer(said, "hmm"))
+    assert not spells(tokenizer, {0}, response, Answer("thin", "hmm"))
+    made = rewritten(tokenizer, {0}, response["token_ids"], response["thought_tokens"], said, "thin")
+    assert tokenizer.decode(made) == "<think>hmm</think>thin<e>"
 
 
 # Drawing
@@ -386,6 +395,42 @@ def test_a_budget_ends_thoughts_and_goes_on_to_the_answer(
         assert read_json(out / "responses.manifest.json")["generated"]["thinking_budget"] == 7
 
 
+def test_what_is_refused_is_refused_before_anything_is_deleted(thinkers: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """--overwrite with marks that would stop generation, or a budget that would end nothing."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(thinkers / "channels", model)
+    end = load(model).convert_tokens_to_ids("<|end|>")
+    config = read_json(model / "generation_config.json")
+    write_json(model / "generation_config.json", {**config, "eos_token_id": [*config["eos_token_id"], end]})
+    asked = replace(recipe, model=str(model), thinking_tags="off")
+    rows = drawn(asked, out)
+    with pytest.raises(SPPOError, match="generation stops at"):
+        generate_shards(replace(asked, thinking_tags="auto"), out, [Slice(0, 0)], True)
+    assert pq.read_table(out / "responses" / "shard-00000.parquet").to_pylist() == rows
+    off = replace(recipe, thinking_tags="<think>,</think>", chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(SPPOError, match=r"--thinking_budget 5: .*nothing is thought"):
+        generate_shards(replace(off, thinking_budget=5), tmp_path / "no", [Slice(0, 0)], False)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("other", [{"thinking_budget": 7}, {"thinking_tags": "off"}])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_shards_that_told_thoughts_apart_otherwise_are_not_put_together(
+    recipe: Recipe, tmp_path: Path, other: dict[str, Any], is_first: bool
+) -> None:
+    """A setting that one of them has, and the other leaves out."""
+    recipes = [recipe, replace(recipe, **other)]
+    if is_first:
+        recipes.reverse()
+    for shard, each in enumerate(recipes):
+        out = tmp_path / "out" if not shard else tmp_path / "there"
+        generate_shards(each, out, [Slice(0, shard, 2)], False)
+    for path in (tmp_path / "there" / "responses").glob("shard-00001.*"):
+        shutil.copy(path, tmp_path / "out" / "responses")
+    with pytest.raises(SPPOError, match=r"shards 0 and 1 differ in .*thinking"):
+        combine(tmp_path / "out", 2, recipe.pairs, False)
+
+
 @pytest.mark.parametrize("budget", [0, 7])
 def test_a_turn_that_switches_thinking_off_does_so_for_its_prompt(
     thinkers: Path, recipe: Recipe, tmp_path: Path, budget: int
@@ -469,6 +514,7 @@ def test_work_that_began_without_splitting_goes_on_so(recipe: Recipe, tmp_path: 
     path = iterations.path_of(first)
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "thinking" not in line))
     assert iterations.opened(replace(whole, date="")).thinking_tags == "off"
+    assert iterations.of_run(first).thinking_tags == "off"  # a report by hand: the first model's answers are whole
     assert iterations.opened(replace(whole, thinking_tags="<a>,<b>")).thinking_tags == "<a>,<b>"
 
 

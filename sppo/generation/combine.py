@@ -183,7 +183,8 @@ def _refuse_unlike(manifests: list[dict[str, Any]], directory: Path, pairs: int)
     """Raise SPPOError unless all shards were made with the same inputs and settings, and K is `pairs`."""
     first = _shared(manifests[0])
     for number, manifest in enumerate(manifests):
-        differing = [key for key, value in _shared(manifest).items() if first.get(key) != value]
+        here = _shared(manifest)  # settings at their defaults may be left out, here or there
+        differing = [key for key in {**first, **here} if first.get(key) != here.get(key)]
         if differing:
             raise SPPOError(
                 f"{directory}: shards 0 and {number} differ in {', '.join(differing)}; make all with one setting"

@@ -13,6 +13,7 @@ from sppo.generation.extras import Extras
 from sppo.generation.prompts import Prompt, fingerprint, load_prompts
 from sppo.models.dates import today
 from sppo.models.policy import Policy, policy_of
+from sppo.models.thoughts import marks_of
 from sppo.recipe import Recipe, parse_part
 from sppo.store.manifest import Stage
 from sppo.store.shards import Slice, begun_identities, known_count, overwriting_since, shard_paths
@@ -76,6 +77,22 @@ class Source:
             extras.each([prompt.prompt_id for prompt in asked])
             for prompt in asked:
                 extras.refuse_other_prompt(prompt.prompt_id, prompt.messages)
+
+    def check_marks(self) -> None:
+        """Raise SPPOError where generation would stop at what ends a thought, or a budget would end none.
+
+        Only reads.
+        """
+        if not self.thinking:
+            return
+        tokenizer, recipe = self.policy.tokenizer(), self.recipe
+        stop_ids = self.policy.stop_ids(tokenizer)
+        marks = marks_of(tokenizer, stop_ids, recipe.chat_template_kwargs, recipe.thinking_tags)
+        if marks is None and recipe.thinking_budget:
+            raise SPPOError(
+                f"--thinking_budget {recipe.thinking_budget}: the chat template of {recipe.model} closes an empty "
+                "thought in the prompt, with these --chat_template_kwargs, so nothing is thought; leave it out"
+            )
 
     def refuse_others(self, output_dir: Path, frac_len: int = 0) -> None:
         """Raise SPPOError where a shard here was made otherwise, before any process begins. Changes nothing."""

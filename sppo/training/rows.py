@@ -216,7 +216,8 @@ class Reading:
                     made = made._replace(logps=None)
                 if not is_kept:
                     text = self._without_end(answer.text)
-                    ids = rewritten(self.tokenizer, self.stop_ids, made.response, made.thought, text)
+                    was = response.get("text") or ""
+                    ids = rewritten(self.tokenizer, self.stop_ids, made.response, made.thought, was, text)
                     made = made._replace(response=ids, logps=None)
             else:
                 made = self._templated(prompt, answer)._replace(prompt=read)

@@ -86,7 +86,7 @@ def spells(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], response: dic
     text, said = _text(tokenizer, ids[before:]), answer.text
     if before:  # white space between the two is neither's, and the first token may hold the end of a mark
         text, said = text.lstrip(), said.lstrip()
-        if text.endswith(said) and len(_text(tokenizer, ids[before + 1 :]).lstrip()) < len(said):
+        if text.endswith(said) and len(text) - len(said) < len(_text(tokenizer, ids[before : before + 1]).lstrip()):
             text = said
     same = text == said
     own = response.get("text")
@@ -103,14 +103,18 @@ def spells(tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], response: dic
 
 
 def rewritten(
-    tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], ids: list[int], before: int, answer: str
+    tokenizer: PreTrainedTokenizerBase, stop_ids: set[int], ids: list[int], before: int, was: str, answer: str
 ) -> list[int]:
     """A drawn response whose answer was edited: its first `before` token ids, the answer's, and an end.
 
+    was: the answer before; what its first token holds of a mark stays.
     Raises ValueError where that does not spell the answer, and for a thought without an end.
     """
     if before >= len(ids):
         raise ValueError("an answer was written behind a thought that has no end; take that row out")
+    text, was = _text(tokenizer, _without_stop(ids, stop_ids)[before:]).lstrip(), was.lstrip()
+    if was and text.endswith(was):
+        answer = text.removesuffix(was) + answer
     made = [*ids[:before], *tokenizer(answer, add_special_tokens=False)["input_ids"]]
     if _words(str(tokenizer.decode(made))) != _words(str(tokenizer.decode(ids[:before])) + answer):
         raise ValueError("the tokenizer does not write the edited answer behind the thought as it is")
