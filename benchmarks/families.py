@@ -267,7 +267,8 @@ CPU; {done} of them go through the whole loop. The table was written on {date}, 
     python benchmarks/families.py             # half an hour, and one to two hours more for vLLM
     python benchmarks/families.py llama       # one family; the table goes to runs/families
 
-Differences below 1e-3 are rounding. `[1]` is a note below the table.
+A row is a `model_type`, as the `config.json` of your model names it: Qwen3-30B-A3B is a `qwen3_moe`, Gemma-3-12B, which
+has pictures, a `gemma3`. Sizes were not tried. `[1]` is a note below the table. Differences below 1e-5 are rounding.
 
 - **log-probs**: the largest difference in nats between a response's log-prob as training computes it (without logits
   for the whole vocabulary at every position) and by a plain forward with a mask. **gradients**: the largest relative
@@ -275,11 +276,15 @@ Differences below 1e-3 are rounding. `[1]` is a note below the table.
 - **loop**: two iterations of `run_sppo_mistral.sh`, the second from the model that the first trained. **LoRA**: the
   same with `--use_peft`, where generation merges the adapter.
 - **two processes**: how far apart the weights are after training in two processes and in one, as a share of what the
-  training changed. With experts this can be more: rounding sends a token to another expert.
-- **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Empty: not tried. A
-  note may speak of a setting that published models have and a tiny one lacks, or of what vLLM cannot do on a CPU. Of
-  `ernie4_5_moe` the CPU build leaves out the correction bias of the experts' choice. Why `hrm_text`, `jetmoe` and
-  `zaya` differ is not known. Training warns of a difference above 0.02.
+  training changed. With experts this can be more: rounding sends a token to another expert. So it can where a weight has
+  no part in the log-probs, such as a bias of the keys: its gradient is rounding alone.
+- **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Training warns above
+  0.02. Of `ernie4_5_moe` the CPU build leaves out the correction bias of the experts' choice. Why `hrm_text`, `jetmoe`
+  and `zaya` differ is not known.
+
+A `no` of vLLM is most often of its CPU build ("on CPU", `selective_scan_fwd`, BF16, torchvision) or of the tiny model,
+which lacks a setting of published ones. On a GPU try vLLM with some prompts: it starts, or ends with its error before
+anything is drawn. `--engine transformers` draws from every family with a `yes` under loop, slowly.
 
 Not tried: encoders and other models that do not chat; weights in FP8 or MXFP4; gemma3n and phi4_multimodal with
 pictures; Emu3. A model with pictures is trained on text, and keeps the weights for pictures. `rwkv` is RWKV-4, which

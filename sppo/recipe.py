@@ -185,7 +185,8 @@ class Recipe:
     eval_pairs: int = _key(2, "responses drawn for each held-out prompt", 2)
     judge: str = _key(
         "",
-        "a second judge for the report: reward-model:DIR_OR_ID, judge:NAME@URL, pairrm:..., or module:name of your own",
+        "a second judge for the report: reward-model:DIR_OR_ID, judge:NAME@URL, another --ranker_backend and a colon "
+        "(pairrm:, pair-lm:, gpm:, reward-server:), or module:name of your own",
     )
     measure: str = _key(
         "", "a measure for the report, module:function(prompt, answer) -> {name: numbers}; it shows each name's mean"

@@ -400,7 +400,9 @@ def test_an_answer_that_names_nobody_is_shown(stub: tuple[type[Stub], str], caps
     form = {"judge_template": "mt-bench", "judge_verdict": r"(\[\[[AB]\]\])"}
     with pytest.raises(SPPOError, match="without a verdict"):
         judge.fetch(Recipe(ranker="tiny-judge", ranker_url=url, **form))
-    assert "it ends in 'Both are fine. My choice: [[A]]'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "it ends in 'Both are fine. My choice: [[A]]'" in said
+    assert "the regex finds '[[A]]', which is neither A, B, 1, 2, first, second nor a tie" in said
 
 
 def test_a_server_without_log_probs_gives_hard_answers(stub: tuple[type[Stub], str]) -> None:

@@ -130,15 +130,15 @@ def test_the_pages_class_ranks_as_the_plain_model_does(
 
 
 def test_the_pages_function_of_a_list_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "lists.py").write_text(block("shorter.batched"))
+    (tmp_path / "lists.py").write_text(block("shorter_of_all.batched"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    ranker = function.load(Recipe(ranker="lists:shorter"))
+    ranker = function.load(Recipe(ranker="lists:shorter_of_all"))
     assert ranker.batched
     assert list(ranker.logits(PAIRS)) == [(0, -2.0), (1, 2.0), (2, -1.0)]
     assert list(ranker.logits([])) == []
-    assert function.identity(Recipe(ranker="lists:shorter")) == {
+    assert function.identity(Recipe(ranker="lists:shorter_of_all")) == {
         "backend": "function",
-        "ranker": "lists:shorter",
+        "ranker": "lists:shorter_of_all",
         "source": digest(tmp_path / "lists.py"),
     }
 

@@ -89,6 +89,16 @@ def test_responses_that_beat_each_other_in_a_circle_are_equal(tmp_path: Path, k:
             compute_prob(Recipe(pairs=k, estimator=estimator, select=select), out, True)
 
 
+@pytest.mark.parametrize(("logit", "shown"), [(5.0, "first"), (-5.0, "second")])
+def test_a_ranker_that_looks_at_the_place_alone_is_told(tmp_path: Path, logit: float, shown: str) -> None:
+    """Its win rates are all equal, which does not say why."""
+    logits = (logit * (1 - np.eye(3))).tolist()
+    rankings = [{"prompt_id": f"id{n}", "logits": logits, "scores": [0.0] * 3} for n in range(4)]
+    out = write(tmp_path / "d", responses_of(4, 3), rankings)
+    with pytest.raises(SPPOError, match=f"{{'equal scores': 4}}. The ranker nearly .* the response shown {shown}"):
+        compute_prob(Recipe(pairs=3, estimator="paper"), out, True)
+
+
 def test_a_random_rejected_one_follows_from_seed_and_prompt(tmp_path: Path) -> None:
     """Uniform over the others; the same in any order of rows and shards; another seed draws others."""
     responses, rankings = responses_of(300, 4), rankings_of(300, 4)

@@ -15,6 +15,7 @@ from sppo.method.preference import Array, paper_probability, score_and_circle, s
 from sppo.pairing.scale import Scale
 
 _STEPS = 10_000  # of the histograms of p, p_win and p_lose
+_ONE_SIDED = 0.9  # of position_bias: 1 is a ranker that always prefers what is shown first
 _QUANTILES = (0, 0.25, 0.5, 0.75, 1)
 
 
@@ -122,6 +123,12 @@ class Statistics:
             **correlations,
             **rates,
         }
+
+    def one_sided(self) -> str:
+        """What to say of a ranker whose position_bias alone decides; "" where the responses do too."""
+        bias = self._sums["bias"] / max(self._sums["prompts"], 1)
+        side = "first" if bias > 0 else "second"
+        return f". The ranker nearly always prefers the response shown {side}" if abs(bias) > _ONE_SIDED else ""
 
 
 def _histogram_quantiles(histogram: NDArray[np.int64]) -> list[float]:

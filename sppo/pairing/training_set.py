@@ -24,7 +24,7 @@ from sppo.schema import NO_ANSWER, content_id, training_schema
 from sppo.store.files import atomic_together, digest
 from sppo.store.manifest import Stage
 from sppo.store.parquet import RowGroups, open_parquet, read_batches
-from sppo.store.rankings import check_rankings, ranking_files
+from sppo.store.rankings import check_rankings, ranking_files, set_aside
 from sppo.store.responses import Count, require_responses, responses_columns, responses_each
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def compute_prob(recipe: Recipe, output_dir: Path, overwrite: bool) -> None:
     each = responses_each(output_dir, recipe.pairs)
     rankings = Rankings(shards, each.total)
     if not len(rankings):
-        raise SPPOError(f"{output_dir / 'ranking'} holds no ranking; run rank.py first")
+        skipped = set_aside(shards)
+        why = f", because all prompts were set aside: {skipped}" if skipped else "; run rank.py first"
+        raise SPPOError(f"{output_dir / 'ranking'} holds no ranking{why}")
     rows, held_out = _match(responses, rankings, recipe)
     if overwrite:
         stage.discard()  # the old ones may go now that new ones can be made
@@ -148,7 +150,8 @@ def _write(
             test_rows.write(where(held_out[numbers], batch))
             train_rows.write(where(~held_out[numbers], batch))
         if not train_rows.rows:
-            raise SPPOError(f"no pair is left to train on; dropped: {dict(+statistics.dropped)}")
+            why = f"dropped: {dict(+statistics.dropped)}{statistics.one_sided()}"
+            raise SPPOError(f"no pair is left to train on; {why}")
     return train_rows.rows, test_rows.rows
 
 

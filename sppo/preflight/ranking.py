@@ -60,6 +60,8 @@ def check_scale(run: Run, found: Ranker) -> Look[None]:
             "--estimator released is made for PairRM's scores, and doubles the differences of another ranker's; "
             "--estimator paper takes them as they are, and auto takes what suits the ranker"
         )
+    if recipe.select == "best_2sd" and recipe.pairs <= 5 and not recipe.extra_responses:
+        yield note(f"--select best_2sd takes the worst response of {recipe.pairs}: of up to 5 none is further below")
     scale = Scale()
     for logits in _ranked(run.run_dir / "iter1" / "data" / "ranking") if run.makes_data else ():
         estimator = estimator_for(backend) if recipe.estimator == "auto" else recipe.estimator

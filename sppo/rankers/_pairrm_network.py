@@ -229,7 +229,10 @@ def _read_base(directory: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     with loading(f"ranker {directory}"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if config.model_type != "deberta-v2":
-        raise SPPOError(f"ranker {directory}: a {config.model_type} is not a PairRM; its base is deberta-v2")
+        raise SPPOError(
+            f"ranker {directory}: a {config.model_type} is not a PairRM; its base is deberta-v2. For a causal LM pass "
+            "--ranker_backend pair-lm, for a classifier with one label reward-model"
+        )
     with loading(f"ranker {directory}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         restore_normalizer(tokenizer, base)

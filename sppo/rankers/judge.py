@@ -131,6 +131,8 @@ class JudgeRanker:
             said = choices[unread[0]].get("message") if unread else None
             end = str((said or {}).get("content") or "")[-80:]
             told = f"an answer without a verdict, or with invalid log-probs, {left_out}"
+            if unread and (word := verdicts[unread[0]].unknown):
+                told = f"the regex finds {word!r}, which is neither A, B, 1, 2, first, second nor a tie, {left_out}"
             self.server.note(f"{told}: it ends in {end!r}" if end else told)
 
     def _request(self, pair: Pair) -> dict[str, Any]:

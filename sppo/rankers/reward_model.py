@@ -138,7 +138,8 @@ def _open_reward_model(directory: Path) -> Opened:
         restore_normalizer(tokenizer, directory)
     if config.num_labels != 1:
         made = ", ".join(raw.get("architectures") or ["an unknown kind"])
-        raise SPPOError(f"{name}: a reward model has one label; this one ({made}) has {config.num_labels}")
+        hint = "; a causal LM is asked by --ranker_backend pair-lm" if made.endswith("ForCausalLM") else ""
+        raise SPPOError(f"{name}: a reward model has one label; this one ({made}) has {config.num_labels}{hint}")
     require_template(directory, tokenizer)
     return opened
 

@@ -58,9 +58,10 @@ def read_template(name_or_file: str, flag: str, known: list[str]) -> str:
         raise UsageError(f"{flag} {name_or_file}: {doubled[0]}: a field has one brace on each side: {{{doubled[1]}}}")
     named = re.findall(r"\{(\w+)\}", text)
     if unknown := [name for name in named if name not in FIELDS]:
+        hint = nearest(unknown[0], FIELDS) or "."
         raise UsageError(
-            f"{flag} {name_or_file}: unknown field {{{unknown[0]}}}{nearest(unknown[0], FIELDS)}. What is to stay as "
-            f"it is has a space inside its braces: {{ {unknown[0]} }}"
+            f"{flag} {name_or_file}: unknown field {{{unknown[0]}}}{hint} There are {{{'}, {'.join(FIELDS)}}}; what is "
+            f"to stay as it is has a space inside its braces: {{ {unknown[0]} }}"
         )
     if missing := [name for name in FIELDS if name not in named]:
         raise UsageError(

@@ -29,12 +29,13 @@ class Verdict(NamedTuple):
 
     `logit`: above 0 where the first is better, 0 for a tie; NaN where it names neither, or gives log-probs that are not
     valid. `is_hard`: it comes from the words alone, without log-probs, and is HARD or -HARD. `is_cut`: the answer has
-    no verdict because it had no room for one.
+    no verdict because it had no room for one. `unknown`: what the regex's group holds, where it names nothing.
     """
 
     logit: float
     is_hard: bool = False
     is_cut: bool = False
+    unknown: str = ""
 
 
 def verdict_pattern(regex: str, flag: str) -> re.Pattern[str]:
@@ -65,7 +66,7 @@ def read_choice(choice: dict[str, Any], pattern: re.Pattern[str], first: bool = 
     found = standing[0][1] if first and standing else _match(pattern, answer, first)
     names = _names(found[1]) if found else ()
     if not found or not names or (ended in _BROKEN_OFF and not first):
-        return Verdict(math.nan, is_cut=is_cut)
+        return Verdict(math.nan, is_cut=is_cut, unknown=found[1] if found and not names else "")
     if found[1] not in names:
         return Verdict(0.0)  # a tie
 

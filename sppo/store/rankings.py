@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from sppo.command.errors import SPPOError, UsageError
@@ -34,6 +35,15 @@ def ranking_files(output_dir: Path) -> list[Path]:
             f"{directory} holds {', '.join(others)} besides the {count} shards of rank.py; move one of the two away"
         )
     return [path for path, _ in paths]
+
+
+def set_aside(files: list[Path]) -> dict[str, int]:
+    """How many prompts were set aside in ranking, by reason, as the manifests tell."""
+    found: Counter[str] = Counter()
+    for path in files:
+        if (manifest := path.with_suffix(".manifest.json")).exists():
+            found.update(read_manifest(manifest)["counts"].get("skipped", {}))
+    return dict(found)
 
 
 def backend_of(files: list[Path]) -> str:
