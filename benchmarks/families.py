@@ -120,7 +120,9 @@ def flags_of(found: dict[str, Any]) -> list[str]:
 
 def one_line(error: object) -> str:
     """A message in one line, without the paths of this machine."""
-    text = re.split(r" \[type=| for now\. Supported architectures", " ".join(str(error).split()))[0]
+    text = " ".join(str(error).split()).partition(" [type=")[0]
+    text = re.sub("^Value error, Model architecture.* not supported .*", "vLLM does not know this architecture", text)
+    text = re.sub(r"^Layer 0 (\(\w+\) )?does not dispatch", "Layer 0 does not dispatch", text)
     return re.sub(r"/\S*/(\w+/model)", r"\1", text)[:160]
 
 
@@ -276,11 +278,10 @@ has pictures, a `gemma3`. Sizes were not tried. `[1]` is a note below the table.
 - **loop**: two iterations of `run_sppo_mistral.sh`, the second from the model that the first trained. **LoRA**: the
   same with `--use_peft`, where generation merges the adapter.
 - **two processes**: how far apart the weights are after training in two processes and in one, as a share of what the
-  training changed. With experts this can be more: rounding sends a token to another expert. So it can where a weight has
-  no part in the log-probs, such as a bias of the keys: its gradient is rounding alone.
+  training changed. It can be more with experts, since rounding sends a token to another one, and where a weight has no
+  part in the log-probs, such as a bias of the keys: its gradient is rounding alone.
 - **vLLM**: nats a token between vLLM's log-probs and training's, of what vLLM's CPU build drew. Training warns above
-  0.02. Of `ernie4_5_moe` the CPU build leaves out the correction bias of the experts' choice. Why `hrm_text`, `jetmoe`
-  and `zaya` differ is not known.
+  0.02. The CPU build skips a bias of `ernie4_5_moe`'s router. Why `hrm_text`, `jetmoe` and `zaya` differ is not known.
 
 A `no` of vLLM is most often of its CPU build ("on CPU", `selective_scan_fwd`, BF16, torchvision) or of the tiny model,
 which lacks a setting of published ones. On a GPU try vLLM with some prompts: it starts, or ends with its error before
