@@ -457,6 +457,9 @@ def test_conversations_are_taken_apart_and_put_together_again() -> None:
         assert prompt_text(turns) == "USER: Why None?\nASSISTANT: Because.\nUSER: And red?"
     assert split_content("so</think>a") == ("so</think>", "a")
     assert split_content("[THINK]so[/THINK]a") == ("[THINK]so[/THINK]", "a")
+    assert split_content("<think>'so'</think>a") == ("<think>'so'</think>", "a")
+    for code in ("Use s.split('</think>')[-1].", "Models end thoughts with `</think>`.", 'Print "[/THINK]".'):
+        assert apart([USER, answer(code)]) == ([USER, answer(code)], None)  # else a ranker would see its end alone
     for text in ("a <think>so</think>b", "<think>so", "a", ""):  # no thought at the beginning, or without an end
         assert split_content(text) == ("", text)
     with pytest.raises(ValueError, match="prompt_thoughts has 1 entries for a prompt of 3 turns"):
