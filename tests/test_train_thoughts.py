@@ -21,6 +21,7 @@ from test_doctor import opened
 from sppo import run_sppo
 from sppo.command.errors import SPPOError
 from sppo.generation.combine import combine
+from sppo.generation.extras import Answer, Templater
 from sppo.generation.prompts import fingerprint, load_prompts
 from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
@@ -30,6 +31,7 @@ from sppo.models.dates import fix_date
 from sppo.models.frames import reads_as
 from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
+from sppo.models.thoughts import marks_of
 from sppo.pairing.training_set import compute_prob
 from sppo.preflight.training import check_thoughts
 from sppo.ranking.shards import rank_shards
@@ -342,6 +344,23 @@ def test_a_thought_without_an_end_gets_none_from_the_template(
     data = read(models, tmp_path / "t.parquet", rows, loss_type="sppo_all", train_thoughts=train_thoughts)
     assert [len(row) for row in data.responses] == [2, 1]
     assert data.counts[f"responses_left_out {why}"] == 1
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_the_empty_thought_before_another_models_answer_is_its_thought(models: Path, is_cut: bool) -> None:
+    """Also where that was cut off: else its marks would be trained on as a part of the answer, and make it longer."""
+    tokenizer = tokenizer_of(models, QWEN3)
+    marks = marks_of(tokenizer, {2}, {}, ",".join(("<think>", "</think>")))
+    made = Templater(tokenizer, {2}, {}, marks).response([USER], Answer("red", is_cut))
+    before, ids = made["thought_tokens"], made["token_ids"]
+    assert (made["text"], made["thought"]) == ("red", "")
+    assert tokenizer.decode(ids[:before]) == "<think>\n\n</think>\n\n"
+    assert tokenizer.decode(ids[before:]) == ("red" if is_cut else "red<|im_end|>")
+    assert made["finish_reason"] == ("length" if is_cut else "stop")
+    # an answer about marks, where the template writes none
+    made = Templater(tokenizer_of(models, CHATML), {2}, {}, marks).response([USER], Answer("no </think>red", is_cut))
+    assert made["text"] == "no </think>red"
+    assert made.get("thought_tokens") is None
 
 
 # Data of other tools
