@@ -318,12 +318,13 @@ def split_content(content: str) -> tuple[str, str]:
     """(the thought at the beginning of an assistant's content, with its marks and the white space; the answer).
 
     The thought is "" where there is none. A content may begin within a thought, as a model writes it whose template has
-    opened the thought in the prompt.
+    opened the thought in the prompt; but a mark in quotes, as in an answer about code, ends none.
     """
     for begin, end in THOUGHT_MARKS:
         before, mark, answer = content.partition(end)
         inside = before.lstrip().removeprefix(begin)
-        if mark and begin not in inside:
+        is_quoted = inside == before.lstrip() and before.endswith(("'", '"', "`"))
+        if mark and begin not in inside and not is_quoted:
             answer = answer.lstrip()
             return content[: len(content) - len(answer)], answer
     return "", content

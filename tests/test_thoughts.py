@@ -101,6 +101,10 @@ PARTS = (
     "{% for b in m['content'] %}{{ b['text'] if b['type'] == 'text' else '[THINK]' + b['thinking'] + '[/THINK]' }}"
     "{% endfor %}{% endif %}{% endfor %}"
 )
+AROUND = (  # Hunyuan's
+    "{% for m in messages %}{{ '<u>' }}{% if m['reasoning_content'] %}{{ '<think>\n' + m['reasoning_content'] + "
+    "'\n</think>\n<answer>\n' }}{% endif %}{{ m['content'] + '<e>' }}{% endfor %}"
+)
 TOLD = "{% if thinking %}{{ 'Think between <think></think>.' }}{% endif %}"
 STRIPS = (
     "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' and '<channel|>' in c %}"
@@ -118,6 +122,7 @@ STRIPS = (
         (TURNS + SWAPS, {"thinking": True}, (*THINK, True)),  # DeepSeek-V3.1
         (TURNS + SWAPS, {}, None),
         (PARTS + PROMPT, {}, ("[THINK]", "[/THINK]", False)),  # Magistral
+        (AROUND + PROMPT.replace("<a>", "<u>"), {}, (*THINK, False)),
         (TOLD + TURNS + PROMPT, {"thinking": True}, (*THINK, False)),  # Granite
         (TOLD + TURNS + PROMPT, {}, None),
         (STRIPS + PROMPT, {}, ("<|channel>thought", "<channel|>", False)),  # Gemma-4

@@ -21,6 +21,7 @@ from test_doctor import opened
 from sppo import run_sppo
 from sppo.command.errors import SPPOError
 from sppo.generation.combine import combine
+from sppo.generation.extras import Answer, Templater
 from sppo.generation.prompts import fingerprint, load_prompts
 from sppo.generation.shards import generate_shards
 from sppo.generation.source import Source
@@ -30,6 +31,7 @@ from sppo.models.dates import fix_date
 from sppo.models.frames import reads_as
 from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
+from sppo.models.thoughts import marks_of
 from sppo.pairing.training_set import compute_prob
 from sppo.preflight.training import check_thoughts
 from sppo.ranking.shards import rank_shards
@@ -344,6 +346,23 @@ def test_a_thought_without_an_end_gets_none_from_the_template(
     assert data.counts[f"responses_left_out {why}"] == 1
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_the_empty_thought_before_another_models_answer_is_its_thought(models: Path, is_cut: bool) -> None:
+    """Also where that was cut off: else its marks would be trained on as a part of the answer, and make it longer."""
+    tokenizer = tokenizer_of(models, QWEN3)
+    marks = marks_of(tokenizer, {2}, {}, ",".join(("<think>", "</think>")))
+    made = Templater(tokenizer, {2}, {}, marks).response([USER], Answer("red", is_cut))
+    before, ids = made["thought_tokens"], made["token_ids"]
+    assert (made["text"], made["thought"]) == ("red", "")
+    assert tokenizer.decode(ids[:before]) == "<think>\n\n</think>\n\n"
+    assert tokenizer.decode(ids[before:]) == ("red" if is_cut else "red<|im_end|>")
+    assert made["finish_reason"] == ("length" if is_cut else "stop")
+    # an answer about marks, where the template writes none
+    made = Templater(tokenizer_of(models, CHATML), {2}, {}, marks).response([USER], Answer("no </think>red", is_cut))
+    assert made["text"] == "no </think>red"
+    assert made.get("thought_tokens") is None
+
+
 # Data of other tools
 
 FORMS = [
@@ -457,6 +476,9 @@ def test_conversations_are_taken_apart_and_put_together_again() -> None:
         assert prompt_text(turns) == "USER: Why None?\nASSISTANT: Because.\nUSER: And red?"
     assert split_content("so</think>a") == ("so</think>", "a")
     assert split_content("[THINK]so[/THINK]a") == ("[THINK]so[/THINK]", "a")
+    assert split_content("<think>'so'</think>a") == ("<think>'so'</think>", "a")
+    for code in ("Use s.split('</think>')[-1].", "Models end thoughts with `</think>`.", 'Print "[/THINK]".'):
+        assert apart([USER, answer(code)]) == ([USER, answer(code)], None)  # else a ranker would see its end alone
     for text in ("a <think>so</think>b", "<think>so", "a", ""):  # no thought at the beginning, or without an end
         assert split_content(text) == ("", text)
     with pytest.raises(ValueError, match="prompt_thoughts has 1 entries for a prompt of 3 turns"):

@@ -135,15 +135,19 @@ class Templater:
         text = chat.without_end(self.tokenizer, answer.text, self.stop_ids)
         prompt_ids, ids = chat.response_ids(self.tokenizer, prompt, text, self.stop_ids, self.template_kwargs)
         own = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
-        if answer.is_cut and own:
-            return {"text": text, "token_ids": own, "finish_reason": "length", "logps": None}
-        if own == ids:  # a template that puts no end behind an answer
+        is_cut = answer.is_cut and bool(own)
+        if is_cut:
+            ids = own
+        elif own == ids:  # a template that puts no end behind an answer
             ids = [*ids, min(self.stop_ids, key=lambda token: (token != self.tokenizer.eos_token_id, token))]
         marks = self.marks.of_prompt(self.tokenizer, prompt_ids) if self.marks else None
         found = split(marks, self.tokenizer, ids) if marks else None
-        # a template may write an empty thought before an answer
-        thought = {"thought": found.thought, "thought_tokens": found.thought_tokens} if found and found.finished else {}
-        return {"text": text, "token_ids": ids, "finish_reason": "stop", "logps": None, **thought}
+        # a template may write an empty thought before an answer; a mark within the answer is the answer's
+        thought = {}
+        if found and found.finished and not found.thought:
+            thought = {"thought": found.thought, "thought_tokens": found.thought_tokens}
+        reason = "length" if is_cut else "stop"
+        return {"text": text, "token_ids": ids, "finish_reason": reason, "logps": None, **thought}
 
     def has_end_within(self, response: dict[str, Any]) -> bool:
         """Whether a response spells an end of turn before its own end. What follows is trained on as a part of it."""

@@ -276,6 +276,9 @@ def _of_a_written_thought(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, 
         if is_thought and is_said and ending.strip():
             own = before.removeprefix(prompt).strip() if before.startswith(prompt) else ""
             opened = own or _last_mark(before)
+            # what stands around the answer, as <answer>, is the answer's
+            thought_ends = re.match(rf"\s*{re.escape(opened[:1] + '/' + opened[1:])}\s*", ending)
+            ending = thought_ends[0] if thought_ends else ending
             return _Found(opened, ending, _header(tokenizer, kwargs, prompt, ending)) if opened else None
     return None
 
