@@ -143,6 +143,7 @@ LLAMA = (  # the prompt ends as an answer begins
     "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
 )
 DUMPS = LLAMA.replace("(m['content'] | trim)", "(m | tojson)")
+NONE = TURNS + PROMPT.replace("<a>", "<a><|no_think|>")
 FAST = TURNS + "{% if add_generation_prompt %}{{ '<a>' if enable_thinking | default(true) else '<fast>' }}{% endif %}"
 NEMOTRON = LLAMA.replace(
     "(m['content'] | trim)", "(m['content'].split('</think>')[-1] if m['content'] is string else m['content'] | trim)"
@@ -150,7 +151,7 @@ NEMOTRON = LLAMA.replace(
 
 
 @pytest.mark.parametrize(
-    ("template", "expected"), [(LLAMA, None), (DUMPS, None), (FAST, None), (NEMOTRON, (*THINK, False))]
+    ("template", "expected"), [(LLAMA, None), (DUMPS, None), (FAST, None), (NONE, None), (NEMOTRON, (*THINK, False))]
 )
 def test_what_is_no_mark_is_taken_for_none(models: Path, template: str, expected: Any) -> None:
     """A list of parts as Python or JSON prints it, and another beginning of an answer."""

@@ -32,7 +32,8 @@ _OFF = (
     {"reasoning_effort": "no_think"},
 )
 _MARK = r"(?:<[^<>\s][^<>]*>|\[[^\[\]]+\]|◁[^◁▷]+▷)"  # how templates mark things: <think>, [THINK], ◁think▷
-_THINKS = r"[\w:|]*(?:think|thought|reason)[\w:|]*"  # a mark of this name marks a thought
+# A mark of this name marks a thought; <|no_think|> marks none.
+_THINKS = r"(?!\|?no[nt]?_?(?:think|thought|reason))[\w:|]*(?:think|thought|reason)[\w:|]*"
 _END = 64  # tokens of a prompt's end, which hold any mark
 _PAIR = re.compile(rf"<({_THINKS})>[^<]*</\1>|\[({_THINKS})\][^\[]*\[/\2\]", re.IGNORECASE)
 
