@@ -98,8 +98,8 @@ def unfinished_warning(counts: dict[str, Any]) -> str:
     if unfinished <= MANY_UNFINISHED * total:
         return ""
     return (
-        f"{unfinished} of {total} responses have no answer, because their thought did not end within --maxlen; raise "
-        "--maxlen, or end thoughts with --thinking_budget"
+        f"{unfinished} of {total} responses have no answer: their thought did not end within --maxlen, or they ended "
+        "within it; raise --maxlen, or end thoughts with --thinking_budget"
     )
 
 
