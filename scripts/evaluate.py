@@ -36,7 +36,16 @@ FIXED = {
     "mt_bench": ("temperature", "top_p"),
     "ifeval": ("temperature", "top_p"),
     "ifbench": ("temperature", "top_p"),
-    "open_llm": ("temperature", "top_p", "maxlen", "prompt_seeds", "system_prompt", "chat_template_kwargs"),
+    "open_llm": (
+        "temperature",
+        "top_p",
+        "maxlen",
+        "prompt_seeds",
+        "system_prompt",
+        "chat_template_kwargs",
+        "thinking_tags",
+        "thinking_budget",
+    ),
 }
 
 

@@ -448,7 +448,9 @@ def _require_thinking(recipe: Recipe) -> None:
     if budget and tags == "off":
         raise UsageError(f"--thinking_budget {budget}: with --thinking_tags off no thought is known that it could end")
     if budget >= recipe.maxlen:
-        raise UsageError(f"--thinking_budget {budget}: below --maxlen {recipe.maxlen}, which an answer must fit in too")
+        raise UsageError(
+            f"--thinking_budget {budget} must be below --maxlen {recipe.maxlen}: an answer must fit behind it"
+        )
 
 
 def _require_ranker(recipe: Recipe) -> None:

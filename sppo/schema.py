@@ -330,6 +330,11 @@ def split_content(content: str) -> tuple[str, str]:
     return "", content
 
 
+def begins_a_thought(content: str) -> bool:
+    """Whether an assistant's content begins with a thought that it does not end."""
+    return any(content.lstrip().startswith(begin) and end not in content for begin, end in THOUGHT_MARKS)
+
+
 def thought_in(marked: str) -> str:
     """A thought without its marks, as split_content gives it with them."""
     for begin, end in THOUGHT_MARKS:

@@ -414,6 +414,8 @@ def test_a_thought_that_the_template_does_not_write_leaves_its_row_out(models: P
     tokenizer = tokenizer_of(models, CHATML)
     assert [tokenizer.decode(r) for r in data.responses[0]] == ["yes<|im_end|>", "red<|im_end|>"]
     assert tokenizer.decode(data.prompts[0][1]).endswith("<think>None</think>")
+    data = read(models, tmp_path / "t.parquet", rows({"content": "<think>\nNone"}), CHATML)
+    assert (len(data), data.counts["rows_left_out (a thought has no end, so there is no answer to train on)"]) == (1, 1)
     drops = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
     data = read(models, tmp_path / "t.parquet", rows(content), drops)
     said = "rows_left_out (the chat template leaves out the thought of the last turn"

@@ -108,7 +108,8 @@ def _thinking(recipe: Recipe, policy: Policy) -> dict[str, Any]:
     if not found:
         raise SPPOError(
             f"--thinking_budget {recipe.thinking_budget}: the chat template of {recipe.model} shows no marks of a "
-            "thought, with these --chat_template_kwargs; leave it out, or name the marks: --thinking_tags OPEN,CLOSE"
+            "thought, or --chat_template_kwargs switch thinking off; leave the budget out, or name the marks: "
+            "--thinking_tags OPEN,CLOSE"
         )
     return {**found, "thinking_budget": recipe.thinking_budget}
 

@@ -142,8 +142,8 @@ def _thinking(recipe: Recipe, policy: Policy, tokenizer: PreTrainedTokenizerBase
     )
     if marks is None and budget:
         yield no(
-            f"--thinking_budget {budget}: the template shows no marks of a thought; leave it out, or name the marks: "
-            "--thinking_tags OPEN,CLOSE"
+            f"--thinking_budget {budget}: the template shows no marks of a thought, or --chat_template_kwargs switch "
+            "thinking off; leave the budget out, or name the marks: --thinking_tags OPEN,CLOSE"
         )
     elif marks is None and tags not in ("auto", "off"):
         yield note(f"--thinking_tags {tags}: the template ends the thought in the prompt, so nothing is thought")
@@ -269,7 +269,8 @@ def _cuts(recipe: Recipe, made: PromptSet) -> Look[None]:
     if cut:
         yield note(
             f"{which}: responses to {cut} prompts may be longer than training reads: up to {max(made.rooms)} tokens "
-            f"are drawn, {min(rooms)} to {max(rooms)} fit --max_length {recipe.max_length} beside the prompt"
+            f"are drawn, {min(rooms)} to {max(rooms)} fit --max_length {recipe.max_length} beside the prompt; the "
+            "end is cut, which is the answer of a model that thinks"
         )
     short = made.every * sum(room < recipe.maxlen for room in made.rooms)
     if short:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sppo.models import chat
-from sppo.schema import BeyondTextError, Message, split_content, thought_in
+from sppo.schema import BeyondTextError, Message, begins_a_thought, split_content, thought_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,8 @@ def as_template_takes(
     Raises BeyondTextError where the template does not render the thought, or one of the prompt's: what is trained on
     would be another response than the row's.
     """
+    if not answer.thought and begins_a_thought(answer.text):
+        raise BeyondTextError("a thought has no end, so there is no answer to train on")
     is_taken = bool(chat.thought_field(tokenizer))
     if not is_taken and (answer.thought or any("reasoning_content" in message for message in prompt)):
         raise BeyondTextError(chat.NO_THOUGHT)

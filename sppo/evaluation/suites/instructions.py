@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from sppo.command.errors import FOREIGN, SPPOError, first_line
 from sppo.evaluation.suites.suite import Figures, Order, draw_responses, figures_stage, finish, read_questions
-from sppo.schema import content_id
+from sppo.schema import content_id, has_answer
 from sppo.store.files import atomic
 from sppo.store.manifest import version_of
 
@@ -103,6 +103,8 @@ def run_checks(order: Order, rows: list[dict[str, Any]], follows: Follows, packa
 
     figures = figures_of(checked)
     figures["cut_at_maxlen"] = sum(response["finish_reason"] == "length" for response in responses)
+    if unfinished := sum(not has_answer(response) for response in responses):
+        figures["unfinished_thoughts"] = unfinished
     if failed := sum(one.failed for one in checked):
         figures["checks_failed"] = failed
         print(f"{order.suite}: {failed} checks ended in an error of {package}; they count as not followed")
