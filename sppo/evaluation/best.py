@@ -15,8 +15,8 @@ import numpy as np
 
 from sppo.command.errors import SPPOError
 from sppo.evaluation.answers import call, draw, launch, settings
-from sppo.method.preference import estimator_for, probability
-from sppo.method.winrates import among_answers, ordering_score, over_no_answer
+from sppo.method.preference import estimator_for
+from sppo.method.winrates import compare
 from sppo.models.files import public_name
 from sppo.rankers import backend, estimator_of
 from sppo.rankers.pinning import pinned
@@ -142,13 +142,13 @@ def _choose(recipe: Recipe, out: Path, rows: list[Row]) -> dict[str, Best]:
             of, n = asked[row["prompt_id"]], logits.shape[-1]
             places = answered_of(of["responses"])
             answered = np.isin(np.arange(n), places)[None]  # (1, n)
-            logits = among_answers(logits, answered, estimator)
-            index = int(np.where(answered, ordering_score(logits, estimator), -np.inf)[0].argmax())
-            against_all = over_no_answer(probability(logits, estimator), answered)[0, index].sum()  # 1/2 against itself
+            compared = compare(logits, answered, estimator)
+            index = int(compared.order[0].argmax())
+            against_all = compared.probability[0, index].sum()  # with 1/2 against itself
             win_rate = float((against_all - 0.5) / (n - 1))
             same = sum(a == b for a, b in itertools.combinations(_answers(of), 2))
-            compared = logits[0][np.ix_(places, places)]
-            equal = int(np.triu(compared == compared.T, 1).sum())
+            answers = compared.logits[0][np.ix_(places, places)]
+            equal = int(np.triu(answers == answers.T, 1).sum())
             found[row["prompt_id"]] = Best(index, win_rate, equal - same, same)
     return found
 

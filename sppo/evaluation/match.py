@@ -17,6 +17,7 @@ import numpy as np
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.progress import progress
 from sppo.method.preference import Array, sigmoid
+from sppo.method.winrates import over_no_answer
 from sppo.models.files import public_name
 from sppo.rankers import Ranker, backend, log_odds, pending_chunks
 from sppo.recipe import Recipe, is_second_judge, second_judge
@@ -231,9 +232,8 @@ def _blocks(ranker: Ranker, pairings: list[_Pairing], temperature: float) -> Ite
     start = 0
     for pairing in pairings:
         first, second = (np.array([*map(has_answer, r)]) for r in (pairing.challenger, pairing.opponent))
-        block = 0.5 + 0.5 * (first[:, None].astype(np.float64) - second[None, :])  # (n, m)
-        both = first[:, None] & second[None, :]
-        count = int(both.sum())
+        both = np.outer(first, second)  # (n, m)
+        count, block = int(both.sum()), np.zeros(both.shape)
         block[both] = found[start : start + count]  # in the order of the pairs: by row
-        yield block
+        yield over_no_answer(block[None], first[None], second[None])[0]
         start += count

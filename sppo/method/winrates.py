@@ -5,12 +5,35 @@ As in preference.py, C and P are (N, K, K) for N prompts with K responses each.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
+from sppo.method import preference
 from sppo.method.preference import Array, mean_scores, paper_probability
 
 _DIGITS = 12  # of what responses are ordered by
+
+
+class Compared(NamedTuple):
+    """What is made of N prompts' logits: those of `among_answers`, P (N, K, K) both, and what responses are ordered by,
+    (N, K): `ordering_score`, and -inf for a response without an answer.
+    """
+
+    logits: Array
+    probability: Array
+    order: Array
+
+
+def compare(logits: Array, answered: NDArray[np.bool_], estimator: str) -> Compared:
+    """P and the order of responses, of which those without an answer are behind all that have one.
+
+    logits: (N, K, K); answered: (N, K), whether a response has an answer. estimator: released or paper.
+    """
+    logits = among_answers(logits, answered, estimator)
+    probability = over_no_answer(preference.probability(logits, estimator), answered)
+    return Compared(logits, probability, np.where(answered, ordering_score(logits, estimator), -np.inf))
 
 
 def among_answers(logits: Array, answered: NDArray[np.bool_], estimator: str) -> Array:
@@ -24,14 +47,16 @@ def among_answers(logits: Array, answered: NDArray[np.bool_], estimator: str) ->
     return np.where(both, logits, 0) * (answered.shape[-1] / count if estimator == "released" else 1)
 
 
-def over_no_answer(probability: Array, answered: NDArray[np.bool_]) -> Array:
+def over_no_answer(probability: Array, answered: NDArray[np.bool_], others: NDArray[np.bool_] | None = None) -> Array:
     """P where some responses have no answer, because their thought did not end: (N, K, K), (N, K) -> (N, K, K).
+
+    others: (N, M), the same of the responses that P, (N, K, M), compares with; None: they are the same responses.
 
     That an answer beats none is certain: P is 1, and 0 the other way round; of two without one it is 1/2. So all
     win rates stay between 0 and 1, P_ij + P_ji is 1, and a response without an answer is behind each that has one. P is
     set and no logit, so nothing is infinite, and neither a temperature nor a length penalty changes it.
     """
-    first, second = answered[:, :, None], answered[:, None, :]
+    first, second = answered[:, :, None], (answered if others is None else others)[:, None, :]
     certain = 0.5 + 0.5 * (first.astype(np.float64) - second)
     return np.where(first & second, probability, certain)
 

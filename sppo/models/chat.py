@@ -246,9 +246,14 @@ def thought_field(tokenizer: PreTrainedTokenizerBase) -> str:
                 rendered = render(tokenizer, probe, False) if name else ""
             except ValueError:
                 continue
-            if thought in rendered and texts[1] in rendered and not re.search(f"""["']: ?["']{thought}""", rendered):
+            if thought in rendered and texts[1] in rendered and not is_printed(thought, rendered):
                 break
     return known["_sppo_thought_field"]
+
+
+def is_printed(text: str, rendered: str) -> bool:
+    """Whether a template has written the field of a text as Python or JSON prints it, and not the text alone."""
+    return bool(re.search(rf"""["']: ?["']{text}""", rendered))
 
 
 def _as_template_reads(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[dict[str, Any]]:

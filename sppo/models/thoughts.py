@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sppo.command.errors import SPPOError
 from sppo.models import chat
 from sppo.models.files import template_files
+from sppo.schema import THOUGHT_FIELDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Contents of probes, which no template writes by itself.
 _ASKED, _THOUGHT, _SAID = "turn0probe", "thought1probe", "turn1probe"
-_FIELDS = ("reasoning_content", "reasoning", "thinking")  # where templates look for a message's thought
 # Arguments that switch thinking off, as templates call them.
 _OFF = (
     {"enable_thinking": False},
@@ -267,11 +267,11 @@ def _last_mark(text: str) -> str:
 def _of_a_written_thought(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], prompt: str) -> _Found | None:
     """From an answer with a thought in a field or in a part of its own."""
     parts = [{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _SAID}]
-    turns: list[dict[str, Any]] = [{"content": _SAID, name: _THOUGHT} for name in _FIELDS]
+    turns: list[dict[str, Any]] = [{"content": _SAID, name: _THOUGHT} for name in THOUGHT_FIELDS]
     for turn in [*turns, {"content": parts}]:
         written = _behind(tokenizer, kwargs, {"role": "assistant", **turn}, prompt=False)
-        if re.search(rf"""["']: ?["']{_THOUGHT}""", written):
-            continue  # what is no text has been written as Python or JSON prints it
+        if chat.is_printed(_THOUGHT, written):
+            continue
         before, is_thought, rest = written.partition(_THOUGHT)
         ending, is_said, _ = rest.partition(_SAID)
         if is_thought and is_said and ending.strip():

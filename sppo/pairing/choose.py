@@ -38,11 +38,8 @@ def choose(logits: Array, lengths: Array, answered: NDArray[np.bool_], ids: list
         judged = winrates.penalised(logits, np.where(answered, lengths, mean), recipe.length_penalty)
     else:
         judged = logits
-    judged = winrates.among_answers(judged, answered, recipe.estimator)
-    probability = winrates.over_no_answer(preference.probability(judged, recipe.estimator), answered)
+    judged, probability, order = winrates.compare(judged, answered, recipe.estimator)
     win_rates = winrates.win_rates(probability)
-
-    order = np.where(answered, winrates.ordering_score(judged, recipe.estimator), -np.inf)  # (N, K)
     w, l = winrates.best_and_worst(order)  # noqa: E741 - the paper's
     if recipe.select == "best_random":
         # by seed and prompt alone, so that shards and other prompts decide nothing
