@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import tiny_thinkers
+from test_doctor import opened, value_of
 from test_page import dump, make_run
 from tiny_thinkers import MUSING, SAYING
 
@@ -28,6 +29,7 @@ from sppo.generation.shards import generate_shards
 from sppo.hub.data_card import data_card
 from sppo.method.winrates import among_answers, over_no_answer, two_deviations_below
 from sppo.pairing.training_set import compute_prob
+from sppo.preflight.generation import look_at_model, look_at_tokenizer
 from sppo.rankers.function import FunctionRanker, load_function
 from sppo.ranking.shards import rank_shards
 from sppo.recipe import Recipe
@@ -199,6 +201,22 @@ def test_five_percent_are_warned_of() -> None:
     assert unfinished_warning(counts) == ""
     assert "6 of 100 responses have no answer" in unfinished_warning({**counts, "unfinished_thoughts": 6})
     assert unfinished_warning({"responses": 100}) == ""
+
+
+def test_the_preflight_warns_of_iterations_that_are_drawn(models: Path, tmp_path: Path) -> None:
+    """It draws nothing itself, but a run that goes on may be stopped in time."""
+    run = opened(models, tmp_path, "--iterations=2")
+
+    def said() -> list[str]:
+        looked = look_at_tokenizer(run, value_of(look_at_model(run)))
+        return [finding.text for finding in looked if "no answer" in finding.text]
+
+    assert said() == []
+    counts = {"responses": 100, "unfinished_thoughts": 6}
+    manifest = {"inputs": {}, "settings": {}, "outputs": {}, "counts": counts}
+    (run.run_dir / "iter2/data").mkdir(parents=True)
+    dump(run.run_dir / "iter2/data/responses.manifest.json", manifest)
+    assert [text.startswith("iteration 2: 6 of 100 responses have no answer") for text in said()] == [True]
 
 
 def test_the_page_folds_thoughts_away(tmp_path: Path) -> None:

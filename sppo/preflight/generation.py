@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
+from sppo.generation.combine import unfinished_warning
 from sppo.generation.engines import pick_engine
 from sppo.generation.engines.transformers import BATCH, DOUBLE
 from sppo.generation.prompts import load_prompts
@@ -24,6 +25,7 @@ from sppo.preflight.findings import Finding, Look, fits, many, no, note, ok, par
 from sppo.preflight.memory import RUNTIME
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
+from sppo.store.manifest import read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +99,7 @@ def look_at_tokenizer(run: Run, model: Model) -> Look[PreTrainedTokenizerBase]:
     tokenizer = model.policy.tokenizer()
     yield from check_template(model.policy, tokenizer, run.recipe.chat_template_kwargs)
     yield from _thinking(run.recipe, model.policy, tokenizer)
+    yield from _unfinished(run)
     return tokenizer
 
 
@@ -152,6 +155,14 @@ def _thinking(recipe: Recipe, policy: Policy, tokenizer: PreTrainedTokenizerBase
     elif marks:
         limit = f"; ended after {budget} tokens" if budget else ""
         yield ok(f"this template thinks: {marks}{limit}; the ranker sees the answer alone")
+
+
+def _unfinished(run: Run) -> Look[None]:
+    """Of iterations that are drawn already, how many thoughts did not end, where these are many."""
+    for number in range(1, run.recipe.iterations + 1):
+        manifest = run.run_dir / f"iter{number}" / "data" / "responses.manifest.json"
+        if manifest.exists() and (said := unfinished_warning(read_manifest(manifest)["counts"])):
+            yield note(f"iteration {number}: {said}")
 
 
 def _bos(tokenizer: Any, ids: list[int]) -> Look[None]:
