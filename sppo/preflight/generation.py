@@ -158,8 +158,8 @@ def _thinking(recipe: Recipe, policy: Policy, tokenizer: PreTrainedTokenizerBase
 
 
 def _unfinished(run: Run) -> Look[None]:
-    """Of iterations that are drawn already, how many thoughts did not end, where these are many."""
-    for number in range(1, run.recipe.iterations + 1):
+    """Of iterations that are drawn already, how many thoughts did not end: where they are many, and more is drawn."""
+    for number in range(1, run.recipe.iterations + 1) if run.makes_data else ():
         manifest = run.run_dir / f"iter{number}" / "data" / "responses.manifest.json"
         if manifest.exists() and (said := unfinished_warning(read_manifest(manifest)["counts"])):
             yield note(f"iteration {number}: {said}")
