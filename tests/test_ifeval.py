@@ -129,8 +129,6 @@ def test_a_language_is_the_same_each_time(checks: None, monkeypatch: pytest.Monk
     """langdetect draws: without a seed it takes this text for Hungarian, or for Swahili."""
     langdetect = pytest.importorskip("langdetect")
     monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)
-    monkeypatch.setattr(ifeval, "run_checks", lambda *_: None)
-    ifeval.run_suite(None, [], None)  # pyright: ignore[reportArgumentType] - the seed is set before anything is done
     asked = row("Name one.", ("language:response_language", {"language": "hu"}))
     found = {instructions.check(asked, "a lake", ifeval.follows).strict[0] for _ in range(60)}
     assert len(found) == 1

@@ -27,16 +27,15 @@ def load_questions(order: Order) -> list[dict[str, Any]]:
 
 def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge | None) -> None:
     """Answer, check, and write figures.json and checked.jsonl."""
-    import langdetect
-
-    langdetect.DetectorFactory.seed = 0  # else it draws, and may find another language in the same text
     run_checks(order, rows, follows, "lm_eval")
 
 
 def follows(prompt: str, kind: str, settings: dict[str, Any], answer: str, loosely: bool) -> bool:
     """Whether an answer follows an instruction of a prompt, by lm-eval's code."""
+    import langdetect
     from lm_eval.tasks.ifeval import utils
 
+    langdetect.DetectorFactory.seed = 0  # else it draws, and may find another language in the same text
     row = utils.InputExample(key=0, instruction_id_list=[kind], prompt=prompt, kwargs=[settings])
     test = utils.test_instruction_following_loose if loosely else utils.test_instruction_following_strict
     return test(row, answer).follow_all_instructions
