@@ -30,7 +30,7 @@ which=(-m "not slow")
 processes=2
 if [ "${1:-}" = --all ]; then
   shift
-  which=()
+  which=(--durations=50) # where CI's minutes go
   processes=4 # what waits for a cluster leaves its core to the others
   # the longest first, so that none is left alone at the end
   [ $# -gt 0 ] || set -- tests/test_{slurm,ray,faults,smollm2,suites,generation,loop,resume}.py tests/test_*.py

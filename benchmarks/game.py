@@ -5,10 +5,11 @@
 One prompt, N answers, a softmax policy over them, and a table of preferences without a best answer: rock, paper,
 scissors with unequal stakes, or a random table. Each method's own update is done exactly, without sampling or a
 network, so what is seen is the method and nothing else. The gap of a policy is 2 (max_i P(i > policy) - 1/2): 0 for
-the von Neumann winner, which nothing beats more often than it is beaten. Then the same with a real model through the
-real pipeline (model_game.py).
+the von Neumann winner, which nothing beats more often than it is beaten. A method with a divergence from the first
+policy ends in the equilibrium of another game, which is solved by itself and compared with. Then the same with a real
+model through the real pipeline (model_game.py).
 Reads   nothing.
-Writes  <output_dir>/game.md (a table, medians over the seeds) and game.png, in some seconds on a CPU; game-model.md and
+Writes  <output_dir>/game.md (tables, medians over the seeds) and game.png, in a minute on a CPU; game-model.md and
         game-model.png, in about 20 minutes on two cores, with the runs in <work_dir>, where a stopped one goes on.
 Exit codes: 0 done, 1 failed, 2 wrong use.
 """
@@ -19,7 +20,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -45,6 +48,11 @@ def renormed(logps: Array) -> Array:
     """The policy of log-probabilities without their normaliser."""
     shifted = np.exp(logps - logps.max())
     return shifted / shifted.sum()
+
+
+def normed(logps: Array) -> Array:
+    """Log-probabilities with their normaliser."""
+    return logps - np.logaddexp.reduce(logps)
 
 
 def sppo(preference: Array, logps: Array, _: Array, __: np.random.Generator) -> Array:
@@ -105,12 +113,87 @@ def anchored(preference: Array, logps: Array, first: Array, _: np.random.Generat
     return (1 - ANCHOR) * logps + ANCHOR * first + ETA * wins(preference, renormed(logps))
 
 
+class Price(NamedTuple):
+    """What a side pays for the divergence of its policy from the first one."""
+
+    reverse: float = 0.0  # times KL(policy || first)
+    forward: float = 0.0  # times KL(first || policy)
+
+
+def rspo(weight: Price) -> Step:
+    """RSPO's exact step: `weight` holds lambda, by divergence, as in sppo.method.loss.divergence.
+
+    Over all policies pi' the minimum of sum_y pi(y) [1/2 (a - eta (P(y > pi) - 1/2))^2 + lambda_r d^2 + lambda_f
+    exp(-d)], with a = log pi'(y) / pi(y) and d = log pi'(y) / pi_0(y); R plays no part as long as no d is below -10. It
+    has no closed form, because pi' adds up to 1: Newton's method on the gradient over each log pi'(y), which is mu
+    pi'(y), and on that sum, for all a and mu.
+    """
+
+    def step(preference: Array, logps: Array, first: Array, _: np.random.Generator) -> Array:
+        policy = renormed(logps)
+        moved = normed(logps) - normed(first)
+        target = ETA * (wins(preference, policy) - 0.5)
+        a, mu = np.zeros(len(logps)), 0.0
+        for _step in range(200):
+            grown, back = np.exp(a), np.exp(-(moved + a))
+            gradient = a - target + 2 * weight.reverse * (moved + a) - weight.forward * back - mu * grown
+            slope = 1 + 2 * weight.reverse + weight.forward * back - mu * grown
+            change = (1 - policy @ grown + policy @ (grown * gradient / slope)) / (policy @ (grown**2 / slope))
+            by = (change * grown - gradient) / slope
+            share = min(1.0, 1 / max(np.abs(by).max(), 1e-300))
+            a, mu = a + share * by, mu + share * change
+            if np.abs(by).max() < 1e-11:
+                return logps + a
+        raise RuntimeError("Newton's method did not come to an end")
+
+    return step
+
+
+def equilibrium(preference: Array, first: Array, price: Price) -> Array:
+    """The policy that both sides play in the game where each pays that price, (N, N), (N,) -> (N,).
+
+    Where neither gains by a change, P(i > policy) - reverse log(policy_i / first_i) + forward first_i / policy_i is
+    the same for all i. The divergences are strictly convex, so there is one such policy. Solved with a high price,
+    which keeps it at the first policy, and followed down to the price that is asked for.
+    """
+    from scipy.optimize import root
+
+    start = normed(first)
+
+    def apart(found: Array, times: float) -> Array:
+        moved = found[:-1] - start
+        pays = times * (price.reverse * moved - price.forward * np.exp(-moved))
+        return np.append(wins(preference, np.exp(found[:-1])) - pays - found[-1], np.exp(found[:-1]).sum() - 1)
+
+    found = np.append(start, 0.5)
+    for times in np.geomspace(100, 1, 40):
+        found = root(apart, found, args=(times,), tol=1e-13).x
+    if np.abs(apart(found, 1.0)).max() > 1e-9:
+        raise RuntimeError("the equilibrium was not found")
+    return np.exp(found[:-1])
+
+
+# lambda, by divergence; with the first one its game is that of the anchor, and the last one is too small for the step
+REGS = {
+    f"reverse KL ({ANCHOR / 2:g})": Price(reverse=ANCHOR / 2),
+    "forward KL (0.1)": Price(forward=0.1),
+    "both (0.05)": Price(0.05, 0.05),
+    "reverse KL (0.003)": Price(reverse=0.003),
+}
 METHODS: dict[str, Step] = {
     "SPPO (and IPO), exact step": sppo,
     "SPPO, released estimator": sppo_released,
     f"SPPO, best and worst of {K}": sppo_pairs,
     "iterated DPO": dpo,
     f"SPPO, anchored ({ANCHOR:g})": anchored,
+    **{f"RSPO, {name}": rspo(weight) for name, weight in REGS.items()},
+}
+# The game that a method with a pull ends in. Where RSPO's step stays (a = 0), its gradient over log pi(y) is
+# pi(y) (2 lambda_r d - lambda_f exp(-d) - eta (P(y > pi) - 1/2)) = mu pi(y): the price is 2 lambda_r and lambda_f,
+# over eta.
+PRICES = {
+    f"SPPO, anchored ({ANCHOR:g})": Price(ANCHOR / ETA),
+    **{f"RSPO, {name}": Price(2 * weight.reverse / ETA, weight.forward / ETA) for name, weight in REGS.items()},
 }
 
 
@@ -136,18 +219,23 @@ def gap(preference: Array, policy: Array) -> float:
     return float(2 * (wins(preference, policy).max() - 0.5))
 
 
-def play(step: Step, preference: Array, seed: int) -> dict[str, Array]:
-    """Gap of the last iterate and of the mean of all so far, and the entropy, after each step: (STEPS + 1,) each."""
+def play(step: Step, preference: Array, seed: int, price: Price | None = None) -> dict[str, Array]:
+    """Gap of the last iterate and of the mean of all so far, the entropy, and with a `price` the distance from that
+    game's equilibrium, half the sum of the differences, after each step: (STEPS + 1,) each."""
     rng = np.random.default_rng(seed)
     logps = first = np.log(renormed(rng.normal(0, 1, len(preference))))
     total = np.zeros(len(preference))
-    found: dict[str, list[float]] = {"last": [], "mean": [], "entropy": []}
+    end = equilibrium(preference, first, price) if price else None
+    found: dict[str, list[float]] = {"last": [], "mean": [], "entropy": [], "apart": [], "end": []}
     for count in range(1, STEPS + 2):
         policy = renormed(logps)
         total += policy
         found["last"].append(gap(preference, policy))
         found["mean"].append(gap(preference, total / count))
         found["entropy"].append(float(-(policy * np.log(np.maximum(policy, 1e-300))).sum()))
+        if end is not None:
+            found["apart"].append(float(np.abs(policy - end).sum() / 2))
+            found["end"].append(gap(preference, end))
         logps = step(preference, logps, first, rng)
         logps = logps - logps.max()
     return {name: np.array(values) for name, values in found.items()}
@@ -160,7 +248,7 @@ def played() -> dict[str, dict[str, dict[str, Array]]]:
         tables = [make(np.random.default_rng(seed)) for seed in SEEDS]
         found[game] = {}
         for name, step in METHODS.items():
-            runs = [play(step, table, seed) for table, seed in zip(tables, SEEDS, strict=True)]
+            runs = [play(step, table, seed, PRICES.get(name)) for table, seed in zip(tables, SEEDS, strict=True)]
             found[game][name] = {key: np.median([run[key] for run in runs], axis=0) for key in runs[0]}
     return found
 
@@ -198,7 +286,53 @@ def table(found: dict[str, dict[str, dict[str, Array]]]) -> str:
             ]
             shown = " | ".join(f"{x:.3f}" for x in [*cells, run["entropy"][400]])
             lines.append(f"| {game} | {name} | {shown} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *pulled(found)]) + "\n"
+
+
+def pulled(found: dict[str, dict[str, dict[str, Array]]]) -> list[str]:
+    """game.md's part about the methods with a divergence from the first policy."""
+    lines = [
+        "",
+        "## Where a pull towards the first policy ends",
+        "",
+        "A method with a pull solves another game. Each side also pays for how far its policy is from the first one:",
+        "",
+        *("```math", r"\tau_r \mathrm{KL}(\pi \Vert \pi_0) + \tau_f \mathrm{KL}(\pi_0 \Vert \pi)", "```"),
+        "",
+        r"| | $\tau_r$ | $\tau_f$ |",
+        "|---|---|---|",
+        r"| `--anchor A` | $A / \eta$ | 0 |",
+        r"| `--reg reverse --reg_coef L` | $2 L / \eta$ | 0 |",
+        r"| `--reg forward --reg_coef L` | 0 | $L / \eta$ |",
+        r"| `--reg both --reg_coef L` | $2 L / \eta$ | $L / \eta$ |",
+        "",
+        "That game has one equilibrium. In it this is the same for every $y$:",
+        "",
+        "```math",
+        r"P(y \succ \pi) - \tau_r \log \frac{\pi(y)}{\pi_0(y)} + \tau_f \frac{\pi_0(y)}{\pi(y)}",
+        "```",
+        "",
+        "`divergence` in `sppo/method/loss.py` derives it. The equilibrium is solved without the method's steps.",
+        "*Distance* is half the sum of the differences between the method's policy and the equilibrium.",
+        "",
+        "- The larger the price, the nearer the end is to the first policy, and the larger is its gap in the game",
+        "  without the price.",
+        "- With too small a weight for the step, a method never gets there. It circles, as without a pull.",
+        r"- Near the end, a step of reverse gets nearer where $(\eta \omega)^2 < 4 \lambda (1 + \lambda - \mu)$. Here",
+        r"  $\pm i \omega$ are the largest eigenvalues of $(P - \tfrac12) \mathrm{diag}(\pi)$, and",
+        r"  $\mu = 2 \lambda \mathrm{KL}(\pi \Vert \pi_0)$.",
+        r"- At the paper's $\eta = 1000$ that asks for $\omega$ below 0.002, even with $\lambda = 0.5$. So this page",
+        "  shows where a method heads, and not what a run of a few iterations reaches.",
+        "",
+        "| game | method | gap of the end | distance at the start | 3 steps | 50 | 400 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for game, methods in found.items():
+        for name in PRICES:
+            run = methods[name]
+            shown = " | ".join(f"{run['apart'][n]:.3f}" for n in (0, 3, 50, 400))
+            lines.append(f"| {game} | {name} | {run['end'][0]:.3f} | {shown} |")
+    return lines
 
 
 def picture(found: dict[str, dict[str, dict[str, Array]]], path: Path) -> None:

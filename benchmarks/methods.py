@@ -1,4 +1,4 @@
-"""Every --loss_type and both estimators beside each other in the demo's world; the length penalty; DPO against trl's.
+"""Every --loss_type and both estimators beside each other in the demo's world; the length penalty; DPO and trl's.
 
     python benchmarks/methods.py --output_dir docs
 
@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -32,10 +33,17 @@ from examples.demo import colour_words
 from sppo.cli import flags
 from sppo.command.search_path import ROOT
 
-LOSSES = ("sppo", "sppo_single", "sppo_all", "sigmoid", "hinge", "ipo", "kto_pair")
+LOSSES = ("sppo", "sppo_single", "sppo_all", "sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair")
 ESTIMATORS = ("paper", "released")
 PENALTIES = (0, 4, 8, 16)
 RECIPE = ROOT / "recipes" / "sppo" / "demo.yaml"
+
+
+def make_world(python: str, work: Path, seed: int) -> Path:
+    """The demo's model, ranker and prompts."""
+    world = work / f"world-{seed}"
+    call(python, [python, "scripts/make_demo.py", *flags(output_dir=world, seed=seed)], Path(f"{world}.log"))
+    return world
 
 
 def driver(python: str, work: Path, name: str, seed: int, more: list[str]) -> Path:
@@ -53,10 +61,12 @@ def judged(work: Path, seed: int) -> list[str]:
 
 
 def method(python: str, work: Path, seed: int, loss: str, estimator: str) -> Path:
+    """The run's directory."""
     name, first = f"{loss}-{estimator}", work / f"{LOSSES[0]}-{ESTIMATORS[0]}-{seed}"
     share_first_answers(first, work / f"{name}-{seed}")
     world = work / f"world-{seed}"
-    run = driver(python, work, name, seed, flags(ranker=world / "ranker", loss_type=loss, estimator=estimator))
+    own = flags(ranker=world / "ranker", loss_type=loss, estimator=estimator)
+    run = driver(python, work, name, seed, own)
     words = [python, "scripts/report.py", "--gpus=none", *judged(work, seed)]  # of the last iteration alone
     words += flags(recipe=run / "iter3/recipe.yaml", run_dir=run, iteration=3, base=world / "policy", seed=seed)
     call(python, words, Path(f"{run}.log"))
@@ -98,10 +108,11 @@ def spread(values: list[float], percent: bool = False) -> str:
 
 
 def rows(found: dict[str, list[dict[str, Any]]], columns: dict[str, tuple[str, bool]]) -> list[str]:
-    """A line a method, of the columns {key: (head, whether it is a share)}; empty cells where a run lacks the key."""
+    """A line a method, of the columns {key: (head, whether it is a share)}; empty cells where no run has the key."""
     lines = ["| | " + " | ".join(head for head, _ in columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in found.items():
-        cells = [spread([r[k] for r in runs], share) if k in runs[0] else "" for k, (_, share) in columns.items()]
+        there = {k: [r[k] for r in runs if k in r] for k in columns}
+        cells = [spread(there[k], share) if there[k] else "" for k, (_, share) in columns.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -189,6 +200,8 @@ def table(
             "",
             "The settings are the demo's (`recipes/sppo/demo.yaml`: beta 0.1, 12 steps an iteration).",
             "They were chosen for `sppo` with the paper's estimator, and not for each method.",
+            "`ipo` sums a response's log-probs over its tokens, as the released trainer does.",
+            "Its authors take the mean, which is `ipo_mean` ([method.md](method.md#other-losses)).",
             "*training, s* is of one iteration. It is noisy, since two runs shared 2 CPU cores.",
             "",
             *rows(methods, METHOD_COLUMNS),
@@ -239,11 +252,6 @@ def main() -> None:
 
         def each(one: Callable[..., Path], *options: Any, of: list[int] = seeds) -> list[Future[Path]]:
             return [pool.submit(one, python, work, seed, *options) for seed in of]
-
-        def make_world(_: str, __: Path, seed: int) -> Path:
-            world = work / f"world-{seed}"
-            call(python, [python, "scripts/make_demo.py", *flags(output_dir=world, seed=seed)], Path(f"{world}.log"))
-            return world
 
         # the others begin with what these leave
         for one in (each(make_world, of=sorted({*seeds, *args.penalty_seeds})), each(method, *names[0])):

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow.parquet as pq
@@ -30,7 +31,7 @@ from sppo.command.search_path import ROOT
 from sppo.store.files import read_json
 
 # their losses read which response is preferred, and not by how much
-ORDER_ONLY = ("sigmoid", "hinge", "ipo", "kto_pair")
+ORDER_ONLY = ("sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair")
 PROMPTS = 96  # of an iteration, as in run_sppo_smollm2.sh
 COLUMNS = {
     "followed": ("followed, %", True),

@@ -2,16 +2,21 @@
 
     python docs/figures.py
 
-Reads   the tables of docs/results.md, so that no number stands in two places.
-Writes  docs/loop-*.svg (the method), docs/demo-*.svg (the demo's win rates), docs/smollm2-*.svg (SmolLM2's results).
+Reads   the tables of docs/results.md, docs/ifeval-smollm2.json and docs/rspo.json, so that no number stands in two
+        places.
+Writes  docs/loop-*.svg (the method), docs/demo-*.svg (the demo's win rates), docs/smollm2-*.svg (SmolLM2's results),
+        docs/ifeval-smollm2-*.svg (SmolLM2's on IFEval), docs/rspo-*.svg (RSPO beside SPPO on the demo).
 Exit codes: 0 done, 1 failed.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import matplotlib
 
@@ -188,13 +193,56 @@ def smollm2_plot(theme: Theme, page: str) -> Figure:
     return figure
 
 
+def ifeval_plot(theme: Theme, store: dict[str, Any]) -> Figure:
+    """A line a seed: what IFEval counts, and the first model's perplexity on answers to other prompts."""
+    first = store["first"]["ifeval"]
+    figure, (followed, perplexity) = axes_of(theme, 2)
+    styles = zip(store["seeds"].items(), ("-", "--", ":"), ("o", "s", "^"), strict=False)
+    for (seed, run), line, marker in styles:
+        reached = [first, *(model["ifeval"] for model in run["models"][1:])]
+        unusual = [model["measures"]["base_perplexity"] for model in run["models"]]
+        look = {"linestyle": line, "marker": marker, "label": f"seed {seed}"}
+        errors = [of["instruction_strict_standard_error"] for of in reached]
+        shares = [of["instruction_strict_percent"] for of in reached]
+        followed.errorbar(range(len(shares)), shares, errors, color=theme.first, capsize=2, elinewidth=0.7, **look)
+        perplexity.plot(range(len(unusual)), unusual, color=theme.second, **look)
+    followed.set(xticks=range(len(shares)), ylim=(0, 60))
+    perplexity.set(xticks=range(len(unusual)), ylim=(0, 6))
+    followed.set_title("IFEval, instructions followed, %", color=theme.text, fontsize=11)
+    perplexity.set_title("First model's perplexity on the answers", color=theme.text, fontsize=11)
+    for place in (followed, perplexity):
+        legend(place, theme, "lower right")
+    return figure
+
+
+def rspo_plot(theme: Theme, store: dict[str, Any]) -> Figure:
+    """A line a method, a point an iteration: wins by the demo's rule, by how far the model has gone."""
+    figure, (place,) = axes_of(theme, 1)
+    looks = (("-", "o", theme.first), ("--", "s", theme.second), (":", "^", theme.text), ("-.", "v", theme.faint))
+    methods = {"": "SPPO", "reverse:0.5": "reverse 0.5", "forward:0.1": "forward 0.1", "both:0.1": "both 0.1"}
+    for (reg, name), (line, marker, colour) in zip(methods.items(), looks, strict=True):
+        steps = list(zip(*(run["by_iteration"] for run in store["demo"][reg].values()), strict=True))
+        gone, wins = ([median(of[key] for of in step) for step in steps] for key in ("kl", "rule_win_rate"))
+        place.plot(gone, [100 * x for x in wins], line, marker=marker, color=colour, label=name)
+    place.set_xlabel("KL from the first model, nats an answer", color=theme.faint)
+    place.set_title("The demo: wins by the rule, %", color=theme.text, fontsize=11)
+    legend(place, theme, "lower right")
+    return figure
+
+
 def main() -> None:
     pyplot.rcParams.update({"svg.hashsalt": "sppo", "font.size": 10})  # the same file each time
     page = (DOCS / "results.md").read_text(encoding="utf-8")
+    ifeval, rspo = (
+        json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")) for name in ("ifeval-smollm2", "rspo")
+    )
     for theme in (LIGHT, DARK):
         (DOCS / f"loop-{theme.name}.svg").write_text(loop(theme), encoding="utf-8")
         save(demo_plot(theme, page), DOCS / f"demo-{theme.name}.svg")
         save(smollm2_plot(theme, page), DOCS / f"smollm2-{theme.name}.svg")
+        save(rspo_plot(theme, rspo), DOCS / f"rspo-{theme.name}.svg")
+        if ifeval["seeds"]:  # as far as it is measured
+            save(ifeval_plot(theme, ifeval), DOCS / f"ifeval-smollm2-{theme.name}.svg")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,20 @@ def biased(prompt: str, first: str, second: str) -> float:
     return colour_words(first) - colour_words(second) + 0.5 * longer
 
 
+def longer(prompt: str, first: str, second: str) -> float:
+    """A ranker that can be fooled: it likes length alone, a logit of 0.5 for each word more."""
+    return 0.5 * (len(first.split()) - len(second.split()))
+
+
+LONGEST = 16  # words of an answer that `brief` does not find too long
+
+
+def brief(prompt: str, first: str, second: str) -> float:
+    """The rule, for a judge that length does not fool: each word beyond LONGEST costs half a colour word."""
+    scores = [colour_words(text) - 0.5 * max(0, len(text.split()) - LONGEST) for text in (first, second)]
+    return 50.0 * ((scores[0] > scores[1]) - (scores[0] < scores[1]))
+
+
 CLASSES = 4  # of answers to `circle`: the first colour is of one of three kinds (0, 1, 2), or there is no colour (3)
 # Log-odds that a row's class beats a column's: 0 beats 1, 1 beats 2, 2 beats 0, each by another stake; all beat 3.
 CIRCLE = (

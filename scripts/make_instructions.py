@@ -1,6 +1,7 @@
 """Make the prompts of run_sppo_smollm2.sh: questions with constraints that a program can check.
 
     python scripts/make_instructions.py --output_dir runs/smollm2/prompts --seed 42
+    python scripts/make_instructions.py --output_dir prompts --kinds many     as IFEval has, for smollm2-many.yaml
 
 Reads   nothing.
 Writes  <output_dir>: train.jsonl, heldout.jsonl (the same for every seed; no topic is in both), and made.json, which
@@ -10,6 +11,7 @@ Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interr
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,10 +29,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="where the directory appears")
     parser.add_argument("--train", type=int, default=288, help="prompts to train on, of all iterations (288)")
     parser.add_argument("--held_out", type=int, default=96, help="held-out prompts (96)")
+    parser.add_argument("--kinds", choices=["few", "many"], default="few", help="kinds of constraint: 8, or 25 (few)")
     args, recipe = cli.parse(parser)
     if not (0 < args.train <= _MOST and 0 < args.held_out <= _MOST):
         raise UsageError(f"--train and --held_out are numbers from 1 to {_MOST}")
     wanted = {"seed": recipe.seed, "train": args.train, "held_out": args.held_out}
+    if args.kinds != "few":  # as in made.json of older runs
+        wanted["kinds"] = args.kinds
     written = args.output_dir / "made.json"
     if written.exists():
         if read_json(written) != wanted:
@@ -38,10 +43,9 @@ def main() -> None:
             raise SPPOError(f"{args.output_dir} was made with {made}; use another --run_dir or --output_dir")
         print(f"make_instructions: done: {args.output_dir}")
         return
-    from examples.smollm2.instructions import make_instructions
-
+    module = import_module("examples.smollm2.many_kinds" if args.kinds == "many" else "examples.smollm2.instructions")
     with appearing(target_of(args.output_dir)) as final:
-        make_instructions(final, args.train, args.held_out, recipe.seed)
+        module.make_instructions(final, args.train, args.held_out, recipe.seed)
         (final / "made.json").write_text(json.dumps(wanted) + "\n")
 
 

@@ -9,12 +9,14 @@ Reads   <run_dir>, as far as the run has come; it may be going on. With --iterat
         model, the ranker, and a second judge if one is named. Settings are those of <run_dir>/iter1/recipe.yaml, unless
         --recipe or flags say otherwise; so is the base, which is that recipe's model.
 Writes  <run_dir>/report.html, one file that needs no network. With --iteration also <run_dir>/iter<i>/eval/,
-        <run_dir>/iter0/eval/ (the base's answers, once) and <run_dir>/summary.json.
+        <run_dir>/iter0/eval/ (the base's answers, once) and <run_dir>/summary.json. With a second judge also
+        <run_dir>/guard.json, which says whether the run ends there (--stop_when).
 Exit codes: 0 done (also: nothing left to do), 1 failed, 2 wrong use, 130 interrupted.
 """
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sppo import cli
-from sppo.command.errors import SPPOError, UsageError, run_main
+from sppo.command.errors import RUN, SPPOError, UsageError, run_main
 from sppo.recipe import KEYS, Recipe, load_recipe
 
 
@@ -45,6 +47,7 @@ def main() -> None:
         if args.recipe:
             _show_training(run_dir)
         _report(recipe, args.base or (recipe.model if has_first else ""), args.overwrite)
+        _guard(recipe, cli.given(parser, args))
     print(f"page: {write_page(run_dir)}")
 
 
@@ -84,6 +87,14 @@ def _report(recipe: Recipe, base: str, overwrite: bool) -> None:
     from sppo.evaluation.report import report
 
     report(recipe, Path(recipe.run_dir), recipe.iteration, base, overwrite)
+
+
+def _guard(recipe: Recipe, given: dict[str, Any]) -> None:
+    """Write guard.json where there is a second judge, and say where the run ends."""
+    from sppo.evaluation.guard import as_last_asked, print_guard, update_guard
+
+    if found := update_guard(recipe if RUN in os.environ else as_last_asked(recipe, given)):
+        print_guard(found)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ while IFS= read -r next <&3; do
   step "iteration ${name#iter}: generate" source "$root/scripts/generate.sh" --recipe "$recipe"
   step "iteration ${name#iter}: train" source "$root/scripts/pipeline.sh" --recipe "$recipe"
   step "iteration ${name#iter}: report" run scripts/report.py --recipe "$recipe"
+  if grep -q '^stop_when: judge' "$recipe" && grep -qs "^  \"stopped_at\": ${name#iter}," "$run_dir/guard.json"; then
+    break # it got worse
+  fi
 done
 if [ -n "$recipe" ] && grep -q '^evaluate: true' "$recipe"; then
   step "win matrix" run scripts/win_matrix.py --run_dir "$run_dir"

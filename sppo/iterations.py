@@ -15,7 +15,7 @@ import yaml
 from sppo.command.errors import OtherWorkError, SPPOError, UsageError
 from sppo.hub.push import check_name
 from sppo.launch.devices import devices, groups
-from sppo.recipe import Recipe, load_recipe, read_yaml, require_pairs
+from sppo.recipe import Recipe, load_recipe, read_yaml, reads_anchor, require_pairs
 from sppo.store.files import atomic, digest_of, read_json
 from sppo.store.manifest import Stage
 from sppo.store.shards import Slice, known_count
@@ -42,6 +42,11 @@ def opened(recipe: Recipe) -> Recipe:
         raise UsageError("--evaluate needs --eval_prompts, the held-out prompts on which the models are compared")
     if recipe.judge and not recipe.eval_prompts:
         raise UsageError("--judge needs --eval_prompts, the held-out prompts whose answers it compares")
+    if recipe.stop_when == "judge" and not recipe.judge:
+        raise UsageError(
+            "--stop_when judge needs --judge, a second judge that says when the model gets worse, and --eval_prompts, "
+            "the held-out prompts whose answers it compares; --stop_when none runs without"
+        )
     if recipe.org:
         check_name(recipe.org, f"{name}-iter{recipe.iterations}")
     run_dir = recipe.run_dir or str(Path("runs") / name)
@@ -91,7 +96,7 @@ def iteration(recipe: Recipe, number: int) -> Recipe:
         dataset=str(here / "data"),
         model_dir=str(here / "model"),
     )
-    if recipe.anchor and not recipe.anchor_model:
+    if reads_anchor(recipe) and not recipe.anchor_model:
         mine = dataclasses.replace(mine, anchor_model=recipe.model, anchor_revision=recipe.model_revision)
     if number > 1:
         before = str(run_dir / f"iter{number - 1}" / "model")
@@ -138,21 +143,30 @@ def of_run(recipe: Recipe) -> Recipe:
 def left(recipes: list[Recipe], run: Recipe) -> list[Recipe]:
     """The iterations that have work left; where nothing but the win matrix is left, the last one. Writes nothing.
 
+    Behind the iteration at which the guard stops the run (--stop_when) nothing is left. Where something before it is
+    made again, the guard is asked again at each iteration, so they all are left.
+
     Raises OtherWorkError where the run would meet work of other settings, as far as the stages stand: what is made of
     files that are missing or damaged is known when these are made again.
     """
+    from sppo.evaluation.guard import stop_of
+
     found: list[Recipe] = []
     stands = True  # all that is looked at so far
+    stopped_at = stop_of(run)
     for recipe in recipes:
         steps = [data_stages(recipe), training_stages(recipe)]
         if run.eval_prompts:
             steps.append(report_stages(recipe, run))
         is_whole = all(is_done(step, refuse=stands) for step in steps)
         stands = stands and is_whole
-        if recipe.org or not is_whole:  # the scripts know what is pushed
+        is_asked_again = run.stop_when == "judge" and not stands
+        if recipe.org or not is_whole or is_asked_again:  # the scripts know what is pushed
             found.append(recipe)
+        if stands and recipe.iteration == stopped_at:
+            break
     if run.evaluate and stands and not is_done(matrix_stages(run), refuse=True):
-        return found or recipes[-1:]
+        return found or [recipe]
     return found
 
 
@@ -224,19 +238,26 @@ def training_stages(recipe: Recipe) -> Stages:
 
 
 def report_stages(recipe: Recipe, run: Recipe) -> Stages:
-    """The stages of report.py: the answers of the run's first model, the iteration's answers, and their comparison."""
+    """The stages of report.py: the answers of the run's first model, the iteration's answers, and their comparison.
+
+    With a second judge also the comparison with the iteration before.
+    """
     from sppo.evaluation.match import judges, match_stage
     from sppo.evaluation.measures import measure_stage
     from sppo.evaluation.report import comparing, drawing, report_stage, summary_rows
+    from sppo.evaluation.step import step_stage
 
     run_dir, number = Path(recipe.run_dir), recipe.iteration
     asked = dataclasses.replace(recipe, model=run.model, model_revision=run.model_revision, seed=run.seed)
     yield from drawing_stages(drawing(asked, run.model, run.model_revision), run_dir / "iter0" / "eval")
     yield from drawing_stages(drawing(asked, recipe.model_dir), run_dir / f"iter{number}" / "eval")
     by = comparing(asked, run_dir, number, run.model)
-    yield [match_stage(one, name, run_dir, 0, number) for name, one in judges(by).items()]
+    opponents = sorted({0, number - 1}) if recipe.judge else [0]
+    yield [match_stage(one, name, run_dir, i, number) for name, one in judges(by).items() for i in opponents]
     yield [measure_stage(asked, run_dir / f"iter{n}" / "eval", run.model) for n in (0, number)]
     yield [report_stage(by, run_dir, number)]
+    if recipe.judge:
+        yield [step_stage(by, run_dir, number)]
     if read_json(run_dir / "summary.json") != summary_rows(run_dir):
         raise SPPOError(f"{run_dir / 'summary.json'} is not what the reports say")
 

@@ -38,7 +38,7 @@ class Recipe:
     """Settings of a run. The defaults here are `released`: what `bash run_sppo_mistral.sh` really did."""
 
     # the run
-    model: str = _key("", "model to start from: Hub id or local directory")
+    model: str = _key("", "the model to start from, or to evaluate: Hub id or local directory")
     model_revision: str = _key("", "branch, tag or commit of the model on the Hub; empty: the default branch")
     trust_remote_code: bool = _key(False, "run the Python files that come with the model: only if you have read them")
     prompts: str = _key(
@@ -62,6 +62,9 @@ class Recipe:
     temperature: float = _key(0.7, "sampling temperature; 0, the likeliest token each time, with --pairs 1 alone", 0)
     top_p: float = _key(0.9, "nucleus sampling: the smallest set of tokens with this much probability", 1e-6, 1)
     maxlen: int = _key(2048, "longest response, in tokens", 1)
+    dtype: Literal["auto", "bfloat16", "float32"] = _key(
+        "auto", "precision in which vLLM draws; auto is the stored one, and on a GPU bfloat16 for float32"
+    )
     prompt_seeds: bool = _key(
         True, "seed each prompt by itself, so that shards decide nothing; false is faster in vllm"
     )
@@ -132,7 +135,10 @@ class Recipe:
         *(1e-12, 1e12),
     )
     length_penalty: float = _key(
-        0.0, "L: log-odds that a response loses for each mean length that it is longer than the other; 0: none", 0, 100
+        0.0,
+        "L: log-odds that the longer of two responses loses, times their difference in length over the mean length; "
+        "twice that with --estimator released; 0: none",
+        *(0, 100),
     )
     select: Literal["best_worst", "best_random", "best_2sd"] = _key(
         "best_worst",
@@ -145,12 +151,24 @@ class Recipe:
     test_size: float = _key(0, "prompts held out into test.parquet: a count, or a share below 1", 0)
     keep_degenerate: bool = _key(False, "keep pairs without a preference: same text, or all scores equal")
     # training
-    loss_type: Literal["sppo", "sppo_single", "sppo_all", "sigmoid", "hinge", "ipo", "kto_pair"] = _key(
-        "sppo", "training loss; sppo_all trains on all K responses of a prompt"
+    loss_type: Literal["sppo", "sppo_single", "sppo_all", "sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair"] = _key(
+        "sppo",
+        "training loss; sppo_all trains on all K responses of a prompt; ipo sums log-probs over tokens, as released, "
+        "and ipo_mean takes their mean, as the authors of IPO do",
     )
-    beta: float = _key(1e-3, "1/eta of the SPPO loss", 1e-12)
+    beta: float = _key(
+        1e-3,
+        "1/eta of SPPO's losses; each other loss_type has its own beta, so choose one for it",
+        1e-12,
+    )
     anchor: float = _key(0.0, "A: each step also goes this share of the way back to --anchor_model; 0: SPPO", 0, 0.99)
-    anchor_model: str = _key("", "what --anchor pulls towards: Hub id or directory; empty: the run's first model")
+    reg: Literal["none", "reverse", "forward", "both"] = _key(
+        "none", "RSPO: the KL divergence from --anchor_model that is added to SPPO's loss; both: the sum of the two"
+    )
+    reg_coef: float = _key(0.0, "lambda, the weight of --reg in the loss", 0)
+    anchor_model: str = _key(
+        "", "what --anchor and --reg pull towards: Hub id or directory; empty: the run's first model"
+    )
     anchor_revision: str = _key("", "branch, tag or commit of the anchor's model on the Hub")
     label_smoothing: float = _key(0.0, "share of preferences taken to be the wrong way round, for sigmoid", 0, 0.5)
     learning_rate: float = _key(5e-7, "peak learning rate", 0)
@@ -191,7 +209,14 @@ class Recipe:
     measure: str = _key(
         "", "a measure for the report, module:function(prompt, answer) -> {name: numbers}; it shows each name's mean"
     )
-    base_perplexity: bool = _key(False, "report the first model's perplexity of the answers too")
+    base_perplexity: bool = _key(
+        False, "report the first model's perplexity of the answers too, and the KL divergence from that model"
+    )
+    stop_when: Literal["none", "judge"] = _key(
+        "none",
+        "judge: end the run after an iteration whose answers --judge finds worse than those of the iteration before, "
+        "or of which too many are empty, repeat themselves or are cut; it needs --judge and --eval_prompts",
+    )
     evaluate: bool = _key(False, "at the end, compare all iterations' models with each other: the win matrix")
     # the Hub
     org: str = _key("", "Hub organisation or user to push each iteration's data to; empty: nothing is pushed")
@@ -233,7 +258,7 @@ _ASKING = (
 ).split()
 _RANKING = "model model_revision date ranker_prompt ranker_system batch_tokens ranker_concurrency".split()
 _DRAWING = (
-    "model model_revision trust_remote_code prompt_column prompt_split maxlen engine temperature top_p seed "
+    "model model_revision trust_remote_code prompt_column prompt_split maxlen engine dtype temperature top_p seed "
     "prompt_seeds system_prompt chat_template_kwargs thinking_tags thinking_budget date gpu_memory_utilization"
 ).split()
 _PROCESSES = "gpus launcher world_size shards nodes ray_address".split()
@@ -254,8 +279,8 @@ KEYS: dict[str, Sequence[str]] = {
     "train": (
         "dataset model_dir iteration model model_revision trust_remote_code prompts_revision "
         "global_batch_size batch_size accumulate "
-        "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta anchor anchor_model "
-        "anchor_revision label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
+        "gradient_checkpointing logging_steps save_steps report_to seed loss_type beta anchor reg reg_coef "
+        "anchor_model anchor_revision label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
         "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
         "train_thoughts chat_template_kwargs date use_peft lora_r lora_alpha lora_target_modules load_in_4bit "
         "merge_adapter"
@@ -272,7 +297,7 @@ KEYS: dict[str, Sequence[str]] = {
     "evaluate": [*_PROCESSES, *(key for key in _DRAWING if key not in ("prompt_column", "prompt_split"))],
     "report": [
         *("run_dir", "iteration", *_PROCESSES, "eval_prompts", "eval_pairs", "judge", "measure", "base_perplexity"),
-        "ranker_temperature",
+        *("stop_when", "ranker_temperature"),
         *dict.fromkeys([*_DRAWING, *_ASKING, *_RANKING]),
     ],
 }
@@ -542,6 +567,11 @@ def parse_part(text: str) -> tuple[int, int]:
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         raise UsageError(f"--prompts_part {text!r}: two numbers like 0/3, the first below the second")
     return int(numbers[1]), int(numbers[2])
+
+
+def reads_anchor(recipe: Recipe) -> bool:
+    """Whether training reads the log-probs of --anchor_model."""
+    return bool(recipe.anchor) or recipe.reg != "none"
 
 
 def require_pairs(recipe: Recipe) -> None:

@@ -3,7 +3,7 @@
     generation -> responses.parquet -> ranking -> ranking/*.parquet -> pairing -> train.parquet -> training
 
 Files written by other tools work too. They need the columns of REQUIRED; the other columns are optional. Training on
-plain pairs (--loss_type sigmoid, hinge, ipo, kto_pair) needs chosen and rejected alone.
+plain pairs (--loss_type sigmoid, hinge, ipo, ipo_mean, kto_pair) needs chosen and rejected alone.
 """
 
 from __future__ import annotations

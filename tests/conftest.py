@@ -38,6 +38,15 @@ sys.addaudithook(hear)
 """
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test, or a command that it calls in this process, sets for its own children is not there in the next."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def network(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An environment in which every Python process writes down each host that it asks for. There must be none."""
@@ -55,6 +64,22 @@ def network(tmp_path: Path) -> Iterator[dict[str, str]]:
     heard.unlink()
     yield environment
     assert not heard.exists(), heard.read_text()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[str]:
+    """What PYTHON is set to for a loop that is about what it makes: each of its commands is then a fork of one process
+    that has imported everything. A command of its own takes 10 to 20 seconds for that on a slow machine."""
+    code = (
+        "import sys, warm_python\nwith warm_python.warm_python() as python: print(python, flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tiny.ROOT / 'benchmarks'}:{tiny.ROOT}", "PYTHONSAFEPATH": "1"}
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin
+        assert server.stdout
+        yield server.stdout.readline().strip()
+        server.stdin.close()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import preferences
@@ -55,7 +56,8 @@ def test_two_processes_train_what_one_does(
     one = pipeline(models, data, tmp_path / "one", "cpu", family, *flags)
     (data / "reference").rename(tmp_path / "reference")  # computed by two processes as well
     two = pipeline(models, data, tmp_path / "two", config, family, *flags)
-    assert "2 x 2 x 2 rows a step" in (tmp_path / "two" / "logs" / "train.1.log").read_text()
+    log = (tmp_path / "two" / "logs" / "train.1.log").read_text()
+    assert "2 x 2 x 2 rows a step" in log
     tables, again = (sorted(d.glob("*.safetensors")) for d in (tmp_path / "reference", data / "reference"))
     assert len(tables) == (2 if "--anchor=0.3" in flags else 1)
     for one_process, two_processes in zip(tables, again, strict=True):
@@ -64,6 +66,9 @@ def test_two_processes_train_what_one_does(
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-3)
     first, second = preferences.metrics(one), preferences.metrics(two)
     assert len(first) == len(second) == 6
+    (named,) = re.findall(r"at the first step the loss must be near (\S+) ", log)
+    assert float(named) == pytest.approx(second[0]["loss"], rel=1e-4)
+    assert "warning: at the first step" not in log
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         # at the first two steps (the rate is 0) policy and reference are the same, and accuracy is rounding
@@ -79,10 +84,24 @@ def test_two_processes_train_what_one_does(
             assert (before[name] - after[name]).abs().mean() < 1e-5, name
 
 
+@pytest.mark.slow
+def test_a_cpu_trains_in_bfloat16_where_the_config_says_so(models: Path, tmp_path: Path) -> None:
+    """It was in float32 without a word: such a processor then needs twice as long."""
+    data = preferences.write(tmp_path / "data", preferences.rows(4))
+    exact, half = (pipeline(models, data, tmp_path / config, config, "llama3") for config in ("cpu", "cpu_bf16"))
+    assert len(list((data / "reference").iterdir())) == 2, "the log-probs of one precision stand for the other's"
+    first, second = (preferences.metrics(model)[0]["logps/chosen"] for model in (exact, half))
+    assert first != second
+    assert first == pytest.approx(second, rel=1e-2)
+    # the weights stay as exact as the policy's own
+    assert load_file(exact / "model.safetensors").keys() == load_file(half / "model.safetensors").keys()
+    assert {tensor.dtype for tensor in load_file(half / "model.safetensors").values()} == {torch.float32}
+
+
 def test_every_config_says_what_it_runs_on() -> None:
     """A CPU can run those that say so; the tests above do, with more than one process."""
     on_cpu = {path.stem for path in CONFIGS.glob("*.yaml") if yaml.safe_load(path.read_text())["use_cpu"]}
-    assert on_cpu == {"cpu", "multi_cpu", "cpu_zero2", "cpu_zero3"}
+    assert on_cpu == {"cpu", "cpu_bf16", "multi_cpu", "cpu_zero2", "cpu_zero3"}
 
 
 def test_a_config_for_gpus_without_one_is_wrong_use(models: Path, tmp_path: Path) -> None:

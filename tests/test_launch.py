@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+from sppo.command import memory
 from sppo.command.errors import SPPOError, UsageError
 from sppo.iterations import digest_of_recipes
 from sppo.launch import cores, machine, nodes
@@ -63,6 +64,33 @@ def test_shards_on_one_cpu_share_its_cores(tmp_path: Path) -> None:
         assert sorted(map(int, [*one.split(), *two.split()])) == every
     assert int(threads) == max(1, len(every) // 2)
     assert [cores.own(i, 2 * len(every)) for i in range(3)] == [every] * 3  # more shards than cores: no better way
+
+
+@pytest.mark.parametrize(
+    ("groups_of_process", "limits", "least"),
+    [
+        ("0::/", {"memory.max": "7"}, 7),  # in a container
+        ("0::/", {"memory.max": "max"}, None),
+        ("0::/slurm/job_1/step_0", {"slurm/job_1/memory.max": "5", "slurm/job_1/step_0/memory.max": "max"}, 5),
+        ("1:cpu:/a\n4:cpuset,memory:/job_1", {"memory/job_1/memory.limit_in_bytes": "5"}, 5),
+        ("4:memory:/docker/of/the/host\n0::/", {"memory/memory.limit_in_bytes": "7"}, 7),
+    ],
+)
+def test_the_memory_of_a_container_or_a_job_is_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups_of_process: str, limits: dict[str, str], least: int | None
+) -> None:
+    """Both versions of control groups. Only a container's own limit of the second one was seen before."""
+    mounts, listed = tmp_path / "cgroup", tmp_path / "listed"
+    listed.write_text(f"{groups_of_process}\n")
+    for name, text in limits.items():
+        (mounts / name).parent.mkdir(parents=True, exist_ok=True)
+        (mounts / name).write_text(f"{text}\n")
+    monkeypatch.setattr(memory, "_GROUPS", listed)
+    monkeypatch.setattr(memory, "_MOUNTS", mounts)
+    if least is None:
+        assert memory.main_memory() > 7
+    else:
+        assert memory.main_memory() == least
 
 
 def test_gpus_that_cannot_be_counted_are_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import preferences
 import pytest
 import torch
 
-from sppo.method.loss import anchored_loss, preference_loss, sppo_all_loss
+from sppo.method.loss import FORWARD_CLIP, anchored_loss, divergence, preference_loss, sppo_all_loss
 from sppo.training.logps import response_logps
 
 # beta = 1e-3 (eta = 1000), a = 1, b = -1, p_win = .8, p_lose = .3, p = .9:
@@ -22,6 +22,7 @@ from sppo.training.logps import response_logps
 #   kto_pair     KL_w = 1, KL_l = 0: 1 - sigmoid(.001), 1 - sigmoid(.002)            = 0.49975, 0.4995
 WORKED = {"sppo": [64501.0], "sppo_single": [159201.0], "ipo": [248004.0], "sigmoid": [0.692148], "hinge": [0.998]}
 WORKED["kto_pair"] = [0.49975, 0.4995]
+WORKED["ipo_mean"] = WORKED["ipo"]  # of means over tokens, which the trainer makes
 
 
 @pytest.mark.parametrize("loss_type", sorted(WORKED))
@@ -101,10 +102,12 @@ def batch_of_trl(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "factor"), [("sppo_hard", "sppo", 2), ("sigmoid",) * 2 + (1,), ("hinge",) * 2 + (1,)]
+    ("theirs", "ours", "factor"),
+    [("sppo_hard", "sppo", 2), ("sigmoid",) * 2 + (1,), ("hinge",) * 2 + (1,), ("ipo", "ipo_mean", 1)],
 )
 def test_parity_with_trl(batch_of_trl: Any, theirs: str, ours: str, factor: int) -> None:
-    """Losses and gradients. At p_win = 1 and p_lose = 0 trl's sppo_hard has no 1/2, so it is twice ours."""
+    """Losses and gradients. At p_win = 1 and p_lose = 0 trl's sppo_hard has no 1/2, so it is twice ours. trl's ipo is
+    that of means over tokens."""
     trainer, batch, policy, reference = batch_of_trl(theirs)
     policy.zero_grad()
     expected = trainer.compute_loss(policy, dict(batch))
@@ -120,6 +123,8 @@ def test_parity_with_trl(batch_of_trl: Any, theirs: str, ours: str, factor: int)
     a, b = (response_logps(policy(**given).logits, batch["input_ids"], positions) - fixed).chunk(2)
     one, zero = torch.ones_like(a), torch.zeros_like(a)
     assert a.abs().max() > 1  # a policy that has moved
+    if ours == "ipo_mean":
+        a, b = (torch.cat([a, b]) / mask.sum(1)).chunk(2)
     loss = factor * preference_loss(ours, a, b, 0.05, one, one, zero).mean()
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -206,3 +211,83 @@ def test_a_long_training_of_a_table_reaches_the_exact_anchored_step(loss_type: s
     torch.testing.assert_close(torch.softmax(logits, -1).detach(), exact.exp(), atol=1e-3, rtol=0)
     sppo = torch.softmax(reference + rates / beta, -1)
     assert (sppo - exact.exp()).abs().max() > 0.02  # without the anchor it is another policy
+
+
+PAIRS = torch.tensor([0, 0, 1, 1])  # which row each of four responses belongs to
+
+
+def test_divergence_by_hand() -> None:
+    """Of a pair with d = 2 and -1: 4 + 1, and e^-2 + e^1. Of three responses: twice the mean. Beyond R: e^10."""
+    drift = torch.tensor([2.0, -1.0, 0.0, -12.0], dtype=torch.float64)
+    expected = {
+        "reverse": [5.0, 144.0],
+        "forward": [math.exp(-2) + math.e, 1 + math.exp(10)],
+        "both": [5 + math.exp(-2) + math.e, 145 + math.exp(10)],
+    }
+    for reg, values in expected.items():
+        torch.testing.assert_close(divergence(reg, drift, PAIRS, 2), torch.tensor(values, dtype=torch.float64))
+    three = divergence("reverse", drift[:3], torch.zeros(3, dtype=torch.long), 1)
+    assert three.item() == pytest.approx(2 * 5 / 3)
+    with pytest.raises(ValueError, match="unknown reg"):
+        divergence("none", drift, PAIRS, 2)
+
+
+@pytest.mark.parametrize("reg", ["reverse", "forward", "both"])
+@pytest.mark.parametrize("loss_type", ["sppo", "sppo_all"])
+def test_gradients_with_a_divergence_are_the_closed_form(reg: str, loss_type: str) -> None:
+    """a - eta (P - 1/2) + 2 lambda d - lambda exp(-d), of each response; beyond R the forward part is gone."""
+    weight, eta = 0.3, 2.0
+    ratios = torch.tensor([0.7, -0.4, 0.2, -3.0], dtype=torch.float64, requires_grad=True)
+    moved = torch.tensor([0.1, -0.3, 0.0, -FORWARD_CLIP + 2.5], dtype=torch.float64)  # the last: d = -10.5
+    rates = torch.tensor([0.8, 0.3, 0.6, 0.4], dtype=torch.float64)
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    if loss_type == "sppo":
+        (a, b), (win, lose) = ratios[pairs].T, rates[pairs].T
+        losses = preference_loss("sppo", a, b, 1 / eta, win, win, lose)
+    else:
+        losses = sppo_all_loss(ratios, rates, PAIRS, 2, 1 / eta)
+    (losses + weight * divergence(reg, ratios + moved, PAIRS, 2)).sum().backward()
+
+    d = (ratios + moved).detach()
+    expected = ratios.detach() - eta * (rates - 0.5)
+    if reg != "forward":
+        expected += 2 * weight * d
+    if reg != "reverse":
+        expected -= weight * torch.tensor([math.exp(-x) if -x <= FORWARD_CLIP else 0.0 for x in d.tolist()])
+    torch.testing.assert_close(ratios.grad, expected)
+
+
+def test_the_divergences_gradients_are_those_of_the_kl_divergences() -> None:
+    """Where training begins, over responses drawn from the policy: twice that of KL(pi || pi_0), that of
+    KL(pi_0 || pi). With another sign or factor, --reg_coef would mean another game."""
+    make = torch.Generator().manual_seed(2)
+    logits, first = torch.randn(2, 6, dtype=torch.float64, generator=make)
+    first, logits = torch.log_softmax(first, -1), logits.requires_grad_()
+    policy = torch.log_softmax(logits, -1)
+    alone = torch.arange(6)  # each response a row of its own, so that all can be weighed by how often they are drawn
+
+    def gradient(value: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    reverse = (policy.exp() * (policy - first)).sum()
+    forward = (first.exp() * (first - policy)).sum()
+    for reg, kl in {"reverse": 2 * reverse, "forward": forward}.items():
+        drawn = policy.exp().detach() @ (divergence(reg, policy - first, alone, 6) / 2)
+        torch.testing.assert_close(gradient(drawn), gradient(kl))
+
+
+def test_a_weight_of_0_changes_no_bit() -> None:
+    ratios = torch.randn(4, generator=torch.Generator().manual_seed(0)) * 20
+    rates = torch.tensor([0.8, 0.3, 0.6, 0.4])
+
+    def made(reg: str) -> tuple[torch.Tensor, torch.Tensor]:
+        at = ratios.clone().requires_grad_()
+        losses = sppo_all_loss(at, rates, PAIRS, 2, 1e-3)
+        if reg:
+            losses = losses + 0.0 * divergence(reg, at - 1, PAIRS, 2)
+        losses.sum().backward()
+        assert at.grad is not None
+        return losses.detach(), at.grad
+
+    for reg in ("reverse", "forward", "both"):
+        assert all(x.equal(y) for x, y in zip(made(""), made(reg), strict=True))

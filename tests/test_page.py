@@ -114,6 +114,7 @@ def make_run(run: Path, iterations: int = 2, apart: float = 1e-6) -> Path:
         "von_neumann": {"mixture": [0.25, *[0.0] * (iterations - 1), 0.75], "value": 0.5},
     })  # fmt: skip
     suite = {"suite": "mt_bench", "model": "m", "judge": "<b>judge</b>", "questions": 80}
+    suite["published"] = {"<b>model</b>": {"turn 1": 7.5}}
     for i in range(iterations):  # the last iteration has not been asked
         dump(run / f"iter{i}/suites/mt_bench/figures.json", {**suite, "figures": {"turn 1": 5.25 + i}})
     (run / "logs").mkdir()
@@ -181,8 +182,8 @@ def test_the_tables_hold_what_the_run_wrote(page: str) -> None:
         ["share of the mixture that no model and no mixture beats, %", "25.0", "0.0", "75.0"],
     ]
     assert found["Benchmark suites"] == [
-        ["suite", "figure", "first model", "iteration 1"],
-        ["mt_bench, judged by <b>judge</b>", "turn 1", "5.25", "6.25"],
+        ["suite", "figure", "first model", "iteration 1", "published: <b>model</b>"],
+        ["mt_bench, judged by <b>judge</b>", "turn 1", "5.25", "6.25", "7.5"],
     ]
     assert found["Data"] == [
         ["", "iteration 1", "iteration 2"],
@@ -231,7 +232,7 @@ def test_a_models_text_is_data(tmp_path: Path) -> None:
         path.write_text(path.read_text().replace('"followed"', '"</text><img src=x>-->"'))
     text = write_page(run).read_text()
     assert len(re.findall("<script", text)) == 1
-    for evil in ("<img", "<i>j", '<svg onload="', "<h1>out"):
+    for evil in ("<img", "<i>j", "<b>model", '<svg onload="', "<h1>out"):
         assert evil not in text, evil
     assert "&lt;script&gt;document.title" in text
     assert "{{ 7 * 7 }} {% raw %}" in text

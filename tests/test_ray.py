@@ -32,8 +32,9 @@ def world(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cluster_runs.make_world(models, tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ray() -> Iterator[Any]:
+    """A cluster of each test's own: one whose machines have died often may let tasks wait until another one comes."""
     pytest.importorskip("ray")
     with cluster.ray(3) as made:
         yield made

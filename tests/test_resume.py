@@ -62,11 +62,41 @@ def test_one_process_killed_at_any_moment(models: Path, tmp_path: Path, flags: t
         before, steps = lines(work), rng.randrange(4)
         tiny.kill_when(tiny.start(*command("killed"), slow=work), moment)
         assert not out["killed"].exists()
+    if not flags:
+        refused = tiny.run(*command("killed"), ACCELERATE_MIXED_PRECISION="bf16")
+        assert refused.returncode == 1
+        assert "was computed otherwise: precision float32, now bf16 of torch.float32; go on as" in refused.stderr
     said = tiny.succeed(*command("killed"))
     assert "going on from" in said
     assert_same(out["whole"], out["killed"], "adapter_model.safetensors" if flags else "model.safetensors")
     assert not work.exists()
     assert not list(out["killed"].rglob("*.pt"))
+
+
+def test_with_a_divergence_killed(models: Path, tmp_path: Path) -> None:
+    """Started again, the anchor's table is found, and the training is the same to the bit. Another --reg, or another
+    weight of it, is refused: half of the model would be of one loss, and half of the other."""
+    data = preferences.write(tmp_path / "data", preferences.rows(21))
+    anchor = tiny.lora(models / "qwen3", tmp_path / "anchor")
+
+    def command(name: str, weight: float = 0.5) -> list[str]:
+        run = ["bash", "scripts/pipeline.sh", *preferences.SMALL, "--num=3", "--save_steps=2", "--gpus=none"]
+        run += [f"--model={models / 'qwen3'}", f"--dataset={data}", f"--output_dir={tmp_path / name / 'model'}"]
+        return [*run, "--reg=forward", f"--reg_coef={weight}", f"--anchor_model={anchor}"]
+
+    tiny.succeed(*command("whole"))
+    work = tmp_path / "killed" / "model.partial"
+    tiny.kill_when(tiny.start(*command("killed"), slow=work), lambda: lines(work) >= 3, work.parent)
+    refused = tiny.run(*command("killed", 0.1), "--reg=both")
+    assert refused.returncode == 1
+    for named in ('reg: "forward" there, "both" now', "reg_coef: 0.5 there, 0.1 now"):
+        assert named in refused.stdout + refused.stderr
+    tiny.succeed(*command("killed"))
+    log = "".join(p.read_text() for p in (tmp_path / "killed" / "logs").iterdir())
+    assert "found the anchor's log-probs in" in log
+    assert "going on from" in log
+    assert_same(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+    assert all(line["divergence"] > 0 for line in preferences.metrics(tmp_path / "killed" / "model"))
 
 
 def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None:
@@ -105,4 +135,6 @@ def test_two_processes_under_zero_3_killed(models: Path, tmp_path: Path) -> None
     logs = "".join(p.read_text() for p in (tmp_path / "killed" / "logs").iterdir())
     assert "2 x 2 x 2 rows a step" in logs
     assert "going on from" in logs
+    # of all its starts only the first has a first step
+    assert logs.count("at the first step the loss must be near") == 1
     assert_same(tmp_path / "whole" / "model", tmp_path / "killed" / "model")

@@ -71,13 +71,15 @@ def test_engines_and_trainer_agree_token_by_token(smollm2: Path, tmp_path: Path)
 
 
 def test_in_bfloat16_they_agree_as_far_as_it_goes(smollm2: Path, tmp_path: Path) -> None:
-    """A policy stored in bfloat16, drawn in bfloat16 and trained in float32, as on GPUs."""
+    """A policy stored in bfloat16, or drawn in it, and trained in float32, as on GPUs."""
     pytest.importorskip("vllm")
     half = tmp_path / "half"
     shutil.copytree(smollm2, half)
     load_causal_lm(open_policy(str(smollm2)), torch.bfloat16).save_pretrained(half)
-    worst = worst_difference(draw(half, tmp_path / "v", "vllm"), half)
-    assert 1e-3 < worst < BFLOAT16  # below that it would not have been bfloat16
+    stored = draw(half, tmp_path / "v", "vllm"), half
+    asked = draw(smollm2, tmp_path / "w", "vllm", "--dtype", "bfloat16"), smollm2
+    for drawn, model in (stored, asked):
+        assert 1e-3 < worst_difference(drawn, model) < BFLOAT16  # below that it would not have been bfloat16
 
 
 def run_flags(smollm2: Path, directory: Path, *flags: str) -> list[str]:

@@ -25,7 +25,7 @@ from bad_input import call
 from stub_server import Stub, says
 
 from sppo.evaluation.suites import alpaca_eval, mt_bench, open_llm
-from sppo.evaluation.suites.suite import Order, draw_answers, is_iteration
+from sppo.evaluation.suites.suite import Order, behind_link, draw_answers, is_iteration
 from sppo.recipe import Recipe
 from sppo.store.files import read_json
 from sppo.store.parquet import read_rows
@@ -178,14 +178,14 @@ def test_the_judge_gets_fastchats_own_prompts_for_all_80_questions(
 
 
 @pytest.mark.slow
-def test_the_three_configurations_draw_answers(judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configurations_draw_answers(judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As made by the script from a checkpoint of that name; alpaca-eval's openai_completions against vLLM's server."""
     from alpaca_eval import decoders, utils
     from alpaca_eval.constants import MODELS_CONFIG_DIR
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     makers = {"llama-3-8b-instruct-sppo": tiny.llama3, "gemma-2-9b-it-sppo": tiny.gemma2}
-    makers["mistral-7b-instruct-sppo"] = tiny.mistral
+    makers |= {"gemma-2-27b-it-sppo": tiny.gemma2, "mistral-7b-instruct-sppo": tiny.mistral}
     for name, make in makers.items():
         make(tmp_path / "runs" / name / "iter3" / "model")
         script = [sys.executable, tiny.ROOT / "scripts/make_models_configs.py", f"--run_dir=runs/{name}"]
@@ -328,6 +328,15 @@ def test_an_iterations_model_is_known_by_its_place() -> None:
         assert not is_iteration(Path(other))
 
 
+def test_the_link_to_a_guarded_runs_best_model_is_that_model(tmp_path: Path) -> None:
+    """Else its answers would be drawn with other settings, and its figures would not be in the run."""
+    (tmp_path / "best").symlink_to("iter2/model")
+    (tmp_path / "mine").symlink_to("some/model")
+    assert behind_link(f"{tmp_path}/best") == f"{tmp_path}/iter2/model"
+    for other in ("org/model", f"{tmp_path}/mine", f"{tmp_path}/iter2/model"):
+        assert behind_link(other) == other
+
+
 # a judge that fails, and bad input
 
 RATED = (200, says("Rating: [[5]]"))
@@ -387,54 +396,23 @@ def test_what_is_paid_for_is_kept(iteration: Path, tmp_path: Path, stub: tuple[t
 def test_the_suites_own_questions_come_from_the_hub(
     iteration: Path, tmp_path: Path, stub: tuple[type[Stub], str]
 ) -> None:
-    """What most people run: no --questions. alpaca-eval's own length-controlled win rate, by its gamed baselines."""
+    """What most people run: no --questions. Of alpaca_eval test_alpaca_eval.py shows it."""
     server, url = stub
-    files = {name: tmp_path / "hub" / name for name in (alpaca_eval.DATASET, mt_bench.SPACE)}
-    alpaca, space = files.values()
-    alpaca.mkdir(parents=True)
-    (alpaca / alpaca_eval.REFERENCE).write_text(json.dumps(ALPACA))
-    rng = np.random.default_rng(0)
-    lines = ["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
-    for model in ("concise", "verbose"):
-        for n in range(12):
-            length = rng.normal(-1 if model == "concise" else 1)
-            lines.append(f"{model},{n},{rng.uniform(0.2, 0.8):.3f},{length:.3f},{(n - 6) / 3:.3f},False")
-    (alpaca / alpaca_eval.GAMED).write_text("\n".join(lines) + "\n")
+    space = tmp_path / "hub"
     data = space / mt_bench.DATA
     (data / "reference_answer").mkdir(parents=True)
     tiny.write_jsonl(data / "question.jsonl", [{k: v for k, v in row.items() if k != "reference"} for row in MT_BENCH])
     said = [{"question_id": 111, "choices": [{"index": 0, "turns": ["It is 2.", "It is 4."]}]}]
     tiny.write_jsonl(data / "reference_answer" / "gpt-4.jsonl", said)
-    # its probability of m is 0.3 for odd questions, 0.6 for even ones
-    first = [np.log(0.3), np.log(0.6)]
-    server.behave = lambda n: with_logprobs(first[n % 2])
+    server.behave = lambda n: RATED
     here = tmp_path / "mine" / "iter1"
     shutil.copytree(iteration / "model", here / "model")
     with hub_server.running() as hub:
-        hub.models = {name: {"c" * 40: path} for name, path in files.items()}
-        environment = {**hub.env, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        hub.models = {mt_bench.SPACE: {"c" * 40: space}}
         asked = ["scripts/evaluate.sh", f"--model={here / 'model'}", f"--judge_url={url}", "--judge_model=tiny-judge"]
-        tiny.succeed(*asked, *DRAW, "--suite=alpaca_eval", **environment)
-        server.behave = lambda n: RATED
-        tiny.succeed(*asked, *DRAW, "--suite=mt_bench", **environment)
-    found = figures(here, "alpaca_eval")
-    annotations = here / "suites/alpaca_eval/annotations.json"
-    code = (
-        "import json, sys; from alpaca_eval.metrics import get_length_controlled_winrate as lc; import pandas as pd\n"
-    )
-    code += "made = lc(pd.read_json(sys.argv[1]), save_weights_dir=None); print(json.dumps(made, default=float))"
-    offline = {**os.environ, "HF_HOME": environment["HF_HOME"], "HF_HUB_OFFLINE": "1"}
-    own = subprocess.run([sys.executable, "-c", code, annotations], env=offline, capture_output=True, check=True)
-    theirs = json.loads(own.stdout.splitlines()[-1])
-    assert found["win_rate_percent"] == pytest.approx(theirs["win_rate"], abs=1e-3)
-    assert found["length_controlled_win_rate_percent"] == pytest.approx(theirs["length_controlled_winrate"], abs=1e-3)
+        tiny.succeed(*asked, *DRAW, "--suite=mt_bench", **{**hub.env, "HF_HOME": str(tmp_path / "home")})
     prompts = [json.loads(line)["prompt"] for line in open(here / "suites/mt_bench/judgements.jsonl")]  # noqa: SIM115
     assert "[The Start of Reference Answer]\nIt is 2.\n[The End" in prompts[2]
-
-
-def with_logprobs(of_m: float) -> tuple[int, Any]:
-    """A completion whose first token is m or M, with the log-prob of each."""
-    return 200, says("m", {"m": of_m, "M": float(np.log1p(-np.exp(of_m)))})
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from sppo import run_sppo
 from sppo.command.errors import SPPOError, UsageError
+from sppo.method.loss import divergence, preference_loss
 from sppo.models import chat
 from sppo.models.files import model_identity
 from sppo.models.loading import load_causal_lm
@@ -26,9 +28,11 @@ from sppo.recipe import Recipe
 from sppo.store.files import read_json
 from sppo.training.batches import Batches, MicroBatch, MicroBatches, even_parts
 from sppo.training.data import TrainingSet, load_training_set
+from sppo.training.first_step import loss_at_reference
 from sppo.training.logps import add_lean_forward, response_logps
 
 Train = Callable[..., Path]
+OTHERS = ("sppo_single", "sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair")  # losses beside sppo, of pairs
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +178,7 @@ def test_an_anchor_pulls_back(
     shown = capsys.readouterr().out
     assert "the anchor's log-probs are kept in" in shown
     losses = [line["loss"] for line in preferences.metrics(model)]
+    assert first_loss(shown) == pytest.approx(losses[0], rel=1e-3)  # the pull is in it: with win rates of 1/2 all of it
     assert losses[-1] < 0.1 * losses[0]
     manifest = read_json(model / "sppo_manifest.json")
     assert manifest["settings"]["anchor"] == 0.5
@@ -185,6 +190,74 @@ def test_an_anchor_pulls_back(
         train("nowhere", "--anchor=0.5")
     with pytest.raises(UsageError, match="sppo and sppo_all, not ipo"):
         train("ipo", "--anchor=0.5", "--loss_type=ipo", f"--anchor_model={first}")
+
+
+@pytest.mark.parametrize(("reg", "at_home"), [("reverse", 0), ("forward", 2), ("both", 2)])
+def test_a_divergence_holds_the_policy_back(
+    models: Path, dataset: Path, tmp_path: Path, train: Train, reg: str, at_home: float
+) -> None:
+    """In iteration 1 the anchor is the policy itself, so at its first step d is 0. Far from the anchor, and without a
+    preference, SPPO's loss alone is at its minimum; with --reg the policy goes nearer."""
+    flags = [f"--reg={reg}", "--reg_coef=0.5", "--num_train_epochs=1", "--loss_type=sppo_all"]
+    held = train("held", *flags, f"--anchor_model={models / 'llama3'}")
+    free = train("free", "--num_train_epochs=1", "--loss_type=sppo_all")
+    (first, *_, last), lines = preferences.metrics(held), preferences.metrics(free)
+    assert first["divergence"] == pytest.approx(at_home, abs=1e-5)
+    assert first["loss"] == pytest.approx(lines[0]["loss"] + 0.5 * at_home, rel=1e-5)
+    assert "divergence" not in lines[0]
+    manifest = read_json(held / "sppo_manifest.json")
+    assert (manifest["settings"]["reg"], manifest["settings"]["reg_coef"]) == (reg, 0.5)
+    assert manifest["inputs"]["anchor"] == open_policy(str(models / "llama3")).identity()
+    assert manifest["divergence"] == last["divergence"]
+    card = (held / "README.md").read_text()
+    assert f"| reg | {reg} |" in card
+    assert "| divergence | " in card
+    assert not {"reg", "reg_coef"} & read_json(free / "sppo_manifest.json")["settings"].keys()  # as in older runs
+
+    anchor = tiny.lora(models / "llama3", tmp_path / "anchor")
+    rows = preferences.rows(12)
+    for row in rows:
+        row |= {"chosen_probs": 0.5, "chosen_probs_win": 0.5, "chosen_probs_lose": 0.5}
+    data = preferences.write(tmp_path / "data", rows)
+    flags = [f"--reg={reg}", "--reg_coef=5", "--num_train_epochs=8", "--learning_rate=3e-4", "--beta=1"]
+    lines = preferences.metrics(train("far", *flags, f"--anchor_model={anchor}", data=data))
+    assert lines[0]["divergence"] > at_home + 0.1
+    assert lines[-1]["divergence"] < 0.9 * lines[0]["divergence"]
+
+
+def test_a_weight_of_0_trains_to_the_same_bits(models: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused, because it would do nothing. That it would do nothing is what this shows."""
+    monkeypatch.setattr("sppo.training.settings._require_anchor", lambda _: None)
+    free = train("free")
+    for reg in ("reverse", "forward", "both"):
+        held = train(reg, f"--reg={reg}", "--reg_coef=0", f"--anchor_model={models / 'llama3'}")
+        assert [line["loss"] for line in preferences.metrics(held)] == [x["loss"] for x in preferences.metrics(free)]
+        one, other = (load_file(d / "model.safetensors") for d in (free, held))
+        assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_ipo_mean_is_ipo_over_tokens(models: Path, tmp_path: Path, train: Train) -> None:
+    """Where all responses have n tokens, ipo with beta / n has n^2 times the loss of ipo_mean with beta."""
+    tokenizer = chat.load_tokenizer(models / "llama3")
+    by_length: dict[int, list[str]] = {}
+    for row in preferences.rows(60):
+        text = row["chosen"][-1]["content"]
+        by_length.setdefault(len(tokenizer(text)["input_ids"]), []).append(text)
+    texts = max(by_length.values(), key=len)
+    rows = preferences.rows(8)
+    for number, row in enumerate(rows):
+        for side in ("chosen", "rejected"):
+            row[side][-1]["content"] = texts[(number + (side == "chosen")) % len(texts)]
+    data = preferences.write(tmp_path / "data", rows)
+    (n,) = {len(response) for row in small_set(data, models / "llama3").responses for response in row}
+    assert len(texts) > 1
+
+    flags = ("--num_train_epochs=4", "--learning_rate=1e-4")
+    mean = preferences.metrics(train("mean", "--loss_type=ipo_mean", "--beta=0.5", *flags, data=data))
+    total = preferences.metrics(train("sum", "--loss_type=ipo", f"--beta={0.5 / n}", *flags, data=data))
+    assert mean[-1]["loss"] < 0.99 * mean[0]["loss"]
+    for one, other in zip(mean, total, strict=True):
+        assert other["loss"] == pytest.approx(n**2 * one["loss"], rel=1e-3)
 
 
 @dataclass
@@ -286,14 +359,18 @@ def test_a_data_directory_that_takes_no_table_leaves_it_with_the_run(
     assert "cannot be kept in" in capsys.readouterr().out
 
 
-def test_the_schedule_is_laid_out_over_the_papers_horizon(dataset: Path, train: Train) -> None:
-    """paper.yaml: 18 epochs of which one is trained: 10% of 18 is warm-up, so the rate climbs to 1 / 1.8 of 5e-7."""
-    flags = ["--recipe=recipes/sppo/paper.yaml", "--learning_rate=5e-7", "--global_batch_size=1", "--batch_size=1"]
+@pytest.mark.parametrize(("recipe", "epochs", "last"), [("paper", 18, 2.8e-7), ("paper-llama-3", 6, 4.63e-7)])
+def test_the_schedule_is_laid_out_over_the_published_models_horizon(
+    dataset: Path, train: Train, recipe: str, epochs: int, last: float
+) -> None:
+    """One epoch is trained. 10% of 18 is warm-up, so the rate climbs to 1 / 1.8 of 5e-7; 10% of 6 is over before."""
+    flags = [f"--recipe=recipes/sppo/{recipe}.yaml", "--learning_rate=5e-7", "--global_batch_size=1", "--batch_size=1"]
     lines = preferences.metrics(train("run", *flags, "--gradient_checkpointing=false"))
     assert len(lines) == 21
-    warm_up = math.ceil(0.1 * 18 * 21)
-    assert [line["learning_rate"] for line in lines] == pytest.approx([5e-7 * s / warm_up for s in range(21)])
-    assert lines[-1]["learning_rate"] * 21 / 20 == pytest.approx(2.8e-7, rel=0.02)
+    steps, warm_up = epochs * 21, math.ceil(0.1 * epochs * 21)
+    rates = [min(s / warm_up, (steps - s) / (steps - warm_up)) for s in range(22)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([5e-7 * rate for rate in rates[:21]])
+    assert 5e-7 * rates[21] == pytest.approx(last, rel=0.02)
 
 
 def test_gradients_are_not_clipped_unless_asked(models: Path, train: Train) -> None:
@@ -374,6 +451,7 @@ def test_all_responses_are_trained_on_with_their_own_win_rates(
     means = [(squares[0][1] + squares[0][3]) / 2] + [sum(s) / 4 for s in squares[2:]]
     (line,) = preferences.metrics(model)
     assert line["loss"] == pytest.approx(100 * sum(means) / 7, rel=1e-4)
+    assert first_loss(capsys.readouterr().out) == pytest.approx(line["loss"], rel=1e-4)
     bare = [{k: v for k, v in row.items() if k != "probability"} for row in made]
     with pytest.raises(SPPOError, match="no column probability: --loss_type sppo_all"):
         train("bare", "--loss_type=sppo_all", data=preferences.write(tmp_path / "data1", bare))
@@ -382,13 +460,76 @@ def test_all_responses_are_trained_on_with_their_own_win_rates(
         train("ragged", "--loss_type=sppo_all", data=preferences.write(tmp_path / "data2", made))
 
 
-@pytest.mark.parametrize("loss_type", ["sppo_single", "sigmoid", "hinge", "ipo", "kto_pair"])
-def test_every_loss_trains(train: Train, loss_type: str) -> None:
+def first_loss(shown: str) -> float:
+    """The loss of the first step that a training's log names, once."""
+    ((loss, _),) = re.findall(r"at the first step the loss must be near (\S+) \(beta2_loss (\S+)\)", shown)
+    return float(loss)
+
+
+def test_the_first_loss_is_the_papers_formula(
+    dataset: Path, train: Train, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """eta^2 mean((p_win - 1/2)^2 + (p_lose - 1/2)^2) / 2, in the log's first line: nobody takes 60,000 for a fault.
+
+    It is that of the first step's own rows, which here are all. A training that goes on from a checkpoint has none.
+    """
+    flags = ["--beta=0.001", "--global_batch_size=24", "--num_train_epochs=2", "--save_steps=1"]
+    rates = [(row["chosen_probs_win"], row["chosen_probs_lose"]) for row in preferences.rows(21)]
+    expected = 1e6 * sum((win - 0.5) ** 2 + (lose - 0.5) ** 2 for win, lose in rates) / 2 / 21
+    (line, _) = preferences.metrics(train("model", *flags))
+    shown = capsys.readouterr().out
+    named = next(text for text in shown.splitlines() if text.startswith("train: {"))
+    assert first_loss(named) == pytest.approx(expected, rel=1e-5)
+    assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert f"(beta2_loss {line['beta2_loss']:.4g}" in named
+    assert "warning" not in shown
+
+
+@pytest.mark.parametrize("loss_type", ["sppo", *sorted(OTHERS)])
+def test_rounding_at_the_first_step_is_never_worth_a_warning(loss_type: str) -> None:
+    """However it falls, it brings the loss no further than what the warning allows; for sppo to the last bit of it."""
+    draw = torch.Generator().manual_seed(0)
+    rates, furthest = torch.rand(3, 8, generator=draw), 3 * torch.rand(16, generator=draw)
+    rates[:, 0] = 0.5  # a row that asks for nothing
+    for beta, smoothing in ((1e-3, 0.0), (0.1, 0.5 if loss_type == "sigmoid" else 0.0)):
+
+        def losses(ratios: torch.Tensor) -> torch.Tensor:
+            return preference_loss(loss_type, ratios[::2], ratios[1::2], beta, *rates, smoothing)  # noqa: B023
+
+        loss, rounding = loss_at_reference(losses, furthest)
+        signs = torch.randint(0, 2, (300, 16), generator=draw) * 2 - 1
+        apart = [(losses(furthest * sides).double().mean() - loss).abs().item() for sides in signs]
+        assert 0 < max(apart) <= rounding + 1e-6 * loss
+    a, b = torch.tensor([0.3]), torch.tensor([-0.2])  # by hand, 1 nat each: (301^2 + 201^2) / 2 - (300^2 + 200^2) / 2
+
+    def of_one(ratios: torch.Tensor) -> torch.Tensor:
+        return preference_loss("sppo", ratios[:1], ratios[1:], 1e-3, a, 0.5 + a, 0.5 + b)
+
+    assert loss_at_reference(of_one, torch.ones(2)) == pytest.approx((65000, 501), rel=1e-4)
+
+
+def test_rounding_where_the_forward_kl_is_clipped_is_never_worth_a_warning() -> None:
+    """d is -9.9, and R is 10: a nat less likely it grows by e^10 - e^9.9, a nat likelier it falls by e^9.9 - e^8.9."""
+    row = torch.zeros(2, dtype=torch.long)
+
+    def losses(ratios: torch.Tensor) -> torch.Tensor:
+        return divergence("forward", ratios - 9.9, row, 1)
+
+    loss, rounding = loss_at_reference(losses, torch.ones(2))
+    assert loss == pytest.approx(2 * math.exp(9.9))
+    assert rounding == pytest.approx(2 * (math.exp(9.9) - math.exp(8.9)))
+
+
+@pytest.mark.parametrize("loss_type", sorted(OTHERS))
+def test_every_loss_trains(train: Train, capsys: pytest.CaptureFixture[str], loss_type: str) -> None:
     flags = ["--label_smoothing=0.1"] if loss_type == "sigmoid" else []
     lines = preferences.metrics(train("model", f"--loss_type={loss_type}", "--num_train_epochs=2", *flags))
+    shown = capsys.readouterr().out
+    assert first_loss(shown) == pytest.approx(lines[0]["loss"], rel=1e-4)
+    assert "warning" not in shown
     assert len(lines) == 6
     assert all(math.isfinite(line["loss"]) for line in lines)
-    first = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0, "kto_pair": 0.5}.get(loss_type)
+    first = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0, "ipo_mean": 25.0, "kto_pair": 0.5}.get(loss_type)
     assert first is None or lines[0]["loss"] == pytest.approx(first, rel=1e-3)
 
 

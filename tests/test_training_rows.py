@@ -148,7 +148,7 @@ def test_win_rates_are_numbers_of_any_kind(models: Path, tmp_path: Path, loss_ty
             assert found == [1, *([1, 0.5] if isinstance(p, int) else [0.75, 0.25])]
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "kto_pair"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair"])
 def test_losses_of_plain_pairs_ask_for_no_win_rates(models: Path, tmp_path: Path, loss_type: str) -> None:
     pair = {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")]}
     path = tmp_path / "t.parquet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -35,7 +36,7 @@ from sppo.preflight import verdict
 from sppo.rankers import reward_model
 from sppo.recipe import Recipe
 from sppo.training import reference, train
-from sppo.training.first_step import FirstStep
+from sppo.training.first_step import FirstLoss, FirstStep
 from sppo.training.logps import Forward
 from sppo.training.network import disable_noise
 
@@ -432,7 +433,7 @@ def test_rounding_of_short_and_of_long_answers_is_no_error(tokens: int, rounding
     accelerator = SimpleNamespace(device="cpu", mixed_precision="bf16", reduce=lambda sums, _: sums)
     batch = {"input_ids": torch.zeros(1, 512), "positions": torch.arange(tokens)}
     for apart in (rounding, 10 * rounding):
-        first_step = FirstStep(accelerator, at_reference=True)
+        first_step = FirstStep(accelerator, FirstLoss(0.0, 0.0))
         first_step.note(torch.zeros(1), torch.tensor([-apart]), batch)
         if apart == rounding:
             first_step.check(torch.nn.Module(), LlamaConfig(attention_dropout=0.1), "table")
@@ -454,6 +455,28 @@ def test_a_reference_whose_table_is_damaged_is_noticed(models: Path, dataset: Pa
     save_file({"logps": load_file(table)["logps"] + 5}, table)
     with pytest.raises(SPPOError, match=f"or a damaged {table.name} .delete it"):
         run_training(models / "qwen3", data, tmp_path / "two")
+
+
+def test_a_first_loss_that_the_win_rates_do_not_explain_is_a_warning(
+    models: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A third of the chosen responses have another reference: too few for an error, and the loss is not as named."""
+    data, flags = tmp_path / "data", ("--global_batch_size=24", "--batch_size=8")
+    shutil.copytree(dataset, data, ignore=shutil.ignore_patterns("reference"))
+    run_training(models / "qwen3", data, tmp_path / "one", *flags)
+    assert "warning" not in capsys.readouterr().out
+    (table,) = (data / "reference").iterdir()
+    logps = load_file(table)["logps"].clone()
+    logps[:14:2] += 5
+    save_file({"logps": logps}, table)
+    (line,) = preferences.metrics(run_training(models / "qwen3", data, tmp_path / "two", *flags))
+    shown = capsys.readouterr().out
+    said = re.search(r"the loss is (\S+), and it must be near (\S+); .* For 7 of the step's 42 responses", shown)
+    assert said
+    named = re.search(r"the loss must be near (\S+) ", shown)
+    assert named
+    assert float(said[1]) == pytest.approx(line["loss"], rel=1e-5)
+    assert said[2] == named[1]
 
 
 def no_gradient(network: Any) -> None:

@@ -173,8 +173,16 @@ def match(
         journal.remove()
 
     table = {row["prompt_id"]: row["probability"] for row in read_rows(stage.outputs[0], ["prompt_id", "probability"])}
+    probability = np.array([table[each.prompt_id] for each in pairings], dtype=np.float64)
+    if not np.isfinite(probability).any():
+        again = f"scripts/report.py --recipe {run_dir}/iter{challenger}/recipe.yaml --overwrite"
+        with naming(judge):
+            raise SPPOError(
+                f"{shown(judge)} has answered for no pair of iterations {challenger} and {opponent}, so there is no "
+                f"win rate; mend it, and compare again: {again}"
+            )
     return Match(
-        probability=np.array([table[each.prompt_id] for each in pairings], dtype=np.float64),
+        probability=probability,
         challenger_tokens=_lengths([each.challenger for each in pairings]),
         opponent_tokens=_lengths([each.opponent for each in pairings]),
     )

@@ -171,14 +171,15 @@ def interval(probability: Array) -> WinRate:
     """Mean of P, (N, n, m), and its 95% interval: percentiles of a bootstrap that draws whole prompts.
 
     Answers to one prompt are alike, so they are drawn together; resampling single pairs would make it too narrow.
-    Raises SPPOError where all of P is NaN.
+    A prompt without any answer of the judge tells nothing, so it is not drawn. Raises SPPOError where all of P is NaN.
     """
     sums, counts = np.nansum(probability, (1, 2)), np.isfinite(probability).sum((1, 2))  # (N,)
-    if not counts.sum():
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if not counts.size:
         raise SPPOError("no pair has been answered, so there is no win rate")
     n = len(sums)
     drawn = np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), DRAWS)  # (draws, N)
-    rates = (drawn @ sums) / np.maximum(drawn @ counts, 1)
+    rates = (drawn @ sums) / (drawn @ counts)
     low, high = np.quantile(rates, (0.025, 0.975))
     return WinRate(float(sums.sum() / counts.sum()), float(low), float(high))
 

@@ -7,6 +7,7 @@ example. So a second judge can compare the same answers, and mean lengths and me
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import numpy as np
 
 from sppo.command.progress import columns
 from sppo.evaluation.answers import draw
-from sppo.evaluation.match import fetch_judge, iterations_of, judges, match, shown
+from sppo.evaluation.match import Match, answers_of, fetch_judge, iterations_of, judges, match, shown
 from sppo.evaluation.matrix import interval, mean_length
 from sppo.evaluation.measures import measure
+from sppo.evaluation.step import step_stage, write_step
 from sppo.rankers import backend
 from sppo.rankers.function import load_function
 from sppo.rankers.pinning import pinned
@@ -25,7 +27,7 @@ from sppo.recipe import Recipe
 from sppo.store.files import digest, read_json, write_json
 from sppo.store.manifest import Stage
 
-_NO_SHARES = ("mean_tokens", "mean_thought_tokens", "base_perplexity")  # measures that are never shown in %
+_NO_SHARES = ("mean_tokens", "mean_thought_tokens", "base_perplexity", "kl")  # measures that are never shown in %
 
 
 def comparing(recipe: Recipe, run_dir: Path, iteration: int, base: str) -> Recipe:
@@ -59,7 +61,8 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, overwrite: 
     Raises SPPOError where another ranker or judge has compared these answers; `overwrite`: they are compared again.
     """
     here = run_dir / f"iter{iteration}"
-    if overwrite or not (here / "eval" / "report.manifest.json").exists():
+    made = ["report", "step"] if recipe.judge else ["report"]
+    if overwrite or not all((here / "eval" / f"{name}.manifest.json").exists() for name in made):
         fetch_judge(recipe)  # so that a wrong one is an error now, and not after the work
     if recipe.measure:
         load_function(recipe.measure, "--measure")
@@ -67,16 +70,24 @@ def report(recipe: Recipe, run_dir: Path, iteration: int, base: str, overwrite: 
     after = _answers(drawing(recipe, str(here / "model")), here)
     by = comparing(recipe, run_dir, iteration, base)
     stage = report_stage(by, run_dir, iteration)
-    if overwrite or not stage.is_current():  # made of the matches, which refuse another ranker or judge, in a moment
-        row = {"iteration": iteration, **_compare(by, run_dir, iteration, overwrite)}
+    has_step = bool(recipe.judge) and answers_of(run_dir, iteration - 1).exists()  # by hand it may not be there
+    is_stepped = not has_step or step_stage(by, run_dir, iteration).is_current()
+    if overwrite or not is_stepped or not stage.is_current():
+        opponents = {0, iteration - 1} if has_step else {0}
+        played = _played(by, run_dir, iteration, sorted(opponents), overwrite)
+
+        # made of the matches, which refuse another ranker or judge, in a moment
+        row = {"iteration": iteration, **_compared({name: of[0] for name, of in played.items()})}
         stage.discard()
         stage.begin()
         trained = read_json(here / "model" / "sppo_manifest.json")
         row.update(loss=trained["loss"], beta2_loss=trained["beta2_loss"])
         write_json(stage.outputs[0], row)
         stage.finish({"prompts": row["prompts"]})
+        if has_step:
+            write_step(by, run_dir, iteration, played)
     measure(recipe, before.parent, base)
-    measure(recipe, after.parent, base)
+    measure(recipe, after.parent, base, str(here / "model"))
     print_table(update_summary(run_dir))
 
 
@@ -115,21 +126,35 @@ def _answers(recipe: Recipe, directory: Path) -> Path:
     return draw(recipe, directory / "eval", directory / "logs", "eval")
 
 
-def _compare(recipe: Recipe, run_dir: Path, iteration: int, overwrite: bool) -> dict[str, Any]:
+def _played(
+    by: Recipe, run_dir: Path, iteration: int, opponents: list[int], overwrite: bool
+) -> dict[str, dict[int, Match]]:
+    """iteration's answers against each opponent's, by the ranker and by the second judge: by name, then by opponent.
+
+    Each of the two is loaded once, and the first one is gone before the second one is loaded.
+    """
+    found: dict[str, dict[int, Match]] = {}
+    for name, judge in judges(by).items():
+        load = functools.cache(functools.partial(backend(judge).load, judge))
+        found[name] = {i: match(judge, name, run_dir, i, iteration, overwrite, load) for i in opponents}
+    return found
+
+
+def _compared(played: dict[str, Match]) -> dict[str, Any]:
     """Win rates of iteration's answers over the first model's, with 95% intervals, and the mean lengths of both."""
     result: dict[str, Any] = {}
-    for name, judge in judges(recipe).items():
-        played = match(judge, name, run_dir, 0, iteration, overwrite)
-        rate, low, high = interval(played.probability)
+    for name, of in played.items():
+        rate, low, high = interval(of.probability)
         result[f"{name}_win_rate"] = round(rate, 4)
         result[f"{name}_interval"] = [round(low, 4), round(high, 4)]
-        if unanswered := int(np.isnan(played.probability).sum()):
+        if unanswered := int(np.isnan(of.probability).sum()):
             result[f"{name}_unanswered"] = unanswered
+    of = played["ranker"]
     return {
-        "prompts": len(played.probability),
+        "prompts": len(of.probability),
         **result,
-        "mean_tokens": mean_length(played.challenger_tokens),
-        "base_mean_tokens": mean_length(played.opponent_tokens),
+        "mean_tokens": mean_length(of.challenger_tokens),
+        "base_mean_tokens": mean_length(of.opponent_tokens),
     }
 
 

@@ -53,6 +53,7 @@ def generate_shards(recipe: Recipe, output_dir: Path, shards: list[Slice], overw
     total = len(source.prompts)
     stages = [source.stage(output_dir, shard) for shard in shards]
     source.check_extras()  # before --overwrite deletes anything
+    source.check_dtype()
     source.check_marks()
     missing = [stage for stage in stages if stage.make_ready(overwrite)]
     if missing:

@@ -63,6 +63,7 @@ class Source:
             "rows": list(shard.bounds(len(self.prompts))),
             "engine": pick_engine(self.recipe.engine),
             **{key: getattr(self.recipe, key) for key in _SETTINGS},
+            **({} if self.recipe.dtype == "auto" else {"dtype": self.recipe.dtype}),
             **self.date,
             **self.thinking,
         }
@@ -77,6 +78,11 @@ class Source:
             extras.each([prompt.prompt_id for prompt in asked])
             for prompt in asked:
                 extras.refuse_other_prompt(prompt.prompt_id, prompt.messages)
+
+    def check_dtype(self) -> None:
+        """Raise SPPOError for --dtype without vLLM, which alone reads it. Only reads."""
+        if self.recipe.dtype != "auto" and pick_engine(self.recipe.engine) != "vllm":
+            raise SPPOError(f"--dtype {self.recipe.dtype} is for vLLM; with --engine transformers leave it out")
 
     def check_marks(self) -> None:
         """Raise SPPOError where generation would stop at what ends a thought, or a budget would end none.

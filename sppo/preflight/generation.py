@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from sppo.command.errors import SPPOError
+from sppo.evaluation.guard import FEWEST
 from sppo.generation.combine import unfinished_warning
 from sppo.generation.engines import pick_engine
 from sppo.generation.engines.transformers import BATCH, DOUBLE
@@ -19,7 +20,7 @@ from sppo.models.miniature import miniature_of, why_not_drawn
 from sppo.models.policy import Policy, adapter_base, open_policy
 from sppo.models.shape import Shape, stored_bytes
 from sppo.models.thoughts import marks_of
-from sppo.models.vllm import check_vllm
+from sppo.models.vllm import check_vllm, cpu_cache_bytes
 from sppo.preflight.facts import Machines, Model, PromptSet, Run
 from sppo.preflight.findings import Finding, Look, fits, many, no, note, ok, parameters_text, size
 from sppo.preflight.memory import RUNTIME
@@ -69,6 +70,8 @@ def look_at_model(run: Run) -> Look[Model]:
     if refusal:
         yield no(refusal)
     elif run.generates and pick_engine(run.recipe.engine) == "transformers":
+        if run.recipe.dtype != "auto":
+            yield no(f"--dtype {run.recipe.dtype} is for vLLM; with --engine transformers leave it out")
         small = miniature_of(policy)
         if small is not None and (why := why_not_drawn(small)):
             yield note(f"transformers cannot draw from a miniature of a {kind}, so perhaps not from it either ({why})")
@@ -295,10 +298,16 @@ def check_held_out(recipe: Recipe, model: Model | None, tokenizer: Any) -> Look[
     if not made.usable:
         yield no(f"--eval_prompts {made.source}: none of {made.total} can be answered: {_reasons(made)}")
         return
+    if recipe.stop_when == "judge" and made.usable < FEWEST:
+        yield no(
+            f"--eval_prompts {made.source}: {made.usable} can be answered, and --stop_when judge decides on {FEWEST} "
+            "or more; name more of them, some hundreds if you can"
+        )
     text = f"{made.total} held-out prompts"
     text += f", {len(made.skipped)} skipped: {_reasons(made)}" if made.skipped else ""
     k = recipe.eval_pairs
     text += f"; {made.usable * k} responses a model, {2 * made.usable * k * k} comparisons a report"
+    text += ", and as many with the iteration before" if recipe.judge and recipe.iterations > 1 else ""
     yield note(text) if made.skipped else ok(text)
 
 
@@ -317,9 +326,13 @@ def check_memory(run: Run, machines: Machines, shape: Shape, prompts: list[Promp
 def _fits_main_memory(run: Run, machines: Machines, shape: Shape, tokens: int) -> Finding:
     shards = len(run.gpus) // run.recipe.world_size
     vllm = pick_engine(run.recipe.engine) == "vllm"
-    number = 4 if vllm or shape.parameters * shape.bytes > DOUBLE else 8  # bytes
+    number = 4 if shape.parameters * shape.bytes > DOUBLE else 8  # bytes
+    if vllm:
+        number = {"bfloat16": 2, "float32": 4}.get(run.recipe.dtype, min(shape.bytes, 4))
     certain = number * shape.parameters * shards
-    more = (1 << 30) * shards if vllm else shape.cache(BATCH * tokens, number) * shards
+    more = shape.cache(BATCH * tokens, number) * shards
+    if vllm:  # as models/vllm.py gives it
+        more = max(1 << 30, cpu_cache_bytes(shape.cache(tokens, number), machines.memory, shards)) * shards
     parts = f"weights in {many(shards, 'process')} and up to {{}} of keys and values"
     advice = "Take a smaller model, --maxlen or machine"
     return fits("generation", certain, more, machines.memory, parts, advice)
@@ -329,7 +342,8 @@ def _fits_gpus(recipe: Recipe, machines: Machines, shape: Shape, tokens: int) ->
     world_size, cards = recipe.world_size, machines.cards
     if shape.heads % world_size:
         return no(f"--world_size {world_size} does not divide the model's {shape.heads} attention heads")
-    certain = 2 * shape.parameters / world_size
+    number = 4 if recipe.dtype == "float32" else 2  # bytes
+    certain = number * shape.parameters / world_size
     parts = "weights on each GPU and {} for keys and values and the runtime"
     if pick_engine(recipe.engine) != "vllm":
         free = min(free for _, free in cards.values())
@@ -344,5 +358,5 @@ def _fits_gpus(recipe: Recipe, machines: Machines, shape: Shape, tokens: int) ->
                 f"what uses it, or --gpu_memory_utilization {int(100 * free / total) / 100:g}"
             )
     room = min(share * total for total, _ in cards.values())
-    more = shape.cache(tokens) / world_size + RUNTIME  # one sequence at a time, at the least
+    more = shape.cache(tokens, number) / world_size + RUNTIME  # one sequence at a time, at the least
     return fits("generation", certain, more, room, parts, f"Try --world_size {2 * world_size}, or lower --maxlen")

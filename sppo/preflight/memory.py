@@ -6,7 +6,7 @@ from typing import Any
 
 from sppo.models.shape import Shape
 from sppo.preflight.facts import Work
-from sppo.recipe import Recipe
+from sppo.recipe import Recipe, reads_anchor
 
 RUNTIME = 2 << 30  # bytes of a GPU that CUDA, kernels and buffers take beside what is counted
 # State that an optimiser keeps for each trained number, in bytes; any other keeps two float32, as Adam.
@@ -73,7 +73,7 @@ def training_memory(
 
     # the anchor's network (reference.find_anchor) is whole on each rank, but gone before the first step
     anchor = 0
-    if recipe.anchor:
+    if reads_anchor(recipe):
         anchor = (2 if is_mixed and (zero or recipe.use_peft) else 4) * shape.parameters
     return int(fixed), int(max(anchor, fp32_bucket + activations))
 

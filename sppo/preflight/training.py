@@ -15,7 +15,7 @@ from sppo.models.shape import Shape
 from sppo.preflight.facts import Machines, Model, Run
 from sppo.preflight.findings import Look, fits, many, no, note, ok, size
 from sppo.preflight.memory import RUNTIME, training_memory
-from sppo.recipe import Recipe
+from sppo.recipe import Recipe, reads_anchor
 from sppo.schema import THOUGHT_MARKS
 from sppo.store.parquet import read_rows
 from sppo.training.launching import AccelerateConfig, training_config
@@ -96,7 +96,7 @@ def check_memory(run: Run, machines: Machines, shape: Shape, config: AccelerateC
         return
     recipe, processes = run.recipe, config.processes
     fixed, activations = training_memory(recipe, shape, config.content, processes, extra)
-    passing = "activations or the anchor's weights" if recipe.anchor else "activations"
+    passing = "activations or the anchor's weights" if reads_anchor(recipe) else "activations"
     if run.cpu or config.content.get("use_cpu"):
         here = processes // run.machines
         parts = f"weights, gradients and optimiser in {many(here, 'process')} and about {{}} of {passing}"

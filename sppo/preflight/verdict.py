@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from sppo.command.errors import SPPOError
 from sppo.command.memory import main_memory
+from sppo.evaluation.guard import stop_of
 from sppo.launch.devices import CPU, devices
 from sppo.launch.script import open_launcher
 from sppo.preflight import hours
@@ -25,7 +26,7 @@ T = TypeVar("T")
 def open_run(recipe: Recipe) -> Run:
     """The run that an opened recipe (see iterations.opened) asks for, and what of it is left."""
     run_dir, left = Path(recipe.run_dir), []
-    for i in range(1, recipe.iterations + 1):
+    for i in range(1, (stop_of(recipe) or recipe.iterations) + 1):
         here = run_dir / f"iter{i}"
         data = not (here / "data" / "train.manifest.json").exists()
         training = not (here / "model" / "sppo_manifest.json").exists()
@@ -124,7 +125,10 @@ def examine(run: Run) -> Examined:
 def report(run: Run) -> int:
     """Examine the run and print what was found, the plan and the verdict; returns how many problems there are."""
     if not run.left:
-        print(f"preflight: {run.run_dir}: all {run.recipe.iterations} iterations are done\nready: yes")
+        stopped_at = stop_of(run.recipe)
+        done = f"stopped after iteration {stopped_at}, as --stop_when {run.recipe.stop_when} asks"
+        done = f"all {run.recipe.iterations} iterations are done" if stopped_at is None else done
+        print(f"preflight: {run.run_dir}: {done}\nready: yes")
         return 0
     numbers = ", ".join(str(i.number) for i in run.left)
     print(f"preflight: {run.run_dir}: iterations with work left: {numbers}", flush=True)

@@ -140,12 +140,17 @@ class MicroBatches(Sampler):
     def __len__(self) -> int:
         return self.accumulate * -(-len(self.lengths) // (self.batch * self.accumulate * self.ranks))
 
-    def __iter__(self) -> Iterator[MicroBatch]:
+    def steps(self) -> Iterator[np.ndarray]:
+        """The rows of each step of the epoch, on all ranks."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
+        size = self.batch * self.accumulate * self.ranks
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
         shortest = int(self.lengths.argmin())
         count = self.accumulate * self.ranks  # micro-batches of a step
-        for start in range(0, len(order), self.batch * count):
-            rows = order[start : start + self.batch * count]
+        for rows in self.steps():
             if self.group:
                 rows = rows[np.argsort(-self.lengths[rows], kind="stable")]  # longest first: too long shows early
                 parts = [rows[list(part)] for part in even_parts(self.lengths[rows], count)]

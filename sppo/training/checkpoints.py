@@ -20,6 +20,7 @@ from sppo.store.directories import FINAL, delete
 from sppo.store.files import atomic, changed, digest, read_json, write_json
 from sppo.store.manifest import Stage
 
+HOW = "how.json"  # beside the checkpoints: how they are computed
 COMPLETE = "complete.json"  # in a checkpoint of which all ranks have written their part: its files' digests
 _ARRAYS = {f"numpy.{core}.multiarray.{name}" for core in ("_core", "core") for name in ("_reconstruct", "scalar")}
 _ARRAYS |= {"numpy.ndarray", "numpy.dtype"}
@@ -98,6 +99,22 @@ def check_parts(checkpoint: Path, processes: int) -> None:
             f"{checkpoint} is in {parts} parts, one for each process that trained, and now there are {processes}; "
             f"go on with {parts} (--gpus, --nodes), or delete {checkpoint.parent} to train this iteration again"
         )
+
+
+def keep_to(work: Path, how: dict[str, str], checkpoint: Path | None) -> None:
+    """Note how a training computes (precision, attention, library), or raise SPPOError where its checkpoint was
+    computed otherwise: the reference's log-probs would not be those that the first steps had.
+    """
+    path = work / HOW
+    was = read_json(path) if checkpoint and path.exists() else how  # older checkpoints have none
+    keys = [key for key in {**was, **how} if was.get(key) != how.get(key)]
+    if keys:
+        differs = "; ".join(f"{key} {was.get(key, 'none')}, now {how.get(key, 'none')}" for key in keys)
+        raise SPPOError(
+            f"{checkpoint} was computed otherwise: {differs}; go on as before (--accelerate_config, --gpus, "
+            f"--attn_implementation, the installed versions), or delete {work} to train this iteration again"
+        )
+    write_json(path, how)
 
 
 def tidy(work: Path, checkpoint: Path | None) -> None:

@@ -14,7 +14,7 @@ from sppo.store.parquet import open_parquet
 
 ALL_RESPONSES = ["prompt", "responses", "probability"]  # what sppo_all reads instead of the pair
 RATES = ["chosen_probs", "chosen_probs_win", "chosen_probs_lose"]
-WITHOUT_RATES = ("sigmoid", "hinge", "ipo", "kto_pair")  # losses of chosen and rejected alone
+WITHOUT_RATES = ("sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair")  # losses of chosen and rejected alone
 # Read where they are there: with them, what was generated is trained on, token for token.
 GENERATED = "prompt responses chosen rejected chosen_index rejected_index prompt_token_ids tokenizer system".split()
 GENERATED += ["prompt_thoughts", *RATES, *BESIDE]

@@ -36,7 +36,8 @@ def training_config(names: list[str], accelerate_config: str, machines: int = 1)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{path} is no accelerate config ({type(error).__name__}: {error})") from None
     if cpu and not config.get("use_cpu"):
-        raise UsageError(f"{path} is for GPUs, and there is none; take cpu, multi_cpu, cpu_zero2 or cpu_zero3")
+        known = "cpu, cpu_bf16, multi_cpu, cpu_zero2 or cpu_zero3"
+        raise UsageError(f"{path} is for GPUs, and there is none; take {known}")
     if kind == "NO":
         if machines > 1:
             raise UsageError(

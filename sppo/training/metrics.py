@@ -16,7 +16,9 @@ _NAMES = (
     *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
     *_TARGETS,
     *("logps/chosen", "logps/rejected"),
+    "divergence",
 )
+_OPTIONAL = (*_TARGETS, "divergence")  # NaN, and left out, where there are no win rates or no --reg
 
 
 class Metrics:
@@ -37,19 +39,26 @@ class Metrics:
 
     @torch.no_grad()
     def add(
-        self, batch: Batch, logps: torch.Tensor, ratios: torch.Tensor, win_rates: torch.Tensor, beta: float
+        self,
+        batch: Batch,
+        logps: torch.Tensor,
+        ratios: torch.Tensor,
+        win_rates: torch.Tensor,
+        beta: float,
+        divergence: torch.Tensor | None,
     ) -> None:
         """Add the B rows of a micro-batch that count.
 
         logps, ratios: (B, 2), log-probs of the chosen and the rejected response, and less the reference's. win_rates:
-        (B, 2), P(response > policy) of each.
+        (B, 2), P(response > policy) of each. divergence: (B,), with --reg, before its weight.
         """
         a, b = ratios.unbind(1)
         chosen, rejected = logps.unbind(1)
         p_win, p_lose = win_rates.unbind(1)
         rewards = (beta * a).sum(), (beta * b).sum(), (a > b).sum(), (beta * (a - b)).sum()
         targets = (p_win - 0.5).sum(), (p_lose - 0.5).sum()  # what SPPO moves beta * a and beta * b towards
-        sums = torch.stack([*rewards, *targets, chosen.sum(), rejected.sum()])
+        apart = a.new_full((), math.nan) if divergence is None else divergence.sum()
+        sums = torch.stack([*rewards, *targets, chosen.sum(), rejected.sum(), apart])
         self._sums += sums.double().to(self._sums.device)
         self._rows += batch["counted"]
         self._tokens += batch["attention_mask"].sum()
@@ -59,9 +68,7 @@ class Metrics:
         local = torch.tensor([self._rows, self._tokens], dtype=torch.float64, device=self._sums.device)
         *sums, rows, tokens = sum_over_ranks(self.accelerator, torch.cat([self._sums, local])).tolist()
         values = {name: total / rows for name, total in zip(_NAMES, sums, strict=True)}
-        if math.isnan(values[_TARGETS[0]]):  # pairs without win rates have none
-            for name in _TARGETS:
-                del values[name]
+        values = {name: x for name, x in values.items() if name not in _OPTIONAL or not math.isnan(x)}
         now = time.monotonic()
         values["tokens_per_second"] = round(tokens / (now - self._since), 1)
         seconds_a_step = (now - self.began) / (step - self.first_step)

@@ -2,7 +2,7 @@
 
 A pass over the responses that is broken off keeps what it has, and the next start computes what is missing in the same
 batches. Which responses share a batch decides a log-prob's last bits, so the table is the same as after a pass that ran
-to its end. The anchor's table (--anchor) is made the same way.
+to its end. The anchor's table (--anchor, --reg) is made the same way.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def reference_key(policy: str, data: TrainingSet, **how: Any) -> str:
 
 
 class Anchor(NamedTuple):
-    """What --anchor pulls towards."""
+    """What --anchor and --reg pull towards."""
 
     policy: Policy
     table: LogProbTable  # where its log-probs are kept

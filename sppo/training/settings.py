@@ -15,7 +15,7 @@ from sppo.command.errors import SPPOError, UsageError
 from sppo.command.importing import is_installed
 from sppo.models.dates import today
 from sppo.models.policy import Policy, open_policy, policy_of
-from sppo.recipe import Recipe, nearest
+from sppo.recipe import Recipe, nearest, reads_anchor
 from sppo.store.directories import refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
 from sppo.store.files import atomic, changed, digest, read_json
 from sppo.store.manifest import MANIFEST, Stage, read_manifest
@@ -24,9 +24,10 @@ from sppo.training.dataset import dataset_file
 
 # the settings that decide the result; the others only decide where and how fast it is computed
 IDENTITY = (
-    "seed loss_type beta anchor label_smoothing learning_rate lr_scheduler_type warmup_ratio num_train_epochs "
-    "schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length attn_implementation "
-    "train_thoughts chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules load_in_4bit merge_adapter"
+    "seed loss_type beta anchor reg reg_coef label_smoothing learning_rate lr_scheduler_type warmup_ratio "
+    "num_train_epochs schedule_epochs optim weight_decay max_grad_norm max_prompt_length max_length "
+    "attn_implementation train_thoughts chat_template_kwargs use_peft lora_r lora_alpha lora_target_modules "
+    "load_in_4bit merge_adapter"
 ).split()
 
 _IF_MEANT = f"If the change was meant: copy the model without its {MANIFEST}, change the copy, and name it as --model"
@@ -49,7 +50,7 @@ class Training:
     recipe: Recipe
     overwrite: bool
     source: Policy
-    anchor: Policy | None  # with --anchor: what it pulls towards
+    anchor: Policy | None  # with --anchor or --reg: what they pull towards
     dataset: Path
     data_name: str  # as the model card says it
     output_dir: Path
@@ -137,9 +138,10 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
     refuse_overlap(output_dir, [part for part in (source.weights, source.adapter) if part])
     recipe = _with_date(recipe, output_dir, overwrite)
     source = dataclasses.replace(source, date=recipe.date)
-    if recipe.anchor:
+    if reads_anchor(recipe):
         if not recipe.anchor_model:
-            raise UsageError("--anchor needs --anchor_model: the model that the run began with, most often")
+            flag = "--anchor" if recipe.anchor else "--reg"
+            raise UsageError(f"{flag} needs --anchor_model: the model that the run began with, most often")
         anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code)
         if anchor.tokenizer().get_vocab() != source.tokenizer().get_vocab():
             raise SPPOError(f"--anchor_model {recipe.anchor_model} has another vocabulary than {recipe.model}")
@@ -147,6 +149,7 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
     inputs = {"model": source.identity(), "dataset": digest(path)}
     settings = {"global_batch_size": recipe.batch_size * steps * processes}
     unused = {"anchor": not recipe.anchor, "train_thoughts": recipe.train_thoughts}  # as in all older runs
+    unused |= dict.fromkeys(("reg", "reg_coef"), recipe.reg == "none")
     settings |= {k: getattr(recipe, k) for k in IDENTITY if not unused.get(k)}
     settings |= source.date_identity(recipe.chat_template_kwargs)
     if anchor:
@@ -178,12 +181,7 @@ def check_flags(recipe: Recipe) -> None:
         raise UsageError("--num_train_epochs must be above 0")
     if recipe.max_prompt_length >= recipe.max_length:
         raise UsageError("--max_prompt_length must be below --max_length: the response needs room")
-    if recipe.anchor and recipe.loss_type not in ("sppo", "sppo_all"):
-        raise UsageError(f"--anchor is for --loss_type sppo and sppo_all, not {recipe.loss_type}")
-    if recipe.anchor_model and not recipe.anchor:
-        raise UsageError("--anchor_model goes with --anchor")
-    if recipe.anchor and recipe.load_in_4bit:
-        raise UsageError("--anchor with --load_in_4bit: the anchor is read unquantised, so the two would not compare")
+    _require_anchor(recipe)
     if recipe.loss_type == "sppo_all" and recipe.select != Recipe.select:
         raise UsageError(
             f"--select {recipe.select} is for losses of a pair; sppo_all trains on all responses of a prompt"
@@ -193,6 +191,29 @@ def check_flags(recipe: Recipe) -> None:
     for flag in ("load_in_4bit", "merge_adapter"):
         if getattr(recipe, flag) and not recipe.use_peft:
             raise UsageError(f"--{flag} goes with --use_peft")
+
+
+def _require_anchor(recipe: Recipe) -> None:
+    """Raise UsageError for an --anchor or a --reg that nothing would read, or that would do something else."""
+    reg = recipe.reg
+    if recipe.anchor and recipe.loss_type not in ("sppo", "sppo_all"):
+        raise UsageError(f"--anchor is for --loss_type sppo and sppo_all, not {recipe.loss_type}")
+    if reg != "none" and recipe.loss_type not in ("sppo", "sppo_single", "sppo_all"):
+        raise UsageError(f"--reg is for --loss_type sppo, sppo_single and sppo_all, not {recipe.loss_type}")
+    if reg != "none" and not recipe.reg_coef:
+        raise UsageError(f"--reg {reg} needs --reg_coef, its weight in the loss; its authors took 0.01 to 0.5")
+    if reg == "none" and recipe.reg_coef:
+        raise UsageError("--reg_coef is the weight of --reg, which is none: name reverse, forward or both")
+    if reg != "none" and recipe.anchor:
+        raise UsageError(
+            "--anchor and --reg both pull towards the first model, and --reg reverse to the same end as --anchor; "
+            "take one of them. --reg both adds the forward KL to the reverse one"
+        )
+    if recipe.anchor_model and not reads_anchor(recipe):
+        raise UsageError("--anchor_model goes with --anchor or --reg")
+    if reads_anchor(recipe) and recipe.load_in_4bit:
+        flag = "--anchor" if recipe.anchor else "--reg"
+        raise UsageError(f"{flag} with --load_in_4bit: the anchor is read unquantised, so the two would not compare")
 
 
 def known_names(flag: str) -> list[str]:

@@ -19,6 +19,7 @@ from sppo.training.checkpoints import (
     check_parts,
     disk_full_as_os_error,
     is_work_of,
+    keep_to,
     only_plain_values,
     resume_point,
     tidy,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from transformers import TrainingArguments
 
-    from sppo.training.data import TrainingSet
     from sppo.training.trainer import SPPOTrainer
 
 
@@ -48,11 +48,11 @@ def train(training: Training) -> None:
     # rank 0 decides for all: a shared disk may not yet show the others what it shows this one
     checkpoint = _prepare_work(training) if is_first else None
     with heard():
-        trainer = make_trainer(training)
+        trainer = make_trainer(training, checkpoint)
     data = trainer.batches.data
     checkpoint = broadcast_checkpoint(trainer.accelerator, training.work, checkpoint)
     if is_first:
-        print(f"train: {_plan(training, data, checkpoint)}")
+        print(f"train: {_plan(training, trainer, checkpoint)}")
         if not training.recipe.train_thoughts and not data.counts.get("responses_with_a_thought"):
             print("train: warning: --train_thoughts false, and no response has a thought: each is trained on whole")
         write_json(training.work / "identity.json", training.stage.identity)
@@ -97,13 +97,15 @@ def _prepare_work(training: Training) -> Path | None:
     return checkpoint
 
 
-def _plan(training: Training, data: TrainingSet, checkpoint: Path | None) -> str:
-    """What is trained on and how, as a line for the log."""
+def _plan(training: Training, trainer: SPPOTrainer, checkpoint: Path | None) -> str:
+    """What is trained on and how, and what the first step must show, as a line for the log."""
     recipe = training.recipe
     batch = f"{training.processes} x {recipe.batch_size} x {training.steps} rows a step"
     clipping = f"gradients clipped at {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no gradient clipping"
-    resumed = f"; going on from {checkpoint}" if checkpoint else ""
-    return f"{data.counts}; {batch}; {clipping}{resumed}"
+    begins = f"; going on from {checkpoint}" if checkpoint else ""
+    if not checkpoint and not training.anchor:  # with an anchor it is not known yet
+        begins = f"; {trainer.first_loss().described(recipe.beta)}"
+    return f"{trainer.batches.data.counts}; {batch}; {clipping}{begins}"
 
 
 def _close_connections() -> None:
@@ -123,11 +125,11 @@ def _summary(metrics: Path) -> dict[str, float]:
     mean = {}
     for name in ("loss", "beta2_loss"):
         mean[name] = sum(line[name] * n for line, n in zip(lines, steps, strict=True)) / sum(steps)
-    return {**mean, **{k: v for k, v in lines[-1].items() if k.startswith(("rewards/", "logps/"))}}
+    return {**mean, **{k: v for k, v in lines[-1].items() if k.startswith(("rewards/", "logps/", "divergence"))}}
 
 
-def make_trainer(training: Training) -> SPPOTrainer:
-    """The trainer with model, data and reference table, ready to train."""
+def make_trainer(training: Training, checkpoint: Path | None = None) -> SPPOTrainer:
+    """The trainer with model, data and reference table, ready to train. checkpoint: what it goes on from."""
     import torch
     import transformers
 
@@ -162,13 +164,15 @@ def make_trainer(training: Training) -> SPPOTrainer:
     if args.world_size > 1 and args.deepspeed_plugin is None:
         args.ddp_find_unused_parameters = has_unused_weights(small) or None  # None: the Trainer's own choice
     dtype = "auto" if args.bf16 and recipe.use_peft else torch.float32
-    model, is_lean = _network(training, args, dtype, small)
-
-    # where the log-probs of the reference and of the anchor are kept, by what decides them
     precision = "4bit" if recipe.load_in_4bit else f"bf16 of {dtype}" if args.bf16 else "float32"
     how = {"precision": precision, "attention": recipe.attn_implementation, "transformers": transformers.__version__}
     if args.bf16 and under_deepspeed():
         how["engine"] = "deepspeed"  # all in bfloat16, where autocast keeps sums in float32
+    if is_first_rank():
+        keep_to(work, how, checkpoint)
+    model, is_lean = _network(training, args, dtype, small)
+
+    # where the log-probs of the reference and of the anchor are kept, by what decides them
     homes = (training.dataset.parent / "reference", work / "reference")
     table = LogProbTable(reference_key(source.identity(), data, **how), homes, "reference")
     anchor = None
@@ -228,7 +232,8 @@ def _training_arguments(recipe: Recipe, work: Path, steps: int) -> TrainingArgum
     return TrainingArguments(
         output_dir=str(work),
         use_cpu=not gpu,  # the accelerate config's use_cpu alone does nothing under DeepSpeed
-        bf16=gpu,
+        bf16=gpu
+        or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # on a CPU where the accelerate config says so
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=steps,
         num_train_epochs=recipe.num_train_epochs,

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sppo.command.errors import SPPOError
-from sppo.method.loss import anchored_loss, preference_loss, sppo_all_loss
+from sppo.method.loss import anchored_loss, divergence, preference_loss, sppo_all_loss
 from sppo.models.loading import original_context
 from sppo.recipe import Recipe
 from sppo.store.directories import delete
@@ -25,8 +25,8 @@ from sppo.training.agreement import describe_agreement, engine_agreement
 from sppo.training.batches import Batch, Batches, Loader, MicroBatch, MicroBatches, to_device
 from sppo.training.checkpoints import disk_full_as_os_error, seal
 from sppo.training.data import TrainingSet
-from sppo.training.first_step import FirstStep
-from sppo.training.logps import CHUNK_TOKENS, Forward
+from sppo.training.first_step import FirstLoss, FirstStep, loss_at_reference
+from sppo.training.logps import CHUNK_TOKENS, Forward, rounding, tokens_of
 from sppo.training.metrics import Metrics
 from sppo.training.ranks import Stopped, stop_agreed
 from sppo.training.reference import Anchor, LogProbTable, find_anchor, find_reference
@@ -73,7 +73,7 @@ class SPPOTrainer(Trainer):
 
         # what on_train_begin finds
         self.reference: torch.Tensor  # (S,): log pi_t of every response
-        self.pull: torch.Tensor | None = None  # (S,), with an anchor: see loss.anchored_loss
+        self.moved: torch.Tensor | None = None  # (S,), with an anchor: log pi_t - log pi_0
         self.agreement: dict[str, float] = {}  # see engine_agreement
         self.metrics: Metrics
         self.first_step: FirstStep | None = None  # until that is made
@@ -122,17 +122,29 @@ class SPPOTrainer(Trainer):
         counted = inputs["counted"]
         pair = inputs["pair"][:counted]  # (B, 2)
         win_rates = self.batches.data.win_rates.to(logps.device)[inputs["rows"][:counted]]  # (B, 3)
-        self.metrics.add(inputs, logps[pair], ratios[pair], win_rates[:, 1:], self.recipe.beta)
-        losses = self._losses(inputs, ratios, pair, win_rates)
+        losses, apart = self._losses_and_divergence(inputs, ratios, pair, win_rates)
+        self.metrics.add(inputs, logps[pair], ratios[pair], win_rates[:, 1:], self.recipe.beta, apart)
         micro_batches = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return losses.sum() * (micro_batches / inputs["step_rows"])
+        loss = losses.sum() * (micro_batches / inputs["step_rows"])
+        if self.first_step:
+            self.first_step.note_loss(loss / micro_batches)
+        return loss
+
+    def _losses_and_divergence(
+        self, batch: Batch, ratios: torch.Tensor, pair: torch.Tensor, win_rates: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B,): the loss of each row that counts, --reg with it; and (B,): --reg alone, before its weight."""
+        losses, apart = self._losses(batch, ratios, pair, win_rates), self._divergence(batch, ratios)
+        return losses if apart is None else losses + self.recipe.reg_coef * apart, apart
 
     def _losses(self, batch: Batch, ratios: torch.Tensor, pair: torch.Tensor, win_rates: torch.Tensor) -> torch.Tensor:
-        """(B,): the loss of each row that counts. ratios: (S,); pair: (B, 2); win_rates: (B, 3)."""
+        """(B,): the loss of each row that counts, without --reg. ratios: (S,); pair: (B, 2); win_rates: (B, 3)."""
         loss_type, beta = self.recipe.loss_type, self.recipe.beta
         a, b = ratios[pair].unbind(1)
         p, p_win, p_lose = win_rates.unbind(1)
-        pull = None if self.pull is None else self.pull.to(ratios.device)[batch["sequences"]]  # (S,)
+        pull = None  # (S,), see anchored_loss
+        if self.recipe.anchor and self.moved is not None:
+            pull = -self.recipe.anchor * self.moved.to(ratios.device)[batch["sequences"]]
 
         if loss_type == "sppo_all":
             rates = self.batches.data.sequence_rates.to(ratios.device)[batch["sequences"]]  # (S,)
@@ -140,10 +152,19 @@ class SPPOTrainer(Trainer):
             return losses[: batch["counted"]]
         if pull is not None:
             return anchored_loss(a, b, beta, p_win, p_lose, *pull[pair].unbind(1))
+        if loss_type == "ipo_mean":
+            a, b = (ratios / tokens_of(batch))[pair].unbind(1)
         losses = preference_loss(loss_type, a, b, beta, p, p_win, p_lose, self.recipe.label_smoothing)
         if loss_type == "kto_pair":
             return losses.view(2, len(pair)).mean(0)
         return losses
+
+    def _divergence(self, batch: Batch, ratios: torch.Tensor) -> torch.Tensor | None:
+        """(B,), with --reg: how far each row that counts is from the first model. ratios: (S,)."""
+        if self.recipe.reg == "none" or self.moved is None:
+            return None
+        drift = ratios + self.moved.to(ratios.device)[batch["sequences"]]
+        return divergence(self.recipe.reg, drift, batch["row_of"], len(batch["rows"]))[: batch["counted"]]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last line, averaged over all ranks; keep every line in metrics.jsonl."""
@@ -202,12 +223,31 @@ class SPPOTrainer(Trainer):
         )
         if self.anchor is not None:
             anchor = find_anchor(self.anchor, self.batches, self.accelerator, self.forward)  # (S,)
-            self.pull = self.recipe.anchor * (anchor - self.reference)
+            self.moved = self.reference - anchor
         self.agreement = engine_agreement(self.reference, self.batches.data)
         if self.agreement and self.is_world_process_zero():
             print(f"train: {describe_agreement(self.agreement)}", flush=True)
-        self.first_step = FirstStep(self.accelerator, at_reference=not self.state.global_step)
+        expected = None if self.state.global_step else self.first_loss()
+        # with an anchor it was not known before
+        if expected and self.anchor is not None and self.is_world_process_zero():
+            print(f"train: {expected.described(self.recipe.beta)}", flush=True)
+        self.first_step = FirstStep(self.accelerator, expected)
         self.metrics = Metrics(self.accelerator, self.state.global_step)
+
+    def first_loss(self) -> FirstLoss:
+        """What the first step's loss must be near: its rows' where the policy is the reference, so each log-ratio is 0.
+
+        With an anchor it is known once `begin` has found the anchor's log-probs.
+        """
+        rows = next(self.get_train_dataloader().micro_batches.steps())
+        batch = self.batches.make(MicroBatch(rows.tolist()))
+        win_rates = self.batches.data.win_rates[batch["rows"]]  # (B, 3)
+        furthest = rounding(self.accelerator) * tokens_of(batch).sqrt()  # (S,)
+
+        def losses(ratios: torch.Tensor) -> torch.Tensor:
+            return self._losses_and_divergence(batch, ratios, batch["pair"], win_rates)[0]
+
+        return loss_at_reference(losses, furthest)
 
     def _choose_forward(self) -> None:
         """Do without the lean log-probs where they are not the plain ones, on the shortest row. All ranks take part."""
@@ -222,7 +262,7 @@ class SPPOTrainer(Trainer):
             )
 
     def check_first_step(self) -> None:
-        """Raise SPPOError where the gradients of the first step show that training cannot be right."""
+        """Raise SPPOError where the first step shows that training cannot be right; warn where its loss is unusual."""
         if self.first_step:
             self.first_step.check(self.model_wrapped, self.model.config, f"{self.table.key}.safetensors")
             self.first_step = None

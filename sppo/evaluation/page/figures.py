@@ -87,6 +87,52 @@ def win_rates(runs: list[RunRecord]) -> list[str]:
     return [_picture("Wins against the first model", draw)] if lines else []
 
 
+def guard(run: RunRecord) -> list[str]:
+    """Ranker against judge over iterations: against the iteration before, how far they agree, variety, divergence."""
+    if not run.guard:
+        return []
+    curve = run.guard["curve"]
+    steps = [(row["iteration"], row["against_before"]) for row in curve]
+    answers = [(0, curve[0]["first_answers"]), *((row["iteration"], row["answers"]) for row in curve)]
+    shares = {k: [(i, 100 * step["agreement"][k]) for i, step in steps] for k in ("same", "apart", "tied")}
+    variety = {k: [(i, of[k]) for i, of in answers if of[k] is not None] for k in ("distinct_2", "overlap_2")}
+    divergence = {"kl": [(row["iteration"], row["kl"]) for row in curve if "kl" in row]}
+    judges = {"ranker": "ranker", "judge": textwrap.fill(curve[-1]["judge"], _WIDTH)}
+    return [
+        _picture("Wins against the iteration before", partial(_steps_won, steps=steps, labels=judges)),
+        *_lines("Which answer ranker and judge prefer", shares, "pairs of answers, %"),
+        *_lines("Variety of the answers", variety, "share of bigrams"),
+        *_lines("KL divergence from the first model", divergence, "nats an answer"),
+    ]
+
+
+def _steps_won(axis: Axes, steps: list[tuple[int, dict[str, Any]]], labels: dict[str, str]) -> None:
+    numbers = [number for number, _ in steps]
+    for place, (who, label) in enumerate(labels.items()):
+        y = 100 * np.array([of[who]["win_rate"] for _, of in steps])
+        error = np.abs(100 * np.array([of[who]["interval"] for _, of in steps]).T - y)
+        axis.errorbar(np.array(numbers) + 0.04 * place, y, error, marker="o", capsize=3, label=label)
+    axis.axhline(50, color=_INK, linestyle=":", linewidth=1)
+    _iterations(axis, numbers, "wins, %")
+    axis.legend(fontsize=9)
+
+
+def _lines(title: str, lines: dict[str, list[tuple[int, float]]], label: str) -> list[str]:
+    """A picture of some values over iterations, a line each; none where no value is known."""
+    lines = {name: points for name, points in lines.items() if points}
+
+    def draw(axis: Axes) -> None:
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        _iterations(axis, [x for points in lines.values() for x, _ in points], label)
+        axis.margins(y=0.2)  # before it is made to start at 0, so that nothing touches its end
+        if all(y >= 0 for points in lines.values() for _, y in points):  # an estimate of a divergence may be below
+            axis.set_ylim(bottom=0)
+        axis.legend(fontsize=9)
+
+    return [_picture(title, draw)] if lines else []
+
+
 def matrix(run: RunRecord) -> list[str]:
     """The win matrix, row against column; the second judge's beside the ranker's."""
     if not run.matrix:

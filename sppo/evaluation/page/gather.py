@@ -77,6 +77,7 @@ class RunRecord:
     commands: list[str]
     suites: dict[int, list[dict[str, Any]]]  # by iteration: a suite's figures.json each
     unread: list[str]  # what could not be read, and why
+    guard: dict[str, Any] | None = None  # guard.json: each iteration against the one before; with a second judge
 
     @property
     def compared(self) -> list[dict[str, Any]]:
@@ -109,6 +110,7 @@ def gather(run_dir: Path) -> RunRecord:
         versions=next((each["versions"] for each in manifests if "versions" in each), {}),
         commands=commands.splitlines(),
         suites=suites,
+        guard=reader.json(run_dir / "guard.json"),
         unread=sorted(set(reader.unread)),  # last, when all is read
     )
 

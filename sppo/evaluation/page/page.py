@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sppo.evaluation.guard import guard_table
+from sppo.evaluation.guard import said as guard_said
+from sppo.evaluation.health import BOUNDS
 from sppo.evaluation.page import figures
 from sppo.evaluation.page.gather import IterationRecord, RunRecord, gather
 from sppo.evaluation.report import summary_table
@@ -18,8 +21,8 @@ from sppo.models.files import public_name
 from sppo.schema import AGREEING, MANY_UNFINISHED
 from sppo.store.files import atomic
 
-# above these shares and this ratio of perplexities a reader is warned
-_MANY_CUT, _MANY_DROPPED, _MANY_REPEATED, _MANY_EMPTY, _FAR = 0.2, 0.1, 0.1, 0.02, 2.0
+# above these shares, those of health.BOUNDS and this ratio of perplexities a reader is warned
+_MANY_CUT, _MANY_DROPPED, _FAR = 0.2, 0.1, 2.0
 
 _Cell = Callable[[IterationRecord], Any]  # an iteration's number in a table; it may fail where that is not known yet
 
@@ -113,6 +116,13 @@ _HEALTHY = {
     "Win rates": "Healthy: win rates rise in every iteration, and the second judge's, if there is one, rise with the "
     "ranker's. Bars are 95% intervals over prompts. Where a bar reaches below 50%, the model may not be better than "
     "the first one. The win matrix compares iterations with each other.",
+    "Ranker and judge": "Healthy: by the ranker and by the second judge, each iteration beats the one before. If the "
+    "judge's bar is wholly below 50%, the judge finds the answers worse than those before; what the ranker still likes "
+    "in them may be a weakness of the ranker. Of the pairs of answers, same is the share in which both prefer the same "
+    "answer, apart that in which they prefer different ones, and tied that in which at least one of them prefers none. "
+    "distinct_2 is the number of different bigrams divided by that of all. overlap_2 says how alike the answers "
+    "to one prompt are: if it rises a lot, the policy says the same each time. kl is an estimate of the KL divergence "
+    "from the first model; it is there with --base_perplexity.",
     "Win matrix": "Healthy: win rates below the diagonal are above 50%, so each iteration beats those before it. Where "
     "a later iteration loses to an earlier one, look at the mixture of models in the table.",
     "Measures": "Healthy: lengths change little, and few answers are empty, repeat themselves or are cut. If the "
@@ -126,7 +136,8 @@ _HEALTHY = {
     "Lengths": "Healthy: chosen and rejected responses have similar lengths. If chosen ones are longer everywhere, the "
     "ranker rewards length.",
     "Benchmark suites": "Healthy: scores for knowledge and reasoning stay where the first model's are, and scores that "
-    "a judge gives rise. If a score falls, the run has cost an ability that its ranker does not see.",
+    "a judge gives rise. If a score falls, the run has cost an ability that its ranker does not see. A published model "
+    "began with the same model as this run; its figures are those of the suite's leaderboard.",
     "Data": "Healthy: few prompts are dropped and few responses are cut. If the position bias is far from 0, the "
     "ranker prefers the response that is shown first; if the correlation of score and length is, it rewards length. "
     f"Where the log-probs of engine and trainer differ by less than {AGREEING} nats a token, both compute the same "
@@ -139,6 +150,7 @@ _HEALTHY = {
 def _sections(run: RunRecord) -> list[Section]:
     return [
         Section("Win rates", figures.win_rates([run]), summary_table(run.compared)),
+        Section("Ranker and judge", figures.guard(run), guard_table(run.guard) if run.guard else []),
         Section("Win matrix", figures.matrix(run), _matrix_table(run)),
         Section("Measures", figures.measures([run])),
         Section("Training", figures.training([run])),
@@ -176,20 +188,21 @@ def _matrix_table(run: RunRecord) -> list[list[str]]:
 
 
 def _suite_table(run: RunRecord) -> list[list[str]]:
-    """A row for each figure of a suite, a column for each model that was asked."""
-    columns: dict[int, dict[tuple[str, str], float]] = {}  # by iteration: by (suite and judge, figure)
+    """A row for each figure of a suite, a column for each model that was asked, then for each published one."""
+    asked: dict[str, dict[tuple[str, str], float]] = {}  # by column: by (suite and judge, figure)
+    published: dict[str, dict[tuple[str, str], float]] = {}
     for number, suites in run.suites.items():
-        if suites:
-            columns[number] = {
-                (f"{suite['suite']}, judged by {suite['judge']}" if suite.get("judge") else suite["suite"], name): value
-                for suite in suites
-                for name, value in suite["figures"].items()
-            }
-    rows = dict.fromkeys(key for column in columns.values() for key in column)
-    if not rows:
+        column = "first model" if number == 0 else f"iteration {number}"
+        for suite in suites:
+            name = f"{suite['suite']}, judged by {suite['judge']}" if suite.get("judge") else suite["suite"]
+            asked.setdefault(column, {}).update({(name, key): value for key, value in suite["figures"].items()})
+            for model, of in suite.get("published", {}).items():
+                published.setdefault(f"published: {model}", {}).update({(name, key): of[key] for key in of})
+    if not asked:
         return []
-    head = ["suite", "figure", *("first model" if number == 0 else f"iteration {number}" for number in columns)]
-    return [head, *([*key, *(_number(column.get(key)) for column in columns.values())] for key in rows)]
+    columns = {**asked, **published}
+    rows = dict.fromkeys(key for column in columns.values() for key in column)
+    return [["suite", "figure", *columns], *([*key, *(_number(c.get(key)) for c in columns.values())] for key in rows)]
 
 
 def _time_table(run: RunRecord) -> list[list[str]]:
@@ -298,6 +311,7 @@ def _short(cell: str) -> str:
 def warnings(run: RunRecord) -> list[str]:
     """What a reader should look at, in sentences."""
     said = [f"Left out, because it cannot be read: {message}" for message in run.unread]
+    said += guard_said(run.guard) if run.guard else []
     for i in run.iterations:
         row, where = i.compared, f"Iteration {i.number}"
         apart = (i.trained.get("agreement") or {}).get("mean_difference", 0)
@@ -316,9 +330,9 @@ def warnings(run: RunRecord) -> list[str]:
             said.append(f"{where}: {row['unfinished_thoughts']:.0%} of the held-out thoughts did not end.")
         if i.paired and sum(i.paired["dropped"].values()) > _MANY_DROPPED * max(i.paired["prompts"], 1):
             said.append(f"{where}: {sum(i.paired['dropped'].values())} of {i.paired['prompts']} prompts give no pair.")
-        if row.get("repeated", 0) > _MANY_REPEATED:
+        if row.get("repeated", 0) > BOUNDS["repeated"]:
             said.append(f"{where}: {row['repeated']:.0%} of the held-out answers repeat themselves.")
-        if row.get("empty", 0) > _MANY_EMPTY:
+        if row.get("empty", 0) > BOUNDS["empty"]:
             said.append(f"{where}: {row['empty']:.0%} of the held-out answers are empty.")
         if "base_perplexity" in row and row["base_perplexity"] > _FAR * run.base.get("base_perplexity", float("inf")):
             said.append(f"{where}: the first model finds the answers far less likely than its own.")

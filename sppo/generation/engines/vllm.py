@@ -12,7 +12,7 @@ from sppo.command.importing import import_networks
 from sppo.generation.engines import Finished, Request, Response, prompt_seed
 from sppo.models.policy import Policy
 from sppo.models.thoughts import Budget
-from sppo.models.vllm import check_vllm, prepare_vllm, vllm_dtype
+from sppo.models.vllm import check_vllm, cpu_cache, prepare_vllm, vllm_dtype
 from sppo.recipe import Recipe
 
 # Prompts waiting in the engine's queue: enough to keep it full, few enough to keep memory flat.
@@ -38,7 +38,7 @@ def start(policy: Policy, recipe: Recipe, longest: int) -> Any:
     model: dict[str, Any] = {
         "model": str(policy.weights),
         "tokenizer": str(policy.tokenizer_dir),
-        "dtype": vllm_dtype(policy, current_platform.is_cpu()),
+        "dtype": vllm_dtype(policy, current_platform.is_cpu(), recipe.dtype),
         "load_format": "safetensors",
         "trust_remote_code": policy.remote_code,
         "max_model_len": longest,
@@ -46,12 +46,14 @@ def start(policy: Policy, recipe: Recipe, longest: int) -> Any:
     options: dict[str, Any] = {"gpu_memory_utilization": recipe.gpu_memory_utilization, "enable_prefix_caching": True}
     if current_platform.is_cpu():
         config = EngineArgs(**model).create_model_config()
+        shards = max(1, recipe.gpus.split(",").count("none"))
         options = {
             "enforce_eager": True,
             # a prefill that is split crashes seeded sampling on the CPU build; recurrent layers' caches ask for it
             "enable_chunked_prefill": False,
             "enable_prefix_caching": not config.has_inner_state,
             "max_num_batched_tokens": max(longest, 2048),
+            **cpu_cache(policy, longest, model["dtype"], shards),
             # its kernel turns what a model gives it as (T, heads, d) by wrong angles (LFM2, DeepSeek-V3)
             "compilation_config": {"custom_ops": ["-rotary_embedding"]},
             # compressed keys (MLA): what it takes on a processor with AMX computes in bfloat16 alone
