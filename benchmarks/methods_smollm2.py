@@ -32,6 +32,7 @@ from sppo.store.files import read_json
 
 # their losses read which response is preferred, and not by how much
 ORDER_ONLY = ("sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair")
+RECIPE = ROOT / "recipes/sppo/smollm2.yaml"
 PROMPTS = 96  # of an iteration, as in run_sppo_smollm2.sh
 COLUMNS = {
     "followed": ("followed, %", True),
@@ -50,15 +51,20 @@ def run_command(words: list[str], log: Path) -> None:
     call(sys.executable, words, log, OMP_NUM_THREADS=threads, HF_HUB_OFFLINE=offline)
 
 
+def smollm2(run: Path, first: Path, model: Path, prompts: Path, more: list[str]) -> Path:
+    """A run of smollm2.yaml with `more` flags; its directory. It begins with the answers that the run `first` drew."""
+    share_first_answers(first, run)
+    words = ["bash", "scripts/run.sh", "--split_prompts", "--evaluate", "--skip_preflight", *more]
+    words += flags(recipe=RECIPE, name="smollm2", model=model, run_dir=run)
+    words += flags(prompts=prompts / "train.jsonl", eval_prompts=prompts / "heldout.jsonl")
+    run_command(words, Path(f"{run}.log"))
+    return run
+
+
 def method(work: Path, model: Path, loss: str, estimator: str, more: list[str]) -> Path:
     """One run; its directory."""
     run, first = work / f"{loss}-{estimator}", work / f"{LOSSES[0]}-{ESTIMATORS[0]}"
-    share_first_answers(first, run)
-    words = ["bash", "scripts/run.sh", "--split_prompts", "--evaluate", "--skip_preflight", *more]
-    words += flags(recipe=ROOT / "recipes/sppo/smollm2.yaml", name="smollm2", model=model, run_dir=run)
-    words += flags(prompts=work / "prompts/train.jsonl", eval_prompts=work / "prompts/heldout.jsonl")
-    run_command([*words, *flags(loss_type=loss, estimator=estimator)], Path(f"{run}.log"))
-    return run
+    return smollm2(run, first, model, work / "prompts", [*more, *flags(loss_type=loss, estimator=estimator)])
 
 
 def same_pairs(run: Path, other: Path) -> bool:

@@ -27,16 +27,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 from methods import HEALTH, RECIPE, driver, figures, judged, make_world, rows
-from methods_smollm2 import PROMPTS, run_command
+from methods_smollm2 import PROMPTS, run_command, smollm2
+from methods_smollm2 import RECIPE as SMOLLM2
 from warm_python import share_first_answers, warm_python
 
 from sppo.cli import flags
 from sppo.command.errors import UsageError, run_main
-from sppo.command.search_path import ROOT
 from sppo.evaluation.step import distinct_2
 from sppo.store.files import read_json, write_json
 
-SMOLLM2, ITERATIONS = ROOT / "recipes/sppo/smollm2.yaml", 3
+ITERATIONS = 3
 IFEVAL_TOKENS = 512  # longest answer; ifeval_smollm2.py takes 1280
 REGS = ("reverse:0.05", "reverse:0.5", "forward:0.1", "both:0.1")
 COLUMNS = {
@@ -87,22 +87,16 @@ def smollm2_run(work: Path, seed: int, reg: str) -> Path:
     run, prompts = work / f"smollm2-{name_of(reg)}-{seed}", work / f"prompts-{seed}"
     made = flags(output_dir=prompts, seed=seed, train=PROMPTS * ITERATIONS)
     run_command([sys.executable, "scripts/make_instructions.py", *made], Path(f"{prompts}.log"))
-    if reg:
-        share_first_answers(work / f"smollm2-{name_of('')}-{seed}", run)
-    words = ["bash", "scripts/run.sh", "--split_prompts", "--evaluate", "--skip_preflight", *settings(reg)]
-    words += flags(recipe=SMOLLM2, name="smollm2", model=work / "SmolLM2-135M-Instruct", seed=seed, run_dir=run)
-    words += flags(prompts=prompts / "train.jsonl", eval_prompts=prompts / "heldout.jsonl")
-    run_command(words, Path(f"{run}.log"))
-    return run
+    first, model = work / f"smollm2-{name_of('')}-{seed}", work / "SmolLM2-135M-Instruct"
+    return smollm2(run, first, model, prompts, [*settings(reg), *flags(seed=seed)])
 
 
-def ifeval_of(run: Path, questions: str) -> float:
-    """The share of IFEval's instructions that a run's last model follows strictly, in percent."""
-    last = run / f"iter{ITERATIONS}"
-    words = flags(suite="ifeval", model=last / "model", output_dir=last, maxlen=IFEVAL_TOKENS)
+def ifeval_of(model: Path, out: Path, questions: str) -> float:
+    """The share of IFEval's instructions that a model follows strictly, in percent."""
+    words = flags(suite="ifeval", model=model, output_dir=out, maxlen=IFEVAL_TOKENS)
     words += flags(questions=questions) if questions else []
-    run_command(["bash", "scripts/evaluate.sh", *words], Path(f"{run}.log"))
-    return read_json(last / "suites/ifeval/figures.json")["figures"]["instruction_strict_percent"]
+    run_command(["bash", "scripts/evaluate.sh", *words], Path(f"{out}.ifeval.log"))
+    return read_json(out / "suites/ifeval/figures.json")["figures"]["instruction_strict_percent"]
 
 
 def figures_of(run: Path) -> dict[str, Any]:
@@ -194,7 +188,10 @@ def page(store: dict[str, Any]) -> str:
         made += ["## SmolLM2-135M-Instruct", "", "```bash", f"python benchmarks/rspo.py {asked}", "```", ""]
         made += ["It is the run of `run_sppo_smollm2.sh` with the two flags more: 96 held-out prompts, in float32.",
                  "IFEval is the share of its instructions that the last model follows strictly, in answers of at most",
-                 f"{IFEVAL_TOKENS} tokens.", "", seeds_of(store["smollm2"]), ""]  # fmt: skip
+                 f"{IFEVAL_TOKENS} tokens."]  # fmt: skip
+        if "first_ifeval" in store:
+            made += [f"Of the first model it is {store['first_ifeval']:.1f}%."]
+        made += ["", seeds_of(store["smollm2"]), ""]
         made += [*table(store["smollm2"], SMOLLM2_COLUMNS), "", *WAY, "", *distances(store["smollm2"]), ""]
     return "\n".join(made)
 
@@ -224,10 +221,13 @@ def main() -> None:
     written = args.output_dir / "rspo.json"
     store = load_store(written)
 
-    def keep(of: str, reg: str, seed: int, found: dict[str, Any]) -> None:
-        store[of].setdefault(reg, {})[str(seed)] = found
+    def write() -> None:
         write_json(written, store)
         (args.output_dir / "rspo.md").write_text(page(store), encoding="utf-8")
+
+    def keep(of: str, reg: str, seed: int, found: dict[str, Any]) -> None:
+        store[of].setdefault(reg, {})[str(seed)] = found
+        write()
 
     if args.seeds:
         with warm_python() as python, ThreadPoolExecutor(2) as pool:
@@ -244,7 +244,11 @@ def main() -> None:
         trained[seed, reg] = smollm2_run(work, seed, reg)
         keep("smollm2", reg, seed, figures_of(trained[seed, reg]))
     for (seed, reg), run in trained.items():
-        keep("smollm2", reg, seed, {**figures_of(run), "ifeval": ifeval_of(run, args.ifeval)})
+        last = run / f"iter{ITERATIONS}"
+        keep("smollm2", reg, seed, {**figures_of(run), "ifeval": ifeval_of(last / "model", last, args.ifeval)})
+    if trained and "first_ifeval" not in store:
+        store["first_ifeval"] = ifeval_of(model, work / "first", args.ifeval)
+        write()
     print(page(store))
 
 

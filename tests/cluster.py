@@ -179,8 +179,9 @@ def ray(nodes: int = 3, **resources: Any) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_DISABLE_IMPORT_WARNING"] = "1"
-    # a machine that does not answer is dead after some seconds: Ray's own half a minute would be most of the time
-    soon = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 5}
+    # A machine that died refuses to answer at once, and five such answers take some seconds: Ray's own half a minute
+    # would be most of the time. One that only answers late, on a busy computer, lives.
+    soon = {"health_check_period_ms": 1000, "health_check_timeout_ms": 60_000, "health_check_failure_threshold": 5}
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

@@ -571,7 +571,7 @@ def test_the_same_pipeline_twice_is_refused_and_the_first_ends_undisturbed(
     assert second.returncode == 1
     assert f"another process is making {tmp_path / 'model'}; wait for it or stop it" in second.stderr
     assert len(list((tmp_path / "logs").glob("train*.log"))) == 1  # the second has not begun to train
-    assert first.wait(240) == 0, (tmp_path / "log").read_text()
+    assert first.wait(600) == 0, (tmp_path / "log").read_text()
     steps = [[line["step"] for line in preferences.metrics(model)] for model in (whole, tmp_path / "model")]
     assert steps[0] == steps[1]
     one, two = (load_file(model / "model.safetensors") for model in (whole, tmp_path / "model"))

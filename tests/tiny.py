@@ -191,7 +191,13 @@ def succeed(*command: str | Path, **env: str) -> str:
     return done.stdout + done.stderr
 
 
-def start(*command: str | Path, slow: Path, log: Path | None = None, **env: str) -> subprocess.Popen[bytes]:
+class Started(subprocess.Popen[bytes]):
+    """A command in the background, and the log of what it says, if it has one."""
+
+    log: Path | None = None
+
+
+def start(*command: str | Path, slow: Path, log: Path | None = None, **env: str) -> Started:
     """A command of the project in the background, on a disk that is slow below `slow`, to be killed at a moment.
 
     What it says goes to the end of `log`.
@@ -200,13 +206,14 @@ def start(*command: str | Path, slow: Path, log: Path | None = None, **env: str)
     environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", **env}
     environment |= {"PYTHONPATH": path, "SPPO_TEST_SLOW": str(slow)}
     with open(log or os.devnull, "ab") as out:
-        return subprocess.Popen(
-            [str(c) for c in command], cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
+        words = [str(c) for c in command]
+        process = Started(words, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
+    process.log = log
+    return process
 
 
 def wait_for(process: subprocess.Popen[Any], moment: Callable[[], bool]) -> None:
-    """Wait for a moment before which the process must not end."""
+    """Wait for a moment before which the process must not end. Where it does not come, the log's end is printed."""
 
     def come() -> bool:
         ended = process.poll() is not None  # asked before the moment, so that one that came to be in between counts
@@ -214,7 +221,12 @@ def wait_for(process: subprocess.Popen[Any], moment: Callable[[], bool]) -> None
         assert here or not ended, f"it ended with {process.returncode} before the moment"
         return here
 
-    wait_until(come)
+    try:
+        wait_until(come)
+    except AssertionError:
+        if isinstance(process, Started) and process.log:
+            print(process.log.read_text(errors="replace")[-4000:])
+        raise
 
 
 def kill_when(process: subprocess.Popen[Any], moment: Callable[[], bool], directory: Path | None = None) -> None:
@@ -229,7 +241,8 @@ def kill_when(process: subprocess.Popen[Any], moment: Callable[[], bool], direct
         wait_until(lambda: not processes(directory), 60)
 
 
-def wait_until(moment: Callable[[], bool], seconds: float = 240) -> None:
+def wait_until(moment: Callable[[], bool], seconds: float = 600) -> None:
+    """Wait for a moment. One that comes late, on a slow or busy machine, has come."""
     deadline = time.monotonic() + seconds
     while not moment():
         assert time.monotonic() < deadline, "that moment did not come"
