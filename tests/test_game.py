@@ -13,10 +13,12 @@ from scipy.optimize import minimize
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 import game
 import model_game
+import rspo
 
 from examples.demo import biased, circle, colour_class
 from sppo.method.loss import divergence, sppo_all_loss
 from sppo.method.preference import sigmoid
+from sppo.store.files import read_json
 
 RNG = np.random.default_rng(0)
 CIRCLE = np.array([[0.5, 0.8, 0.2], [0.2, 0.5, 0.8], [0.8, 0.2, 0.5]])
@@ -202,3 +204,9 @@ def test_the_models_game_by_hand() -> None:
     found = model_game.figures([model_game.Played(shares, shares[0])])
     np.testing.assert_allclose(found["mixture"][0, 1], model_game.gap(np.array([0.75, 0.25, 0, 0])))
     np.testing.assert_allclose(found["entropy"], [[0, np.log(2)]], atol=1e-6)
+
+
+def test_the_page_about_rspo_is_what_its_figures_make() -> None:
+    """Else the next run of the benchmark would take away what somebody wrote into it by hand."""
+    docs = tiny.ROOT / "docs"
+    assert (docs / "rspo.md").read_text(encoding="utf-8") == rspo.page(read_json(docs / "rspo.json"))
