@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,8 @@ def seeds_of(found: Found) -> str:
 
 
 WAY = (
-    "A pull makes a run slower: it wins less, and it stays nearer to the first model. So compare methods that have",
-    "gone equally far, perhaps after different numbers of iterations. Win rates and KL by iteration, medians:",
+    "Compare methods that have gone equally far, perhaps after different numbers of iterations.",
+    "Win rates and KL by iteration, medians:",
 )
 
 
@@ -164,36 +165,78 @@ PICTURE = (  # drawn by docs/figures.py
 
 def page(store: dict[str, Any]) -> str:
     """rspo.md, of what rspo.json holds."""
-    made = [
-        "# RSPO beside SPPO",
-        "",
-        "This page is for you if you think of adding `--reg` and `--reg_coef` to a run.",
-        "[method.md](method.md#a-pull-towards-the-first-model) says what they do.",
-        "",
-        "Figures are medians over the seeds, of the third iteration's model.",
-        "In brackets are the lowest and the highest. Win rates are against the first model.",
-        "*Distinct-2* is the share of different ones among all pairs of neighbouring words.",
-        "*KL* is from the first model, in nats an answer.",
-        "",
-    ]
+    made = """\
+# RSPO beside SPPO
+
+This page is for you if you think of adding `--reg` and `--reg_coef` to a run.
+[method.md](method.md#a-pull-towards-the-first-model) says what they do.
+
+Figures are medians over the seeds, of the third iteration's model.
+In brackets are the lowest and the highest. Win rates are against the first model.
+*Distinct-2* is the share of different ones among all pairs of neighbouring words.
+*KL* is from the first model, in nats an answer.
+"""
     if store["demo"]:
-        regs = " ".join(reg for reg in store["demo"] if reg)
-        made += ["## The demo", "", "```bash", f"python benchmarks/rspo.py --regs {regs}", "```", ""]
-        made += ["It is the demo's run with the two flags more: 150 held-out prompts, a trained ranker, the true rule.",
-                 "Two runs shared two CPU cores, so seconds are noisy.", "", seeds_of(store["demo"]), ""]  # fmt: skip
-        made += [*table(store["demo"], COLUMNS), "", *WAY, "", *distances(store["demo"]), "", *PICTURE, ""]
+        made += _demo(store["demo"])
     if store["smollm2"]:
-        regs = " ".join(reg for reg in store["smollm2"] if reg)
-        asked = f"--seeds --smollm2_regs {regs} --smollm2_seeds {' '.join(store['smollm2'][''])}"
-        made += ["## SmolLM2-135M-Instruct", "", "```bash", f"python benchmarks/rspo.py {asked}", "```", ""]
-        made += ["It is the run of `run_sppo_smollm2.sh` with the two flags more: 96 held-out prompts, in float32.",
-                 "IFEval is the share of its instructions that the last model follows strictly, in answers of at most",
-                 f"{IFEVAL_TOKENS} tokens."]  # fmt: skip
-        if "first_ifeval" in store:
-            made += [f"Of the first model it is {store['first_ifeval']:.1f}%."]
-        made += ["", seeds_of(store["smollm2"]), ""]
-        made += [*table(store["smollm2"], SMOLLM2_COLUMNS), "", *WAY, "", *distances(store["smollm2"]), ""]
-    return "\n".join(made)
+        made += _smollm2(store["smollm2"], store.get("first_ifeval"))
+    return made
+
+
+def _demo(found: Found) -> str:
+    return f"""
+## The demo
+
+```bash
+python benchmarks/rspo.py --regs {" ".join(reg for reg in found if reg)}
+```
+
+It is the demo's run with the two flags more: 150 held-out prompts, a trained ranker, the true rule.
+Two runs shared two CPU cores, so seconds are noisy.
+
+{seeds_of(found)}
+
+{_lines(table(found, COLUMNS))}
+
+A pull makes this run slower: it wins less, and it stays nearer to the first model.
+{_lines(WAY)}
+
+{_lines(distances(found))}
+
+{_lines(PICTURE)}
+"""
+
+
+def _smollm2(found: Found, first_ifeval: float | None) -> str:
+    first = "" if first_ifeval is None else f"\nOf the first model it is {first_ifeval:.1f}%."
+    regs, seeds = " ".join(reg for reg in found if reg), " ".join(found[""])
+    return f"""
+## SmolLM2-135M-Instruct
+
+```bash
+python benchmarks/rspo.py --seeds --smollm2_regs {regs} --smollm2_seeds {seeds}
+```
+
+It is the run of `run_sppo_smollm2.sh` with the two flags more: 96 held-out prompts, in float32.
+The machine had other work at times, so seconds are noisy.
+IFEval is the share of its instructions that the last model follows strictly, in answers of at most
+{IFEVAL_TOKENS} tokens.{first}
+What else the first model's answers are like is in [results.md](results.md#smollm2-135m-instruct).
+
+{seeds_of(found)}
+
+{_lines(table(found, SMOLLM2_COLUMNS))}
+
+KL is a measure of distance here, and no estimate of the divergence.
+Answers drawn at temperature 0.7 are likelier than those of the model itself.
+{_lines(WAY)}
+
+{_lines(distances(found))}
+"""
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(lines)
 
 
 def load_store(path: Path) -> dict[str, Any]:
