@@ -102,11 +102,11 @@ class Slurm:
         files = {"key-file": "key", "socket": "munge.socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         own = [f"--{flag}={self.root}/{name}" for flag, name in files.items()]
         self.daemon("munged", "munged", "--foreground", "--force", *own)
-        wait_until(lambda: (self.root / "munge.socket").exists(), 20)
+        wait_until(lambda: (self.root / "munge.socket").exists(), 300)
         self.daemon("slurmctld", "slurmctld", "-D")
         for name in self.names:
             self.revive(name)
-        wait_until(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == f"idle {len(self.names)}", 60)
+        wait_until(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == f"idle {len(self.names)}", 300)
 
     def ask(self, *command: str) -> str:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, check=False).stdout
@@ -122,7 +122,8 @@ class Slurm:
         # another cluster's nodes may have the same names
         own = (f"SLURM_CONF={self.root}/".encode(), f"SLURMD_NODENAME={name}\0".encode())
         steps = [pid for pid in pids if all(word in _read(pid, "environ") for word in own)]
-        watchers = {int(_read(pid, "stat").rpartition(b")")[2].split()[1] or 0) for pid in steps if _read(pid, "stat")}
+        states = [stat for pid in steps if (stat := _read(pid, "stat"))]
+        watchers = {int(stat.rpartition(b")")[2].split()[1]) for stat in states}
         watchers = {pid for pid in watchers if _read(pid, "cmdline").startswith(b"slurmstepd")}
         for pid in (*watchers, *steps):
             with contextlib.suppress(ProcessLookupError):
@@ -136,7 +137,7 @@ class Slurm:
         words = ["salloc", "--quiet", f"--nodes={nodes}", "--ntasks-per-node=1", "bash", "-c", inside]
         held = subprocess.Popen(words, env=self.env, start_new_session=True)
         try:
-            wait_until(told.exists, 60)
+            wait_until(told.exists, 300)
             lines = [line for line in told.read_text().splitlines() if line.startswith("SLURM_")]
             yield {**self.env, **dict(line.split("=", 1) for line in lines)}
         finally:

@@ -232,8 +232,8 @@ def test_a_shard_that_dies_ends_the_run_and_costs_nothing_and_nobody_else_may_wo
     second = tiny.run(*words, **env)
     assert second.returncode == 1
     assert "is at work in" in second.stderr
-    victims = [p for p in tiny.processes(run, b"rank.py") if b"\0--data_frac\0001\0" in p.read_bytes()]
-    os.kill(int(victims[0].parent.name), signal.SIGKILL)
+    victims = [pid for pid, line in tiny.processes(run, b"rank.py").items() if b"\0--data_frac\0001\0" in line]
+    os.kill(victims[0], signal.SIGKILL)
     assert process.wait(60) == 128 + signal.SIGKILL
     assert "rank 1 was killed by SIGKILL (out of memory?)" in said(run)
     assert not tiny.processes(run, b"rank.py")

@@ -561,7 +561,7 @@ def test_the_same_pipeline_twice_is_refused_and_the_first_ends_undisturbed(
     words += ["--output_dir", tmp_path / "model"]
     first = tiny.start("bash", *words, slow=tmp_path / "nothing", log=tmp_path / "log")
     tiny.wait_for(first, lambda: (tmp_path / "model.partial" / "identity.json").exists())
-    at_work = [int(path.parent.name) for path in tiny.processes(tmp_path / "model")]  # training is its own session
+    at_work = list(tiny.processes(tmp_path / "model"))  # training is its own session
     for pid in at_work:
         os.kill(pid, signal.SIGSTOP)  # so that it is at work for as long as the second one takes
     second = tiny.run(*words)

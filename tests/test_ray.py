@@ -50,8 +50,7 @@ def busy_nodes(ray: Any, run: Path) -> list[Any]:
     """The machines of the cluster that run something of a run: their raylets have it among their children."""
     raylets = {node.all_processes["raylet"][0].process.pid: node for node in ray.worker_nodes}
     found = []
-    for path in tiny.processes(run):
-        pid = int(path.parent.name)
+    for pid in tiny.processes(run):
         while pid > 1 and pid not in raylets:
             try:
                 pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -100,14 +99,12 @@ def test_what_is_killed_on_ray_goes_on(ray: Any, world: Path, tmp_path: Path) ->
     plan = [(ONE[0], b"scripts/run.sh"), (ONE[2], b"rank.py"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.sh")]
     for stage, victim in plan:
         process = drive(ray, world, run)
-        tiny.wait_for(process, lambda stage=stage: at_work(run, stage))
-        pids = [int(p.parent.name) for p in tiny.processes(run, victim)]
+        pids = tiny.wait_for(process, lambda s=stage, v=victim: at_work(run, s) and [*tiny.processes(run, v)])
         os.kill(process.pid if victim == b"scripts/run.sh" else pids[-1], signal.SIGKILL)
         assert process.wait(600) != 0
         tiny.wait_until(lambda: nothing_left(run), 60)
     process = drive(ray, world, run)
-    tiny.wait_for(process, lambda: bool(tiny.processes(run, b"run_sppo.py")) and bool(trainers()))
-    os.kill(trainers()[0], signal.SIGKILL)
+    os.kill(tiny.wait_for(process, lambda: tiny.processes(run, b"run_sppo.py") and trainers())[0], signal.SIGKILL)
     assert process.wait(600) == 0, said(run)
     assert_same(world, run)
 

@@ -5,7 +5,6 @@ What it must equal is the local run `whole` (cluster_runs.make_world). Every fau
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
@@ -90,14 +89,15 @@ class Job:
             self.slurm.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
             self.asked = 0.0
 
-    def wait(self, moment: Callable[[], bool], seconds: float = 240) -> None:
-        """Until a moment comes; the job must not have ended before it."""
+    def wait(self, moment: Callable[[], tiny.T], seconds: float = 600) -> tiny.T:
+        """Until a moment comes; what it found then. The job must not have ended before it."""
         deadline = time.monotonic() + seconds
-        while not moment():
+        while not (found := moment()):
             self.start_again()
             assert self.state() not in ENDS or moment(), f"{self.state()}\n{self.told()}"
             assert time.monotonic() < deadline, f"that moment did not come\n{self.told()}"
             time.sleep(0.05)
+        return found
 
     def end(self) -> str:
         """Wait for its end; the state in which it ended."""
@@ -117,11 +117,10 @@ class Job:
 def pids(run: Path, name: bytes) -> list[int]:
     """The processes of a run with a script in their commands, but for those that only wait for it on another node."""
     found = []
-    for path in tiny.processes(run, name):
-        with contextlib.suppress(OSError):
-            program, script, *_ = path.read_bytes().split(b"\0")
-            if program.endswith(b"python") or script.endswith(b"scripts/run.sh"):
-                found.append(int(path.parent.name))
+    for pid, line in tiny.processes(run, name).items():
+        program, script, *_ = line.split(b"\0")
+        if program.endswith(b"python") or script.endswith(b"scripts/run.sh"):
+            found.append(pid)
     return found
 
 
@@ -232,8 +231,8 @@ class TestJobs:
         assert job.end() == "CANCELLED", job.shown()  # and does not go back into the queue
         for stage, victim in ((ONE[0], b"--data_frac"), (ONE[5], b"run_sppo.py"), (ONE[5], b"scripts/run.sh")):
             job = Job(slurm, world, run, delay=1)
-            job.wait(lambda stage=stage, victim=victim: at_work(run, stage) and bool(pids(run, victim)))
-            os.kill(pids(run, victim)[-1], signal.SIGKILL)
+            victims = job.wait(lambda stage=stage, victim=victim: at_work(run, stage) and pids(run, victim))
+            os.kill(victims[-1], signal.SIGKILL)
             assert job.end() == "FAILED", job.shown()
             said.append(job.shown())
         assert re.search(r"generate [0-2] .*; the end of ", said[0])

@@ -15,10 +15,11 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
+T = TypeVar("T")
 
 LLAMA3_TEMPLATE = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
@@ -212,17 +213,20 @@ def start(*command: str | Path, slow: Path, log: Path | None = None, **env: str)
     return process
 
 
-def wait_for(process: subprocess.Popen[Any], moment: Callable[[], bool]) -> None:
-    """Wait for a moment before which the process must not end. Where it does not come, the log's end is printed."""
+def wait_for(process: subprocess.Popen[Any], moment: Callable[[], T]) -> T:
+    """Wait for a moment before which the process must not end; what it found then.
 
-    def come() -> bool:
+    Where it does not come, the log's end is printed.
+    """
+
+    def come() -> T:
         ended = process.poll() is not None  # asked before the moment, so that one that came to be in between counts
         here = moment()
         assert here or not ended, f"it ended with {process.returncode} before the moment"
         return here
 
     try:
-        wait_until(come)
+        return wait_until(come)
     except AssertionError:
         if isinstance(process, Started) and process.log:
             print(process.log.read_text(errors="replace")[-4000:])
@@ -241,30 +245,31 @@ def kill_when(process: subprocess.Popen[Any], moment: Callable[[], bool], direct
         wait_until(lambda: not processes(directory), 60)
 
 
-def wait_until(moment: Callable[[], bool], seconds: float = 600) -> None:
-    """Wait for a moment. One that comes late, on a slow or busy machine, has come."""
+def wait_until(moment: Callable[[], T], seconds: float = 600) -> T:
+    """Wait for a moment; what it found then. One that comes late, on a slow or busy machine, has come."""
     deadline = time.monotonic() + seconds
-    while not moment():
+    while not (found := moment()):
         assert time.monotonic() < deadline, "that moment did not come"
         time.sleep(0.02)  # what lasts for a moment only lasts longer on a slow disk
+    return found
 
 
 LAUNCHERS = (b"sppo.launch", b"scripts/launch.py", b"tests/shards.py")
 
 
-def processes(directory: Path, name: bytes = b"") -> list[Path]:
-    """/proc/<pid>/cmdline of the processes with `directory` in their commands.
+def processes(directory: Path, name: bytes = b"") -> dict[int, bytes]:
+    """The processes with `directory` in their commands: pid -> the command's words, each with a zero byte behind it.
 
-    With `name`: of those that have it too, but for the launcher.
+    With `name`: those that have it too, but for the launcher.
     """
-    found = []
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes()
         except OSError:  # it ended meanwhile
             continue
         if str(directory).encode() in line and name in line and not (name and any(each in line for each in LAUNCHERS)):
-            found.append(path)
+            found[int(path.parent.name)] = line
     return found
 
 
