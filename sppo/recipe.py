@@ -163,11 +163,13 @@ class Recipe:
     )
     anchor: float = _key(0.0, "A: each step also goes this share of the way back to --anchor_model; 0: SPPO", 0, 0.99)
     reg: Literal["none", "reverse", "forward", "both"] = _key(
-        "none", "RSPO: the KL divergence from --anchor_model that is added to SPPO's loss; both: the sum of the two"
+        "none",
+        "RSPO: what is added to SPPO's loss for the distance from --anchor_model. With d, the log-ratio to it: "
+        "reverse d^2, forward exp(-d), both their sum",
     )
-    reg_coef: float = _key(0.0, "lambda, the weight of --reg in the loss", 0)
+    reg_coef: float = _key(0.0, "lambda, the weight of --reg in the loss", 0, 1e6)
     anchor_model: str = _key(
-        "", "what --anchor and --reg pull towards: Hub id or directory; empty: the run's first model"
+        "", "what --anchor and --reg pull towards: Hub id or directory; empty, in a run: its first model"
     )
     anchor_revision: str = _key("", "branch, tag or commit of the anchor's model on the Hub")
     label_smoothing: float = _key(0.0, "share of preferences taken to be the wrong way round, for sigmoid", 0, 0.5)

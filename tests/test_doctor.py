@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from sppo.command.errors import SPPOError, UsageError
 from sppo.models import chat
 from sppo.models.shape import Shape
 from sppo.plan import driver_parser
-from sppo.preflight import generation, machine, training
+from sppo.preflight import generation, hours, machine, training
 from sppo.preflight import verdict as doctor
 from sppo.preflight.facts import Machines, Run
 from sppo.preflight.findings import Look, size
@@ -437,6 +438,28 @@ def test_an_anchor_that_is_nowhere_is_named_before_anything_is_drawn(models: Pat
     assert not [text for level, text in found if level == "no"]
     found = examined(models, tmp_path, "--reg=both", "--reg_coef=0.1", "--anchor_model", tmp_path / "nowhere")
     assert "nowhere" in only_no(found)
+    found = examined(models, tmp_path, "--reg=both", "--reg_coef=0.1", "--anchor_model", models / "qwen3")
+    assert "has another vocabulary" in only_no(found)
+
+
+def test_the_hours_hold_the_anchors_pass(models: Path, tmp_path: Path) -> None:
+    """From the second iteration on; in the first one the reference's log-probs are the anchor's."""
+
+    def passes(*flags: str) -> list[float]:
+        run = opened(models, tmp_path, *flags)
+        model = value_of(generation.look_at_model(run))
+        works = value_of(
+            count_work(run, value_of(generation.look_at_prompts(run, model, model.policy.tokenizer())), 16)
+        )
+        recipe = run.recipe
+        a_pass = hours._training(works[0], dataclasses.replace(recipe, num_train_epochs=0, reg="none"), 1000)
+        return [hours._training(work, recipe, 1000) / a_pass for work in works]
+
+    first, second = passes()
+    assert second == pytest.approx(first)
+    assert passes("--reg=reverse", "--reg_coef=0.1") == pytest.approx([first, first + 1])
+    named = f"--anchor_model={models / 'llama3'}"
+    assert passes("--reg=reverse", "--reg_coef=0.1", named) == pytest.approx([first + 1, first + 1])
 
 
 # a run that has begun

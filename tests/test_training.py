@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import json
 import math
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +34,7 @@ from sppo.training.batches import Batches, MicroBatch, MicroBatches, even_parts
 from sppo.training.data import TrainingSet, load_training_set
 from sppo.training.first_step import loss_at_reference
 from sppo.training.logps import add_lean_forward, response_logps
+from sppo.training.trainer import SPPOTrainer
 
 Train = Callable[..., Path]
 OTHERS = ("sppo_single", "sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair")  # losses beside sppo, of pairs
@@ -223,6 +228,77 @@ def test_a_divergence_holds_the_policy_back(
     lines = preferences.metrics(train("far", *flags, f"--anchor_model={anchor}", data=data))
     assert lines[0]["divergence"] > at_home + 0.1
     assert lines[-1]["divergence"] < 0.9 * lines[0]["divergence"]
+
+
+def test_the_anchors_network_is_gone_before_the_first_step(
+    models: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed for the whole training, beside what the preflight counts: 28 GB of a 7B model on each GPU."""
+    loaded: list[Any] = []
+    compute_loss = SPPOTrainer.compute_loss
+
+    def load(*args: Any) -> Any:
+        network = load_causal_lm(*args)
+        loaded.append(weakref.ref(network))
+        return network
+
+    def at_a_step(self: SPPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        assert [ref() for ref in loaded] == [None]
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr("sppo.training.reference.load_causal_lm", load)
+    monkeypatch.setattr(SPPOTrainer, "compute_loss", at_a_step)
+    anchor = tiny.lora(models / "llama3", tmp_path / "anchor")
+    gc.disable()  # the collector alone would come too late, in a long training
+    try:
+        train("held", "--reg=reverse", "--reg_coef=0.5", f"--anchor_model={anchor}")
+    finally:
+        gc.enable()
+
+
+def test_an_adapter_as_anchor_is_read_as_the_policy_is(
+    models: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge rounds to bfloat16. An anchor that was merged and a policy that was not were apart at the start of
+    iteration 2, though the two are one model where nothing is learned."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    base = tmp_path / "base"
+    shutil.copytree(models / "llama3", base)
+    load_causal_lm(open_policy(str(models / "llama3")), torch.bfloat16).save_pretrained(base)
+    first = tiny.lora(base, tmp_path / "first")
+    weights = load_file(first / "adapter_model.safetensors")
+    larger = {name: (10 * x if "lora_B" in name else x).contiguous() for name, x in weights.items()}
+    save_file(larger, first / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    flags = ["--use_peft=true", "--reg=reverse", "--reg_coef=0.5", f"--anchor_model={first}", "--learning_rate=0"]
+    one = train("iter1", *flags, model=first)
+    other = preferences.write(tmp_path / "other", preferences.rows(16, seed=1))
+    two = train("iter2", *flags, model=one, data=other)
+    assert [line["divergence"] for line in preferences.metrics(two)] == pytest.approx([0, 0], abs=1e-4)
+
+
+def test_a_first_model_that_changes_in_the_middle_of_a_run_is_refused(
+    models: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """The second iteration was pulled towards another model than the first, without a word."""
+    run, first = tmp_path / "run", tmp_path / "first"
+    shutil.copytree(models / "llama3", first)
+
+    def train(number: int) -> None:
+        own = {"iteration": number, "model_dir": str(run / f"iter{number}" / "model"), "run_dir": str(run)}
+        own |= {"model": str(first), "anchor_model": str(first), "dataset": str(dataset), "reg": "reverse"}
+        path = run / f"iter{number}" / "recipe.yaml"
+        path.parent.mkdir(parents=True)
+        recipe = Recipe(**own, reg_coef=0.5, global_batch_size=8, batch_size=4)
+        path.write_text(json.dumps(dataclasses.asdict(recipe)))
+        run_sppo.main([f"--recipe={path}"])
+
+    train(1)
+    train(2)
+    weights = load_file(first / "model.safetensors")
+    save_file({name: 1.02 * x for name, x in weights.items()}, first / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SPPOError, match="has changed since iteration 1"):
+        train(3)
 
 
 def test_a_weight_of_0_trains_to_the_same_bits(models: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from sppo.generation.engines import pick_engine
 from sppo.launch.devices import matrix_rate
 from sppo.preflight.facts import TYPICAL_RESPONSE, Iteration, Machines, Model, PromptSet, Ranker, Run, Work
 from sppo.preflight.findings import Look, no
-from sppo.recipe import Recipe
+from sppo.recipe import Recipe, reads_anchor
 from sppo.store.files import read_json
 from sppo.store.responses import EXTRA
 
@@ -127,7 +127,9 @@ def _training(work: Work, recipe: Recipe, parameters: int) -> float:
     sequences = work.rows * (recipe.pairs + work.extra if recipe.loss_type == "sppo_all" else 2)
     length = min(work.prompt_tokens / prompts + mean, recipe.max_length)
     passes = 3 + recipe.gradient_checkpointing  # forward, twice that backward, and what is recomputed
-    return 2 * (passes * recipe.num_train_epochs + 1) * parameters * sequences * length  # + the reference's pass
+    is_own = work.iteration.number == 1 and not recipe.anchor_model  # then the reference's log-probs are the anchor's
+    before = 1 + (reads_anchor(recipe) and not is_own)  # the reference's pass, and the anchor's
+    return 2 * (passes * recipe.num_train_epochs + before) * parameters * sequences * length
 
 
 def table(works: list[Work], recipe: Recipe, spent: dict[int, list[float]]) -> list[str]:

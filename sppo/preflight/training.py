@@ -20,7 +20,7 @@ from sppo.schema import THOUGHT_MARKS
 from sppo.store.parquet import read_rows
 from sppo.training.launching import AccelerateConfig, training_config
 from sppo.training.network import check_network
-from sppo.training.settings import accumulation, check_flags, check_machine
+from sppo.training.settings import accumulation, check_flags, check_machine, refuse_other_vocabulary
 from sppo.training.trial import try_training
 
 _LOOKED_AT = 200  # rows of a training set
@@ -34,6 +34,8 @@ def check_settings(run: Run, model: Model | None) -> Look[None]:
     if recipe.anchor_model:
         anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code, weights=False)
         empty_network(anchor, recipe.attn_implementation)
+        if model:
+            refuse_other_vocabulary(recipe, anchor, model.policy)
     if model and model.loads:
         check_network(recipe, model.policy)
         if untried := try_training(recipe, model.policy):

@@ -70,6 +70,10 @@ class Batches(Dataset):
         """Rows, as the Trainer expects of a data set."""
         return len(self.data)
 
+    def shortest(self) -> Batch:
+        """The batch of the shortest row, on which a network is tried."""
+        return self.make(MicroBatch([int(self.data.lengths().argmin())]))
+
     def make(self, micro_batch: MicroBatch) -> Batch:
         """The batch of these rows."""
         data, rows = self.data, micro_batch.rows

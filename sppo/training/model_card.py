@@ -8,7 +8,7 @@ from typing import Any
 
 from sppo.models.cards import PAPER, table
 from sppo.models.files import public_name
-from sppo.recipe import Recipe
+from sppo.recipe import Recipe, reads_anchor
 from sppo.store.manifest import versions
 
 
@@ -40,6 +40,7 @@ def write_card(
             f"# SPPO, iteration {metrics['iteration']}",
             "",
             f"Trained from {base} with {PAPER}{kind}, on {data_name} (sha256 {data_digest[:16]}).",
+            *_pull(recipe),
             "",
             "## Data",
             *table("count", counts),
@@ -54,3 +55,11 @@ def write_card(
         ]
     )
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def _pull(recipe: Recipe) -> list[str]:
+    """The line about what the training was pulled towards, if it was."""
+    if not reads_anchor(recipe):
+        return []
+    how = "RSPO (arXiv 2503.00030)" if recipe.reg != "none" else "an anchor"
+    return [f"It is pulled towards {public_name(recipe.anchor_model)} by {how}."]

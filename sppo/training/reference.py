@@ -17,11 +17,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import release_memory
 
 from sppo.command.errors import SPPOError
 from sppo.command.progress import progress
 from sppo.command.stopping import heard, may_stop, stop_asked
-from sppo.models.loading import load_causal_lm
+from sppo.models.loading import add_adapter, load_causal_lm
 from sppo.models.policy import Policy
 from sppo.store.files import atomic
 from sppo.training.batches import Batches, MicroBatch, even_parts, to_device
@@ -116,6 +117,7 @@ class Anchor(NamedTuple):
     table: LogProbTable  # where its log-probs are kept
     dtype: Any  # of its weights: the precision that the trained policy is loaded in
     attention: str
+    merge: bool  # an adapter into its base: as the policy's is, since a merge rounds
 
 
 def find_reference(
@@ -150,13 +152,32 @@ def find_anchor(anchor: Anchor, batches: Batches, accelerator: Accelerator, forw
     found = _look_up(anchor.table, batches, accelerator)
     if found is not None:
         return found
+    network, is_lean = _anchor_network(anchor, accelerator)
+    shortest = to_device(batches.shortest(), accelerator.device)
+    with accelerator.autocast():
+        if is_lean and forward.is_lean:  # the policy's were checked; an anchor may have another architecture
+            is_lean = forward.agrees_with_plain(network, shortest, accelerator)
+        forward = replace(forward, is_lean=is_lean and forward.is_lean)
+        logps = log_probs(network, batches, accelerator, forward, anchor.table)
+    del network
+    release_memory()  # its lean forward refers to it: without the collector it would stay for the whole training
+    return logps
+
+
+def _anchor_network(anchor: Anchor, accelerator: Accelerator) -> tuple[Any, bool]:
+    """The anchor's network, in the precision of the policy's, and whether it has the lean forward."""
     deepspeed = accelerator.state.deepspeed_plugin
     half = deepspeed is not None and accelerator.mixed_precision == "bf16"
     with unsharded(deepspeed), heard():
-        network = load_causal_lm(anchor.policy, torch.bfloat16 if half else anchor.dtype, anchor.attention)
-    forward = replace(forward, is_lean=add_lean_forward(network) and forward.is_lean)
-    with accelerator.autocast():
-        return log_probs(network.to(accelerator.device), batches, accelerator, forward, anchor.table)
+        dtype = torch.bfloat16 if half else anchor.dtype
+        network = load_causal_lm(anchor.policy, dtype, anchor.attention, anchor.merge)
+        is_lean = add_lean_forward(network)
+        if anchor.policy.adapter is not None and not anchor.merge:
+            network = add_adapter(network, anchor.policy, None)
+    if half:  # an adapter comes in float32, and DeepSpeed casts the policy's
+        for weight in network.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
+    return network.to(accelerator.device), is_lean
 
 
 @torch.no_grad()
@@ -207,8 +228,9 @@ def log_probs(
     if not logps.isfinite().all():
         bad = (~logps.isfinite()).nonzero().flatten().tolist()
         raise SPPOError(
-            f"the model's log-probs are not finite for {len(bad)} responses, the first are {bad[:10]}; "
-            "its weights are damaged or too large for this precision"
+            f"the {table.name}'s log-probs are not finite for {len(bad)} responses, the first are {bad[:10]}; "
+            f"the weights of {'--anchor_model' if table.name == 'anchor' else '--model'} are damaged or too large for "
+            "this precision"
         )
     path = _keep(table, logps, accelerator)
     if accelerator.is_main_process:

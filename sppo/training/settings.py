@@ -14,8 +14,9 @@ from sppo.cli import require_dir
 from sppo.command.errors import SPPOError, UsageError
 from sppo.command.importing import is_installed
 from sppo.models.dates import today
+from sppo.models.files import public_name
 from sppo.models.policy import Policy, open_policy, policy_of
-from sppo.recipe import Recipe, nearest, reads_anchor
+from sppo.recipe import Recipe, load_recipe, nearest, reads_anchor
 from sppo.store.directories import refuse_overlap, refuse_unknown, sweep, target_of, work_of, working
 from sppo.store.files import atomic, changed, digest, read_json
 from sppo.store.manifest import MANIFEST, Stage, read_manifest
@@ -143,8 +144,8 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
             flag = "--anchor" if recipe.anchor else "--reg"
             raise UsageError(f"{flag} needs --anchor_model: the model that the run began with, most often")
         anchor = open_policy(recipe.anchor_model, recipe.anchor_revision, recipe.trust_remote_code)
-        if anchor.tokenizer().get_vocab() != source.tokenizer().get_vocab():
-            raise SPPOError(f"--anchor_model {recipe.anchor_model} has another vocabulary than {recipe.model}")
+        refuse_other_vocabulary(recipe, anchor, source)
+        _refuse_changed_anchor(recipe, anchor)
     path = dataset_file(asked, recipe)
     inputs = {"model": source.identity(), "dataset": digest(path)}
     settings = {"global_batch_size": recipe.batch_size * steps * processes}
@@ -160,6 +161,32 @@ def prepare(recipe: Recipe, processes: int, overwrite: bool = False) -> Training
     stage = Stage("train", output_dir / MANIFEST, [], inputs, settings)
     name = asked if asked.count("/") == 1 and not Path(asked).exists() else path.name
     return Training(recipe, overwrite, source, anchor, path, name, output_dir, processes, steps, stage)
+
+
+def refuse_other_vocabulary(recipe: Recipe, anchor: Policy, source: Policy) -> None:
+    """Raise SPPOError for an anchor to which the policy's token ids are other tokens."""
+    if anchor.tokenizer().get_vocab() != source.tokenizer().get_vocab():
+        raise SPPOError(f"--anchor_model {recipe.anchor_model} has another vocabulary than {recipe.model}")
+
+
+def _refuse_changed_anchor(recipe: Recipe, anchor: Policy) -> None:
+    """Raise SPPOError where the anchor is not the model any more that it was in the first iteration of the run.
+
+    A branch on the Hub moves, and a directory can be written to: the iterations would be pulled to different models.
+    """
+    first = Path(recipe.run_dir) / "iter1"
+    manifest, written = first / "model" / MANIFEST, first / "recipe.yaml"
+    if recipe.iteration < 2 or not recipe.run_dir or not (manifest.exists() and written.exists()):
+        return
+    before = load_recipe(written)
+    if (before.anchor_model, before.anchor_revision) != (recipe.anchor_model, recipe.anchor_revision):
+        return  # another one was asked for
+    known = read_json(manifest)["inputs"].get("anchor")
+    if known not in (None, anchor.identity()):
+        raise SPPOError(
+            f"{public_name(recipe.anchor_model)}, which this run is pulled towards, has changed since iteration 1. "
+            "Bring the old one back: of a model on the Hub, name its commit with --anchor_model and --anchor_revision"
+        )
 
 
 def _with_date(recipe: Recipe, output_dir: Path, overwrite: bool) -> Recipe:
@@ -200,8 +227,8 @@ def _require_anchor(recipe: Recipe) -> None:
         raise UsageError(f"--anchor is for --loss_type sppo and sppo_all, not {recipe.loss_type}")
     if reg != "none" and recipe.loss_type not in ("sppo", "sppo_single", "sppo_all"):
         raise UsageError(f"--reg is for --loss_type sppo, sppo_single and sppo_all, not {recipe.loss_type}")
-    if reg != "none" and not recipe.reg_coef:
-        raise UsageError(f"--reg {reg} needs --reg_coef, its weight in the loss; its authors took 0.01 to 0.5")
+    if reg != "none" and recipe.reg_coef < 1e-12:
+        raise UsageError(f"--reg {reg} needs --reg_coef, its weight in the loss, of 1e-12 or more; 0.5 is a good start")
     if reg == "none" and recipe.reg_coef:
         raise UsageError("--reg_coef is the weight of --reg, which is none: name reverse, forward or both")
     if reg != "none" and recipe.anchor:
@@ -209,6 +236,8 @@ def _require_anchor(recipe: Recipe) -> None:
             "--anchor and --reg both pull towards the first model, and --reg reverse to the same end as --anchor; "
             "take one of them. --reg both adds the forward KL to the reverse one"
         )
+    if recipe.anchor_revision and not recipe.anchor_model:
+        raise UsageError("--anchor_revision goes with --anchor_model; without it the run's first model is the anchor")
     if recipe.anchor_model and not reads_anchor(recipe):
         raise UsageError("--anchor_model goes with --anchor or --reg")
     if reads_anchor(recipe) and recipe.load_in_4bit:

@@ -178,7 +178,13 @@ def make_trainer(training: Training, checkpoint: Path | None = None) -> SPPOTrai
     anchor = None
     if training.anchor:
         anchor_table = LogProbTable(reference_key(training.anchor.identity(), data, **how), homes, "anchor")
-        anchor = Anchor(training.anchor, anchor_table, dtype, recipe.attn_implementation)
+        anchor = Anchor(
+            policy=training.anchor,
+            table=anchor_table,
+            dtype=dtype,
+            attention=recipe.attn_implementation,
+            merge=not recipe.use_peft,
+        )
     return SPPOTrainer(model, args, recipe, data, pad_id, table, is_lean, anchor)
 
 

@@ -251,8 +251,7 @@ class SPPOTrainer(Trainer):
 
     def _choose_forward(self) -> None:
         """Do without the lean log-probs where they are not the plain ones, on the shortest row. All ranks take part."""
-        shortest = MicroBatch([int(self.batches.data.lengths().argmin())])
-        batch = to_device(self.batches.make(shortest), self.args.device)
+        batch = to_device(self.batches.shortest(), self.args.device)
         if self.forward.is_lean:
             self.forward.is_lean = self.forward.agrees_with_plain(self.model_wrapped, batch, self.accelerator)
         if not self.forward.is_lean and self.is_world_process_zero():
