@@ -217,6 +217,8 @@ def test_a_divergence_holds_the_policy_back(
     card = (held / "README.md").read_text()
     assert f"| reg | {reg} |" in card
     assert "| divergence | " in card
+    assert "It is pulled towards llama3 by RSPO (arXiv 2503.00030)." in card
+    assert "pulled towards" not in (free / "README.md").read_text()
     assert not {"reg", "reg_coef"} & read_json(free / "sppo_manifest.json")["settings"].keys()  # as in older runs
 
     anchor = tiny.lora(models / "llama3", tmp_path / "anchor")

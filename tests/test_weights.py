@@ -555,7 +555,7 @@ def test_a_pass_that_is_stopped_or_killed_is_gone_on_with(
     monkeypatch.setattr(reference, "_KEPT_EVERY", 2)
 
     def start(name: str, moment: int = -1, what: Callable[[], Any] = stop.touch) -> int:
-        """How many batches went through a network without a gradient; two of them compare lean and plain log-probs."""
+        """How many batches went through a network without a gradient; of each network two compare lean and plain log-probs."""
         data = tmp_path / f"data-{name}"
         shutil.copytree(dataset, data, ignore=shutil.ignore_patterns("reference"), dirs_exist_ok=True)
         after.calls, after.moment, after.what = 0, moment, what
@@ -575,11 +575,11 @@ def test_a_pass_that_is_stopped_or_killed_is_gone_on_with(
     tables = list((tmp_path / "data-cut" / "reference").iterdir())
     assert len(tables) == 1  # a part of one
     assert 0 < int(load_file(tables[0])["logps"].isnan().sum()) < 42
-    each = (whole - 2) // 2  # batches of one pass
+    each = (whole - 4) // 2  # batches of one pass
     with pytest.raises(SystemExit):
-        start("cut", 2 + each - 7 + 3)  # in the third of the anchor's
-    assert after.calls == 2 + each - 7 + 3
-    assert start("cut") == 2 + each - 3
+        start("cut", 2 + each - 7 + 2 + 3)  # in the third of the anchor's
+    assert after.calls == 2 + each - 7 + 2 + 3
+    assert start("cut") == 2 + 2 + each - 3
     assert "stopped, as asked; the log-probs that were computed are kept" in capsys.readouterr().out
 
     names = sorted(path.name for path in (tmp_path / "data-whole" / "reference").iterdir())
