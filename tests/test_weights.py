@@ -555,7 +555,7 @@ def test_a_pass_that_is_stopped_or_killed_is_gone_on_with(
     monkeypatch.setattr(reference, "_KEPT_EVERY", 2)
 
     def start(name: str, moment: int = -1, what: Callable[[], Any] = stop.touch) -> int:
-        """How many batches went through a network without a gradient; two of each network compare lean and plain ones."""
+        """How many batches went through a network without a gradient; two of each network compare lean and plain."""
         data = tmp_path / f"data-{name}"
         shutil.copytree(dataset, data, ignore=shutil.ignore_patterns("reference"), dirs_exist_ok=True)
         after.calls, after.moment, after.what = 0, moment, what
