@@ -47,22 +47,6 @@ def environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def process_groups() -> Iterator[None]:
-    """vLLM's process groups end with the module whose tests drew in this process.
-
-    The end of a training closes all of torch's. vLLM would keep its own in mind, and its next engine would fail.
-    """
-    yield
-    state, distributed = sys.modules.get("vllm.distributed.parallel_state"), sys.modules.get("torch.distributed")
-    if state and distributed and distributed.is_available():
-        for name, group in list(vars(state).items()):
-            if isinstance(group, state.GroupCoordinator):
-                setattr(state, name, None)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
 @pytest.fixture
 def network(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An environment in which every Python process writes down each host that it asks for. There must be none."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,7 +269,7 @@ def test_vllm_gives_the_same_whatever_the_shards(
     """On the CPU build, in float32: 1, 2, 3 and 5 shards, in any order, and duplicates differ."""
     pytest.importorskip("vllm")
     engine = vllm.start(open_policy(recipe.model), recipe, 256)
-    monkeypatch.setattr(vllm, "start", lambda *_: engine)
+    monkeypatch.setattr(vllm, "draw", partial(vllm.draw_from, engine))
     recipe.engine = "vllm"
 
     def drawn(shards: int) -> list[dict[str, Any]]:
@@ -283,6 +284,7 @@ def test_vllm_gives_the_same_whatever_the_shards(
     duplicates = [row for row in one if row["prompt"][0]["content"] == PROMPTS[0]]
     assert duplicates[0]["responses"] != duplicates[1]["responses"]
     assert len({r["text"] for r in one[0]["responses"]}) > 1
+    vllm.end(engine)
 
 
 @pytest.mark.slow

@@ -288,6 +288,7 @@ def test_vllm_draws_the_same_whatever_the_neighbours(models: Path, tmp_path: Pat
         a.token_ids[:1] for name in half for a in first[name]
     ]
     assert largest_gap(policy, requests, first) < 0.25  # bfloat16 against float32, a token
+    vllm.end(llm)
 
 
 @needs("vllm")

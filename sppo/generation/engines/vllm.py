@@ -24,7 +24,11 @@ def draw(
 ) -> Finished:
     """K responses a request, from one engine over --world_size GPUs."""
     longest = max(len(r.token_ids) + r.max_new_tokens for r in requests)
-    return draw_from(start(policy, recipe, longest), policy, recipe, stop_ids, requests, budget)
+    llm = start(policy, recipe, longest)
+    try:
+        yield from draw_from(llm, policy, recipe, stop_ids, requests, budget)
+    finally:
+        end(llm)
 
 
 def start(policy: Policy, recipe: Recipe, longest: int) -> Any:
@@ -70,6 +74,14 @@ def start(policy: Policy, recipe: Recipe, longest: int) -> Any:
         **options,
         **adapter,
     )
+
+
+def end(llm: Any) -> None:
+    """End an engine at once.
+
+    The garbage collector would end it at some later time, and close the process groups of the next engine with it.
+    """
+    llm.llm_engine.engine_core.shutdown()
 
 
 class _Job(NamedTuple):
