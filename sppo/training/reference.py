@@ -153,12 +153,11 @@ def find_anchor(anchor: Anchor, batches: Batches, accelerator: Accelerator, forw
     if found is not None:
         return found
     network, is_lean = _anchor_network(anchor, accelerator)
-    shortest = to_device(batches.shortest(), accelerator.device)
     with accelerator.autocast():
-        if is_lean and forward.is_lean:  # the policy's were checked; an anchor may have another architecture
+        if is_lean := is_lean and forward.is_lean:  # the policy's were checked; an anchor may be built otherwise
+            shortest = to_device(batches.shortest(), accelerator.device)
             is_lean = forward.agrees_with_plain(network, shortest, accelerator)
-        forward = replace(forward, is_lean=is_lean and forward.is_lean)
-        logps = log_probs(network, batches, accelerator, forward, anchor.table)
+        logps = log_probs(network, batches, accelerator, replace(forward, is_lean=is_lean), anchor.table)
     del network
     release_memory()  # its lean forward refers to it: without the collector it would stay for the whole training
     return logps
