@@ -9,6 +9,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/scripts/begin.sh"
 model=$root/runs/SmolLM2-135M-Instruct
 $has_model || "$PYTHON" "$root/scripts/make_smollm2.py" --output_dir "$model"
 "$PYTHON" "$root/scripts/make_instructions.py" --output_dir "$run/prompts" --seed "$seed"
+
+# A CPU that multiplies bfloat16 is up to twice as fast with it. A flag that says where or how to compute is left alone.
+precision=()
+case " $* " in
+  *" --dtype"* | *" --accelerate_config"* | *" --gpus"* | *" --launcher"*) ;;
+  *)
+    if ! command -v nvidia-smi > /dev/null && grep -qsw -e amx_bf16 -e avx512_bf16 /proc/cpuinfo; then
+      precision=(--dtype bfloat16 --accelerate_config cpu_bf16)
+    fi
+    ;;
+esac
 exec bash "$root/scripts/run.sh" --recipe "$root/recipes/sppo/smollm2.yaml" --name smollm2 --model "$model" \
   --prompts "$run/prompts/train.jsonl" --split_prompts --eval_prompts "$run/prompts/heldout.jsonl" --evaluate \
-  --run_dir "$run" "$@"
+  --run_dir "$run" ${precision[@]+"${precision[@]}"} "$@"

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct, trained on many kinds of instruction, on IFEval and IFBench: each iteration, several seeds.
+"""SmolLM2-135M-Instruct, trained by run_sppo_smollm2.sh, on IFEval and IFBench: each iteration, several seeds.
 
     python benchmarks/ifeval_smollm2.py --output_dir docs --seeds 42 43 44
     python benchmarks/ifeval_smollm2.py --output_dir docs --seeds 44           one more, beside those that are there
 
 IFEval's prompts make two halves, every second prompt each. Only the first half may be looked at to choose settings of
-recipes/sppo/smollm2-many.yaml. The second half says what they are worth.
+recipes/sppo/smollm2.yaml. The second half says what they are worth.
 Reads   SmolLM2-135M-Instruct, from the Hub or PyPI; the two suites' prompts, from the Hub, or --ifeval and --ifbench.
 Writes  <output_dir>/ifeval-smollm2.json, the figures of all seeds so far, and ifeval-smollm2.md, the page about them,
         both anew after each evaluation; the runs in <work_dir>, where a stopped one goes on.
@@ -38,15 +38,15 @@ from sppo.models.policy import open_policy
 from sppo.store.files import digest, read_json, write_json
 
 SUITES = {"ifeval": 1280, "ifbench": 1280}  # longest answer; IFBench's package takes 4096, which loops would fill
-RECIPE, ITERATIONS = ROOT / "recipes/sppo/smollm2-many.yaml", 3
-PROMPTS = 320  # of an iteration
+RECIPE, ITERATIONS = ROOT / "recipes/sppo/smollm2.yaml", 3
+PROMPTS = 320  # of an iteration, as the driver makes them
 CARD = 29.9  # IFEval on the model's card: the mean of prompts and instructions
 MEASURES = ("followed", "base_perplexity", "repeated", "cut", "mean_tokens")  # of the run's own held-out prompts
 Figures = dict[str, Any]
 
 
 def fast() -> dict[str, str]:
-    """Settings that draw and train in bfloat16 on a CPU that multiplies it fast. A GPU does so anyway."""
+    """The precision of run_sppo_smollm2.sh on a CPU that multiplies bfloat16 fast. A GPU does so anyway."""
     about, cpu = Path("/proc/cpuinfo"), shutil.which("nvidia-smi") is None
     if cpu and about.exists() and {"amx_bf16", "avx512_bf16"} & set(about.read_text().split()):
         return {"dtype": "bfloat16", "accelerate_config": "cpu_bf16"}
@@ -55,12 +55,8 @@ def fast() -> dict[str, str]:
 
 def train(run: Path, model: Path, seed: int) -> None:
     """One run. How long it took is in <run>/seconds.json, where nothing interrupted it."""
-    began, prompts = run.exists(), run.with_name(f"{run.name}-prompts")
-    made = flags(output_dir=prompts, seed=seed, kinds="many", train=PROMPTS * ITERATIONS)
-    run_command([sys.executable, "scripts/make_instructions.py", *made], Path(f"{prompts}.log"))
-    words = ["bash", "scripts/run.sh", "--split_prompts", "--evaluate", *flags(recipe=RECIPE, model=model, seed=seed)]
-    words += flags(prompts=prompts / "train.jsonl", eval_prompts=prompts / "heldout.jsonl", run_dir=run, **fast())
-    started = time.monotonic()
+    began, started = run.exists(), time.monotonic()
+    words = ["bash", "run_sppo_smollm2.sh", *flags(model=model, seed=seed, run_dir=run)]
     run_command(words, Path(f"{run}.log"))
     if not began:
         write_json(run / "seconds.json", {"train": time.monotonic() - started})
@@ -166,6 +162,24 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in made)
 
 
+MEANS = ("iteration", "IFEval, instructions", "IFEval, prompts", "IFBench", "wins over the first model", "perplexity")
+SHARES = (("ifeval", "instruction"), ("ifeval", "prompt"), ("ifbench", "instruction"))
+
+
+def means(store: Figures) -> str:
+    """The table of README.md and docs/results.md: of each iteration the mean of the seeds."""
+    runs = [run["models"] for run in store["seeds"].values() if "kinds" in run["models"][-1]]
+    lines = []
+    for number, models in enumerate(zip(*runs, strict=True)):
+        models = models if number else [{**of, **store["first"]} for of in models]
+        cells = [[of[suite][f"{share}_strict_percent"] for of in models if suite in of] for suite, share in SHARES]
+        measures = [of["measures"] for of in models]
+        cells += [[100 * of["ranker_win_rate"] for of in measures if "ranker_win_rate" in of]]
+        shown = [f"{statistics.mean(values):.1f}%" if values else "" for values in cells]
+        lines.append([str(number), *shown, f"{statistics.mean(of['base_perplexity'] for of in measures):.2f}"])
+    return table(MEANS, lines)
+
+
 def kinds_table(first: Figures, lasts: Sequence[Figures]) -> str:
     """Of each kind of IFEval's instructions: how often the first model and the last models follow it, on the mean."""
     lines = []
@@ -174,6 +188,20 @@ def kinds_table(first: Figures, lasts: Sequence[Figures]) -> str:
         lines.append((after - before, [kind, str(number), f"{before:.0f}", f"{after:.0f}"]))
     head = ("kind", "instructions", "first model, %", "last model, %")
     return table(head, [line for _, line in sorted(lines, reverse=True)])
+
+
+def rounding(store: Figures) -> str:
+    """What weights of 4 bits explain of the distance to the model's card: rounding_smollm2.py measured it."""
+    of = list(store.get("rounded", {}).values())
+    if not of:
+        return ""
+    changed, lost = statistics.mean(x["changed_percent"] for x in of), -statistics.mean(x["gain"][0] for x in of)
+    shifts, times = " ".join(store["rounded"]), f", the mean of {len(of)} ways" if len(of) > 1 else ""
+    return f"""
+What 4 bits cost can be seen by doing it twice: `python benchmarks/rounding_smollm2.py --shifts {shifts}` rounds the
+weights of the layers to 4 bits once more, which changes them by {changed:.1f}% of their size{times}. The model then
+follows {lost:.1f} points fewer of the instructions (each with a standard error of {max(x["gain"][1] for x in of):.1f}).
+"""
 
 
 def page(store: Figures) -> str:
@@ -189,7 +217,8 @@ def page(store: Figures) -> str:
             lasts.append(run["models"][-1])
     minutes, took = "", [run["minutes"] for run in store["seeds"].values() if run["minutes"]]
     if took:
-        minutes = f"A run takes {statistics.median(took):.0f} minutes (median of {len(took)}), without the two suites."
+        median = f"the median of {len(took)}, " if len(took) > 1 else ""
+        minutes = f"A run takes {statistics.median(took):.0f} minutes, {median}without the two suites."
     of, bench = first["ifeval"], first["ifbench"]
     return f"""\
 # SmolLM2-135M-Instruct on IFEval and IFBench
@@ -221,12 +250,12 @@ The answers to the run's own held-out prompts, 96 with 4 answers each, with the 
 
 The model's card says {CARD}, the mean of prompts and instructions; here it is {_mean_of_both(of):.1f}.
 {store["origin"]}
-
+{rounding(store)}
 {minutes}
 
 ## By kind of instruction
 
-Strict, the mean of {len(lasts)} {"seed" if len(lasts) == 1 else "seeds"}.
+Strict, {"of one seed" if len(lasts) == 1 else f"the mean of {len(lasts)} seeds"}.
 
 {kinds_table(first, lasts) if lasts else ""}
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/methods_smollm2.py --output_dir docs
 
-Each method is run_sppo_smollm2.sh's run with that flag and one iteration. The first model's held-out answers, the
+Each method is one iteration of recipes/sppo/smollm2-few.yaml with that flag. The first model's held-out answers, the
 first responses and their ranking do not depend on the method, and are made once.
 Reads   SmolLM2-135M-Instruct, from the Hub or PyPI.
 Writes  <output_dir>/methods-smollm2.md, a row as soon as its run has ended; the runs in <work_dir>, where a stopped one
@@ -32,8 +32,8 @@ from sppo.store.files import read_json
 
 # their losses read which response is preferred, and not by how much
 ORDER_ONLY = ("sigmoid", "hinge", "ipo", "ipo_mean", "kto_pair")
-RECIPE = ROOT / "recipes/sppo/smollm2.yaml"
-PROMPTS = 96  # of an iteration, as in run_sppo_smollm2.sh
+RECIPE = ROOT / "recipes/sppo/smollm2-few.yaml"
+PROMPTS = 96  # of an iteration
 COLUMNS = {
     "followed": ("followed, %", True),
     "followed_seen": ("seen, %", True),
@@ -52,7 +52,7 @@ def run_command(words: list[str], log: Path) -> None:
 
 
 def smollm2(run: Path, first: Path, model: Path, prompts: Path, more: list[str]) -> Path:
-    """A run of smollm2.yaml with `more` flags; its directory. It begins with the answers that the run `first` drew."""
+    """A run of smollm2-few.yaml with `more` flags; its directory. It begins with the answers of the run `first`."""
     share_first_answers(first, run)
     words = ["bash", "scripts/run.sh", "--split_prompts", "--evaluate", "--skip_preflight", *more]
     words += flags(recipe=RECIPE, name="smollm2", model=model, run_dir=run)
@@ -88,14 +88,14 @@ def table(found: dict[str, list[dict[str, Any]]], iterations: int, command: str,
             "",
             *("```bash", f"python benchmarks/methods_smollm2.py {command}", "```"),
             "",
-            f"Iterations of SmolLM2's run ([results.md](results.md)): {iterations}. It ran on a CPU, with one seed.",
+            f"Iterations: {iterations}. It ran on a CPU, with one seed.",
             "",
-            "The settings are those of `recipes/sppo/smollm2.yaml`.",
+            "The settings are those of `recipes/sppo/smollm2-few.yaml` ([experiments.md](experiments.md)).",
             "Learning rate and beta were chosen for `sppo` with the paper's estimator, and not for each method.",
             "All is of 96 held-out prompts with 4 answers each, so differences of some points are noise.",
             "",
             "Which prompts are trained on matters as much.",
-            "The run in results.md has other prompts in the first iteration of seed 42, and then follows 42.4%.",
+            "The run in experiments.md has other prompts in the first iteration of seed 42, and then follows 42.4%.",
             *(both if same else []),
             "",
             *rows(found, COLUMNS),
@@ -116,7 +116,7 @@ def main() -> None:
         directory.mkdir(parents=True, exist_ok=True)
     model, prompts = work / "SmolLM2-135M-Instruct", work / "prompts"
     run_command([sys.executable, "scripts/make_smollm2.py", *flags(output_dir=model)], work / "model.log")
-    made = flags(output_dir=prompts, seed=args.seed, train=PROMPTS * args.iterations)
+    made = flags(output_dir=prompts, seed=args.seed, kinds="few", train=PROMPTS * args.iterations)
     run_command([sys.executable, "scripts/make_instructions.py", *made], work / "prompts.log")
     more = flags(seed=args.seed, iterations=args.iterations)
     found: dict[str, list[dict[str, Any]]] = {}

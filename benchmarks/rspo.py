@@ -4,7 +4,7 @@
     python benchmarks/rspo.py --output_dir docs --seeds --smollm2_seeds 42 --smollm2_regs reverse:0.5
 
 Each run has three iterations, and --reg and --reg_coef as named (reverse:0.5). The demo has its own world for each
-seed, and two of its runs go at a time. SmolLM2's are those of run_sppo_smollm2.sh, on all cores, up to 40 minutes each.
+seed, and two of its runs go at a time. SmolLM2's are of smollm2-few.yaml, on all cores, up to 40 minutes each.
 Reads   nothing for the demo; SmolLM2-135M-Instruct, from the Hub or PyPI; IFEval's prompts, from the Hub or --ifeval.
 Writes  <output_dir>/rspo.json, the figures of all runs so far, and rspo.md, the page about them; the runs in
         <work_dir>, where a stopped one goes on.
@@ -86,7 +86,7 @@ def demo_run(python: str, work: Path, seed: int, reg: str) -> Path:
 def smollm2_run(work: Path, seed: int, reg: str) -> Path:
     """One run of SmolLM2."""
     run, prompts = work / f"smollm2-{name_of(reg)}-{seed}", work / f"prompts-{seed}"
-    made = flags(output_dir=prompts, seed=seed, train=PROMPTS * ITERATIONS)
+    made = flags(output_dir=prompts, seed=seed, kinds="few", train=PROMPTS * ITERATIONS)
     run_command([sys.executable, "scripts/make_instructions.py", *made], Path(f"{prompts}.log"))
     first, model = work / f"smollm2-{name_of('')}-{seed}", work / "SmolLM2-135M-Instruct"
     return smollm2(run, first, model, prompts, [*settings(reg), *flags(seed=seed)])
@@ -217,11 +217,12 @@ def _smollm2(found: Found, first_ifeval: float | None) -> str:
 python benchmarks/rspo.py --seeds --smollm2_regs {regs} --smollm2_seeds {seeds}
 ```
 
-It is the run of `run_sppo_smollm2.sh` with the two flags more: 96 held-out prompts, in float32.
+It is the run of `recipes/sppo/smollm2-few.yaml` with the two flags more: 96 held-out prompts, in float32.
 The machine had other work at times, so seconds are noisy.
 IFEval is the share of its instructions that the last model follows strictly, in answers of at most
 {IFEVAL_TOKENS} tokens.{first}
-What else the first model's answers are like is in [results.md](results.md#smollm2-135m-instruct).
+What else the first model's answers are like is in
+[experiments.md](experiments.md#three-iterations-three-seeds).
 
 {seeds_of(found)}
 

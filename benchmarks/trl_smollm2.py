@@ -7,7 +7,7 @@
 
 `draw` asks vLLM once for all responses, scores them, and keeps the best and the worst of each prompt. `train` is
 DPOTrainer on these pairs. They are two commands, so that vLLM's memory is free before the training.
-Of this project they use the settings and the ranker alone. They are for a CPU, and compute in float32.
+Of this project they use the settings and the ranker alone. They are for a CPU.
 Reads   the model, the prompts ({"prompt": text} a line); the recipe, whose ranker is a function, module:name.
 Writes  draw: <output_dir>/pairs.jsonl; train: the trained model into <output_dir>, and trainer_state.json.
 Exit codes: 0 done, 1 failed, 2 wrong use.

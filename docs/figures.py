@@ -4,8 +4,8 @@
 
 Reads   the tables of docs/results.md, docs/ifeval-smollm2.json and docs/rspo.json, so that no number stands in two
         places.
-Writes  docs/loop-*.svg (the method), docs/demo-*.svg (the demo's win rates), docs/smollm2-*.svg (SmolLM2's results),
-        docs/ifeval-smollm2-*.svg (SmolLM2's on IFEval), docs/rspo-*.svg (RSPO beside SPPO on the demo).
+Writes  docs/loop-*.svg (the method), docs/demo-*.svg (the demo's win rates), docs/ifeval-smollm2-*.svg (SmolLM2 on
+        IFEval), docs/rspo-*.svg (RSPO beside SPPO on the demo).
 Exit codes: 0 done, 1 failed.
 """
 
@@ -124,16 +124,6 @@ def demo_rows(page: str) -> list[list[float]]:
     return [[float(cell) for cell in row] for row in found]
 
 
-def smollm2_rows(page: str) -> dict[str, list[list[str]]]:
-    """By seed the rows of SmolLM2's table, one an iteration: cells from `iteration` on."""
-    rows: dict[str, list[list[str]]] = {}
-    seed = ""
-    for line in re.findall(r"^\| (4\d)? ?\| ([0-3] \|.*) \|$", page, re.MULTILINE):
-        seed = line[0] or seed
-        rows.setdefault(seed, []).append([cell.strip(" %") for cell in line[1].split("|")])
-    return rows
-
-
 def axes_of(theme: Theme, count: int) -> tuple[Figure, list[Axes]]:
     """A transparent figure with `count` plots beside each other, in the theme's colours."""
     figure, grid = pyplot.subplots(1, count, figsize=(4.3 * count, 2.9), squeeze=False)
@@ -171,25 +161,6 @@ def demo_plot(theme: Theme, page: str) -> Figure:
     place.set(xticks=iterations, ylim=(40, 100))
     place.set_title("The demo: wins against the first model, %", color=theme.text, fontsize=11)
     legend(place, theme, "upper left")
-    return figure
-
-
-def smollm2_plot(theme: Theme, page: str) -> Figure:
-    """A line a seed: instructions that are followed, and the first model's perplexity on the answers."""
-    rows = smollm2_rows(page)
-    figure, (followed, perplexity) = axes_of(theme, 2)
-    styles = zip(rows.items(), ("-", "--", ":"), ("o", "s", "^"), strict=True)
-    for (seed, table), line, marker in styles:
-        iterations = [int(row[0]) for row in table]
-        look = {"linestyle": line, "marker": marker, "label": f"seed {seed}"}
-        followed.plot(iterations, [float(row[1]) for row in table], color=theme.first, **look)
-        perplexity.plot(iterations, [float(row[-1]) for row in table], color=theme.second, **look)
-    followed.set(xticks=iterations, ylim=(0, 70))
-    perplexity.set(xticks=iterations, ylim=(0, 6))
-    followed.set_title("Constraints followed, %", color=theme.text, fontsize=11)
-    perplexity.set_title("First model's perplexity on the answers", color=theme.text, fontsize=11)
-    for place in (followed, perplexity):
-        legend(place, theme, "lower right")
     return figure
 
 
@@ -239,7 +210,6 @@ def main() -> None:
     for theme in (LIGHT, DARK):
         (DOCS / f"loop-{theme.name}.svg").write_text(loop(theme), encoding="utf-8")
         save(demo_plot(theme, page), DOCS / f"demo-{theme.name}.svg")
-        save(smollm2_plot(theme, page), DOCS / f"smollm2-{theme.name}.svg")
         save(rspo_plot(theme, rspo), DOCS / f"rspo-{theme.name}.svg")
         if ifeval["seeds"]:  # as far as it is measured
             save(ifeval_plot(theme, ifeval), DOCS / f"ifeval-smollm2-{theme.name}.svg")

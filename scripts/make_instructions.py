@@ -1,7 +1,7 @@
 """Make the prompts of run_sppo_smollm2.sh: questions with constraints that a program can check.
 
     python scripts/make_instructions.py --output_dir runs/smollm2/prompts --seed 42
-    python scripts/make_instructions.py --output_dir prompts --kinds many     as IFEval has, for smollm2-many.yaml
+    python scripts/make_instructions.py --output_dir prompts --kinds few --train 288     for smollm2-few.yaml
 
 Reads   nothing.
 Writes  <output_dir>: train.jsonl, heldout.jsonl (the same for every seed; no topic is in both), and made.json, which
@@ -27,9 +27,9 @@ _MOST = 10_000  # so many different prompts are made quickly; far more there are
 def main() -> None:
     parser = cli.make_parser(__doc__, ["seed"])
     parser.add_argument("--output_dir", type=Path, required=True, help="where the directory appears")
-    parser.add_argument("--train", type=int, default=288, help="prompts to train on, of all iterations (288)")
+    parser.add_argument("--train", type=int, default=960, help="prompts to train on, of all iterations (960)")
     parser.add_argument("--held_out", type=int, default=96, help="held-out prompts (96)")
-    parser.add_argument("--kinds", choices=["few", "many"], default="few", help="kinds of constraint: 8, or 25 (few)")
+    parser.add_argument("--kinds", choices=["few", "many"], default="many", help="kinds of constraint: 8, or 25 (many)")
     args, recipe = cli.parse(parser)
     if not (0 < args.train <= _MOST and 0 < args.held_out <= _MOST):
         raise UsageError(f"--train and --held_out are numbers from 1 to {_MOST}")

@@ -17,7 +17,7 @@ RECIPES = sorted((tiny.ROOT / "recipes" / "sppo").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_recipes_load(path: Path) -> None:
-    assert recipe.load_recipe(path).pairs == {"smollm2": 8, "smollm2-many": 8}.get(path.stem, 5)
+    assert recipe.load_recipe(path).pairs == {"smollm2": 8, "smollm2-few": 8}.get(path.stem, 5)
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("paper-llama-3", 6), ("paper-gemma-2", 1)])

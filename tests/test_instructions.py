@@ -1,4 +1,4 @@
-"""The world of run_sppo_smollm2.sh: what an answer has to look like to count, and that nothing leaks into training."""
+"""The 8 kinds of instruction: what an answer has to look like to count, and that nothing leaks into training."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_measures_are_one_number_for_each_constraint_seen_and_unseen() -> None:
 
 def test_held_out_prompts_share_no_topic_and_hold_what_training_never_sees(tmp_path: Path) -> None:
     assert not set(instructions.TRAIN_TOPICS) & set(instructions.HELD_OUT_TOPICS)
-    command = [tiny.sys.executable, "scripts/make_instructions.py", "--output_dir", tmp_path / "p"]
+    command = [tiny.sys.executable, "scripts/make_instructions.py", "--output_dir", tmp_path / "p", "--kinds", "few"]
     tiny.succeed(*command, "--seed", "7", "--train", "50", "--held_out", "20")
     train, held_out = ([json.loads(x)["prompt"] for x in (tmp_path / "p" / f"{n}.jsonl").read_text().splitlines()]
                        for n in ("train", "heldout"))  # fmt: skip

