@@ -190,20 +190,6 @@ def kinds_table(first: Figures, lasts: Sequence[Figures]) -> str:
     return table(head, [line for _, line in sorted(lines, reverse=True)])
 
 
-def rounding(store: Figures) -> str:
-    """What weights of 4 bits explain of the distance to the model's card: rounding_smollm2.py measured it."""
-    of = list(store.get("rounded", {}).values())
-    if not of:
-        return ""
-    changed, lost = statistics.mean(x["changed_percent"] for x in of), -statistics.mean(x["gain"][0] for x in of)
-    shifts, times = " ".join(store["rounded"]), f", the mean of {len(of)} ways" if len(of) > 1 else ""
-    return f"""
-What 4 bits cost can be seen by doing it twice: `python benchmarks/rounding_smollm2.py --shifts {shifts}` rounds the
-weights of the layers to 4 bits once more, which changes them by {changed:.1f}% of their size{times}. The model then
-follows {lost:.1f} points fewer of the instructions (each with a standard error of {max(x["gain"][1] for x in of):.1f}).
-"""
-
-
 def page(store: Figures) -> str:
     """ifeval-smollm2.md, of what ifeval-smollm2.json holds."""
     lines, held_out, lasts, first = [], [], [], store["first"]
@@ -250,7 +236,7 @@ The answers to the run's own held-out prompts, 96 with 4 answers each, with the 
 
 The model's card says {CARD}, the mean of prompts and instructions; here it is {_mean_of_both(of):.1f}.
 {store["origin"]}
-{rounding(store)}
+
 {minutes}
 
 ## By kind of instruction
